@@ -1,0 +1,88 @@
+"""``mvision train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mvision.cli.options import (
+    EXISTING_FILE,
+    EXISTING_FOLDER,
+    OUTPUT_FOLDER,
+    WEIGHTS,
+    ImageSize,
+    OneOf,
+    assignments_option,
+    device_option,
+)
+
+
+@click.command(short_help="Train a model; leaves a run folder.")
+@click.option("--task", "tasks", multiple=True, metavar="T", help="What to learn: detection.  [default: the config's]")
+@click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: the built-in data set]")
+@click.option(
+    "--model", metavar="NAME", help="A shipped model (see mvision info) or any timm backbone.  [default: tiny]"
+)
+@click.option("--config", "file", type=EXISTING_FILE, metavar="FILE", help="A YAML file instead of a shipped model.")
+@assignments_option
+@click.option("--epochs", type=int, metavar="N", help="Passes over the data.  [default: the config's]")
+@click.option("--batch-size", type=int, metavar="N", help="Images per step and process.  [default: the config's]")
+@click.option("--image-size", type=ImageSize(), help="Input size, multiples of 32.  [default: the config's]")
+@click.option("--init", metavar="WEIGHTS", help=f"Start from {WEIGHTS}.")
+@click.option("--freeze", multiple=True, type=OneOf(["backbone", "neck"]), help="Do not train this part. Repeatable.")
+@click.option("--resume", type=EXISTING_FOLDER, metavar="RUN", help="Continue a stopped run, exactly where it was.")
+@click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="The run's folder.  [default: runs/TASK/N]")
+@device_option
+@click.option("--precision", type=OneOf(["auto", "fp32", "bf16", "fp16"]), help="[default: bf16 where it is fast]")
+@click.option("--workers", type=int, metavar="N", help="Loading processes.  [default: by the number of cores]")
+@click.option("--seed", type=int, metavar="N", help="Same seed, same run.  [default: 0]")
+def train(
+    tasks: tuple[str, ...],
+    data: str | None,
+    model: str | None,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    epochs: int | None,
+    batch_size: int | None,
+    image_size: tuple[int, int] | None,
+    init: str | None,
+    freeze: tuple[str, ...],
+    resume: Path | None,
+    output: Path | None,
+    device: str | None,
+    precision: str | None,
+    workers: int | None,
+    seed: int | None,
+) -> None:
+    """Train a model and leave a run folder with weights, figures and pictures.
+
+    Without --data it trains on the built-in data set, which is generated on first use and needs no network.
+
+    \b
+    Example:
+      mvision train --task detection --data my_data --model rtdetr_r18 --epochs 50
+    """
+    from mvision.engine.setup import run_config
+    from mvision.engine.train import train as train_model
+
+    options = {
+        "data.root": data,
+        "data.workers": workers,
+        "model.image_size": image_size,
+        "train.epochs": epochs,
+        "train.batch_size": batch_size,
+        "train.precision": precision,
+        "train.seed": seed,
+        "train.freeze": list(freeze) or None,
+    }
+    config = run_config(
+        tasks=list(tasks),
+        model=model,
+        file=file,
+        init=init,
+        resume=resume,
+        options={key: value for key, value in options.items() if value is not None},
+        assignments=list(assignments),
+    )
+    train_model(config, output=output, init=init, resume=resume, device=device)

@@ -1,0 +1,40 @@
+"""``mvision val``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option
+
+
+@click.command(short_help="Evaluate weights: the COCO table and AP by class.")
+@click.option("--weights", required=True, metavar="W", help=f"What to evaluate: {WEIGHTS}.")
+@click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: as in training]")
+@click.option("--split", default="val", show_default=True, metavar="NAME", help="Which part of the data.")
+@click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Also write metrics.json there.")
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images per step.  [default: 16]")
+@click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
+@device_option
+def val(
+    weights: str,
+    data: str | None,
+    split: str,
+    output: Path | None,
+    batch_size: int | None,
+    workers: int | None,
+    device: str | None,
+) -> None:
+    """Evaluate weights on a split of the data: the COCO table and AP of every class.
+
+    \b
+    Example:
+      mvision val --weights runs/detection/1 --data my_data
+    """
+    from mvision.engine.validate import validate
+
+    tables = validate(
+        weights, data=data, split=split, output=output, batch_size=batch_size, workers=workers, device=device
+    )
+    click.echo(tables)

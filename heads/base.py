@@ -1,0 +1,53 @@
+"""The interface of a head: a module with its loss and its post-processing beside it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar, Generic, TypeVar
+
+from torch import Tensor, nn
+
+from mvision.settings import Settings
+from mvision.structures import Category, Instances, Targets
+
+ConfigT = TypeVar("ConfigT", bound=Settings)
+
+
+class Head(nn.Module, ABC, Generic[ConfigT]):
+    """One task on the neck's features.
+
+    Class attributes:
+        Config: the settings, a pydantic model that the YAML's section of this head mirrors one to one.
+        needs: the fields of ``Targets`` that supervise the head; images without them are skipped for it.
+        metric: picks the evaluator: ``bbox``, ``segm`` or ``keypoints``.
+    """
+
+    Config: ClassVar[type[Settings]]
+    needs: ClassVar[frozenset[str]]
+    metric: ClassVar[str]
+
+    def __init__(
+        self, config: ConfigT, channels: Sequence[int], strides: Sequence[int], categories: list[Category]
+    ) -> None:
+        """Build the head for features of these channels and strides (finest first) and these classes."""
+        super().__init__()
+        self.config = config
+        self.categories = categories
+
+    @abstractmethod
+    def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
+        """Raw outputs from the neck's maps, each (B, C, H/s, W/s), finest first.
+
+        ``targets`` are given in training only (denoising queries are made from them).
+        """
+
+    @abstractmethod
+    def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+        """Named scalar terms, already weighted; their sum is the loss. Without any object they are finite."""
+
+    @abstractmethod
+    def postprocess(
+        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
+    ) -> list[Instances]:
+        """Instances in pixels of the original images, whose (height, width) are ``sizes``; scores >= ``threshold``."""

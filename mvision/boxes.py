@@ -1,0 +1,48 @@
+"""Boxes: two formats, one conversion each way, and overlaps that are safe on boxes of zero area.
+
+``cxcywh`` is centre, width, height in fractions of the image (0..1): what models and ``Targets`` use.
+``xyxy`` is left, top, right, bottom: in pixels for ``Instances``, in fractions inside losses.
+"""
+
+import torch
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
+    """(..., 4) centre, width, height to left, top, right, bottom, in the same unit."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat((centre - half, centre + half), dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
+    """(..., 4) left, top, right, bottom to centre, width, height, in the same unit."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat(((low + high) / 2, high - low), dim=-1)
+
+
+def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
+    """Logit of values in 0..1, clamped by ``eps`` on both sides (as DETR's family does)."""
+    x = x.clamp(0, 1)
+    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+
+
+def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """IoU and generalised IoU of broadcastable xyxy boxes, element by element.
+
+    Args:
+        a, b: (..., 4) xyxy. For all pairs pass ``a[:, None]`` and ``b[None]``.
+
+    Returns:
+        IoU in 0..1 and GIoU in -1..1, both of the broadcast shape without the last dimension. Boxes without area give
+        IoU 0 and never NaN.
+
+    Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
+    """
+    eps = torch.finfo(a.dtype).tiny
+    area_a = (a[..., 2] - a[..., 0]).clamp(min=0) * (a[..., 3] - a[..., 1]).clamp(min=0)
+    area_b = (b[..., 2] - b[..., 0]).clamp(min=0) * (b[..., 3] - b[..., 1]).clamp(min=0)
+    inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    outer = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    union = area_a + area_b - inner
+    overlap = inner / union.clamp(min=eps)
+    return overlap, overlap - (outer - union) / outer.clamp(min=eps)

@@ -1,0 +1,194 @@
+"""Outlines of objects: COCO polygons and run lengths, checked, stored compactly, and rasterised late at any resolution.
+
+Both kinds follow pycocotools' convention: pixel i covers [i, i + 1), and a pixel is inside where its centre is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as coco_mask
+
+Polygons = list[np.ndarray]  # parts of one object, each (P, 2) x, y; the object is their union
+RunLengths = dict[str, Any]  # {"size": [height, width], "counts": bytes}, column by column as COCO has it
+Outline = Polygons | RunLengths
+
+
+class BadSegmentation(ValueError):
+    """A segmentation that cannot be used; the message says why."""
+
+
+def parse_segmentation(segmentation: Any, height: int, width: int) -> tuple[Outline | None, int]:
+    """Check one annotation's ``segmentation``.
+
+    Args:
+        segmentation: a list of flat polygons, or run lengths with ``counts`` as a list or as COCO's compressed string.
+        height, width: of the image in pixels.
+
+    Returns:
+        The outline in pixels (None where the annotation has none), and how many unusable polygon parts were left out.
+
+    Raises:
+        BadSegmentation: nothing usable in it, or run lengths of another size than the image.
+    """
+    if not segmentation:
+        return None, 0
+    if isinstance(segmentation, dict):
+        return _parse_run_lengths(segmentation, height, width), 0
+    if not isinstance(segmentation, list):
+        raise BadSegmentation("segmentation is neither a list of polygons nor run lengths")
+    if isinstance(segmentation[0], int | float):
+        segmentation = [segmentation]  # one flat polygon without the outer list: a common slip of exporters
+    parts = [part for part in map(_parse_polygon, segmentation) if part is not None]
+    if not parts:
+        raise BadSegmentation("no polygon with three or more finite points")
+    return parts, len(segmentation) - len(parts)
+
+
+def outline_box(outline: Outline) -> tuple[float, float, float, float]:
+    """Extent of an outline as xyxy in its own unit."""
+    if isinstance(outline, dict):
+        x, y, w, h = (float(v) for v in coco_mask.toBbox(outline))
+        return x, y, x + w, y + h
+    points = np.concatenate(outline)
+    (x0, y0), (x1, y1) = points.min(axis=0), points.max(axis=0)
+    return float(x0), float(y0), float(x1), float(y1)
+
+
+def outline_area(outline: Outline, height: int, width: int) -> float:
+    """Area in pixels of an outline given in pixels; parts that overlap count once."""
+    if isinstance(outline, list):
+        parts = coco_mask.frPyObjects([part.reshape(-1).astype(np.float64) for part in outline], height, width)
+        outline = coco_mask.merge(parts)
+    return float(coco_mask.area(outline))
+
+
+def rasterise(
+    outline: Outline,
+    scale: np.ndarray,
+    offset: np.ndarray,
+    window: tuple[int, int, int, int],
+    size: tuple[int, int],
+) -> np.ndarray:
+    """Draw one object on a raster.
+
+    Args:
+        outline: polygons in fractions of the source image, or run lengths of the source image.
+        scale, offset: (2,) x, y: a point p (in fractions) of the source image lands at p * scale + offset (in fractions)
+            of the raster; a negative scale is a flip.
+        window: x0, y0, x1, y1 in pixels of the raster; nothing is drawn outside of it.
+        size: height and width of the raster.
+
+    Returns:
+        (height, width) uint8 of 0 and 1.
+    """
+    height, width = size
+    x0, y0, x1, y1 = window
+    raster = np.zeros(size, dtype=np.uint8)
+    if x1 <= x0 or y1 <= y0:
+        return raster
+    if isinstance(outline, dict):
+        source = coco_mask.decode(outline)
+        rows = _source_indices(np.arange(y0, y1), height, float(scale[1]), float(offset[1]), source.shape[0])
+        columns = _source_indices(np.arange(x0, x1), width, float(scale[0]), float(offset[0]), source.shape[1])
+        padded = np.pad(source, ((0, 1), (0, 1)))  # index -1, the padding, stands for "outside the source"
+        raster[y0:y1, x0:x1] = padded[np.ix_(rows, columns)]
+        return raster
+    factor = scale * np.array((width, height))
+    shift = offset * np.array((width, height)) - np.array((x0, y0))
+    parts = [(part * factor + shift).astype(np.float64).reshape(-1) for part in outline]
+    merged = coco_mask.merge(coco_mask.frPyObjects(parts, y1 - y0, x1 - x0))
+    raster[y0:y1, x0:x1] = coco_mask.decode(merged)
+    return raster
+
+
+class Outlines:
+    """The outlines of all objects of a split in a few flat arrays: millions of small lists would fill the memory.
+
+    ``outlines[i]`` is the outline of object i or None.
+    """
+
+    def __init__(self, outlines: Sequence[Outline | None]) -> None:
+        parts: list[np.ndarray] = []
+        first_part = [0]
+        self.run_lengths: dict[int, RunLengths] = {}
+        for index, outline in enumerate(outlines):
+            if isinstance(outline, dict):
+                self.run_lengths[index] = outline
+            elif outline is not None:
+                parts.extend(outline)
+            first_part.append(len(parts))
+        self.first_part = np.array(first_part, dtype=np.int64)
+        self.first_point = np.cumsum([0, *(len(part) for part in parts)], dtype=np.int64)
+        self.points = np.concatenate(parts).astype(np.float32) if parts else np.zeros((0, 2), np.float32)
+
+    def __len__(self) -> int:
+        return len(self.first_part) - 1
+
+    def __getitem__(self, index: int) -> Outline | None:
+        if index in self.run_lengths:
+            return self.run_lengths[index]
+        begin, end = int(self.first_part[index]), int(self.first_part[index + 1])
+        if begin == end:
+            return None
+        bounds = self.first_point[begin : end + 1]
+        return [self.points[bounds[i] : bounds[i + 1]] for i in range(end - begin)]
+
+
+def _source_indices(targets: np.ndarray, extent: int, scale: float, offset: float, source_extent: int) -> np.ndarray:
+    """Source pixel under the centre of each target pixel; -1 where that is outside."""
+    indices = np.floor(((targets + 0.5) / extent - offset) / scale * source_extent).astype(np.int64)
+    indices[(indices < 0) | (indices >= source_extent)] = -1
+    return indices
+
+
+def _parse_polygon(part: Any) -> np.ndarray | None:
+    if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
+        return None
+    try:
+        points = np.array(part, dtype=np.float64).reshape(-1, 2)
+    except (TypeError, ValueError):
+        return None
+    return points if np.isfinite(points).all() else None
+
+
+def _parse_run_lengths(segmentation: dict[str, Any], height: int, width: int) -> RunLengths:
+    size, counts = segmentation.get("size"), segmentation.get("counts")
+    if size != [height, width]:
+        raise BadSegmentation(f"run lengths of size {size} on an image of [{height}, {width}]")
+    if isinstance(counts, list):
+        runs = counts
+    elif isinstance(counts, str | bytes):
+        runs = _uncompress(counts.encode() if isinstance(counts, str) else counts)
+    else:
+        raise BadSegmentation("run lengths without counts")
+    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
+        raise BadSegmentation(f"run lengths do not add up to {height} x {width} pixels")
+    return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
+
+
+def _uncompress(counts: bytes) -> list[int]:
+    """COCO's compressed run lengths as a list.
+
+    Five bits a character from '0' upwards, bit 6 says that more follow, and from the third run on the difference to the
+    run two before is stored. Done here because pycocotools reads a damaged string past its end without complaint.
+    """
+    runs: list[int] = []
+    value, shift = 0, 0
+    for character in counts:
+        code = character - 48
+        if not 0 <= code < 64:
+            raise BadSegmentation("run lengths hold a character that does not belong there")
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + runs[-2] if len(runs) > 2 else value)
+        value, shift = 0, 0
+    if shift:
+        raise BadSegmentation("run lengths end in the middle of a number")
+    return runs

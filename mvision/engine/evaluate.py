@@ -1,0 +1,84 @@
+"""Evaluation of a model on a validation loader, on one process or many, with the same figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from mvision.engine.metrics import CocoMetric
+from mvision.inference.predict import eval_mode
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from mvision.data import Batch
+    from mvision.model import Model
+
+
+class Annotated(Protocol):
+    """What ``make_metrics`` needs of a split: the annotations in COCO's format."""
+
+    @property
+    def coco_dict(self) -> dict[str, Any]: ...
+
+
+def make_metrics(model: Model, split: Annotated) -> dict[str, CocoMetric]:
+    """A metric for every head of the model on the annotations of a split; made once, used at every evaluation."""
+    return {task: CocoMetric(split.coco_dict, model.categories, model.head(task).metric) for task in model.tasks}
+
+
+def evaluate(
+    model: Model,
+    loader: Iterable[Batch],
+    metrics: dict[str, CocoMetric],
+    *,
+    accelerator: Accelerator | None = None,
+    progress: bool = True,
+) -> dict[str, dict[str, float]]:
+    """COCO's figures of a model by task, on every image that the loaders of all processes yield, each counted once.
+
+    Args:
+        model: in any mode, which it keeps; not wrapped for distribution. Boxes of all scores are evaluated.
+        loader: batches of uint8 or float images and their targets, of which ``image_id`` and ``size`` are read. With
+            several processes each has its own part; repetitions that fill up the last batch do no harm.
+        metrics: by task, see ``make_metrics``. They are reset first and hold the results afterwards (``table()``).
+        accelerator: gives device, precision and the other processes; None is this process, at the weights' precision.
+        progress: show a bar on the main process.
+
+    Returns:
+        ``{task: {"AP": ..., ...}}``, the same on every process.
+    """
+    for metric in metrics.values():
+        metric.reset()
+    quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
+    with eval_mode(model):
+        for batch in tqdm(loader, desc="evaluating", disable=quiet, leave=False):
+            for file, reason in batch.skipped:
+                tqdm.write(f"skipped {file}: {reason}")
+            if batch.targets:
+                _evaluate_batch(model, batch, metrics, accelerator)
+    if accelerator is not None and accelerator.num_processes > 1:
+        for states in gather_object([{task: metric.state() for task, metric in metrics.items()}]):
+            for task, state in states.items():
+                metrics[task].merge(state)
+    return {task: metric.compute() for task, metric in metrics.items()}
+
+
+def _evaluate_batch(
+    model: Model, batch: Batch, metrics: dict[str, CocoMetric], accelerator: Accelerator | None
+) -> None:
+    images = batch.images.to(model.device, non_blocking=True)
+    if accelerator is None:
+        outputs = model(images)
+    else:
+        with accelerator.autocast():
+            outputs = model(images)
+    found = model.postprocess(outputs, [target.size for target in batch.targets], threshold=0.0)
+    image_ids = [target.image_id for target in batch.targets]
+    results = [entry for image_id, instances in zip(image_ids, found) for entry in instances.to_coco(image_id)]
+    for metric in metrics.values():
+        metric.update(results, image_ids)

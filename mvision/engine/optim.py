@@ -1,0 +1,71 @@
+"""What is optimised how: parameter groups, the learning rate at a step, the moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from mvision.config import TrainConfig
+from mvision.model import Model
+
+
+def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with four groups: backbone and the rest, each with and without weight decay.
+
+    Norms, biases and embeddings (one dimension, or an ``nn.Embedding``) are not decayed. Every group remembers its peak
+    learning rate as ``peak_lr``; ``set_learning_rate`` scales it.
+    """
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decayed = parameter.ndim > 1 and id(parameter) not in embeddings
+            groups.setdefault((name.startswith("backbone."), decayed), []).append(parameter)
+    settings = []
+    for (in_backbone, decayed), parameters in groups.items():
+        peak = config.backbone_lr if in_backbone and config.backbone_lr is not None else config.lr
+        decay = config.weight_decay if decayed else 0.0
+        settings.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay})
+    return torch.optim.AdamW(settings, betas=(0.9, config.beta2), fused=True)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> float:
+    """Set the learning rates for this optimiser step (of ``total``), and return the factor on the peak, 0..1.
+
+    The rate is a function of the step alone, so a resumed run needs no scheduler state.
+    """
+    factor = _factor(config, step, total)
+    for group in optimizer.param_groups:
+        group["lr"] = group["peak_lr"] * factor
+    return factor
+
+
+def _factor(config: TrainConfig, step: int, total: int) -> float:
+    if step < config.warmup_steps:
+        return (step + 1) / (config.warmup_steps + 1)
+    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
+    if config.schedule == "cosine":
+        shape = 0.5 * (1 + math.cos(math.pi * progress))
+    elif config.schedule == "linear":
+        shape = 1 - progress
+    else:
+        shape = 1.0
+    return config.final_lr + (1 - config.final_lr) * shape
+
+
+class Ema(ModelEmaV3):
+    """Moving average of all weights and buffers whose decay rises as ``decay * (1 - exp(-step / warmup))``.
+
+    The rise lets the average follow the fast changes of the first steps (as in RT-DETR's recipe).
+    """
+
+    def __init__(self, model: nn.Module, decay: float, warmup: int) -> None:
+        super().__init__(model, decay=decay)
+        self.warmup = warmup
+
+    def get_decay(self, step: int | None = None) -> float:
+        """The decay at an optimiser step."""
+        return self.decay * (1 - math.exp(-((step or 0) + 1) / self.warmup))

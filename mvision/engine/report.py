@@ -1,0 +1,47 @@
+"""Pictures that a run leaves: the curves, and validation images with ground truth beside predictions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mvision.model import Model
+
+
+def plot_run(records: list[dict[str, Any]], path: Path) -> None:
+    """Losses and AP over the epochs, from the lines of ``metrics.jsonl``, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, scores = figure.subplots(1, 2)
+    epochs = [record["epoch"] + 1 for record in records]
+    for name in records[0]["loss"]:
+        losses.plot(epochs, [record["loss"].get(name) for record in records], label=name, linewidth=1.2)
+    losses.set(xlabel="epoch", ylabel="loss (weighted terms, mean of the epoch)", yscale="log")
+    evaluated = [record for record in records if "metrics" in record]
+    for task in evaluated[0]["metrics"] if evaluated else []:
+        for figure_name, style in (("AP", "-"), ("AP50", "--")):
+            values = [record["metrics"][task][figure_name] for record in evaluated]
+            scores.plot([r["epoch"] + 1 for r in evaluated], values, style, label=f"{task} {figure_name}")
+    scores.set(xlabel="epoch", ylabel="validation AP", ylim=(0, 1))
+    for axes in (losses, scores):
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def write_prediction_grid(model: Model, dataset: Any, path: Path, count: int = 8, threshold: float = 0.4) -> None:
+    """The first ``count`` validation images, each with ground truth (left) and predictions (right), as one JPEG."""
+    import cv2
+
+    from mvision.inference.draw import grid, side_by_side
+
+    images, truths = dataset.examples(count)
+    found = model.predict(images, threshold=threshold)
+    picture = grid([side_by_side(*row) for row in zip(images, truths, found)])
+    cv2.imwrite(str(path), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])

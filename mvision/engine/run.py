@@ -1,0 +1,89 @@
+"""A run's folder: where it is, what is in it, and how it is written so that nothing is ever half there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mvision.errors import UserError
+
+STATE = "last"
+BEST = "best.safetensors"
+
+
+class RunFolder:
+    """``runs/TASK/N`` with the files that product users rely on (see the README, "What a run leaves")."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, output: Path | None, tasks: list[str]) -> RunFolder:
+        """``output``, or the next free number under ``runs/TASK``; UserError where it cannot be written or is in use."""
+        try:
+            if output is not None:
+                if output.exists() and any(output.iterdir()):
+                    raise UserError(f"--output {output}: the folder is not empty; choose another, or --resume {output}")
+                output.mkdir(parents=True, exist_ok=True)
+                return cls(output)
+            parent = Path("runs") / "+".join(tasks)
+            parent.mkdir(parents=True, exist_ok=True)
+            number = 1 + max((int(p.name) for p in parent.iterdir() if p.name.isdecimal()), default=0)
+            while True:
+                try:
+                    (parent / str(number)).mkdir()
+                    return cls(parent / str(number))
+                except FileExistsError:
+                    number += 1
+        except OSError as error:
+            place = output or Path("runs")
+            raise UserError(f"--output {place}: cannot be written ({error.strerror or error}); choose another") from error
+
+    @classmethod
+    def resume(cls, path: Path) -> RunFolder:
+        """An existing run that can go on."""
+        if not (path / STATE / "progress.json").is_file():
+            raise UserError(f"--resume {path}: no saved state in {path / STATE}; it appears after the first epoch")
+        return cls(path)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write a small file whole or not at all."""
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append a line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+    def cut_records(self, epoch: int) -> None:
+        """Forget epochs from ``epoch`` on: a run resumed from an earlier state writes them again."""
+        kept = [record for record in self.records() if record["epoch"] < epoch]
+        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+
+    def replace_state(self, fresh: Path) -> None:
+        """Make ``fresh`` the run's ``last/``; a kill in between leaves one of the two complete."""
+        state, old = self.path / STATE, self.path / f".{STATE}.old"
+        shutil.rmtree(old, ignore_errors=True)
+        if state.exists():
+            os.replace(state, old)
+        os.replace(fresh, state)
+        shutil.rmtree(old, ignore_errors=True)
+
+    def state(self) -> Path:
+        """The complete saved state (the previous one, should a kill have hit between the two renames)."""
+        old = self.path / f".{STATE}.old"
+        if not (self.path / STATE).exists() and old.exists():
+            os.replace(old, self.path / STATE)
+        return self.path / STATE

@@ -1,0 +1,299 @@
+"""The training run, from a config to a folder with weights. Read ``train`` from top to bottom."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from mvision.backbone import freeze
+from mvision.config import Config
+from mvision.data import Batch, build_eval_loader, build_train_loader, find_layout, read_split
+from mvision.engine.evaluate import evaluate, make_metrics
+from mvision.engine.machine import keep_freed_memory, resolve_device, resolve_precision
+from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
+from mvision.engine.report import plot_run, write_prediction_grid
+from mvision.engine.run import BEST, RunFolder
+from mvision.errors import UserError
+from mvision.model import Model
+from mvision.weights import init_from, load, save_weights
+
+MAX_BAD_STEPS = 20
+"""Steps in a row without a finite gradient after which the run gives up."""
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved with its state."""
+
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """What the loop holds; built once by ``train``."""
+
+    config: Config
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: Any
+    ema: Ema | None
+    total_steps: int
+    progress: Progress = field(default_factory=Progress)
+    bad_steps: int = 0
+
+    @property
+    def bare_model(self) -> Model:
+        """The model that is trained, without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def eval_model(self) -> Model:
+        """What is evaluated and saved: the moving average where there is one."""
+        model = self.bare_model if self.ema is None else self.ema.module
+        assert isinstance(model, Model)
+        return model
+
+
+def train(
+    config: Config,
+    *,
+    output: Path | None = None,
+    init: str | None = None,
+    resume: Path | None = None,
+    device: str | None = None,
+) -> Path:
+    """Train, evaluate after every ``val_interval`` epochs, and leave a run folder.
+
+    Args:
+        config: everything that is configured; categories come from the data set.
+        output: the run's folder; None takes the next number under ``runs/TASK``.
+        init: weights to start from, see ``mvision.weights.init_from``.
+        resume: a run folder to continue; ``config`` is then the run's own.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: anything wrong with data, weights, device or folder.
+    """
+    started = time.monotonic()
+    keep_freed_memory()
+    accelerator = _accelerator(config, device)
+    say = accelerator.print
+    layout = find_layout(config.data.root)
+    say(layout.description)
+    train_split, val_split = read_split(layout, "train"), read_split(layout, "val")
+    for split in (train_split, val_split):
+        if split.problems:
+            say(split.problems.line())
+    config.model.categories = train_split.categories
+
+    set_seed(config.train.seed)
+    model = Model(config.model)
+    if init is not None:
+        say(init_from(model, init))
+    for part in config.train.freeze:
+        freeze(getattr(model, part))
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    train_loader = build_train_loader(train_split, config, accelerator.num_processes, accelerator.process_index)
+    val_loader = build_eval_loader(val_split, config, accelerator.num_processes, accelerator.process_index)
+    metrics = make_metrics(model, val_split)
+
+    model = model.to(accelerator.device)
+    if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ema = Ema(model, config.train.ema_decay, config.train.ema_warmup) if config.train.ema_decay else None
+    optimizer = build_optimizer(model, config.train)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    if ema is not None:
+        accelerator.register_for_checkpointing(ema)
+    steps_per_epoch = math.ceil(len(train_loader) / config.train.accumulate)
+    trainer = Trainer(config, accelerator, wrapped, optimizer, ema, steps_per_epoch * config.train.epochs)
+
+    run = _open_run(trainer, output, resume)
+    say(f"run {run.path}: {_describe(trainer, train_split, val_split)}")
+    accelerator.init_trackers("mvision", config=_flat(config.model_dump(mode="json")))
+
+    for epoch in range(trainer.progress.epoch, config.train.epochs):
+        epoch_start = time.monotonic()
+        losses = train_epoch(trainer, train_loader, epoch, started)
+        record: dict[str, Any] = {"epoch": epoch, "step": trainer.progress.step, "loss": losses}
+        last = epoch + 1 == config.train.epochs
+        if last or (epoch + 1) % config.train.val_interval == 0:
+            record["metrics"] = evaluate(trainer.eval_model, val_loader, metrics, accelerator=accelerator)
+            _keep_best(trainer, run, record["metrics"], epoch)
+        trainer.progress.epoch = epoch + 1
+        trainer.progress.seconds += time.monotonic() - epoch_start
+        record["seconds"] = round(trainer.progress.seconds, 2)
+        _finish_epoch(trainer, run, record)
+        if _stop_early(trainer, epoch):
+            say(f"stopped early: no better AP in {config.train.patience} evaluations")
+            break
+
+    _finish_run(trainer, run, val_loader, metrics)
+    accelerator.end_training()
+    return run.path
+
+
+def train_epoch(trainer: Trainer, loader: Iterable[Batch], epoch: int, started: float) -> dict[str, float]:
+    """One pass over the data; returns the mean of every loss term."""
+    config, accelerator = trainer.config.train, trainer.accelerator
+    trainer.model.train()
+    sums: defaultdict[str, float] = defaultdict(float)
+    loader.set_epoch(epoch)  # type: ignore[attr-defined]
+    batches = len(loader)  # type: ignore[arg-type]
+    bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", disable=not accelerator.is_main_process, leave=False)
+    count = 0
+    for index, batch in enumerate(bar):
+        for file, reason in batch.skipped:
+            tqdm.write(f"skipped {file}: {reason}")
+        images = batch.images.to(accelerator.device, non_blocking=True)
+        if config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        targets = [target.to(accelerator.device, non_blocking=True) for target in batch.targets]
+        boundary = (index + 1) % config.accumulate == 0 or index + 1 == batches
+        with accelerator.no_sync(trainer.model) if not boundary else _nothing():
+            with accelerator.autocast():
+                outputs = trainer.model(images, targets)
+            terms = trainer.bare_model.loss(outputs, targets)
+            loss = torch.stack([value.float() for value in terms.values()]).sum()
+            accelerator.backward(loss / config.accumulate)
+        for name, value in terms.items():
+            sums[_group(name)] += float(value.detach())
+        count += 1
+        if boundary:
+            _optimize(trainer)
+            bar.set_postfix_str(_status(trainer, sums, count, started))
+    return {name: value / max(1, count) for name, value in sums.items()}
+
+
+def _optimize(trainer: Trainer) -> None:
+    """One optimiser step, unless the gradient is not finite."""
+    config, progress = trainer.config.train, trainer.progress
+    set_learning_rate(trainer.optimizer, config, progress.step, trainer.total_steps)
+    norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip_norm or float("inf"))
+    # The norm is of the gradient averaged over all processes, so all of them decide alike.
+    if norm is None or torch.isfinite(norm) or trainer.accelerator.scaler is not None:
+        trainer.optimizer.step()
+        trainer.bad_steps = 0
+    else:
+        trainer.bad_steps += 1
+        tqdm.write(f"step {progress.step}: the gradient is not finite; step left out")
+        if trainer.bad_steps >= MAX_BAD_STEPS:
+            raise UserError(
+                f"training diverged: no finite gradient in {MAX_BAD_STEPS} steps (precision "
+                f"{trainer.accelerator.mixed_precision}, lr {config.lr:g}); lower train.lr or use --precision fp32"
+            )
+    trainer.optimizer.zero_grad(set_to_none=True)
+    if trainer.ema is not None:
+        trainer.ema.update(trainer.bare_model, step=progress.step)
+    progress.step += 1
+
+
+def _accelerator(config: Config, device: str | None) -> Accelerator:
+    """Devices, precision and trackers. One process uses ``device``; under ``torchrun`` each takes its own."""
+    chosen = resolve_device(device)
+    precision = resolve_precision(config.train.precision, chosen)
+    try:
+        return Accelerator(
+            cpu=chosen.type == "cpu",
+            mixed_precision="no" if precision == "fp32" else precision,
+            log_with=list(config.train.trackers) or None,
+            project_dir="runs" if config.train.trackers else None,
+            step_scheduler_with_optimizer=False,
+        )
+    except ValueError as error:
+        raise UserError(f"train.precision {precision} or train.trackers {config.train.trackers}: {error}") from error
+
+
+def _open_run(trainer: Trainer, output: Path | None, resume: Path | None) -> RunFolder:
+    """A new folder with the whole config in it, or the old one with the state loaded."""
+    accelerator = trainer.accelerator
+    if resume is not None:
+        run = RunFolder.resume(resume)
+        state = run.state()
+        accelerator.load_state(str(state))
+        trainer.progress = Progress(**json.loads((state / "progress.json").read_text()))
+        if accelerator.is_main_process:
+            run.cut_records(trainer.progress.epoch)
+        return run
+    folder: list[Any] = [None]
+    if accelerator.is_main_process:
+        folder[0] = RunFolder.create(output, trainer.bare_model.tasks).path
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(folder)
+    run = RunFolder(folder[0])
+    if accelerator.is_main_process:
+        run.write_text("config.yaml", trainer.config.to_yaml())
+    return run
+
+
+def _keep_best(trainer: Trainer, run: RunFolder, metrics: dict[str, dict[str, float]], epoch: int) -> None:
+    """Save the weights if this evaluation is the best so far (mean AP over the tasks)."""
+    score = sum(figures["AP"] for figures in metrics.values()) / len(metrics)
+    progress = trainer.progress
+    if score > progress.best or progress.best_epoch < 0:
+        progress.best, progress.best_epoch = score, epoch
+        if trainer.accelerator.is_main_process:
+            save_weights(trainer.eval_model, run.path / BEST, extra={"epoch": epoch + 1, "metrics": metrics})
+
+
+def _finish_epoch(trainer: Trainer, run: RunFolder, record: dict[str, Any]) -> None:
+    """Log the epoch and save everything needed to continue after it."""
+    accelerator = trainer.accelerator
+    flat = {**_flat(record["loss"], "loss"), **_flat(record.get("metrics", {}))}
+    accelerator.log(flat, step=record["step"])
+    fresh = run.path / ".state.tmp"
+    accelerator.save_state(str(fresh))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (fresh / "progress.json").write_text(json.dumps(vars(trainer.progress)))
+        run.replace_state(fresh)
+        run.log(record)
+        plot_run(run.records(), run.path / "results.png")
+    accelerator.wait_for_everyone()
+
+
+def _finish_run(trainer: Trainer, run: RunFolder, loader: Any, metrics: dict[str, Any]) -> None:
+    """Evaluate the best weights once more, as a user would load them, and leave figures and pictures."""
+    accelerator = trainer.accelerator
+    best = load(str(run.path / BEST)).to(accelerator.device)
+    figures = evaluate(best, loader, metrics, accelerator=accelerator)
+    if accelerator.is_main_process:
+        run.write_text("metrics.json", json.dumps(figures, indent=2) + "\n")
+        for metric in metrics.values():
+            accelerator.print(metric.table())
+        write_prediction_grid(best, loader.dataset, run.path / "predictions.jpg")
+        accelerator.print(f"best weights (epoch {trainer.progress.best_epoch + 1}): {run.path / BEST}")
+
+
+def _stop_early(trainer: Trainer, epoch: int) -> bool:
+    waited = (epoch - trainer.progress.best_epoch) // trainer.config.train.val_interval
+    return 0 < trainer.config.train.patience <= waited
+
+
+def _status(trainer: Trainer, sums: dict[str, float], count: int, started: float) -> str:
+    """Loss, best AP so far and time left in the whole run, for the progress bar."""
+    progress = trainer.progress
+    loss = sum(sums.values()) / count
+    rate = (time.monotonic() - started) / max(1, progress.step - _first_step(trainer))
+    left = rate * (trainer.total_steps - progress.step)
+    best = f" AP {progress.best:.3f}" if progress.best_epoch >= 0 else ""
+    return f"loss {loss:.3f}{best} left {int(left // 60)}:{int(left % 60):02d}"

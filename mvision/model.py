@@ -1,0 +1,141 @@
+"""A model is a backbone, a neck and one head per task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mvision.backbone import Backbone
+from mvision.config import ModelConfig, load_config
+from mvision.errors import UserError
+from mvision.heads import Head, head_class
+from mvision.layers import fuse_modules
+from mvision.neck import HybridEncoder
+from mvision.structures import Category, Instances, Targets
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+
+class Model(nn.Module):
+    """Backbone, neck and heads, wired by their channels and strides.
+
+    Args:
+        config: the complete description; ``categories`` and at least one head are required.
+
+    Attributes:
+        heads: by task name; their outputs come under the same names.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not config.heads:
+            raise UserError("model.heads is empty: name at least one task, such as detection")
+        if not config.categories:
+            raise UserError("model.categories is empty: pass num_classes or categories, or train on a data set")
+        self.config = config
+        self.backbone = Backbone(config.backbone, config.image_size)
+        self.neck = HybridEncoder(
+            in_channels=self.backbone.channels, strides=self.backbone.strides, **config.neck.model_dump()
+        )
+        channels = [config.neck.embed_dim] * len(self.neck.strides)
+        self.heads = nn.ModuleDict(
+            {
+                task: head_class(task)(settings, channels, self.neck.strides, config.categories)
+                for task, settings in config.heads.items()
+            }
+        )
+
+    @property
+    def categories(self) -> list[Category]:
+        """The classes; labels index into this list."""
+        return self.config.categories
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names of the heads."""
+        return list(self.heads)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def head(self, task: str) -> Head:
+        """The head of a task."""
+        head = self.heads[task]
+        assert isinstance(head, Head)
+        return head
+
+    def forward(self, images: Tensor, targets: list[Targets] | None = None) -> dict[str, dict[str, Tensor]]:
+        """Raw outputs of every head by task name.
+
+        Args:
+            images: (B, 3, H, W), float in 0..1 or uint8; normalisation happens inside.
+            targets: in training only; the outputs then hold what ``loss`` needs.
+        """
+        features = self.neck(self.backbone(images))
+        return {task: head(features, targets) for task, head in self.heads.items()}
+
+    def loss(self, outputs: dict[str, dict[str, Tensor]], targets: list[Targets]) -> dict[str, Tensor]:
+        """Named, weighted terms of all heads, as ``task/term``; their sum is the loss."""
+        return {
+            f"{task}/{name}": value
+            for task in self.heads
+            for name, value in self.head(task).loss(outputs[task], targets).items()
+        }
+
+    def postprocess(
+        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.5
+    ) -> list[Instances]:
+        """What was found in every image, in pixels of images of these (height, width)."""
+        (task,) = self.heads
+        return self.head(task).postprocess(outputs[task], sizes, threshold)
+
+    def predict(
+        self, images: Sequence[str | Image | np.ndarray], threshold: float = 0.5, batch_size: int = 8
+    ) -> list[Instances]:
+        """Find objects in files, PIL images or (H, W, 3) uint8 RGB arrays; scores >= ``threshold`` (0..1) are kept."""
+        from mvision.inference.predict import predict_images
+
+        return predict_images(self, images, threshold=threshold, batch_size=batch_size)
+
+    def fuse(self) -> Model:
+        """Re-parameterise for inference, in place: same outputs, fewer operations, no more training."""
+        fuse_modules(self)
+        return self
+
+
+def create_model(
+    name: str = "tiny",
+    tasks: Sequence[str] = ("detection",),
+    num_classes: int | None = None,
+    categories: Sequence[Category | str] | None = None,
+    **settings: Any,
+) -> Model:
+    """A model with random weights (or a pretrained backbone, with ``backbone__pretrained=True``).
+
+    Args:
+        name: a shipped model or any timm feature backbone.
+        tasks: the heads.
+        num_classes: classes are then named "0", "1", ...; or give ``categories`` (names or ``Category``).
+        settings: anything in the model's section of the config, levels joined by two underscores, such as
+            ``neck__embed_dim=192`` or ``image_size=320``.
+    """
+    classes: Sequence[Category | str]
+    if categories is not None:
+        classes = categories
+    elif num_classes is not None:
+        classes = [str(index) for index in range(num_classes)]
+    else:
+        raise UserError("create_model needs num_classes or categories")
+    described = [
+        entry if isinstance(entry, Category) else Category(id=index, name=entry) for index, entry in enumerate(classes)
+    ]
+    overrides: dict[str, Any] = {f"model.{key.replace('__', '.')}": value for key, value in settings.items()}
+    overrides["model.categories"] = [entry.model_dump() for entry in described]
+    return Model(load_config(name, tasks=list(tasks), overrides=overrides).model)

@@ -1,0 +1,194 @@
+"""How files, options and ``-o`` combine, and what a mistake in them is answered with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mvision.config import Config, load_config, merge, parse_config, parse_model_config, shipped_configs
+from mvision.errors import UserError
+
+
+def _file(folder: Path, name: str = "mine.yaml", **sections: Any) -> Path:
+    path = folder / name
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return path
+
+
+def test_precedence_is_file_then_options_then_assignments(tmp_path: Path) -> None:
+    file = _file(tmp_path, train={"epochs": 5, "batch_size": 4, "lr": 0.5})
+    options = {"train.epochs": 6, "train.batch_size": 8}
+    config = load_config(file=file, overrides=options, assignments=["train.epochs=7"])
+    assert (config.train.epochs, config.train.batch_size, config.train.lr) == (7, 8, 0.5)
+
+
+def test_a_file_goes_on_top_of_a_model(tmp_path: Path) -> None:
+    tiny = load_config("tiny")
+    config = load_config("tiny", file=_file(tmp_path, model={"neck": {"depth": 1}}))
+    assert config.model.neck.depth == 1
+    assert config.model.neck.embed_dim == tiny.model.neck.embed_dim
+    assert config.model.backbone == tiny.model.backbone
+
+
+def test_without_anything_it_is_tiny() -> None:
+    assert load_config() == load_config("tiny")
+
+
+@pytest.mark.parametrize("name", shipped_configs())
+def test_shipped_configs_are_complete_and_survive_a_round_trip(name: str, tmp_path: Path) -> None:
+    config = load_config(name)
+    assert config.model.heads
+    written = tmp_path / "config.yaml"
+    written.write_text(config.to_yaml(), encoding="utf-8")
+    again = load_config(file=written)
+    assert again == config
+    assert {task: type(settings) for task, settings in again.model.heads.items()} == {
+        task: type(settings) for task, settings in config.model.heads.items()
+    }
+
+
+def test_base_is_another_file_or_a_shipped_model(tmp_path: Path) -> None:
+    _file(tmp_path, "below.yaml", train={"epochs": 3, "lr": 0.5})
+    over_file = _file(tmp_path, "a.yaml", base="below.yaml", train={"lr": 0.25})
+    assert load_config(file=over_file).train.model_dump(include={"epochs", "lr"}) == {"epochs": 3, "lr": 0.25}
+    over_shipped = _file(tmp_path, "b.yaml", base="tiny", train={"epochs": 2})
+    assert load_config(file=over_shipped).model == load_config("tiny").model
+
+
+def test_base_has_one_level(tmp_path: Path) -> None:
+    _file(tmp_path, "first.yaml", base="tiny")
+    second = _file(tmp_path, "second.yaml", base="first.yaml")
+    with pytest.raises(UserError, match="one level is allowed"):
+        load_config(file=second)
+
+
+def test_floats_in_exponent_form_are_numbers(tmp_path: Path) -> None:
+    """PyYAML reads ``1e-4`` as text."""
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {lr: 1e-4}", encoding="utf-8")
+    config = load_config(file=file, assignments=["train.weight_decay=1e-3"])
+    assert (config.train.lr, config.train.weight_decay) == (1e-4, 1e-3)
+
+
+def test_empty_sections_mean_the_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model:\n  heads:\n    detection:\ntrain:\n  # lr: 1.0\n", encoding="utf-8")
+    config = load_config(file=file)
+    assert config.train == Config().train
+    assert list(config.model.heads) == ["detection"]
+
+
+def test_tasks_pick_the_heads_and_keep_their_settings(tmp_path: Path) -> None:
+    file = _file(tmp_path, model={"heads": {"detection": {"num_queries": 7}}})
+    config = load_config(file=file, tasks=["detection"])
+    assert config.model.heads["detection"].model_dump()["num_queries"] == 7
+    without = _file(tmp_path, "none.yaml", train={"epochs": 1})
+    assert list(load_config(file=without, tasks=["detection"]).model.heads) == ["detection"]
+
+
+def test_image_size_is_one_number_or_two() -> None:
+    assert load_config(assignments=["model.image_size=320"]).model.image_size == (320, 320)
+    assert load_config(overrides={"model.image_size": (320, 480)}).model.image_size == (320, 480)
+
+
+def test_a_timm_backbone_is_a_model() -> None:
+    config = load_config("test_resnet")
+    base = load_config("base")
+    assert config.model.backbone.name == "test_resnet"
+    assert config.model.neck == base.model.neck
+
+
+def test_merge_replaces_lists_and_leaves_its_arguments_alone() -> None:
+    base = {"a": {"b": 1, "c": [1, 2]}}
+    assert merge(base, {"a": {"c": [3]}, "d": 4}) == {"a": {"b": 1, "c": [3]}, "d": 4}
+    assert base == {"a": {"b": 1, "c": [1, 2]}}
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"trian": {}}, "unknown key 'trian': did you mean 'train'?"),
+        ({"train": {"epoch": 3}}, "unknown key 'train.epoch': did you mean 'epochs'?"),
+        # A known name in the wrong place is told its place, not a lookalike of the place it was found in.
+        ({"train": {"workers": 3}}, "unknown key 'train.workers': did you mean 'data.workers'?"),
+        ({"data": {"zzz": 3}}, "unknown key 'data.zzz': known keys here: augment, root, workers"),
+        ({"model": {"heads": {"detection": {"num_queris": 3}}}}, "'model.heads.detection.num_queris'.*'num_queries'"),
+        ({"model": {"heads": {"detectoin": {}}}}, "detectoin.*detection"),
+        ({"model": {"categories": [{"id": 1, "nme": "x"}]}}, "'model.categories.0.nme': did you mean 'name'?"),
+        ({"train": {"epochs": "many"}}, r"train.epochs: .*integer.*\(got 'many'\)"),
+        ({"train": {"lr": -1}}, r"train.lr: .*greater than 0 \(got -1\)"),
+        ({"train": {"precision": "fp8"}}, "train.precision: .*'bf16'.*got 'fp8'"),
+        ({"train": {"freeze": ["nek"]}}, "train.freeze.0: .*'neck'.*got 'nek'"),
+        ({"train": {"lr": -1, "epochs": "k"}}, "and 1 more"),
+        ({"model": {"image_size": 100}}, r"model.image_size: .*multiples of 32 \(got 100\)"),
+        ({"model": {"image_size": [64]}}, "model.image_size"),
+        ({"model": 3}, r"model: .*dictionary.*got 3"),
+        ({"model": {"heads": []}}, "model.heads: .*dictionary"),
+    ],
+)
+def test_mistakes_name_key_value_and_way_out(tree: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        parse_config(tree)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_of_several_types_names_them_all_and_no_type_tags() -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config({"model": {"neck": {"attention_levels": "fine"}}})
+    assert str(caught.value).startswith("model.neck.attention_levels: input should be 'coarsest' or 'all', or: ")
+
+
+def test_model_section_alone_is_prefixed() -> None:
+    with pytest.raises(UserError, match=r"unknown key 'model.neck.dept': did you mean 'depth'\?"):
+        parse_model_config({"neck": {"dept": 3}})
+
+
+def test_mistakes_in_a_file_name_the_file_and_those_of_an_assignment_do_not(tmp_path: Path) -> None:
+    file = _file(tmp_path, train={"epoch": 3})
+    with pytest.raises(UserError, match=f"^config {file}: unknown key 'train.epoch'"):
+        load_config(file=file)
+    good = _file(tmp_path, "good.yaml", train={"epochs": 3})
+    with pytest.raises(UserError, match=r"^unknown key 'train.epoch'"):
+        load_config(file=good, assignments=["train.epoch=3"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"train: [", "not valid YAML"),
+        (b"- 1\n- 2", "has to be a mapping"),
+        (b"\xff\xfe\x00", "not a text file"),
+        (b"train: {lr: !!python/object/apply:os.getcwd []}", "not valid YAML"),
+    ],
+)
+def test_unreadable_files(content: bytes, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(file=file)
+    assert str(file) in str(caught.value)
+
+
+def test_missing_file_and_unknown_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        load_config(file=tmp_path / "none.yaml")
+    with pytest.raises(UserError, match=r"--model resnt50: .*tiny.*resnet50"):
+        load_config("resnt50")
+
+
+@pytest.mark.parametrize("assignment", ["train.epochs", "=3", ""])
+def test_assignments_need_key_and_value(assignment: str) -> None:
+    with pytest.raises(UserError, match=r"key\.sub=value"):
+        load_config(assignments=[assignment])
+
+
+def test_assignments_are_yaml() -> None:
+    config = load_config(
+        assignments=["train.freeze=[backbone]", "data.root=null", "train.channels_last=false", "train.trackers=[]"]
+    )
+    assert (config.train.freeze, config.data.root, config.train.channels_last) == (["backbone"], None, False)
+    with pytest.raises(UserError, match=r"-o train.lr=\[: not valid YAML"):
+        load_config(assignments=["train.lr=["])
