@@ -106,7 +106,3 @@ def _bad_input_line(error: Exception) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, compared by name: torch may never have been imported
         return f"out of memory on the device: a smaller --batch-size or --image-size helps ({str(error).split('.')[0]})"
     return None
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,18 @@ def suggestion(word: str, known: Iterable[str]) -> str:
 
 
 class SuggestingGroup(click.Group):
-    """A group that answers a misspelt command with the nearest one."""
+    """A group that answers a misspelt command with the nearest one, and no command with its help."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order in which they were added, which is the order of work."""
+        return list(self.commands)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Show the help if there is nothing to do (as an error, with code 2, in click's newer versions)."""
+        if not args:
+            click.echo(ctx.get_help())
+            ctx.exit()
+        return super().parse_args(ctx, args)
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -85,3 +97,16 @@ def assignments_option(command: Decorated) -> Decorated:
         metavar="KEY.SUB=VALUE",
         help="Set any key of the config, such as -o train.lr=3e-4. Repeatable; wins over every other option.",
     )(command)
+
+
+@contextmanager
+def image_counter(description: str) -> Iterator[Callable[[int], None]]:
+    """A line that counts images while the block runs; yields what is called with the number of new ones."""
+    from tqdm import tqdm
+
+    with tqdm(desc=description, unit="img", leave=False) as bar:
+
+        def count(images: int) -> None:
+            bar.update(images)
+
+        yield count

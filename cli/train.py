@@ -27,14 +27,21 @@ from mvision.cli.options import (
 @click.option("--config", "file", type=EXISTING_FILE, metavar="FILE", help="A YAML file instead of a shipped model.")
 @assignments_option
 @click.option("--epochs", type=int, metavar="N", help="Passes over the data.  [default: the config's]")
-@click.option("--batch-size", type=int, metavar="N", help="Images per step and process.  [default: the config's]")
-@click.option("--image-size", type=ImageSize(), help="Input size, multiples of 32.  [default: the config's]")
+@click.option("--batch-size", type=int, metavar="N", help="Images per step, over all devices.  [default: the config's]")
+@click.option("--image-size", type=ImageSize(), metavar="N|HxW", help="Multiples of 32.  [default: the config's]")
 @click.option("--init", metavar="WEIGHTS", help=f"Start from {WEIGHTS}.")
-@click.option("--freeze", multiple=True, type=OneOf(["backbone", "neck"]), help="Do not train this part. Repeatable.")
+@click.option(
+    "--freeze", multiple=True, type=OneOf(["backbone", "neck"]), metavar="PART", help="Keep backbone or neck as it is."
+)
 @click.option("--resume", type=EXISTING_FOLDER, metavar="RUN", help="Continue a stopped run, exactly where it was.")
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="The run's folder.  [default: runs/TASK/N]")
 @device_option
-@click.option("--precision", type=OneOf(["auto", "fp32", "bf16", "fp16"]), help="[default: bf16 where it is fast]")
+@click.option(
+    "--precision",
+    type=OneOf(["auto", "fp32", "bf16", "fp16"]),
+    metavar="P",
+    help="fp32, bf16 or fp16.  [default: bf16 where the hardware has it]",
+)
 @click.option("--workers", type=int, metavar="N", help="Loading processes.  [default: by the number of cores]")
 @click.option("--seed", type=int, metavar="N", help="Same seed, same run.  [default: 0]")
 def train(

@@ -18,6 +18,9 @@ from mvision.heads import head_class
 from mvision.settings import Settings
 from mvision.structures import Category
 
+RUN_CONFIG = "config.yaml"
+"""What the configuration of a run is called in its folder."""
+
 
 class BackboneConfig(Settings):
     """A timm model (``features_only``) or, as ``smp:NAME``, an encoder of segmentation-models-pytorch.
@@ -234,6 +237,13 @@ def load_config(
             raise UserError(f"-o {assignment}: write it as key.sub=value")
         _assign(tree, key, _yaml(text, f"-o {assignment}"))
     return parse_config(tree)
+
+
+def config_of_run(source: str | Path) -> Config | None:
+    """The ``config.yaml`` of a run, given its folder or a file in it; None where there is none beside it."""
+    path = Path(source)
+    file = (path if path.is_dir() else path.parent) / RUN_CONFIG
+    return load_config(file=file) if path.exists() and file.is_file() else None
 
 
 def parse_config(tree: dict[str, Any], where: str = "") -> Config:

@@ -146,7 +146,7 @@ class QueryDecoder(nn.Module):
             if self.label_embed is None:
                 raise ValueError("denoising queries need a decoder built with num_denoising > 0")
             queries = torch.cat((self.label_embed(denoising.labels).to(queries.dtype), queries), 1)
-            noisy = inverse_sigmoid(denoising.boxes).sigmoid().to(references.dtype)
+            noisy = inverse_sigmoid(denoising.boxes.to(references.dtype)).sigmoid()
             references = torch.cat((noisy, references), 1)
             mask = denoising.mask
         logits, boxes, contents = self._refine(queries, references, memory, shapes, mask, every_layer)

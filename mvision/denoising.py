@@ -68,7 +68,10 @@ def make_denoising(
     amount[:, :, 1] += 1.0
     sign = torch.randint(0, 2, amount.shape, device=device, dtype=boxes.dtype) * 2 - 1
     reach = boxes[..., 2:].repeat(1, 1, 1, 1, 2) * (0.5 * box_noise)
-    boxes = xyxy_to_cxcywh((cxcywh_to_xyxy(boxes) + amount * sign * reach).clamp(0, 1))
+    corners = (cxcywh_to_xyxy(boxes) + amount * sign * reach).clamp(0, 1)
+    # Strong noise can push a corner past the opposite one: such a box is turned round, not left inside out.
+    low, high = corners[..., :2], corners[..., 2:]
+    boxes = xyxy_to_cxcywh(torch.cat((torch.minimum(low, high), torch.maximum(low, high)), -1))
 
     index = torch.arange(most, device=device).expand(shape)
     assigned = torch.where(valid, index, -1).clone()

@@ -88,9 +88,9 @@ def model_text(model: Model, name: str) -> str:
             part.name,
             f"{part.layers:,}",
             f"{part.parameters:,}",
-            f"{part.flops / 1e9:.2f}",
+            f"{part.flops / 1e9:.4g}",
             f"{fused[part.name].parameters:,}",
-            f"{fused[part.name].flops / 1e9:.2f}",
+            f"{fused[part.name].flops / 1e9:.4g}",
         )
         for part in trained
     ]
@@ -113,7 +113,7 @@ def count_parts(model: Model) -> list[Part]:
     """Backbone, neck, every head and the total, on one image of the model's size."""
     model.eval()
     image = torch.zeros(1, 3, *model.config.image_size, device=model.device)
-    counter = FlopCounterMode(display=False, depth=None)
+    counter = FlopCounterMode(display=False)
     # The fused attention kernels have no counting rule on every device; the plain one is made of matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(image)

@@ -1,14 +1,15 @@
 """Blocks shared by the neck and the heads: convolutions with a foldable norm, re-parameterised blocks, attention.
 
 Sources: RepVGG (Ding et al., CVPR 2021, sections 3.2-3.3) for the re-parameterised block, CSPNet (Wang et al., 2020)
-for the cross-stage layer, RT-DETR (Zhao et al., CVPR 2024, section 4.2) for how the two are combined, DETR (Carion et al.,
-ECCV 2020) for attention whose positions enter queries and keys only.
+for the cross-stage layer, RT-DETR (Zhao et al., CVPR 2024, section 4.2) for how the two are combined, DETR (Carion et
+al., ECCV 2020) for attention whose positions enter queries and keys only.
 
 Needs torch alone.
 """
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import TypeVar
 
@@ -301,30 +302,26 @@ def _fold(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     Works for every norm with running statistics (BatchNorm2d, SyncBatchNorm, frozen variants). On the CPU because some
     accelerators have no float64.
     """
-    mean, var = getattr(norm, "running_mean", None), getattr(norm, "running_var", None)
+    state = {name: getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias")}
+    mean, var, gamma, beta = (None if value is None else _exact(value) for value in state.values())
     if mean is None or var is None:
         raise ValueError(
-            f"cannot fuse {type(norm).__name__}: it keeps no running statistics (track_running_stats=False?)"
+            f"cannot fuse {type(norm).__name__}: it has no running statistics (track_running_stats=False?)"
         )
-    wide = {"device": torch.device("cpu"), "dtype": torch.float64}
-    mean, var, kernel = mean.to(**wide), var.to(**wide), weight.to(**wide)
-    gamma = torch.ones_like(mean) if norm.weight is None else norm.weight.to(**wide)
-    beta = torch.zeros_like(mean) if norm.bias is None else norm.bias.to(**wide)
-    scale = gamma / torch.sqrt(var + norm.eps)
-    return kernel * scale[:, None, None, None], beta - mean * scale
+    scale = torch.rsqrt(var + float(norm.eps))  # type: ignore[arg-type]
+    scale = scale if gamma is None else scale * gamma
+    bias = -mean * scale
+    return _exact(weight) * scale[:, None, None, None], bias if beta is None else bias + beta
 
 
+def _exact(x: Tensor) -> Tensor:
+    return x.to(device="cpu", dtype=torch.float64)
+
+
+@torch.no_grad()
 def _conv_like(conv: nn.Conv2d, kernel: Tensor, bias: Tensor) -> nn.Conv2d:
-    """A convolution with these weights, and `conv`'s geometry, device, dtype, memory format, mode and requires_grad."""
-    fused = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        conv.kernel_size,
-        conv.stride,
-        conv.padding,
-        groups=conv.groups,
-        device="meta",
-    )
-    fused.weight = nn.Parameter(torch.empty_like(conv.weight).copy_(kernel), conv.weight.requires_grad)
+    """A copy of `conv`, its device, dtype, memory format and mode included, with these weights."""
+    fused = copy.deepcopy(conv)
+    fused.weight.copy_(kernel)
     fused.bias = nn.Parameter(bias.to(conv.weight), conv.weight.requires_grad)
-    return fused.train(conv.training)
+    return fused

@@ -14,18 +14,17 @@ Needs torch alone, so that the neck can be used on any list of feature maps:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvision.layers import ConvNorm, CSPRepLayer, EncoderLayer, check_heads, fuse_modules, get_activation
+from mvision.aifi import AIFI, LearnedPosition, SincosPosition, is_static
+from mvision.layers import ConvNorm, CSPRepLayer, check_heads, fuse_modules, get_activation
 
 AttentionMode = Literal["global", "window", "auto"]
-
-LEARNED_GRID = 20
-"""Side of the learned position grid: the tokens of a 640-pixel image at stride 32."""
 
 
 class HybridEncoder(nn.Module):
@@ -49,7 +48,7 @@ class HybridEncoder(nn.Module):
         position: "sincos" (fixed) or "learned" (a grid resized to the map, plus one vector per attended scale).
         attention: "global", "window" (inside windows of at most window_size x window_size tokens), or "auto": windows
             on maps of more than window_threshold tokens. The weights are the same, so the attribute may be changed
-            later. A graph exported with dynamic sizes has one form only; "auto" exports the global one there.
+            later. A graph exported with dynamic sizes has one form only: global for "auto".
         window_threshold: 1600 tokens are a 1280 x 1280 image at stride 32.
         depth: RepBlocks in every fusion block.
         expansion: width of the fusion blocks' inside relative to embed_dim.
@@ -103,8 +102,17 @@ class HybridEncoder(nn.Module):
         self.attention: str = attention
         self.window_size, self.window_threshold = window_size, window_threshold
 
-        conv = {"act": conv_act, "eps": norm_eps}
-        csp = {"depth": depth, "expansion": expansion, "identity": rep_identity, **conv}
+        conv = partial(ConvNorm, embed_dim, embed_dim, act=conv_act, eps=norm_eps)
+        fusion = partial(
+            CSPRepLayer,
+            2 * embed_dim,
+            embed_dim,
+            depth=depth,
+            expansion=expansion,
+            identity=rep_identity,
+            act=conv_act,
+            eps=norm_eps,
+        )
         self.projections = nn.ModuleList(ConvNorm(c, embed_dim, act=None, eps=norm_eps) for c in self.in_channels)
         self.resamplers = nn.ModuleList(
             _resampler(embed_dim, a, b, conv_act, norm_eps) for a, b in zip(self.in_strides, self.strides)
@@ -120,12 +128,10 @@ class HybridEncoder(nn.Module):
         )
         steps = [max(1, round(b / a)) for a, b in zip(self.strides[:-1], self.strides[1:])]
         # lateral_convs and top_down run from the coarsest scale, downsample_convs and bottom_up from the finest.
-        self.lateral_convs = nn.ModuleList(ConvNorm(embed_dim, embed_dim, **conv) for _ in steps)
-        self.top_down = nn.ModuleList(CSPRepLayer(2 * embed_dim, embed_dim, **csp) for _ in steps)
-        self.downsample_convs = nn.ModuleList(
-            ConvNorm(embed_dim, embed_dim, _down_kernel(step), step, **conv) for step in steps
-        )
-        self.bottom_up = nn.ModuleList(CSPRepLayer(2 * embed_dim, embed_dim, **csp) for _ in steps)
+        self.lateral_convs = nn.ModuleList(conv() for _ in steps)
+        self.top_down = nn.ModuleList(fusion() for _ in steps)
+        self.downsample_convs = nn.ModuleList(conv(kernel_size=_down_kernel(step), stride=step) for step in steps)
+        self.bottom_up = nn.ModuleList(fusion() for _ in steps)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Maps (B, in_channels[i], H_i, W_i), finest first -> maps (B, embed_dim, H_i, W_i), finest first.
@@ -152,7 +158,7 @@ class HybridEncoder(nn.Module):
             maps[fine] = block(torch.cat([upsampled, maps[fine]], dim=1))
 
         for i, (downsample_conv, block) in enumerate(zip(self.downsample_convs, self.bottom_up)):
-            downsampled = _fit(downsample_conv(maps[i]), maps[i + 1])
+            downsampled = downsample_conv(maps[i])
             maps[i + 1] = block(torch.cat([downsampled, maps[i + 1]], dim=1))
         return maps
 
@@ -164,7 +170,7 @@ class HybridEncoder(nn.Module):
         """Window side for the attention on this map, 0 for global attention."""
         if self.attention == "auto":
             height, width = x.shape[-2:]
-            if not torch.jit.is_scripting() and _dynamic_export(height, width):
+            if _dynamic_export(height, width):
                 return 0
             return self.window_size if height * width > self.window_threshold else 0
         return self.window_size if self.attention == "window" else 0
@@ -182,112 +188,6 @@ class HybridEncoder(nn.Module):
             if x.ndim == 4 and x.shape[3] == channels:
                 hint = "; it looks channels-last (B, H, W, C): pass x.permute(0, 3, 1, 2)"
             raise ValueError(f"map {i} must be (B, {channels}, H, W) and is {tuple(x.shape)}{hint}")
-
-
-class AIFI(nn.Module):
-    """Transformer layers over the pixels of one map, globally or in windows: (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(
-        self, embed_dim: int, num_heads: int, num_layers: int, ffn_dim: int, *, dropout: float = 0.0, act: str = "gelu"
-    ) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(
-            EncoderLayer(embed_dim, num_heads, ffn_dim, dropout=dropout, act=act) for _ in range(num_layers)
-        )
-
-    def forward(self, x: Tensor, position: Tensor, window: int = 0) -> Tensor:
-        """x: (B, C, H, W), position: (1, H, W, C), window: largest side of a window in tokens, 0 for global."""
-        tokens = x.permute(0, 2, 3, 1)
-        tokens = self._windowed(tokens, position, window) if window > 0 else self._global(tokens, position)
-        y = tokens.permute(0, 3, 1, 2).to(x.dtype)  # autocast leaves the last LayerNorm in float32
-        # y lies channels-last in memory. In a contiguous model that layout would spread to every later convolution.
-        # Compilers choose layouts themselves.
-        if torch.jit.is_scripting() or not torch.compiler.is_compiling():
-            return y.contiguous() if x.is_contiguous() else y
-        return y
-
-    def _global(self, tokens: Tensor, position: Tensor) -> Tensor:
-        y, position = tokens.flatten(1, 2), position.flatten(1, 2)
-        for layer in self.layers:
-            y = layer(y, position)
-        return y.reshape(tokens.shape)
-
-    def _windowed(self, tokens: Tensor, position: Tensor, window: int) -> Tensor:
-        """Everything but the attention acts on single tokens, so the map is cut once, before all layers.
-
-        The windows are the fewest that cover the map, and all of one size: at most one row and column of padding each.
-        A map of at most window x window tokens is one window without padding, which is global attention.
-        """
-        batch, height, width, channels = tokens.shape
-        rows, columns = (height + window - 1) // window, (width + window - 1) // window
-        h, w = (height + rows - 1) // rows, (width + columns - 1) // columns
-        device = tokens.device
-        # Windows one after another, and where each of their tokens lies in the map, padded ones at the edge.
-        slot = torch.arange(rows * columns * h * w, device=device)
-        number, inside = slot // (h * w), slot % (h * w)
-        y, x = number // columns * h + inside // w, number % columns * w + inside % w
-        source = y.clamp(max=height - 1) * width + x.clamp(max=width - 1)
-        mask = ((y < height) & (x < width)).repeat(batch).reshape(-1, 1, 1, h * w)
-        position = position.flatten(1, 2)[:, source].repeat(batch, 1, 1).reshape(-1, h * w, channels)
-        t = tokens.flatten(1, 2)[:, source].reshape(-1, h * w, channels)
-        for layer in self.layers:
-            t = layer(t, position, mask)
-        y, x = torch.arange(height, device=device)[:, None], torch.arange(width, device=device)
-        slot = ((y // h * columns + x // w) * h + y % h) * w + x % w
-        return t.reshape(batch, -1, channels)[:, slot.flatten()].reshape(tokens.shape)
-
-
-class SincosPosition(nn.Module):
-    """Fixed 2D position embedding, channels [sin y | cos y | sin x | cos x], dim / 4 frequencies each.
-
-    For square maps these are the numbers of the original RT-DETR code; for others that code mixes up rows and columns,
-    and `transformers` has them in this, the meant order.
-
-    Raises:
-        ValueError: dim is not a multiple of 4.
-    """
-
-    def __init__(self, dim: int, temperature: float = 10000.0) -> None:
-        super().__init__()
-        if dim % 4:
-            raise ValueError(
-                f"embed_dim={dim} is not a multiple of 4, which position='sincos' needs; take position='learned' or "
-                f"embed_dim={dim + 4 - dim % 4}"
-            )
-        self.dim, self.temperature = dim, temperature
-
-    def forward(self, x: Tensor, scale: int = 0) -> Tensor:
-        """(1, H, W, dim) for a map x (B, dim, H, W), in its dtype; the same for every scale."""
-        height, width = x.shape[-2:]
-        # The reference computes in float64. Many graph runtimes and MPS have none, and float32 is within 1e-5 of it.
-        dtype = torch.float64
-        if x.dtype != torch.float64 and (_in_graph() or x.device.type == "mps"):
-            dtype = torch.float32
-        frequencies = torch.arange(self.dim // 4, dtype=dtype, device=x.device) / (self.dim // 4)
-        frequencies = 1.0 / self.temperature**frequencies
-        # One table per axis: H + W rows of sines and cosines instead of H x W.
-        rows = torch.arange(height, dtype=dtype, device=x.device).outer(frequencies)
-        columns = torch.arange(width, dtype=dtype, device=x.device).outer(frequencies)
-        rows = torch.cat([rows.sin(), rows.cos()], dim=1).to(x.dtype)
-        columns = torch.cat([columns.sin(), columns.cos()], dim=1).to(x.dtype)
-        rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
-        return torch.cat([rows, columns], dim=2)[None]
-
-
-class LearnedPosition(nn.Module):
-    """Learned position embedding: one grid for all scales, resized to the map (bicubic), plus one vector per scale."""
-
-    def __init__(self, dim: int, num_scales: int) -> None:
-        super().__init__()
-        self.grid = nn.Parameter(torch.empty(1, dim, LEARNED_GRID, LEARNED_GRID))
-        self.scales = nn.Parameter(torch.empty(num_scales, dim))
-        nn.init.trunc_normal_(self.grid, std=0.02)
-        nn.init.trunc_normal_(self.scales, std=0.02)
-
-    def forward(self, x: Tensor, scale: int = 0) -> Tensor:
-        """(1, H, W, dim) for a map x (B, dim, H, W) of the given attended scale, in its dtype."""
-        grid = F.interpolate(self.grid, size=x.shape[-2:], mode="bicubic", align_corners=False)
-        return (grid.permute(0, 2, 3, 1) + self.scales[scale]).to(x.dtype)
 
 
 def pyramid_strides(strides: Sequence[int]) -> list[int]:
@@ -329,8 +229,8 @@ def _position(position: str, embed_dim: int, num_scales: int) -> nn.Module:
 
 
 def _down_kernel(step: int) -> int:
-    """The smallest odd kernel >= 3 that leaves no pixel between strides: 3 for 2 (RT-DETR), 5 for 4."""
-    return max(3, step + 1 - step % 2)
+    """The smallest odd kernel >= 3 whose windows, `step` apart, miss no pixel: 3 for 2 (as in RT-DETR), 7 for 4."""
+    return max(3, 2 * step - 1)
 
 
 def _fit(x: Tensor, like: Tensor) -> Tensor:
@@ -339,35 +239,18 @@ def _fit(x: Tensor, like: Tensor) -> Tensor:
     Stride-2 convolutions round sizes up where many backbones round down; nearest from n + 1 to n drops the last row.
     """
     size = like.shape[-2:]
-    if _is_static(size[0]) and x.shape[-2:] == size:
+    if is_static(size[0]) and x.shape[-2:] == size:
         return x
     return F.interpolate(x, size=size, mode="nearest")
 
 
-def _windows(x: Tensor, rows: int, height: int, columns: int, width: int) -> Tensor:
-    """Pad (B, H, W, C) with zeros and cut it into (B * rows * columns, height * width, C)."""
-    batch, full_height, full_width, channels = x.shape
-    x = F.pad(x, [0, 0, 0, columns * width - full_width, 0, rows * height - full_height])
-    x = x.reshape(batch, rows, height, columns, width, channels).transpose(2, 3)
-    return x.reshape(batch * rows * columns, height * width, channels)
-
-
-def _in_graph() -> bool:
-    """Is this call being compiled, exported or traced (or scripted: a graph as well)?"""
-    if torch.jit.is_scripting():
-        return True
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _is_static(size: int) -> bool:
-    """Is this size a plain number? Sizes are symbols in dynamic graphs, where comparing them would fix them."""
-    return isinstance(size, int)
-
-
 def _dynamic_export(height: int, width: int) -> bool:
     """Is a graph with a dynamic map size being exported? (torch.compile may look at sizes: it recompiles.)"""
-    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # is_exporting: torch >= 2.7
-    return exporting() and not (_is_static(height) and _is_static(width))
+    if torch.jit.is_scripting():
+        return False
+    else:
+        exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # is_exporting: torch >= 2.7
+        return exporting() and not (is_static(height) and is_static(width))
 
 
 def _resolve_levels(levels: str | Sequence[int], num_levels: int) -> list[int]:

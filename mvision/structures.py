@@ -55,7 +55,7 @@ class Targets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """The same labels on another device."""
-        moved = {
+        moved: dict[str, Any] = {
             f.name: value.to(device, non_blocking=non_blocking)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor)
@@ -112,7 +112,7 @@ class Instances:
     def to_coco(self, image_id: Any) -> list[dict[str, Any]]:
         """Entries of COCO's result format, in the order of the instances.
 
-        Each has image_id, category_id (of the data set, not the label), bbox as xywh in pixels, score, and where present
+        Each has image_id, category_id (the data set's, not the label), bbox as xywh in pixels, score, and where present
         segmentation (compressed run lengths of the whole image) and keypoints (x, y, score of one after another).
         """
         corners = self.boxes.astype(np.float64).reshape(-1, 4)

@@ -168,7 +168,7 @@ def test_area_of_a_box_alone(backend: str) -> None:
 
 
 def test_polygons_uncompressed_runs_and_boxes_as_masks(backend: str) -> None:
-    polygon = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0], [1.0, 1.0, 2.0, 2.0]]
+    polygon = [[1.0, 1.0, 2.0, 2.0], [10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
     image = {"id": 1, "height": 60, "width": 50}
     base = {"image_id": 1, "category_id": 3, "bbox": [10, 10, 30, 30]}
     runs = [50 * 60 - 600, 600]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -61,11 +62,54 @@ def test_readme_names_the_distribution_and_its_commands_are_what_ci_runs(setup_c
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert setup_cfg["metadata"]["name"] in readme
+    assert "@@" not in readme, "figures that are still to be filled in"
     # On the public index the plain name belongs to another package.
     assert not re.search(r"pip install (-\S+ )*[\"']?mvision(?!-)", readme)
     for command in ('pip install -e ".[dev]"', "python -m pytest"):
         assert command in readme, command
         assert command in ci, command
+
+
+def _blocks(language: str) -> list[str]:
+    """The fenced blocks of the README in a language."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_commands_of_the_readme_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import click
+
+    from mvision.cli.main import cli
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my.yaml").touch()
+    blocks = "\n".join(_blocks("bash") + _blocks("console"))
+    lines = re.findall(r"^(?:\$ )?mvision (.*?)(?:\s+#.*)?$", blocks, flags=re.MULTILINE)
+    assert len(lines) > 5
+    for line in lines:
+        arguments = shlex.split(line)
+        command: click.Command = cli
+        while isinstance(command, click.Group):
+            command = command.commands[arguments.pop(0)]
+        command.make_context("mvision", arguments)  # raises on an unknown option or a missing argument
+
+
+def test_yaml_of_the_readme_is_a_config(tmp_path: Path) -> None:
+    from mvision.config import load_config
+
+    (block,) = _blocks("yaml")
+    (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
+    config = load_config(file=tmp_path / "my.yaml", tasks=["detection"])
+    assert config.model.image_size == (480, 640)
+
+
+def test_neck_of_the_readme_runs() -> None:
+    import torch
+
+    (block,) = (block for block in _blocks("python") if "HybridEncoder" in block)
+    names = {"images": torch.zeros(1, 3, 64, 96)}
+    exec(block, names)
+    assert [names[level].shape for level in ("p3", "p4", "p5")] == [(1, 192, 8, 12), (1, 192, 4, 6), (1, 192, 2, 3)]
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,10 @@
 """Reading COCO annotation files: structural mistakes are refused in one line, damaged entries are named and skipped.
 
 Refused (``UserError``): no file, no JSON, no images / annotations / categories, categories without name or id, ids that
-occur twice, annotations of an unknown image or category, image files outside the data folder, none of the images there.
+occur twice, annotations of an unknown image or category, image files outside the data folder, none of the images found.
 Named, counted and skipped (``problems``): boxes without area, outside the image or NaN, unusable segmentations and
-keypoints. Image files that do not decode show up when they are read: training replaces and names them, evaluation leaves
-them out and names them.
+keypoints. Image files that do not decode show up when they are read: training replaces and names them, evaluation
+leaves them out and names them.
 """
 
 from __future__ import annotations
@@ -89,11 +89,10 @@ class CocoSplit:
     def coco_dict(self) -> dict[str, Any]:
         """The usable part as a COCO dictionary, for evaluation: pixels and ids as in the file, read anew.
 
-        Crowd regions are in it, skipped annotations are not; ``area``, ``iscrowd`` and, with keypoints, ``num_keypoints``
-        are always there.
+        Crowd regions are in it, skipped annotations are not; ``area``, ``iscrowd`` and, with keypoints,
+        ``num_keypoints`` are always there.
         """
         raw = self.split.load()
-        self_categories = _categories(raw, str(self.split.annotations))
         annotations = []
         used: set[int] = set()
         for position, annotation, item in self._clean(raw, str(self.split.annotations), Problems()):
@@ -104,7 +103,7 @@ class CocoSplit:
                 for record in self.records
             ],
             "annotations": annotations,
-            "categories": [_coco_category(category) for category in self_categories],
+            "categories": [_coco_category(category) for category in self.categories],
         }
 
     def _clean(
@@ -119,14 +118,15 @@ class CocoSplit:
             if not isinstance(annotation, dict):
                 raise UserError(f"{where}: annotations[{number}] is no object with bbox, image_id and category_id")
             name = f"annotation {annotation.get('id', f'no. {number}')}"
-            position = position_of.get(_whole(annotation.get("image_id")))
+            image_id, category_id = _whole(annotation.get("image_id")), _whole(annotation.get("category_id"))
+            position = None if image_id is None else position_of.get(image_id)
             if position is None:
                 raise UserError(f"{where}: {name} has image_id {annotation.get('image_id')!r}, which no image has")
-            label = label_of.get(_whole(annotation.get("category_id")))
+            label = None if category_id is None else label_of.get(category_id)
             if label is None:
                 known = ", ".join(str(category.id) for category in self.categories[:20])
                 raise UserError(
-                    f"{where}: {name} has category_id {annotation.get('category_id')!r}; the categories' ids are {known}"
+                    f"{where}: {name} has category_id {annotation.get('category_id')!r}; the categories are {known}"
                 )
             record = self.records[position]
             item = clean_object(
@@ -310,7 +310,7 @@ def _images(raw: dict[str, Any], split: Split, problems: Problems) -> tuple[Path
             try:
                 height, width, _ = image_size(folder / names[identity])
             except BadImage as error:
-                problems.add("image that cannot be read: left out", f"{names[identity]}: {error.reason}")
+                problems.add("image that cannot be read", f"{names[identity]}: {error.reason}")
                 height = width = 1
         records.append(ImageRecord(identity, names[identity], height, width))
     return folder, records

@@ -50,10 +50,9 @@ def read_image(path: str | Path, at_least: tuple[int, int] | None = None, rotate
         raise BadImage(path, error.strerror or str(error)) from error
     if not data:
         raise BadImage(path, "the file is empty")
-    if data[:2] == JPEG_START:
-        # libjpeg fills what a truncated file lacks with grey and only warns, so the end marker is looked for first.
-        if JPEG_END not in data[-4096:]:
-            raise BadImage(path, "the JPEG is truncated (no end marker)")
+    # cv2 fills what a truncated JPEG lacks with grey. One without an end marker near its end, be it truncated or followed
+    # by a phone's video, is PIL's to judge.
+    if data[:2] == JPEG_START and JPEG_END in data[-4096:]:
         image = _decode_jpeg(path, data, at_least, rotate)
         if image is not None:
             return image
@@ -78,8 +77,8 @@ def image_size(path: str | Path) -> tuple[int, int, bool]:
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Stretch (H, W, 3) uint8 to ``size`` (height, width): bilinear, antialiased when shrinking.
 
-    The published RT-DETR weights were trained and evaluated on PIL's bilinear resize; torch's uint8 kernel gives the same
-    bytes four times faster.
+    The published RT-DETR weights were trained and evaluated on PIL's bilinear resize; torch's uint8 kernel gives the
+    same bytes four times faster.
     """
     if image.shape[:2] == tuple(size):
         return np.ascontiguousarray(image)

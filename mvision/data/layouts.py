@@ -1,4 +1,4 @@
-"""What a data folder is: COCO's layouts, Roboflow's COCO export, or a YOLO ``data.yaml``; all become COCO dictionaries."""
+"""What a data folder is: a layout of COCO's, Roboflow's or YOLO's; all of them become COCO dictionaries."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from mvision.data.yolo import YoloSet, is_yolo_file, read_yolo_split, yolo_split
 from mvision.errors import UserError
 
 KEYPOINT_TASK = "keypoints"
+EVERYTHING = ("detection", "instance-seg", KEYPOINT_TASK)  # tasks whose labels together are all that a split has
+USUAL_SPLITS = ("train", "val", "test")
 ROBOFLOW_FILE = "_annotations.coco.json"
 ROBOFLOW_NAMES = {"train": "train", "valid": "val", "val": "val", "test": "test"}
 
@@ -83,6 +85,11 @@ class Layout:
         if set(tasks) == {KEYPOINT_TASK}:
             return replace(persons, name=name)
         return replace(split, keypoints=persons.annotations)
+
+
+def usual_splits(layout: Layout) -> list[str]:
+    """train, val and test where they exist, else every split."""
+    return [name for name in USUAL_SPLITS if name in layout.splits] or list(layout.splits)
 
 
 def find_layout(root: str | Path | None = None) -> Layout:
@@ -198,6 +205,6 @@ def _not_recognised(root: Path) -> str:
     if any((root / folder).is_dir() for folder in ("Annotations", "JPEGImages")) or any(root.glob("*.xml")):
         hint = "; Pascal VOC's XML files are not read: convert them to COCO first"
     return (
-        f"--data {root}: no data set recognised (found: {found}); expected images/ + annotations/train.json and val.json, "
+        f"--data {root}: no data set recognised (found: {found}); expected images/ + annotations/{{train,val}}.json, "
         f"COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, or a YOLO data.yaml{hint}"
     )

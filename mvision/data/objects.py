@@ -81,12 +81,9 @@ def clean_object(
     if box is None:
         return None
     keypoints = _keypoints(annotation, category, size, problems, where) if "keypoints" in fields else None
-    area = annotation.get("area")
-    if not (_is_number(area) and area > 0):
-        if outline is not None:
-            area = outline_area(outline, *size)
-        area = area or (box[2] - box[0]) * (box[3] - box[1])
-    return CleanObject(box, label, float(area), bool(annotation.get("iscrowd")), outline, keypoints)
+    area = _positive(annotation.get("area")) or (outline_area(outline, *size) if outline is not None else 0.0)
+    area = area or (box[2] - box[0]) * (box[3] - box[1])
+    return CleanObject(box, label, area, bool(annotation.get("iscrowd")), outline, keypoints)
 
 
 def pack_objects(
@@ -181,7 +178,8 @@ def _keypoints(
     if not isinstance(values, list) or len(values) != 3 * count:
         amount = len(values) if isinstance(values, list) else type(values).__name__
         problems.add(
-            "keypoints of the wrong number: the object has none", f"{where}: {amount} values, {category.name} has {count}"
+            "keypoints of the wrong number: the object has none",
+            f"{where}: {amount} values, {category.name} has {count}",
         )
         return None
     try:
@@ -201,6 +199,10 @@ def _keypoints(
     points[~seen | bad | outside] = 0
     points[:, 2] = points[:, 2].clip(0, 2).round()
     return points
+
+
+def _positive(value: Any) -> float:
+    return float(value) if _is_number(value) and value > 0 else 0.0
 
 
 def _is_number(value: Any) -> bool:

@@ -76,8 +76,8 @@ def rasterise(
 
     Args:
         outline: polygons in fractions of the source image, or run lengths of the source image.
-        scale, offset: (2,) x, y: a point p (in fractions) of the source image lands at p * scale + offset (in fractions)
-            of the raster; a negative scale is a flip.
+        scale, offset: (2,) x, y: a point p (in fractions) of the source image lands at p * scale + offset (in
+            fractions) of the raster; a negative scale is a flip.
         window: x0, y0, x1, y1 in pixels of the raster; nothing is drawn outside of it.
         size: height and width of the raster.
 
@@ -85,8 +85,8 @@ def rasterise(
         (height, width) uint8 of 0 and 1.
     """
     height, width = size
-    x0, y0, x1, y1 = window
     raster = np.zeros(size, dtype=np.uint8)
+    x0, y0, x1, y1 = _drawn_part(outline, scale, offset, window, size)
     if x1 <= x0 or y1 <= y0:
         return raster
     if isinstance(outline, dict):
@@ -135,6 +135,24 @@ class Outlines:
             return None
         bounds = self.first_point[begin : end + 1]
         return [self.points[bounds[i] : bounds[i + 1]] for i in range(end - begin)]
+
+
+def _drawn_part(
+    outline: Outline,
+    scale: np.ndarray,
+    offset: np.ndarray,
+    window: tuple[int, int, int, int],
+    size: tuple[int, int],
+) -> tuple[int, int, int, int]:
+    """The part of the window that the outline can reach: most objects are small, and empty pixels take time too."""
+    x0, y0, x1, y1 = outline_box(outline)
+    corners = np.array(((x0, y0), (x1, y1)))
+    if isinstance(outline, dict):
+        corners /= outline["size"][::-1]
+    corners = (corners * scale + offset) * (size[1], size[0])
+    low = np.maximum(np.floor(corners.min(axis=0)), window[:2]).astype(int)
+    high = np.minimum(np.ceil(corners.max(axis=0)), window[2:]).astype(int)
+    return int(low[0]), int(low[1]), int(high[0]), int(high[1])
 
 
 def _source_indices(targets: np.ndarray, extent: int, scale: float, offset: float, source_extent: int) -> np.ndarray:

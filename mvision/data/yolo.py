@@ -48,7 +48,7 @@ def is_yolo_file(path: Path) -> bool:
 
 
 def yolo_splits(file: Path) -> YoloSet:
-    """Read a ``data.yaml``: ``path``, ``train``, ``val``, ``test``, ``names``, ``kpt_shape``, ``flip_idx``, ``kpt_names``.
+    """Read a ``data.yaml``: path, train, val, test, names, kpt_shape, flip_idx, kpt_names.
 
     Raises:
         UserError: the file is no YAML, or a split's images are not there.
@@ -74,8 +74,8 @@ def yolo_splits(file: Path) -> YoloSet:
 def read_yolo_split(yolo: YoloSet, split: str) -> dict[str, Any]:
     """One split as a COCO dictionary: boxes, polygons or keypoints, whatever its label files hold.
 
-    An image without a label file, or with an empty one, is an image without objects. Images that cannot be read are kept
-    without size, so that they are named like those of any other data set.
+    An image without a label file, or with an empty one, is an image without objects. Images that cannot be read are
+    kept without size, so that they are named like those of any other data set.
 
     Raises:
         UserError: no images, a class that ``names`` lacks, or a line that is neither box, polygon nor pose.
@@ -169,7 +169,7 @@ def _sources(tree: dict[str, Any], key: str, file: Path) -> list[Path]:
     base = Path(os.path.normpath(file.parent / str(tree.get("path") or ".")))
     found = []
     for entry in map(str, entries):
-        # Roboflow writes ../train/images in a file that lies beside train/: the leading dots are dropped as a last resort.
+        # Roboflow writes ../train/images in a file that lies beside train/: the leading dots go as a last resort.
         stripped = entry
         while stripped.startswith("../"):
             stripped = stripped[3:]
@@ -226,7 +226,11 @@ def _names_from_flip(flip: Any, count: int, file: Path) -> list[str]:
     """Names whose left_/right_ pairs say what ``flip_idx`` says; augmentation finds the pairs by name."""
     if not flip:
         return [f"point_{index}" for index in range(count)]
-    if not isinstance(flip, list) or sorted(flip) != list(range(count)) or any(flip[flip[i]] != i for i in range(count)):
+    if (
+        not isinstance(flip, list)
+        or sorted(flip) != list(range(count))
+        or any(flip[flip[i]] != i for i in range(count))
+    ):
         raise UserError(f"{file}: flip_idx has to list, for each of the {count} keypoints, its mirror image: {flip!r}")
     sides = {True: "left", False: "right"}
     return [

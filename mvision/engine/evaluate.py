@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
@@ -56,7 +55,8 @@ def evaluate(
         metric.reset()
     quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
     with eval_mode(model):
-        for batch in tqdm(loader, desc="evaluating", disable=quiet, leave=False):
+        # None switches the bar off where there is no terminal.
+        for batch in tqdm(loader, desc="evaluating", disable=True if quiet else None, leave=False):
             for file, reason in batch.skipped:
                 tqdm.write(f"skipped {file}: {reason}")
             if batch.targets:

@@ -19,8 +19,6 @@ from mvision.engine.truth import Truth
 from mvision.errors import UserError
 from mvision.structures import Category
 
-MetricName = Literal["bbox", "segm", "keypoints"]
-
 
 class Figure(NamedTuple):
     """One line of COCO's table. ``iou`` None is the mean over 0.50:0.95; for keypoints the overlap is the OKS."""
@@ -96,7 +94,7 @@ class CocoMetric:
         self,
         coco_dict: dict[str, Any],
         categories: Sequence[Category],
-        metric: MetricName = "bbox",
+        metric: str = "bbox",
         sigmas: Sequence[float] | None = None,
         backend: Literal["hotcoco", "pycocotools"] | None = None,
     ) -> None:

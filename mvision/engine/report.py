@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mvision.data import Dataset
 from mvision.model import Model
 
 
@@ -35,13 +36,13 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
     temporary.replace(path)
 
 
-def write_prediction_grid(model: Model, dataset: Any, path: Path, count: int = 8, threshold: float = 0.4) -> None:
+def write_prediction_grid(model: Model, dataset: Dataset, path: Path, count: int = 8, threshold: float = 0.4) -> None:
     """The first ``count`` validation images, each with ground truth (left) and predictions (right), as one JPEG."""
     import cv2
 
     from mvision.inference.draw import grid, side_by_side
 
-    images, truths = dataset.examples(count)
+    images, truths = zip(*(dataset.truth(index) for index in range(min(count, len(dataset)))))
     found = model.predict(images, threshold=threshold)
     picture = grid([side_by_side(*row) for row in zip(images, truths, found)])
     cv2.imwrite(str(path), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])

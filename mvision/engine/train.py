@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,14 @@ from tqdm import tqdm
 
 from mvision.backbone import freeze
 from mvision.config import Config
-from mvision.data import Batch, build_eval_loader, build_train_loader, find_layout, read_split
+from mvision.data import CocoSplit, Loader, build_eval_loader, build_train_loader, find_layout, same_categories
 from mvision.engine.evaluate import evaluate, make_metrics
 from mvision.engine.machine import keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.report import plot_run, write_prediction_grid
 from mvision.engine.run import BEST, RunFolder
 from mvision.errors import UserError
+from mvision.heads import head_class
 from mvision.model import Model
 from mvision.weights import init_from, load, save_weights
 
@@ -91,16 +92,17 @@ def train(
     Raises:
         UserError: anything wrong with data, weights, device or folder.
     """
-    started = time.monotonic()
     keep_freed_memory()
     accelerator = _accelerator(config, device)
     say = accelerator.print
     layout = find_layout(config.data.root)
     say(layout.description)
-    train_split, val_split = read_split(layout, "train"), read_split(layout, "val")
+    fields = frozenset[str]().union(*(head_class(task).needs for task in config.model.heads))
+    train_split, val_split = (CocoSplit(layout.split(name, list(config.model.heads)), fields) for name in ("train", "val"))
     for split in (train_split, val_split):
-        if split.problems:
-            say(split.problems.line())
+        if len(split.problems):
+            say(f"{split.problems}")
+    same_categories(train_split, val_split)
     config.model.categories = train_split.categories
 
     set_seed(config.train.seed)
@@ -112,8 +114,16 @@ def train(
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    train_loader = build_train_loader(train_split, config, accelerator.num_processes, accelerator.process_index)
-    val_loader = build_eval_loader(val_split, config, accelerator.num_processes, accelerator.process_index)
+    sizes: dict[str, Any] = {"batch_size": config.train.batch_size, "image_size": config.model.image_size}
+    place: dict[str, Any] = {
+        "rank": accelerator.process_index,
+        "world_size": accelerator.num_processes,
+        "device": accelerator.device,
+    }
+    train_loader = build_train_loader(
+        train_split, config.data, seed=config.train.seed, epochs=config.train.epochs, **sizes, **place
+    )
+    val_loader = build_eval_loader(val_split, config.data, **sizes, **place)
     metrics = make_metrics(model, val_split)
 
     model = model.to(accelerator.device)
@@ -128,12 +138,12 @@ def train(
     trainer = Trainer(config, accelerator, wrapped, optimizer, ema, steps_per_epoch * config.train.epochs)
 
     run = _open_run(trainer, output, resume)
-    say(f"run {run.path}: {_describe(trainer, train_split, val_split)}")
+    say(f"run {run.path}: {_describe(trainer, len(train_split), len(val_split))}")
     accelerator.init_trackers("mvision", config=_flat(config.model_dump(mode="json")))
 
     for epoch in range(trainer.progress.epoch, config.train.epochs):
         epoch_start = time.monotonic()
-        losses = train_epoch(trainer, train_loader, epoch, started)
+        losses = train_epoch(trainer, train_loader, epoch)
         record: dict[str, Any] = {"epoch": epoch, "step": trainer.progress.step, "loss": losses}
         last = epoch + 1 == config.train.epochs
         if last or (epoch + 1) % config.train.val_interval == 0:
@@ -152,27 +162,31 @@ def train(
     return run.path
 
 
-def train_epoch(trainer: Trainer, loader: Iterable[Batch], epoch: int, started: float) -> dict[str, float]:
+def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float]:
     """One pass over the data; returns the mean of every loss term."""
     config, accelerator = trainer.config.train, trainer.accelerator
     trainer.model.train()
     sums: defaultdict[str, float] = defaultdict(float)
-    loader.set_epoch(epoch)  # type: ignore[attr-defined]
-    batches = len(loader)  # type: ignore[arg-type]
-    bar = tqdm(loader, desc=f"epoch {epoch + 1}/{config.epochs}", disable=not accelerator.is_main_process, leave=False)
+    bar = tqdm(
+        loader.epoch(epoch),
+        total=len(loader),
+        desc=f"epoch {epoch + 1}/{config.epochs}",
+        disable=not accelerator.is_main_process,
+        leave=False,
+    )
+    clock = time.monotonic()
     count = 0
-    for index, batch in enumerate(bar):
-        for file, reason in batch.skipped:
+    for index, loaded in enumerate(bar):
+        for file, reason in loaded.skipped:
             tqdm.write(f"skipped {file}: {reason}")
-        images = batch.images.to(accelerator.device, non_blocking=True)
+        batch = loaded.to(accelerator.device)
         if config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        targets = [target.to(accelerator.device, non_blocking=True) for target in batch.targets]
-        boundary = (index + 1) % config.accumulate == 0 or index + 1 == batches
-        with accelerator.no_sync(trainer.model) if not boundary else _nothing():
+            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
+        boundary = (index + 1) % config.accumulate == 0 or index + 1 == len(loader)
+        with accelerator.no_sync(trainer.model) if not boundary else nullcontext():
             with accelerator.autocast():
-                outputs = trainer.model(images, targets)
-            terms = trainer.bare_model.loss(outputs, targets)
+                outputs = trainer.model(batch.images, batch.targets)
+            terms = trainer.bare_model.loss(outputs, batch.targets)
             loss = torch.stack([value.float() for value in terms.values()]).sum()
             accelerator.backward(loss / config.accumulate)
         for name, value in terms.items():
@@ -180,7 +194,8 @@ def train_epoch(trainer: Trainer, loader: Iterable[Batch], epoch: int, started: 
         count += 1
         if boundary:
             _optimize(trainer)
-            bar.set_postfix_str(_status(trainer, sums, count, started))
+            left = (time.monotonic() - clock) / count * ((config.epochs - epoch) * len(loader) - count)
+            bar.set_postfix_str(_status(trainer, sums, count, left))
     return {name: value / max(1, count) for name, value in sums.items()}
 
 
@@ -289,11 +304,41 @@ def _stop_early(trainer: Trainer, epoch: int) -> bool:
     return 0 < trainer.config.train.patience <= waited
 
 
-def _status(trainer: Trainer, sums: dict[str, float], count: int, started: float) -> str:
-    """Loss, best AP so far and time left in the whole run, for the progress bar."""
+def _status(trainer: Trainer, sums: dict[str, float], count: int, left: float) -> str:
+    """Loss, best AP so far and the time left in the whole run, for the progress bar."""
     progress = trainer.progress
-    loss = sum(sums.values()) / count
-    rate = (time.monotonic() - started) / max(1, progress.step - _first_step(trainer))
-    left = rate * (trainer.total_steps - progress.step)
-    best = f" AP {progress.best:.3f}" if progress.best_epoch >= 0 else ""
-    return f"loss {loss:.3f}{best} left {int(left // 60)}:{int(left % 60):02d}"
+    best = f"AP {progress.best:.3f}, " if progress.best_epoch >= 0 else ""
+    return f"loss {sum(sums.values()) / count:.3f}, {best}{int(left // 60)}:{int(left % 60):02d} left"
+
+
+def _describe(trainer: Trainer, train_images: int, val_images: int) -> str:
+    """What is trained on what, in one line."""
+    config, model = trainer.config, trainer.bare_model
+    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    precision = {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
+    height, width = config.model.image_size
+    return (
+        f"{'+'.join(model.tasks)}, {config.model.backbone.name} with {parameters:.1f} M parameters at {width} x {height}, "
+        f"{train_images} + {val_images} images, {len(model.categories)} classes, {config.train.epochs} epochs, "
+        f"{precision} on {trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
+    )
+
+
+def _group(name: str) -> str:
+    """The loss term as logged: layers are summed, the kinds of supervision are kept apart."""
+    task, _, term = name.partition("/")
+    parts = term.split("_")
+    kind = next((part for part in parts[1:] if not part.isdigit()), "decoder")
+    return f"{task}/{kind}_{parts[0]}"
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings or figures as one level, for trackers, which take numbers and strings alone."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}/{key}" if prefix else key
+        if isinstance(value, dict):
+            flat |= _flat(value, name)
+        else:
+            flat[name] = value if isinstance(value, (int, float, str)) else str(value)
+    return flat

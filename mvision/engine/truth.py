@@ -63,7 +63,9 @@ class Truth:
             {"id": number, "width": records[image_id].get("width", 0), "height": records[image_id].get("height", 0)}
             for image_id, number in self.image_numbers.items()
         ]
-        self._classes = [{"id": number, "name": c.name} for number, c in enumerate(categories, start=1)]
+        self._classes: list[dict[str, Any]] = [
+            {"id": number, "name": c.name} for number, c in enumerate(categories, start=1)
+        ]
         annotations = [a for a in coco_dict.get("annotations", []) if a["image_id"] in records]
         numbers = self._match_classes(coco_dict.get("categories", []), annotations)
         annotations = [a for a in annotations if a["category_id"] in numbers]

@@ -8,12 +8,13 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+import av
 import cv2
 import numpy as np
 
@@ -21,8 +22,9 @@ from mvision.data.images import IMAGE_SUFFIXES, BadImage, read_image
 from mvision.errors import UserError
 from mvision.inference.pipeline import background, ordered_map
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ts", ".webm", ".wmv"})
+VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 DECODERS = 4
+DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not say
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,9 @@ class Source:
 
     Attributes:
         kind: what it is.
-        path: the file as the user named or would name it; a camera's number as text.
+        path: the file, as the user wrote it or its folder; a camera's number as text.
         name: the path below the folder that was given, with forward slashes; for a file that was given, its name.
-        required: whether the user named this very file, so that it has to be readable.
+        required: the user named this very file, so it has to be readable.
     """
 
     kind: Literal["image", "video", "camera"]
@@ -50,9 +52,9 @@ class Frame:
         source: where it comes from.
         image: (H, W, 3) uint8 RGB, upright; None if it cannot be read, and then ``problem`` says why.
         index: 0-based number within a video or camera, None for an image file.
-        time: seconds since the video's start.
+        time: seconds since the start of the video.
         rate: frames per second of the video.
-        problem: the reason why an image, or the rest of a video, is missing.
+        problem: why an image, or the rest of a video, is missing.
     """
 
     source: Source
@@ -64,15 +66,14 @@ class Frame:
 
 
 def find_sources(sources: Sequence[str | Path], leave_out: Path | None = None) -> list[Source]:
-    """Look up what the user named, in the order given; folders (with all below) and globs sorted by name.
+    """Look up what the user named, in the order given; what is in folders (at any depth) and globs is sorted by name.
 
     Args:
         sources: image or video files, folders, globs (``**`` is any depth), or camera numbers ("0").
-        leave_out: a folder whose files are not taken from folders and globs: the output, so that a second run does not
-            predict on the pictures of the first.
+        leave_out: a folder that is not looked into, such as the output of an earlier run inside the folder of pictures.
 
     Raises:
-        UserError: a missing path, a folder or glob without pictures, nothing at all.
+        UserError: a missing path, a folder or glob without pictures, or nothing at all.
     """
     found: list[Source] = []
     for source in sources:
@@ -89,22 +90,131 @@ def find_sources(sources: Sequence[str | Path], leave_out: Path | None = None) -
         else:
             raise UserError(f"source {text}: no such file or folder")
     if not found:
-        raise UserError("no source given: name an image, a folder, a glob such as 'photos/*.jpg', a video or a camera")
+        raise UserError("no source given: name images, a folder, a glob such as 'photos/*.jpg', a video or a camera")
     return found
 
 
-def read_frames(sources: Sequence[Source], prepare: Callable[[np.ndarray], Any] | None = None) -> Iterator[Frame]:
-    """Decode in the background and yield frames in order, a few ahead at most.
+def read_frames(sources: Iterable[Source], ahead: int = 2 * DECODERS) -> Generator[Frame, None, None]:
+    """Decode in the background, up to ``ahead`` pictures before they are asked for, and yield frames in order.
 
-    An image that cannot be read comes as a frame without image, if it was found in a folder or by a glob; so does the end
-    of a video that breaks off, after its readable frames.
+    A picture that cannot be read comes as a frame without image if it was found in a folder or by a glob; so does the
+    rest of a video that breaks off, after its readable frames.
 
     Raises:
         UserError: a file that the user named, or a camera, cannot be read.
     """
     for kind, group in groupby(sources, key=lambda source: source.kind):
         if kind == "image":
-            yield from ordered_map(_read_image, group, workers=DECODERS)
+            yield from ordered_map(_read_image, group, workers=DECODERS, ahead=ahead)
+            continue
+        for source in group:
+            yield from background(_read_video(source) if kind == "video" else _read_camera(source))
+
+
+def _kind(path: Path) -> Literal["image", "video"]:
+    return "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image"
+
+
+def _in_folder(folder: Path, leave_out: Path | None) -> list[Source]:
+    def refuse(error: OSError) -> None:
+        raise UserError(f"source {error.filename}: cannot be read ({error.strerror})") from error
+
+    files = [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names]
+    found = _pictures(files, folder, leave_out)
+    if not found:
+        raise UserError(f"source {folder}: no image or video in this folder ({_known_suffixes()})")
+    return found
+
+
+def _in_glob(pattern: str, leave_out: Path | None) -> list[Source]:
+    parts = Path(pattern).parts
+    fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    # Unlike Path.glob, this takes patterns with a folder in front, absolute or not.
+    files = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+    found = _pictures([file for file in files if file.is_file()], Path(*parts[:fixed]), leave_out)
+    if not found:
+        raise UserError(f"source {pattern}: matches no image or video ({_known_suffixes()})")
+    return found
+
+
+def _pictures(files: list[Path], root: Path, leave_out: Path | None) -> list[Source]:
+    """Files with a known suffix, sorted with numbers by value; none that is hidden or below ``leave_out``."""
+    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    barred = None
+    if leave_out is not None and root.resolve() in leave_out.resolve().parents:
+        barred = f"{leave_out.resolve().relative_to(root.resolve()).as_posix()}/"
+    found = []
+    for file in files:
+        name = file.relative_to(root).as_posix()
+        hidden = any(part.startswith(".") for part in name.split("/"))
+        if not hidden and file.suffix.lower() in known and not (barred and name.startswith(barred)):
+            found.append(Source(_kind(file), str(file), name, required=False))
+    return sorted(found, key=lambda source: _natural(source.name))
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """A sorting key under which frame-9 comes before frame-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _known_suffixes() -> str:
+    return " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+
+
+def _read_image(source: Source) -> Frame:
+    try:
+        return Frame(source, read_image(source.path))
+    except BadImage as error:
+        return _unreadable(source, error.reason, error)
+
+
+def _read_video(source: Source) -> Iterator[Frame]:
+    index = announced = 0
+    try:
+        with av.open(source.path) as container:
+            if not container.streams.video:
+                yield _unreadable(source, "no video in this file", None)
+                return
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            announced = stream.frames
+            rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
+            for picture in container.decode(stream):
+                turns = round(getattr(picture, "rotation", 0) / 90)  # counter-clockwise; older PyAV does not tell
+                image = np.rot90(picture.to_ndarray(format="rgb24"), turns)
+                seconds = index / rate if picture.time is None else float(picture.time)
+                yield Frame(source, np.ascontiguousarray(image), index, seconds, rate)
+                index += 1
+    except (av.error.FFmpegError, OSError) as error:
+        if index == 0:
+            yield _unreadable(source, f"not a video that can be read ({error.strerror})", error)
         else:
-            for source in group:
-                yield from background(_read_video(source) if kind == "video" else _read_camera(source))
+            yield Frame(source, None, problem=f"breaks off after {index} frames ({error.strerror})")
+        return
+    if index == 0:
+        yield _unreadable(source, "a video without pictures", None)
+    elif index < 0.9 * announced:  # the header's number is an estimate in some formats
+        yield Frame(source, None, problem=f"breaks off after {index} of {announced} frames")
+
+
+def _read_camera(source: Source) -> Iterator[Frame]:
+    camera = cv2.VideoCapture(int(source.path))
+    try:
+        rate = camera.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
+        index = 0
+        while True:
+            good, image = camera.read()
+            if not good:
+                break
+            yield Frame(source, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), index, index / rate, rate)
+            index += 1
+    finally:
+        camera.release()
+    if index == 0:
+        raise UserError(f"source {source.path}: no camera with this number, or it gives no pictures")
+
+
+def _unreadable(source: Source, reason: str, error: Exception | None) -> Frame:
+    if source.required:
+        raise UserError(f"source {source.path}: {reason}") from error
+    return Frame(source, None, problem=reason)

@@ -31,8 +31,8 @@ def dog(rng: np.random.Generator) -> list[Shape]:
 
 def _tail(rng: np.random.Generator, rump: np.ndarray, girth: float, coat: Colour) -> list[Shape]:
     rise, curl = rng.uniform(-0.1, 0.3), rng.uniform(-0.1, 0.12)
-    start = rump + (-girth * 0.6, -girth * 0.4)
-    line = [tuple(start), tuple(start + (-0.1, -rise * 0.5)), tuple(start + (-0.15 + curl, -rise))]
+    x, y = rump - np.array([girth * 0.6, girth * 0.4])
+    line = [(x, y), (x - 0.1, y - rise * 0.5), (x - 0.15 + curl, y - rise)]
     return [Shape(stroke(line, 0.065, 0.03), scaled(coat, 0.9), relief=0.5)]
 
 
@@ -55,9 +55,9 @@ def _legs(
                 haunch = hull([(rump[0] + 0.03, ground - girth, girth), (rump[0] + 0.17, ground - 0.03, 0.03)])
                 shapes.append(Shape(haunch, shade, relief=0.6))
                 continue
-            hip = at + (0.0 if near else 0.05, girth * 0.3)
+            hip = at + np.array([0.0 if near else 0.05, girth * 0.3])
             paw = np.array([at[0] + phase * swing + (0.0 if near else 0.05), ground - 0.025])
-            knee = (hip + paw) / 2 + (0.03 if at is chest else -0.03, 0)
+            knee = (hip + paw) / 2 + np.array([0.03 if at is chest else -0.03, 0])
             shapes.append(Shape(hull([(*hip, 0.07), (*knee, 0.042)]), shade, relief=0.6))
             shapes.append(Shape(hull([(*knee, 0.042), (*paw, 0.032)]), shade, relief=0.6))
             shapes.append(Shape(hull([(*paw, 0.03), (paw[0] + 0.035, paw[1] + 0.004, 0.022)]), scaled(shade, 0.85)))
@@ -67,26 +67,26 @@ def _legs(
 def _dog_head(
     rng: np.random.Generator, chest: np.ndarray, girth: float, coat: Colour, spots: Pattern | None
 ) -> list[Shape]:
-    head = chest + (rng.uniform(0.08, 0.16), -rng.uniform(0.14, 0.24))
+    head = chest + np.array([rng.uniform(0.08, 0.16), -rng.uniform(0.14, 0.24)])
     radius, snout = rng.uniform(0.1, 0.13), rng.uniform(0.11, 0.2)
     drop = rng.uniform(0.0, 0.06)
-    nose = head + (snout, drop)
+    nose = head + np.array([snout, drop])
     shapes = [
         Shape(hull([(*chest, girth * 0.75), (*head, radius * 0.75)]), coat, pattern=spots, relief=0.6),
-        Shape(hull([(*head, radius * 0.62), (*(nose + (0, 0.015)), 0.045)]), scaled(coat, 1.08), relief=0.5),
-        Shape(ellipse(*head, radius, radius * 0.95), coat, pattern=spots, relief=0.6),
+        Shape(hull([(*head, radius * 0.62), (nose[0], nose[1] + 0.015, 0.045)]), scaled(coat, 1.08), relief=0.5),
+        Shape(ellipse(head[0], head[1], radius, radius * 0.95), coat, pattern=spots, relief=0.6),
         Shape(ellipse(nose[0] + 0.03, nose[1] - 0.012, 0.03, 0.024, count=12), (28, 24, 26)),
         Shape(ellipse(head[0] + radius * 0.45, head[1] - radius * 0.2, 0.018, count=10), (25, 20, 20)),
     ]
     ear_colour = scaled(coat, rng.uniform(0.5, 0.85))
-    x, y = head
+    x, y = float(head[0]), float(head[1])
     if rng.random() < 0.5:
         ear = polygon((x - 0.07, y - radius * 0.6), (x - 0.05, y - radius * 1.75), (x + 0.04, y - radius * 0.8))
     else:
         ear = ellipse(x - 0.06, y + 0.03, 0.042, rng.uniform(0.08, 0.12), rng.uniform(0, 25), 20)
     shapes.append(Shape(ear, ear_colour, relief=0.4))
     if rng.random() < 0.4:
-        collar = stroke([tuple(head + (-0.11, 0.04)), tuple(head + (0.04, 0.15))], 0.032)
+        collar = stroke([(x - 0.11, y + 0.04), (x + 0.04, y + 0.15)], 0.032)
         shapes.append(Shape(collar, random_colour(rng, (0.6, 1.0), (0.5, 1.0))))
     return shapes
 

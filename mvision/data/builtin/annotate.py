@@ -14,8 +14,8 @@ _TRACE_SCALE = 4  # outlines are traced on an enlarged mask, so that they run al
 def encode_mask(mask: np.ndarray) -> tuple[list[list[float]] | dict[str, Any], list[float], float]:
     """COCO segmentation, bbox (x, y, w, h) and area of a (H, W) bool mask with at least one pixel.
 
-    A single region without holes becomes a polygon where that is faithful, anything else a compressed RLE. Box and area are
-    those of the segmentation as `pycocotools` decodes it, so that the three always agree.
+    A single region without holes becomes a polygon where that is faithful, anything else a compressed RLE. Box and area
+    are those of the segmentation as `pycocotools` decodes it, so that the three always agree.
     """
     rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
     segmentation: list[list[float]] | dict[str, Any]
@@ -64,9 +64,9 @@ def _trace(mask: np.ndarray) -> list[float] | None:
 def encode_keypoints(points: np.ndarray, in_sight: np.ndarray, visible_mask: np.ndarray) -> tuple[list[float], int]:
     """COCO's `keypoints` and `num_keypoints`.
 
-    points: (K, 2) image coordinates. in_sight: (K,) bool, not hidden by the figure itself. visible_mask: (H, W) bool, the
-    figure's visible pixels. v is 2 for visible points, 1 for points hidden by something, 0 (with x = y = 0) outside of the
-    image.
+    points: (K, 2) image coordinates. in_sight: (K,) bool, not hidden by the figure itself. visible_mask: (H, W) bool,
+    the figure's visible pixels. v is 2 for visible points, 1 for points hidden by the figure or by something else,
+    and 0 (with x = y = 0) outside of the image.
     """
     height, width = visible_mask.shape
     values: list[float] = []

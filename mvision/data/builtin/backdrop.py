@@ -60,8 +60,10 @@ def _speckled(
 ) -> np.ndarray:
     """A noisy surface of one colour; its hue drifts a little with a second, coarser noise."""
     fine = noise(rng, *shape, cell, 3, stretch) * np.float32(depth)
-    drift = noise(rng, *shape, cell * 4, 1, stretch)[..., None] * rng.uniform(-14, 14, 3).astype(np.float32)
-    return np.clip(np.array(colour, np.float32) + fine[..., None] + drift, 0, 255).astype(np.uint8)
+    coarse = noise(rng, shape[0] // 4 + 1, shape[1] // 4 + 1, cell, 1, stretch)[..., None]
+    field = np.array(colour, np.float32) + coarse * rng.uniform(-14, 14, 3).astype(np.float32)
+    field = cv2.resize(field, shape[::-1], interpolation=cv2.INTER_LINEAR)
+    return np.asarray(cv2.add(field, cv2.merge([fine, fine, fine]), dtype=cv2.CV_8U))  # saturates
 
 
 def _grass(rng: np.random.Generator) -> np.ndarray:
@@ -164,12 +166,13 @@ def _sky(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     hue = rng.choice([rng.uniform(0.52, 0.64), rng.uniform(0.0, 0.12), rng.uniform(0.6, 0.8)], p=[0.7, 0.2, 0.1])
     top = np.array(hsv(hue, rng.uniform(0.05, 0.6), rng.uniform(0.55, 0.95)), np.float32)
     low = np.array(hsv(hue + 0.03, rng.uniform(0.0, 0.25), rng.uniform(0.8, 1.0)), np.float32)
-    ramp = np.linspace(0, 1, height, dtype=np.float32)[:, None, None]
-    clouds = np.clip(noise(rng, height, width, rng.uniform(30, 70), 3, 2.0) * 1.1 + rng.uniform(-0.7, 0.1), 0, 1)[
-        ..., None
-    ]
+    rows, columns = height // 2 + 1, width // 2 + 1  # clouds are soft: half the resolution will do
+    ramp = np.linspace(0, 1, rows, dtype=np.float32)[:, None, None]
+    clouds = noise(rng, rows, columns, rng.uniform(15, 35), 3, 2.0)[..., None]
+    clouds = np.clip(clouds * np.float32(1.1) + np.float32(rng.uniform(-0.7, 0.1)), 0, 1)
     base = top + ramp * (low - top)
-    return (base + clouds * (np.float32(250) - base) * np.float32(0.85)).astype(np.uint8)
+    sky = (base + clouds * (np.float32(250) - base) * np.float32(0.85)).astype(np.uint8)
+    return np.asarray(cv2.resize(sky, (width, height), interpolation=cv2.INTER_LINEAR))
 
 
 def _hills(rng: np.random.Generator, image: np.ndarray, row: int) -> None:
@@ -278,7 +281,7 @@ def _table(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
         _stripe(plane, int(rng.integers(8, 40)), rng.uniform(0.7, 0.92))
     scale, turn = max(height, width) / _SIDE * rng.uniform(1.0, 1.6), rng.uniform(0, 180)
     matrix = cv2.getRotationMatrix2D((_SIDE / 2, _SIDE / 2), turn, scale)
-    matrix[:, 2] += (width / 2 - _SIDE / 2, height / 2 - _SIDE / 2)
+    matrix[:, 2] = matrix[:, 2] + ((width - _SIDE) / 2, (height - _SIDE) / 2)
     return cv2.warpAffine(plane, matrix, (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
 
 

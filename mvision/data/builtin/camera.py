@@ -24,5 +24,5 @@ def expose(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
     table = np.clip(255 * (low + (high - low) * ramp) * tint, 0, 255).astype(np.uint8)
     image = cv2.LUT(image, table[:, None, :])
     grain = (_NORMAL * rng.uniform(0, 5.5)).round().astype(np.int16)
-    sample = grain[rng.integers(0, 256, image.shape, dtype=np.uint8)]
+    sample = cv2.LUT(rng.integers(0, 256, image.shape, dtype=np.uint8), grain)
     return cv2.add(image, sample, dtype=cv2.CV_8U)

@@ -1,7 +1,7 @@
-"""Display lists and their rasteriser: every object of the built-in set is a list of `Shape`s, drawn anti-aliased by `render`.
+"""Display lists and their rasteriser: an object is a list of `Shape`s, drawn anti-aliased by `render`.
 
-Coordinates: x to the right, y downwards. An object is described in units of its own; `render` scales it to pixels. Image
-coordinates are continuous: pixel (i, j) covers [i, i + 1) x [j, j + 1), as in COCO's boxes.
+Coordinates: x to the right, y downwards. An object is described in units of its own; `render` scales it to pixels.
+Image coordinates are continuous: pixel (i, j) covers [i, i + 1) x [j, j + 1), as in COCO's boxes.
 """
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class Shape:
 class Sprite:
     """A rendered object: colours with premultiplied alpha, at (left, top) of the image.
 
-    rgba: (h, w, 4) uint8; parts: (h, w) uint8, 0 outside of the object; matrix: (2, 3), from object units to image pixels.
+    rgba: (h, w, 4) uint8; parts: (h, w) uint8, 0 outside of the object; matrix: (2, 3), object units to image pixels.
     """
 
     rgba: np.ndarray
@@ -93,6 +93,7 @@ def render(
     factor = 2 if size >= 64 else 4
     rgba = _paint(shapes, points, (height, width), factor, linear, offset - (left, top))
     shade, parts = _shade_and_parts(shapes, points, (height, width), light)
+    parts = (rgba[..., 3] >= 128).astype(np.uint8) if parts is None else parts
     shade = cv2.GaussianBlur(shade, (0, 0), max(0.5, 0.018 * size))
     shaded = cv2.multiply(rgba[..., :3], cv2.merge([shade, shade, shade]), scale=1 / 128)
     rgba[..., :3] = np.minimum(shaded, rgba[..., 3:])  # premultiplied colours never exceed their alpha
@@ -124,12 +125,14 @@ def _paint(
 
 def _shade_and_parts(
     shapes: Sequence[Shape], points: Points, size: tuple[int, int], light: tuple[float, float]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Brightness (128 is neutral) and part numbers, both (h, w) uint8.
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Brightness (128 is neutral) and part numbers (None when all are 1), both (h, w) uint8.
 
-    A round shape gets a dark rim and two brighter cores shifted towards the light; blurred afterwards they make a smooth body.
+    A round shape gets a dark rim and two brighter cores shifted towards the light; the blur afterwards makes a smooth
+    body of them.
     """
-    shade, parts = np.full(size, 128, np.uint8), np.zeros(size, np.uint8)
+    shade = np.full(size, 128, np.uint8)
+    parts = np.zeros(size, np.uint8) if any(s.part != 1 for s in shapes) else None
     lengths = np.array([len(s.points) for s in shapes])
     starts = np.cumsum(lengths) - lengths
     low, high = np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts)
@@ -146,7 +149,8 @@ def _shade_and_parts(
         if shape.colour is None:
             cv2.fillPoly(shade, [fixed[span]], (min(255, round(128 * shape.tone)),), cv2.LINE_AA, _SHIFT)
             continue
-        cv2.fillPoly(parts, [fixed[span]], (shape.part,), cv2.LINE_8, _SHIFT)
+        if parts is not None:
+            cv2.fillPoly(parts, [fixed[span]], (shape.part,), cv2.LINE_8, _SHIFT)
         cv2.fillPoly(shade, [fixed[span]], (round(128 * (1 - 0.38 * shape.relief)),), cv2.LINE_AA, _SHIFT)
         if shape.relief > 0 and thickness[i, 0] > 1.5:  # thinner ones are blurred away
             for core, gain in cores:
@@ -157,20 +161,21 @@ def _shade_and_parts(
 def _apply_pattern(
     canvas: np.ndarray, points: Points, factor: int, pattern: Pattern, inverse: np.ndarray, offset: np.ndarray
 ) -> None:
-    """Blend the pattern's colour into one polygon; the pattern lives in object units, so that it turns with the object."""
+    """Blend the pattern's colour into one polygon; it is defined in object units, so that it turns with the object."""
     x0, y0 = np.maximum(np.floor(points.min(axis=0) * factor).astype(int), 0)
     x1, y1 = np.ceil(points.max(axis=0) * factor).astype(int) + 1
     region = canvas[y0:y1, x0:x1]
     cover = np.zeros(region.shape[:2], np.uint8)
     cv2.fillPoly(cover, [_fixed(points - np.array([x0, y0]) / factor, factor)], (255,), cv2.LINE_AA, _SHIFT)
-    dx = (np.arange(x0, x0 + region.shape[1], dtype=np.float32) + 0.5) / factor - np.float32(offset[0])
-    dy = (np.arange(y0, y0 + region.shape[0], dtype=np.float32) + 0.5) / factor - np.float32(offset[1])
+    # One sample for 2 x 2 canvas pixels, which will be averaged anyway.
+    dx = (np.arange(x0, x0 + region.shape[1], 2, dtype=np.float32) + 1) / factor - np.float32(offset[0])
+    dy = (np.arange(y0, y0 + region.shape[0], 2, dtype=np.float32) + 1) / factor - np.float32(offset[1])
     inverse = inverse.astype(np.float32)
     u = inverse[0, 0] * dx[None] + inverse[0, 1] * dy[:, None]
     v = inverse[1, 0] * dx[None] + inverse[1, 1] * dy[:, None]
-    mix = (pattern.mix(u, v) * cover * np.float32(1 / 255))[..., None]
-    colour = np.array(pattern.colour, np.float32)
-    region[..., :3] = region[..., :3] + mix * (colour - region[..., :3])
+    mix = np.repeat(np.repeat(pattern.mix(u, v), 2, axis=0), 2, axis=1)[: region.shape[0], : region.shape[1]]
+    weight = (mix * cover * np.float32(1 / 255))[..., None]
+    region[..., :3] = region[..., :3] + weight * (np.array(pattern.colour, np.float32) - region[..., :3])
 
 
 def paste(image: np.ndarray, sprite: Sprite) -> None:

@@ -169,8 +169,8 @@ def lamp_post(rng: np.random.Generator) -> list[Shape]:
 Maker = Callable[[np.random.Generator], list[Shape]]
 # Largest size as a fraction of the image's shorter side.
 _LARGEST: dict[Maker, float] = {
-    tree: 0.8, bush: 0.4, crate: 0.35, sign: 0.55, bottle: 0.35, balloon: 0.45, mannequin: 0.6, blob: 0.25, sticks: 0.25,
-    spare_wheel: 0.3, fence: 0.6, lamp_post: 0.8,
+    tree: 0.8, bush: 0.4, crate: 0.35, sign: 0.55, bottle: 0.35, balloon: 0.45, mannequin: 0.6, blob: 0.25,
+    sticks: 0.25, spare_wheel: 0.3, fence: 0.6, lamp_post: 0.8,
 }  # fmt: skip
 _OUTDOORS = (
     tree,

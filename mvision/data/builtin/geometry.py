@@ -33,7 +33,7 @@ def arc(
     if turn:
         cos, sin = math.cos(math.radians(turn)), math.sin(math.radians(turn))
         points = points @ np.array([[cos, sin], [-sin, cos]])
-    return points + (x, y)
+    return points + np.array([x, y])
 
 
 def box(x0: float, y0: float, x1: float, y1: float, radius: float = 0.0) -> Outline:
@@ -65,8 +65,9 @@ def smooth(*corners: tuple[float, float], count: int = 6) -> Outline:
 def stroke(points: Sequence[tuple[float, float]] | Outline, width: float, end_width: float | None = None) -> Outline:
     """Outline of a polyline with a width that may taper."""
     p = np.asarray(points, float)
-    tangent = np.gradient(p, axis=0)
-    tangent /= np.maximum(np.linalg.norm(tangent, axis=1, keepdims=True), 1e-9)
+    tangent = np.empty_like(p)
+    tangent[0], tangent[1:-1], tangent[-1] = p[1] - p[0], p[2:] - p[:-2], p[-1] - p[-2]
+    tangent /= np.maximum(np.sqrt((tangent**2).sum(axis=1, keepdims=True)), 1e-9)
     normal = tangent[:, ::-1] * (-1, 1)
     half = np.linspace(width, width if end_width is None else end_width, len(p))[:, None] / 2
     return np.concatenate([p + normal * half, (p - normal * half)[::-1]])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvision.data.builtin.canvas import Shape, Sprite
-from mvision.data.builtin.geometry import arc, box, ellipse, hull, polygon, smooth, stroke
+from mvision.data.builtin.geometry import arc, ellipse, hull, polygon, smooth, stroke
 from mvision.data.builtin.patterns import Colour, Pattern, blend, hsv, random_colour, random_pattern, scaled
 from mvision.data.builtin.skeleton import KEYPOINTS, SIDES, Skeleton, sample_skeleton
 
@@ -13,7 +13,7 @@ from mvision.data.builtin.skeleton import KEYPOINTS, SIDES, Skeleton, sample_ske
 HEAD, TRUNK = 1, 2
 UPPER_ARM, FOREARM, THIGH, SHANK, FOOT = (3, 4), (5, 6), (7, 8), (9, 10), (11, 12)
 # Which parts show a keypoint: anything else on top of it hides it.
-_OWNERS: dict[str, tuple[int, ...]] = {name: (HEAD,) for name in KEYPOINTS[:5]}
+_OWNERS: dict[str, tuple[int, ...]] = dict.fromkeys(KEYPOINTS[:5], (HEAD,))
 for _i, _side in enumerate(SIDES):
     _OWNERS |= {
         f"{_side}_shoulder": (TRUNK, UPPER_ARM[_i]),
@@ -144,7 +144,7 @@ def _leg(
     lower = [_limb(knee, ankle, r0 * width, r1 * width, outfit.bottom if trousers else bare, SHANK[i])]
     if trousers:
         lower[0].pattern = outfit.bottom_pattern
-    foot = _limb(ankle + (0, 0.012, 0), toe, 0.026, 0.02, outfit.shoes, FOOT[i])
+    foot = _limb(ankle + np.array([0, 0.012, 0]), toe, 0.026, 0.02, outfit.shoes, FOOT[i])
     # The trunk's clothes overlap the thighs of a standing figure.
     return [
         ((hip[2] + knee[2]) / 2 - 0.02, upper),
@@ -184,7 +184,7 @@ def _trunk(skeleton: Skeleton, outfit: _Outfit) -> list[Shape]:
     shoulders = [joints[f"{s}_shoulder"] for s in SIDES]
     hips = [joints[f"{s}_hip"] for s in SIDES]
     head = joints["head"]
-    chest, seat = sum(shoulders) / 2, sum(hips) / 2
+    chest, seat = (shoulders[0] + shoulders[1]) / 2, (hips[0] + hips[1]) / 2
     belly = seat + 0.3 * (chest - seat)
     top_colour = outfit.open_jacket or outfit.top
     pelvis_colour = outfit.top if outfit.legwear == "dress" else outfit.bottom
@@ -197,7 +197,7 @@ def _trunk(skeleton: Skeleton, outfit: _Outfit) -> list[Shape]:
     neck_root = chest + np.array([0, -0.02, 0])
     shapes = [
         Shape(pelvis, pelvis_colour, TRUNK, outfit.bottom_pattern, relief=0.5),
-        _limb(neck_root, head + (0, 0.05, 0), 0.034, 0.031, scaled(outfit.skin, 0.9), TRUNK),
+        _limb(neck_root, head + np.array([0, 0.05, 0]), 0.034, 0.031, scaled(outfit.skin, 0.9), TRUNK),
         Shape(shirt, top_colour, TRUNK, outfit.top_pattern if outfit.open_jacket is None else None, relief=0.6),
     ]
     if outfit.open_jacket is not None and skeleton.forward[2] > 0.35:  # the shirt under an open jacket, in front only

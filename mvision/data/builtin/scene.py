@@ -8,8 +8,8 @@ from typing import Any
 import cv2
 import numpy as np
 
-from mvision.data.builtin.annotate import encode_crowd, encode_keypoints, encode_mask
 from mvision.data.builtin.animals import dog, fish
+from mvision.data.builtin.annotate import encode_crowd, encode_keypoints, encode_mask
 from mvision.data.builtin.backdrop import PLACES, Backdrop, make_backdrop
 from mvision.data.builtin.camera import expose
 from mvision.data.builtin.canvas import Shape, Sprite, overlap, paste, render
@@ -23,7 +23,7 @@ _MAKERS: dict[str, Callable[[np.random.Generator], list[Shape]]] = {
     "dog": dog, "car": car, "ball": ball, "kite": kite, "umbrella": umbrella, "mug": mug, "fish": fish,
 }  # fmt: skip
 _THINGS = tuple(_MAKERS)
-# How much likelier a class is in its own surroundings; anything may turn up anywhere, so that the place never tells the class.
+# How much likelier a class is at home; anything may turn up anywhere, so that the place never tells the class.
 _HABITAT = {
     "park": {"dog": 3, "ball": 2, "kite": 3},
     "street": {"car": 5, "dog": 2, "umbrella": 2},
@@ -98,7 +98,7 @@ def generate_image(seed: int, index: int, split: str) -> tuple[np.ndarray, list[
 
 def _populate(stage: _Stage) -> None:
     rng = stage.rng
-    for _ in range(int(rng.integers(0, 6))):
+    for _ in range(int(rng.integers(0, 5))):
         _add_clutter(stage, behind=True)
     kind = str(rng.choice(["empty", "people", "flock", "mixed"], p=[0.03, 0.13, 0.03, 0.81]))
     if kind == "people":
@@ -109,10 +109,10 @@ def _populate(stage: _Stage) -> None:
     elif kind in ("mixed", "flock"):
         if kind == "flock":
             _add_flock(stage, "fish" if stage.backdrop.place == "sea" or rng.random() < 0.3 else "person")
-        people = int(rng.choice([0, 1, 2, 3], p=[0.25, 0.4, 0.22, 0.13]))
+        people = int(rng.choice([0, 1, 2, 3], p=[0.25, 0.43, 0.21, 0.11]))
         for _ in range(people):
             _add_object(stage, "person", _person_size(stage))
-        things = min(int(rng.poisson(2.2)), 9)
+        things = min(int(rng.poisson(3.2)), 9)
         _add_things(stage, max(things, 1 - people))
     if rng.random() < 0.25:
         _add_clutter(stage, behind=False)
@@ -122,8 +122,8 @@ def _add_things(stage: _Stage, count: int) -> None:
     habitat = _HABITAT[stage.backdrop.place]
     weights = np.array([1.0 + habitat.get(name, 0) for name in _THINGS])
     for name in stage.rng.choice(_THINGS, count, p=weights / weights.sum()):
-        # 16 pixels to 70 % of the shorter side, most of them around a third.
-        size = float(np.exp(stage.rng.triangular(np.log(16), np.log(0.33 * stage.side), np.log(0.7 * stage.side))))
+        # 16 pixels to 70 % of the shorter side, most of them about a third.
+        size = float(np.exp(stage.rng.triangular(np.log(16), np.log(0.36 * stage.side), np.log(0.7 * stage.side))))
         _add_object(stage, str(name), size)
 
 
@@ -248,7 +248,7 @@ def _add_flock(stage: _Stage, category: str) -> None:
 def _resolve_occlusion(stage: _Stage) -> list[tuple[_Item, np.ndarray]]:
     """Items that are drawn, farthest first, with their visible pixels (H, W) bool.
 
-    From front to back, so that leaving out an object that is nearly hidden cannot hide or uncover anything already settled.
+    From front to back, so that leaving out an object that is nearly hidden changes nothing that was settled before.
     """
     frame = stage.height, stage.width
     taken = np.zeros(frame, bool)
@@ -282,7 +282,7 @@ def _cast_shadow(stage: _Stage, image: np.ndarray, sprite: Sprite) -> None:
     alpha = cv2.copyMakeBorder(alpha, pad, pad, pad, pad, cv2.BORDER_CONSTANT)
     alpha = cv2.GaussianBlur(alpha, (0, 0), max(0.8, 0.012 * max(height, width)))
     rgba = np.zeros((*alpha.shape, 4), np.uint8)
-    rgba[..., 3] = cv2.multiply(alpha, 0.45)
+    rgba[..., 3] = cv2.convertScaleAbs(alpha, alpha=0.45)
     paste(image, Sprite(rgba, rgba[..., 3], left - pad, top - pad, sprite.matrix))
 
 

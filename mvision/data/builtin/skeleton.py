@@ -45,7 +45,7 @@ ACTIONS = {
 
 @dataclass
 class Limb:
-    """Directions of a limb's two bones: away from the body's middle (`spread`) and to the front (`swing`), 0 hangs down."""
+    """Directions of two bones: away from the body's middle (`spread`) and to the front (`swing`); 0, 0 hangs down."""
 
     spread: float
     swing: float

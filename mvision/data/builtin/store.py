@@ -3,16 +3,15 @@
 import json
 import os
 import shutil
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import uuid
+from collections.abc import Callable
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
-import cv2
-
-from mvision.data.builtin.scene import CATEGORY_IDS, generate_image
+from mvision.data.builtin.drawing import draw_all
+from mvision.data.builtin.scene import CATEGORY_IDS
 from mvision.data.builtin.skeleton import KEYPOINTS
 from mvision.errors import UserError
 
@@ -23,7 +22,6 @@ SKELETON = (
     (16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9),
     (8, 10), (9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7),
 )  # fmt: skip
-_JPEG_QUALITY = 88
 _STAMP = "builtin.json"  # written last; says which version and settings the folder holds
 _STALE_SECONDS = 24 * 3600
 Progress = Callable[[int, int], None]
@@ -60,8 +58,8 @@ def ensure_builtin(
     Returns:
         A folder with `images/*.jpg`, `annotations/train.json` and `annotations/val.json`.
 
-    The folder appears whole or not at all: it is generated beside its final place and renamed, so an interruption, a full
-    disk or a second process that does the same at the same time can't leave half of it behind.
+    The folder appears whole or not at all: it is generated beside its final place and renamed, so that neither an
+    interruption nor a full disk nor a second process that does the same at the same time leaves half of it behind.
 
     Raises:
         UserError: the folder can't be written.
@@ -74,8 +72,9 @@ def ensure_builtin(
     try:
         root.mkdir(parents=True, exist_ok=True)
         _remove_stale(root)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=root))
+        temporary = _sibling(folder)
         try:
+            temporary.mkdir()
             generate_builtin(temporary, train, val, seed, progress)
             _move_into_place(temporary, folder, lambda: _is_complete(folder, train, val, seed))
         finally:
@@ -83,7 +82,8 @@ def ensure_builtin(
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(
-            f"Cannot write the built-in data set to {folder}: {reason}. Set MVISION_CACHE to a writable folder with 50 MB free."
+            f"Cannot write the built-in data set to {folder}: {reason}. "
+            "Set MVISION_CACHE to a writable folder with 50 MB free."
         ) from error
     return folder
 
@@ -98,56 +98,27 @@ def generate_builtin(
     """
     (root / "images").mkdir(exist_ok=True)
     (root / "annotations").mkdir(exist_ok=True)
-    jobs = [("train", i) for i in range(train)] + [("val", i) for i in range(val)]
-    records: dict[str, list[tuple[dict[str, Any], list[dict[str, Any]]]]] = {"train": [], "val": []}
-    for done, (split, record) in enumerate(_draw_all(root, seed, jobs), start=1):
-        records[split].append(record)
-        if progress is not None:
-            progress(done, len(jobs))
+    splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
+    # Closing ends the processes that draw: after an error none of them goes on writing.
+    with closing(draw_all(root / "images", seed, train, val)) as records:
+        for done, (split, record) in enumerate(records, start=1):
+            splits[split].append(record)
+            if progress is not None:
+                progress(done, train + val)
     for split, offset in (("train", 0), ("val", train)):
-        content = _coco(split, seed, records[split], offset)
-        (root / "annotations" / f"{split}.json").write_text(
-            json.dumps(content, separators=(",", ":")), encoding="utf-8"
-        )
+        content = json.dumps(_coco(split, seed, splits[split], offset), separators=(",", ":"))
+        (root / "annotations" / f"{split}.json").write_text(content, encoding="utf-8")
     (root / _STAMP).write_text(json.dumps(_stamp(train, val, seed)), encoding="utf-8")
 
 
-def _draw_all(
-    root: Path, seed: int, jobs: list[tuple[str, int]]
-) -> Iterator[tuple[str, tuple[dict[str, Any], list[dict[str, Any]]]]]:
-    """Images and annotations in the order of the jobs.
-
-    Threads, not processes: OpenCV lets go of the interpreter while it draws, and threads need neither a guarded main module
-    nor a fork that could copy locks held by other libraries.
-    """
-
-    def draw(job: tuple[str, int]) -> tuple[str, tuple[dict[str, Any], list[dict[str, Any]]]]:
-        split, index = job
-        image, annotations = generate_image(seed, index, split)
-        name = f"{split}_{index:06d}.jpg"
-        done, data = cv2.imencode(".jpg", image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY])
-        if not done:
-            raise OSError(f"OpenCV could not encode {name}")
-        (root / "images" / name).write_bytes(data.tobytes())
-        height, width = image.shape[:2]
-        return split, ({"file_name": name, "width": width, "height": height}, annotations)
-
-    pool = ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1))
-    try:
-        yield from pool.map(draw, jobs)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _coco(
-    split: str, seed: int, records: list[tuple[dict[str, Any], list[dict[str, Any]]]], offset: int
-) -> dict[str, Any]:
+def _coco(split: str, seed: int, records: list[dict[str, Any]], offset: int) -> dict[str, Any]:
     """The COCO file of one split. Image and annotation ids are unique across both splits."""
     images, annotations = [], []
-    for number, (image, items) in enumerate(records, start=offset + 1):
-        images.append({"id": number, **image, "license": 1})
+    for number, record in enumerate(records, start=offset + 1):
+        images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}, "license": 1})
         # Room for 100 annotations an image keeps ids unique without counting through the other split.
-        annotations += [{"id": 100 * number + k, "image_id": number, **item} for k, item in enumerate(items, start=1)]
+        items = enumerate(record["annotations"], start=1)
+        annotations += [{"id": 100 * number + k, "image_id": number, **item} for k, item in items]
     categories: list[dict[str, Any]] = [
         {"id": number, "name": name, "supercategory": "thing"} for name, number in CATEGORY_IDS.items()
     ]
@@ -176,27 +147,31 @@ def _is_complete(folder: Path, train: int, val: int, seed: int) -> bool:
     return files == train + val and all((folder / "annotations" / f"{s}.json").is_file() for s in ("train", "val"))
 
 
+def _sibling(folder: Path) -> Path:
+    """A hidden name beside the folder, on the same disk, that nobody else uses."""
+    return folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:12]}")
+
+
 def _move_into_place(temporary: Path, folder: Path, is_complete: Callable[[], bool]) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if is_complete():  # another process was faster
+    for _ in range(2):
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if is_complete():  # another process was faster
+                return
+        else:
             return
-        if not folder.exists():
-            raise
-        # What lies there is of another version or damaged: put it aside first, because a rename can't replace a full folder.
-        temporary.rename(_put_aside(folder))
-
-
-def _put_aside(folder: Path) -> Path:
-    waste = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    folder.rename(waste / "old")
-    shutil.rmtree(waste, ignore_errors=True)
-    return folder
+        # What lies there is damaged or of another version. A rename can't replace a full folder: put that aside first.
+        waste = _sibling(folder)
+        with suppress(FileNotFoundError):  # another process has just done so
+            folder.rename(waste)
+        shutil.rmtree(waste, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def _remove_stale(root: Path) -> None:
     """Clear away what killed processes left behind more than a day ago."""
-    for path in root.glob(f".builtin-v*-*"):
-        if time.time() - path.stat().st_mtime > _STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+    for path in root.glob(".builtin-v*-*"):
+        with suppress(FileNotFoundError):  # another process clears it away
+            if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)

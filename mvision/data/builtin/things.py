@@ -1,6 +1,7 @@
 """The rigid classes: car, ball, kite, umbrella, mug. Each function returns a display list in units of its own."""
 
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 
@@ -15,7 +16,7 @@ _RUBBER = (32, 32, 35)
 def car(rng: np.random.Generator) -> list[Shape]:
     """Saloon, hatchback, van or pickup from the side, or any car from the front or back."""
     paint = random_colour(rng, (0.0, 0.9), (0.15, 0.95))
-    if rng.random() < 0.25:
+    if rng.random() < 0.2:
         return _car_end(rng, paint)
     long, roof, wheel = rng.uniform(0.9, 1.15), rng.uniform(0.28, 0.36), rng.uniform(0.085, 0.11)
     glass = scaled(_GLASS, rng.uniform(0.45, 1.1))
@@ -117,7 +118,7 @@ def _random_rotation(rng: np.random.Generator) -> np.ndarray:
 
 
 @lru_cache(maxsize=64)
-def _meridian(degrees: float, count: int = 9) -> np.ndarray:
+def _meridian(degrees: float, count: int = 13) -> np.ndarray:
     t, a = np.linspace(0, np.pi, count), np.radians(degrees)
     return np.column_stack([np.sin(t) * np.cos(a), np.sin(t) * np.sin(a), np.cos(t)])
 
@@ -137,22 +138,29 @@ def _cap(direction: tuple[float, float, float], degrees: float, count: int = 20)
     return _circle_on_sphere(direction, degrees, count)
 
 
-def _ring(direction: tuple[float, float, float], inner: float, outer: float, count: int = 40) -> np.ndarray:
+def _ring(direction: tuple[float, float, float], inner: float, outer: float, count: int = 28) -> np.ndarray:
     """A band between two parallel circles, as quadrilaterals: (count, 4, 3)."""
     a, b = _circle_on_sphere(direction, inner, count), _circle_on_sphere(direction, outer, count)
     return np.stack([a, np.roll(a, -1, 0), np.roll(b, -1, 0), b], axis=1)
 
 
 def _on_sphere(patches: np.ndarray, colour: Colour) -> list[Shape]:
-    """Patches (N, 3) or (M, N, 3) that face the viewer; what lies behind the rim is pushed onto it."""
+    """Patches (N, 3) or (M, N, 3) on the unit sphere, cut off at the rim: what lies behind it is not seen."""
     shapes = []
     for patch in patches if patches.ndim == 3 else patches[None]:
-        if patch[:, 2].max() <= 0:
-            continue
-        flat = patch[:, :2].copy()
-        hidden = patch[:, 2] < 0
-        flat[hidden] /= np.maximum(np.linalg.norm(flat[hidden], axis=1, keepdims=True), 1e-6)
-        shapes.append(Shape(flat, colour))
+        front = patch[:, 2] >= 0
+        if front.all():
+            shapes.append(Shape(patch[:, :2], colour))
+        elif front.any():
+            after = np.roll(patch, -1, axis=0)
+            outline = []
+            for p, q, p_front, q_front in zip(patch, after, front, np.roll(front, -1)):
+                if p_front:
+                    outline.append(p[:2])
+                if p_front != q_front:  # the edge crosses the rim
+                    crossing = (p + (q - p) * p[2] / (p[2] - q[2]))[:2]
+                    outline.append(crossing / max(float(np.hypot(*crossing)), 1e-6))
+            shapes.append(Shape(np.array(outline), colour))
     return shapes
 
 
@@ -225,7 +233,7 @@ def umbrella(rng: np.random.Generator) -> list[Shape]:
     ribs = np.sin(np.linspace(-np.pi / 2, np.pi / 2, segments + 1)) * 0.5
     pattern = random_pattern(rng, (0.1, 0.25), ("dots", "checks", "patches")) if rng.random() < 0.25 else None
     t = np.linspace(0, np.pi / 2, 9)
-    for i, (x0, x1) in enumerate(zip(ribs[:-1], ribs[1:])):
+    for i, (x0, x1) in enumerate(pairwise(ribs)):
         left = np.column_stack([x0 * np.sin(t), -high * np.cos(t)])
         right = np.column_stack([x1 * np.sin(t), -high * np.cos(t)])[::-1]
         scallop = np.array([[(x0 + x1) / 2, -0.035]])

@@ -1,0 +1,70 @@
+"""Data: annotation files and images in, batches out.
+
+Public:
+    find_layout(root) -> Layout                 recognise a folder; ``layout.split("train", tasks) -> Split``
+    CocoSplit(split, fields)                    read and check: ``categories``, ``records``, ``problems``, ``coco_dict``
+    same_categories(train, val)                 labels of two splits mean the same, or UserError
+    build_train_loader(split, config, ...)      Loader: ``for batch in loader.epoch(n)``, ``len(loader)``, ``close()``
+    build_eval_loader(split, config, ...)       Loader: ``for batch in loader``
+    Batch                                       images (B, 3, H, W) uint8, targets, crowds, skipped
+    Dataset, SampleKey                          single samples; ``dataset.truth(i)`` for drawing
+    check.check(layout) -> Report               for ``mvision data check``: ``text()``, ``to_dict()``, ``usable``
+    contact_sheet(layout, split, ...)           for ``mvision data show``; ``write_image(path, sheet)``
+    convert.convert(layout, destination)        for ``mvision data convert``
+    read_image(path), resize_image(image, size) files to RGB; the one resize of training, evaluation and prediction
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+_LAZY = {
+    "contact_sheet": "mvision.data.show",
+    "write_image": "mvision.data.show",
+    "Batch": "mvision.data.batch",
+    "BadImage": "mvision.data.images",
+    "CocoSplit": "mvision.data.coco",
+    "Dataset": "mvision.data.dataset",
+    "Layout": "mvision.data.layouts",
+    "Loader": "mvision.data.loader",
+    "SampleKey": "mvision.data.dataset",
+    "Split": "mvision.data.layouts",
+    "build_eval_loader": "mvision.data.loader",
+    "build_train_loader": "mvision.data.loader",
+    "find_layout": "mvision.data.layouts",
+    "read_image": "mvision.data.images",
+    "resize_image": "mvision.data.images",
+    "same_categories": "mvision.data.coco",
+}
+__all__ = [
+    "BadImage",
+    "Batch",
+    "CocoSplit",
+    "Dataset",
+    "Layout",
+    "Loader",
+    "SampleKey",
+    "Split",
+    "build_eval_loader",
+    "build_train_loader",
+    "contact_sheet",
+    "find_layout",
+    "read_image",
+    "resize_image",
+    "same_categories",
+    "write_image",
+]
+
+if TYPE_CHECKING:
+    from mvision.data.batch import Batch
+    from mvision.data.coco import CocoSplit, same_categories
+    from mvision.data.dataset import Dataset, SampleKey
+    from mvision.data.images import BadImage, read_image, resize_image
+    from mvision.data.layouts import Layout, Split, find_layout
+    from mvision.data.loader import Loader, build_eval_loader, build_train_loader
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use: albumentations and cv2 take seconds that `mvision predict` does not have to wait for.
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'mvision.data' has no attribute {name!r}")

@@ -1,0 +1,124 @@
+"""Batches: what the model gets, and the flat form in which worker processes hand it over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mvision.data.dataset import Sample
+from mvision.structures import Targets
+
+
+@dataclass
+class Batch:
+    """Pictures and labels of one step.
+
+    Attributes:
+        images: (B, 3, H, W) uint8 RGB, in channels_last memory order.
+        targets: B labels.
+        crowds: B tensors (M, 4) float32 cxcywh in 0..1: regions full of objects that are not labelled one by one. Never
+            targets; a loss may leave out what it predicts there.
+        skipped: (file, reason) of images that could not be read. In training others took their place, in evaluation
+            they are missing from the batch.
+    """
+
+    images: Tensor
+    targets: list[Targets]
+    crowds: list[Tensor] = field(default_factory=list)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
+        """The same batch on another device."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            targets=[target.to(device, non_blocking) for target in self.targets],
+            crowds=[crowd.to(device, non_blocking=non_blocking) for crowd in self.crowds],
+        )
+
+
+@dataclass
+class PackedBatch:
+    """A batch in few tensors: each tensor that leaves a worker costs a file descriptor and two system calls.
+
+    ``boxes``, ``labels``, ``areas``, ``keypoints`` and ``crowds`` hold all objects one image after the other, ``masks``
+    those of the images that have masks; ``counts`` says how many belong to each image.
+    """
+
+    images: Tensor
+    boxes: Tensor
+    labels: Tensor
+    areas: Tensor
+    crowds: Tensor
+    masks: Tensor | None
+    keypoints: Tensor | None
+    counts: list[int]
+    mask_counts: list[int | None]
+    crowd_counts: list[int]
+    ids: list[int]
+    sizes: list[tuple[int, int]]
+    skipped: list[tuple[str, str]]
+
+    def pin_memory(self) -> PackedBatch:
+        """Called by the DataLoader's own thread."""
+        pinned: dict[str, Any] = {
+            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **pinned)
+
+    def unpack(self) -> Batch:
+        """One ``Targets`` per image; its tensors are views, nothing is copied."""
+        boxes, labels, areas = (t.split(self.counts) for t in (self.boxes, self.labels, self.areas))
+        keypoints = None if self.keypoints is None else self.keypoints.split(self.counts)
+        masks: list[Tensor | None] = [None] * len(self.counts)
+        if self.masks is not None:
+            pieces = iter(self.masks.split([count for count in self.mask_counts if count is not None]))
+            masks = [None if count is None else next(pieces) for count in self.mask_counts]
+        targets = [
+            Targets(
+                boxes=boxes[i],
+                labels=labels[i],
+                areas=areas[i],
+                masks=masks[i],
+                keypoints=None if keypoints is None else keypoints[i],
+                image_id=self.ids[i],
+                size=self.sizes[i],
+            )
+            for i in range(len(self.counts))
+        ]
+        return Batch(self.images, targets, list(self.crowds.split(self.crowd_counts)), self.skipped)
+
+
+def pack(samples: Sequence[Sample]) -> PackedBatch | list[tuple[str, str]]:
+    """Collate samples; where none of them could be read, only the list of (file, reason)."""
+    skipped = [entry for sample in samples for entry in sample.skipped]
+    good = [(s.image, s.targets, s.crowds) for s in samples if s.image is not None and s.targets is not None]
+    if not good:
+        return skipped
+    images = torch.from_numpy(np.stack([image for image, _, _ in good])).permute(0, 3, 1, 2)
+    targets = [target for _, target, _ in good]
+    masks = [target.masks for target in targets if target.masks is not None]
+    keypoints = [target.keypoints for target in targets if target.keypoints is not None]
+    return PackedBatch(
+        images=images,
+        boxes=torch.cat([target.boxes for target in targets]),
+        labels=torch.cat([target.labels for target in targets]),
+        areas=torch.cat([target.areas for target in targets]),
+        crowds=torch.cat([crowds for _, _, crowds in good]),
+        masks=torch.cat(masks) if masks else None,
+        keypoints=torch.cat(keypoints) if keypoints else None,
+        counts=[len(target) for target in targets],
+        mask_counts=[None if target.masks is None else len(target) for target in targets],
+        crowd_counts=[len(crowds) for _, _, crowds in good],
+        ids=[target.image_id for target in targets],
+        sizes=[target.size for target in targets],
+        skipped=skipped,
+    )

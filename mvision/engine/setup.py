@@ -1,0 +1,64 @@
+"""The config that a run starts from: a shipped model, a file, the weights it starts from, or the run it continues."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mvision.config import RUN_CONFIG, Config, load_config, shipped_configs
+from mvision.errors import UserError
+from mvision.weights import read_weights
+
+
+def run_config(
+    *,
+    tasks: list[str] | None = None,
+    model: str | None = None,
+    file: Path | None = None,
+    init: str | None = None,
+    resume: Path | None = None,
+    options: dict[str, Any] | None = None,
+    assignments: list[str] | None = None,
+) -> Config:
+    """Combine what the user named; what was not named follows from the rest.
+
+    Args:
+        tasks: the heads; empty: those of the config.
+        model, file, options, assignments: see ``mvision.config.load_config``.
+        init: weights to start from. Unless ``model`` or ``file`` says otherwise, the run gets their architecture.
+        resume: a run to continue, with its own config; only ``options`` and ``assignments`` can change it.
+
+    Raises:
+        UserError: anything unknown, or ``resume`` together with what it excludes.
+    """
+    if resume is not None:
+        named = {"--task": tasks, "--model": model, "--config": file, "--init": init}
+        for option in (option for option, value in named.items() if value):
+            raise UserError(f"--resume {resume}: a run goes on with its own config; leave {option} out")
+        if not (resume / RUN_CONFIG).is_file():
+            raise UserError(f"--resume {resume}: not the folder of a run, there is no {RUN_CONFIG} in it")
+        return load_config(file=resume / RUN_CONFIG, overrides=options, assignments=assignments)
+    known: dict[str, Any] = {}
+    if init is not None and model is None and file is None:
+        model, known, own_tasks = _architecture(init)
+        tasks = tasks or own_tasks
+        known = {key: value for key, value in known.items() if _is_kept(key, tasks)}
+    return load_config(model, file, tasks, {**known, **(options or {})}, assignments)
+
+
+def _architecture(source: str) -> tuple[str, dict[str, Any], list[str]]:
+    """Of weights: the shipped model nearest to them (for how to train), their own architecture, and their tasks."""
+    config = read_weights(source).config
+    backbones = {load_config(name).model.backbone.name: name for name in shipped_configs()}
+    sections = {
+        "model.backbone": config.backbone.model_dump(),
+        "model.neck": config.neck.model_dump(),
+        "model.image_size": config.image_size,
+        **{f"model.heads.{task}": settings.model_dump() for task, settings in config.heads.items()},
+    }
+    return backbones.get(config.backbone.name, "base"), sections, list(config.heads)
+
+
+def _is_kept(key: str, tasks: list[str]) -> bool:
+    """Whether a section belongs to the run: the heads of other tasks do not."""
+    return not key.startswith("model.heads.") or key.removeprefix("model.heads.") in tasks

@@ -1,0 +1,76 @@
+"""Evaluation of weights on a data set, from what a user names to a table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from mvision.config import DataConfig, config_of_run
+from mvision.data import CocoSplit, build_eval_loader, find_layout
+from mvision.engine.evaluate import evaluate, make_metrics
+from mvision.engine.machine import keep_freed_memory, resolve_device, resolve_precision
+from mvision.engine.run import RunFolder
+from mvision.errors import UserError
+from mvision.weights import load
+
+METRICS = "metrics.json"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def validate(
+    weights: str,
+    *,
+    data: str | None = None,
+    split: str = "val",
+    output: Path | None = None,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    device: str | None = None,
+) -> str:
+    """Evaluate weights and return what to print: the data, the COCO table and AP by class of every task.
+
+    Args:
+        weights: any source that ``mvision.load`` takes.
+        data: a data folder; None: the one of the weights' run, where there is one, else the built-in data set.
+        split: which of its parts.
+        output: a folder for ``metrics.json``.
+        batch_size: images per step, 16 by default.
+        workers: loading processes; None picks by the number of cores.
+        device: None is the first GPU, else the CPU.
+
+    Raises:
+        UserError: anything wrong with weights, data, device or folder.
+    """
+    keep_freed_memory()
+    chosen = resolve_device(device)
+    model = load(weights).to(chosen)
+    run = config_of_run(weights)
+    layout = find_layout(data if data is not None or run is None else run.data.root)
+    fields = frozenset[str]().union(*(model.head(task).needs for task in model.tasks))
+    part = CocoSplit(layout.split(split, model.tasks), fields)
+    metrics = make_metrics(model, part)
+    loader = build_eval_loader(
+        part,
+        DataConfig(workers=workers),
+        batch_size=batch_size or 16,
+        image_size=model.config.image_size,
+        device=chosen,
+    )
+    # The run's own precision, so that the figures are those that training ended with.
+    precision = resolve_precision(run.train.precision if run is not None else "auto", chosen)
+    with torch.autocast(chosen.type, DTYPES[precision], enabled=precision != "fp32"):
+        figures = evaluate(model, loader, metrics)
+    if output is not None:
+        _write(output, figures)
+    problems = [f"{part.problems}"] if len(part.problems) else []
+    return "\n".join([layout.description, *problems, *(metric.table() for metric in metrics.values())])
+
+
+def _write(folder: Path, figures: dict[str, dict[str, float]]) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        RunFolder(folder).write_text(METRICS, json.dumps(figures, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {folder}: cannot be written ({error.strerror or error}); choose another") from error

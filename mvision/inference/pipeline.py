@@ -1,0 +1,58 @@
+"""Two generators that let reading, computing and writing overlap: in order, with bounded memory, without lost errors.
+
+Both pull from their input only as far ahead as they are told to; an exception in a thread appears where the result is
+asked for; closing a generator (or an exception in its consumer) stops the threads and closes the input.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def ordered_map(
+    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int | None = None
+) -> Generator[R, None, None]:
+    """``map(function, items)`` on ``workers`` threads with up to ``ahead`` results waiting (twice the threads if None).
+
+    The input is iterated in the caller's thread. One worker keeps the calls themselves in order too.
+    """
+    limit = 2 * workers if ahead is None else ahead
+    executor = ThreadPoolExecutor(workers)
+    pending: deque[Future[R]] = deque()
+    try:
+        for item in items:
+            pending.append(executor.submit(function, item))
+            if len(pending) > limit:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        _close(items)
+
+
+def background(items: Iterable[T], ahead: int = 4) -> Generator[T, None, None]:
+    """The same items, produced by a thread of their own up to ``ahead`` before they are asked for."""
+    iterator = iter(items)
+    end: Any = object()
+    executor = ThreadPoolExecutor(1)
+    try:
+        pending = deque(executor.submit(next, iterator, end) for _ in range(ahead))
+        while (item := pending.popleft().result()) is not end:
+            pending.append(executor.submit(next, iterator, end))
+            yield item
+    finally:
+        executor.shutdown(wait=True, cancel_futures=True)
+        _close(iterator)
+
+
+def _close(items: object) -> None:
+    close = getattr(items, "close", None)
+    if callable(close):
+        close()

@@ -1,0 +1,78 @@
+"""A model that "finds" what is painted: one instance per coloured rectangle. It needs no training and no backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mvision.structures import Category, Instances
+
+CATEGORIES = [Category(id=3, name="red"), Category(id=9, name="green"), Category(id=10, name="blue")]
+SIZE = (96, 128)
+
+
+class FakeModel(nn.Module):
+    """Class ``i`` is a region where channel ``i`` is above 200 and the others below 60."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=SIZE)
+        self.categories = CATEGORIES
+        self.tasks = ["detection"]
+        self.part = nn.BatchNorm2d(3)
+        self.batch_sizes: list[int] = []
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    def head(self, task: str) -> SimpleNamespace:
+        assert task == "detection"
+        return SimpleNamespace(metric="bbox")
+
+    def forward(self, images: Tensor) -> Tensor:
+        assert not self.training
+        assert not self.part.training
+        assert not torch.is_grad_enabled()
+        assert images.dtype == torch.uint8
+        assert tuple(images.shape[1:]) == (3, *SIZE)
+        self.batch_sizes.append(len(images))
+        return images
+
+    def postprocess(self, outputs: Tensor, sizes: Sequence[tuple[int, int]], threshold: float) -> list[Instances]:
+        assert len(outputs) == len(sizes)
+        return [find_rectangles(image, size, threshold) for image, size in zip(outputs.cpu().numpy(), sizes)]
+
+
+def find_rectangles(image: np.ndarray, size: tuple[int, int], threshold: float) -> Instances:
+    boxes, labels, scores = [], [], []
+    for label in range(3):
+        others = np.delete(image, label, axis=0).max(axis=0)
+        painted = ((image[label] > 200) & (others < 60)).astype(np.uint8)
+        for x, y, w, h, _ in cv2.connectedComponentsWithStats(painted)[2][1:].tolist():
+            boxes.append([x, y, x + w, y + h])
+            labels.append(label)
+            scores.append(min(1.0, 0.3 + w * h / 2000))
+    order = np.argsort(-np.array(scores), kind="stable")
+    scale = np.array([size[1] / image.shape[2], size[0] / image.shape[1]] * 2, np.float32)
+    found = Instances(
+        boxes=(np.array(boxes, np.float32).reshape(-1, 4) * scale)[order],
+        scores=np.array(scores, np.float32)[order],
+        labels=np.array(labels, np.int64)[order],
+        size=size,
+        categories=CATEGORIES,
+    )
+    return found.filter(found.scores >= threshold)
+
+
+def paint(size: tuple[int, int], rectangles: Sequence[tuple[int, tuple[int, int, int, int]]]) -> np.ndarray:
+    """(H, W, 3) uint8 grey with rectangles (class, xyxy)."""
+    image = np.full((*size, 3), 128, np.uint8)
+    for label, (x0, y0, x1, y1) in rectangles:
+        image[y0:y1, x0:x1] = np.eye(3, dtype=np.uint8)[label] * 255
+    return image

@@ -1,0 +1,56 @@
+"""Box formats and overlaps."""
+
+import torch
+from torchvision.ops import box_iou, generalized_box_iou
+
+from mvision.boxes import cxcywh_to_xyxy, inverse_sigmoid, iou, xyxy_to_cxcywh
+
+
+def random_boxes(count: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    low = torch.rand(count, 2, generator=generator)
+    return torch.cat((low, low + torch.rand(count, 2, generator=generator)), dim=1)
+
+
+def test_known_box() -> None:
+    box = torch.tensor([10.0, 20.0, 4.0, 8.0])
+    assert cxcywh_to_xyxy(box).tolist() == [8.0, 16.0, 12.0, 24.0]
+    assert xyxy_to_cxcywh(torch.tensor([8.0, 16.0, 12.0, 24.0])).tolist() == box.tolist()
+
+
+def test_formats_round_trip_in_any_shape() -> None:
+    boxes = random_boxes(12).reshape(3, 4, 4)
+    torch.testing.assert_close(cxcywh_to_xyxy(xyxy_to_cxcywh(boxes)), boxes)
+    assert cxcywh_to_xyxy(torch.zeros(0, 4)).shape == (0, 4)
+
+
+def test_overlaps_are_torchvisions() -> None:
+    a, b = random_boxes(20), random_boxes(30, seed=1)
+    overlap, generalised = iou(a[:, None], b[None])
+    torch.testing.assert_close(overlap, box_iou(a, b))
+    torch.testing.assert_close(generalised, generalized_box_iou(a, b))
+    assert (overlap > 0).any()
+    assert (generalised < 0).any()
+
+
+def test_boxes_without_area_are_finite() -> None:
+    """Where torchvision returns NaN: two boxes without area at the same place."""
+    point = torch.tensor([[0.5, 0.5, 0.5, 0.5]], requires_grad=True)
+    overlap, generalised = iou(point, point.detach())
+    assert overlap.item() == 0
+    assert torch.isfinite(generalised).all()
+    (overlap + generalised).sum().backward()
+    assert point.grad is not None
+    assert torch.isfinite(point.grad).all()
+    turned = torch.tensor([[0.8, 0.8, 0.2, 0.2]])
+    overlap, generalised = iou(turned, random_boxes(1))
+    assert overlap.item() == 0
+    assert torch.isfinite(generalised).all()
+
+
+def test_inverse_sigmoid() -> None:
+    x = torch.linspace(-8, 8, 33)
+    torch.testing.assert_close(inverse_sigmoid(x.sigmoid()), x, atol=1e-2, rtol=1e-3)
+    extremes = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
+    assert torch.isfinite(extremes).all()
+    assert extremes[0] == extremes[1] == -extremes[2] == -extremes[3]

@@ -1,0 +1,126 @@
+"""The query decoder: selection, anchors, layers."""
+
+import pytest
+import torch
+
+from mvision.boxes import inverse_sigmoid
+from mvision.decoder import DecoderConfig, QueryDecoder, make_anchors
+from mvision.denoising import make_denoising
+from mvision.matching import pad_targets
+from tests.test_matching import make_targets
+
+SMALL = DecoderConfig(embed_dim=32, num_queries=9, num_layers=2, num_heads=4, ffn_dim=48)
+
+
+def _maps(batch=2, channels=16, sizes=((8, 6), (4, 3))):
+    return [torch.randn(batch, channels, *size) for size in sizes]
+
+
+def _decoder(config=SMALL, **options):
+    torch.manual_seed(0)
+    decoder = QueryDecoder(config, [16, 16], num_classes=5, **options)
+    for layer in decoder.box_heads:  # zero at the start, which would hide mistakes
+        torch.nn.init.normal_(layer.layers[-1].weight, std=0.2)
+    return decoder
+
+
+def test_anchors_sit_on_cells_and_double_per_level():
+    anchors, valid = make_anchors([(40, 40), (2, 2)], torch.device("cpu"), torch.float64)
+    boxes = anchors.sigmoid()[0]
+    torch.testing.assert_close(boxes[41], torch.tensor([1.5 / 40, 1.5 / 40, 0.05, 0.05], dtype=torch.float64))
+    torch.testing.assert_close(boxes[1600], torch.tensor([0.25, 0.25, 0.1, 0.1], dtype=torch.float64))
+    assert valid.all()
+
+
+def test_cells_at_the_very_border_are_switched_off():
+    anchors, valid = make_anchors([(100, 100)], torch.device("cpu"), torch.float32)
+    assert not valid[0, 0]
+    assert valid[0, 101]
+    assert (anchors[0, 0] == torch.finfo(torch.float32).max).all()
+
+
+def test_inference_returns_the_last_layer_alone_and_equals_training():
+    decoder = _decoder().eval()
+    maps = _maps()
+    last, every = decoder(maps), decoder(maps, every_layer=True, dense=True)
+    assert last.logits.shape == (1, 2, 9, 5)
+    assert every.logits.shape == (2, 2, 9, 5)
+    torch.testing.assert_close(last.logits[0], every.logits[-1])
+    torch.testing.assert_close(last.boxes[0], every.boxes[-1])
+    assert last.dense_boxes is None
+    assert every.dense_boxes.shape == (2, 60, 4)
+
+
+def test_selected_cells_have_the_best_scores_and_their_own_boxes():
+    decoder = _decoder().eval()
+    decoded = decoder(_maps(), dense=True)
+    best = decoded.dense_logits.amax(-1).topk(9, dim=1)
+    torch.testing.assert_close(decoded.encoder_logits.amax(-1), best.values)
+    expected = decoded.dense_boxes.gather(1, best.indices[..., None].expand(-1, -1, 4))
+    torch.testing.assert_close(decoded.encoder_boxes, expected)
+
+
+def test_layers_refine_the_boxes_before_them():
+    decoder = _decoder()
+    for layer in decoder.box_heads:
+        torch.nn.init.zeros_(layer.layers[-1].weight)
+        layer.layers[-1].bias.data = torch.tensor([0.1, 0.0, 0.0, 0.0])
+    decoded = decoder(_maps(), every_layer=True)
+    expected = inverse_sigmoid(decoded.encoder_boxes)[..., 0]
+    for layer in range(2):
+        expected = expected + 0.1
+        torch.testing.assert_close(inverse_sigmoid(decoded.boxes[layer])[..., 0], expected, atol=1e-4, rtol=0)
+
+
+def test_number_of_queries_is_free_after_training():
+    decoder = _decoder().eval()
+    maps = _maps()
+    few = decoder(maps).boxes[-1]
+    decoder.config = SMALL.model_copy(update={"num_queries": 30})
+    many = decoder(maps).boxes[-1]
+    assert few.shape[1] == 9
+    assert many.shape[1] == 30
+    decoder.config = SMALL.model_copy(update={"num_queries": 500})
+    assert decoder(maps).boxes[-1].shape[1] == 60  # no more than there are cells
+
+
+def test_denoising_queries_do_not_change_the_others():
+    decoder = _decoder(num_denoising=10)
+    truth = pad_targets(make_targets(2, 1), torch.device("cpu"))
+    noisy = make_denoising(truth, 5, 9, 10, 0.5, 1.0)
+    maps = _maps()
+    with_noise, without = decoder(maps, noisy, every_layer=True), decoder(maps, every_layer=True)
+    split = noisy.labels.shape[1]
+    assert with_noise.logits.shape[2] == split + 9
+    torch.testing.assert_close(with_noise.logits[:, :, split:], without.logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(with_noise.boxes[:, :, split:], without.boxes, atol=1e-5, rtol=1e-4)
+
+
+def test_every_parameter_gets_a_gradient_even_without_denoising_queries():
+    decoder = _decoder(num_denoising=10)
+    decoded = decoder(_maps(), None, every_layer=True, dense=True)
+    total = decoded.logits.sum() + decoded.boxes.sum() + decoded.encoder_boxes.sum() + decoded.encoder_logits.sum()
+    total.backward()
+    assert not [name for name, parameter in decoder.named_parameters() if parameter.grad is None]
+
+
+def test_learned_queries_do_not_depend_on_the_image():
+    config = SMALL.model_copy(update={"learned_queries": True})
+    decoder = _decoder(config)
+    decoder(_maps())
+    assert decoder.query_embed.weight.shape == (9, 32)
+
+
+def test_boxes_stay_in_float32_under_autocast():
+    decoder = _decoder().eval()
+    maps = _maps()
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = decoder(maps)
+    assert decoded.boxes.dtype == torch.float32
+    assert decoded.boxes.isfinite().all()
+
+
+def test_denoising_needs_its_embedding():
+    truth = pad_targets(make_targets(1), torch.device("cpu"))
+    with pytest.raises(ValueError, match="num_denoising > 0"):
+        _decoder()(_maps(1), make_denoising(truth, 5, 9, 10, 0.5, 1.0))

@@ -1,0 +1,82 @@
+"""Deformable attention: the three ways of sampling, against each other and against a plain loop."""
+
+import pytest
+import torch
+
+from mvision.deformable import DeformableAttention, _sample_gather, _sample_grid, _sample_nearest
+
+SHAPES = [(5, 7), (3, 4)]
+CELLS = 5 * 7 + 3 * 4
+
+
+def _inputs(dtype=torch.float64, reach=1.4):
+    torch.manual_seed(0)
+    value = torch.randn(2, CELLS, 3, 4, dtype=dtype)
+    # Some points lie outside of the image on every side.
+    locations = torch.rand(2, 6, 3, len(SHAPES) * 2, 2, dtype=dtype) * reach - (reach - 1) / 2
+    weights = torch.rand(2, 6, 3, len(SHAPES) * 2, dtype=dtype)
+    return value, locations, weights
+
+
+def _bilinear_by_hand(value, locations, weights):
+    batch, count, heads, points, _ = locations.shape
+    out = torch.zeros(batch, count, heads, value.shape[-1], dtype=value.dtype)
+    starts = [0, 35]
+    for b, q, h, p in torch.cartesian_prod(*(torch.arange(n) for n in (batch, count, heads, points))).tolist():
+        level = p // (points // len(SHAPES))
+        height, width = SHAPES[level]
+        x = locations[b, q, h, p, 0].item() * width - 0.5
+        y = locations[b, q, h, p, 1].item() * height - 0.5
+        for column in (int(x // 1), int(x // 1) + 1):
+            for row in (int(y // 1), int(y // 1) + 1):
+                if 0 <= column < width and 0 <= row < height:
+                    share = (1 - abs(x - column)) * (1 - abs(y - row)) * weights[b, q, h, p]
+                    out[b, q, h] += share * value[b, starts[level] + row * width + column, h]
+    return out.flatten(2)
+
+
+@pytest.mark.parametrize("sample", [_sample_grid, _sample_gather])
+def test_bilinear_sampling_equals_the_definition(sample):
+    value, locations, weights = _inputs()
+    expected = _bilinear_by_hand(value, locations, weights)
+    torch.testing.assert_close(sample(value, locations, weights, SHAPES), expected, rtol=0, atol=1e-12)
+
+
+def test_gather_in_bf16_is_finite_and_close():
+    value, locations, weights = _inputs(torch.float32)
+    expected = _sample_grid(value, locations, weights, SHAPES)
+    found = _sample_gather(value.bfloat16(), locations, weights.bfloat16(), SHAPES)
+    torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
+
+
+def test_nearest_sampling_takes_the_cell_under_the_point():
+    value, _, _ = _inputs()
+    locations = torch.zeros(2, 1, 3, 2, 2, dtype=torch.float64)
+    locations[..., 0, :] = torch.tensor([2.2 / 7, 3.1 / 5])  # finest level: column 2, row 3
+    locations[..., 1, :] = torch.tensor([1.5, -0.3])  # coarser level: clamped to the last column, first row
+    weights = torch.tensor([1.0, 10.0], dtype=torch.float64).expand(2, 1, 3, 2)
+    expected = (value[:, 3 * 7 + 2] + 10 * value[:, 35 + 3]).flatten(1).unsqueeze(1)
+    torch.testing.assert_close(_sample_nearest(value, locations, weights, SHAPES), expected)
+
+
+def test_training_and_inference_agree():
+    torch.manual_seed(0)
+    attention = DeformableAttention(12, 3, 2, 4)
+    torch.nn.init.normal_(attention.sampling_offsets.weight)
+    queries, memory = torch.randn(2, 6, 12), torch.randn(2, CELLS, 12)
+    references = torch.rand(2, 6, 4)
+    with_gradient = attention(queries, references, memory, SHAPES)
+    with torch.no_grad():
+        without = attention(queries, references, memory, SHAPES)
+    torch.testing.assert_close(with_gradient, without)
+
+
+def test_heads_start_in_different_directions():
+    attention = DeformableAttention(16, 4, 1, 2)
+    first = attention.sampling_offsets.bias.view(4, 1, 2, 2)[:, 0, 0]
+    torch.testing.assert_close(first, torch.tensor([[1.0, 0], [0, 1], [-1, 0], [0, -1]]), atol=1e-6, rtol=0)
+
+
+def test_indivisible_width_is_refused():
+    with pytest.raises(ValueError, match="embed_dim 10 has to be a multiple of num_heads 4"):
+        DeformableAttention(10, 4, 1, 1)

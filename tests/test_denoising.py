@@ -1,0 +1,67 @@
+"""Contrastive denoising queries."""
+
+import torch
+
+from mvision.boxes import cxcywh_to_xyxy
+from mvision.denoising import make_denoising
+from mvision.matching import pad_targets
+from tests.test_matching import make_targets
+
+
+def _make(*counts, **settings):
+    truth = pad_targets(make_targets(*counts), torch.device("cpu"))
+    options = {"num_classes": 3, "num_queries": 7, "num_denoising": 12, "label_noise": 0.5, "box_noise": 1.0}
+    return truth, make_denoising(truth, **{**options, **settings})
+
+
+def test_groups_hold_a_positive_and_a_negative_of_every_object():
+    truth, noisy = _make(3, 1)
+    assert noisy.groups == 4  # 12 wished, 3 objects in the fullest image
+    assert noisy.labels.shape == (2, 4 * 2 * 3)
+    per_group = noisy.assigned.view(2, 4, 2, 3)
+    assert (per_group[0, :, 0] == torch.arange(3)).all()
+    assert (per_group[1, :, 0] == torch.tensor([0, -1, -1])).all()
+    assert (per_group[:, :, 1] == -1).all()
+    padding = noisy.labels.view(2, 4, 2, 3)[1, :, :, 1:]
+    assert (padding == 3).all()
+
+
+def test_positives_stay_nearer_than_negatives():
+    torch.manual_seed(0)
+    truth, noisy = _make(4, num_denoising=400)
+    half = truth.boxes[:, None, None, :, 2:].repeat(1, 1, 1, 1, 2) / 2
+    moved = (cxcywh_to_xyxy(noisy.boxes.view(1, 100, 2, 4, 4)) - cxcywh_to_xyxy(truth.boxes)[:, None, None]).abs() / half
+    assert moved[:, :, 0].max() <= 1 + 1e-4
+    assert moved[:, :, 1].median() > 1  # one to two half sides, where the image's border does not clip
+    assert ((noisy.boxes >= 0) & (noisy.boxes <= 1)).all()
+
+
+def test_label_noise_changes_half_of_its_share_to_random_classes():
+    torch.manual_seed(0)
+    truth, noisy = _make(4, num_denoising=8000)
+    changed = (noisy.labels.view(1, -1, 4) != truth.labels[:, None]).float().mean().item()
+    assert abs(changed - 0.5 * 0.5 * 2 / 3) < 0.02  # a third of the random classes is the old one
+    _, clean = _make(4, label_noise=0.0)
+    assert (clean.labels.view(1, -1, 4) == truth.labels[:, None]).all()
+
+
+def test_nobody_sees_the_answers():
+    _, noisy = _make(3)
+    size, group = noisy.labels.shape[1], 6
+    mask = noisy.mask
+    assert mask.shape == (size + 7, size + 7)
+    assert not mask[size:, :size].any()  # ordinary queries do not see denoising queries
+    assert mask[:, size:].all()
+    blocks = mask[:size, :size].view(size // group, group, size // group, group)
+    for row in range(size // group):
+        for column in range(size // group):
+            assert (blocks[row, :, column] == (row == column)).all()
+
+
+def test_no_objects_or_no_wish_give_none():
+    assert _make(0, 0)[1] is None
+    assert _make(3, num_denoising=0)[1] is None
+
+
+def test_more_objects_than_wished_still_give_one_group():
+    assert _make(5, num_denoising=2)[1].groups == 1

@@ -1,0 +1,193 @@
+"""Every layout that is recognised, and what is said about the others."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from mvision.data.coco import CocoSplit
+from mvision.data.layouts import find_layout
+from mvision.data.yolo import label_file
+from mvision.errors import UserError
+from tests.coco_files import CATEGORIES, PEOPLE, annotation, coco, picture, write_picture, write_set
+
+
+def test_images_and_annotations(tmp_path: Path) -> None:
+    for split in ("train", "val", "train_permissive"):
+        write_set(tmp_path, coco([annotation()]), split)
+    layout = find_layout(tmp_path)
+    assert list(layout.splits) == ["train", "val", "train_permissive"]
+    assert str(tmp_path) in layout.description
+    assert "\n" not in layout.description
+    assert layout.split("train_permissive").annotations.name == "train_permissive.json"
+    assert CocoSplit(layout.split()).split.name == "val"
+
+
+def test_unknown_split_names_the_nearest(tmp_path: Path) -> None:
+    write_set(tmp_path, coco([annotation()]), "train_permissive")
+    with pytest.raises(UserError, match="did you mean 'train_permissive'"):
+        find_layout(tmp_path).split("train_permisive")
+    with pytest.raises(UserError, match=r"no split 'val': it has train_permissive"):
+        find_layout(tmp_path).split("val")
+
+
+def test_images_one_level_deeper(tmp_path: Path) -> None:
+    write_set(tmp_path, coco([annotation()]))
+    deeper = tmp_path / "images" / "train"
+    deeper.mkdir()
+    shutil.move(tmp_path / "images" / "1.png", deeper / "1.png")
+    assert CocoSplit(find_layout(tmp_path).split("train")).folder == deeper
+
+
+def _coco_original(root: Path) -> Path:
+    """Two files for the same images, as COCO has them: all objects, and people with keypoints."""
+    classes = [{"id": 1, "name": "person"}, {"id": 7, "name": "dog"}]
+    everything = coco([annotation(1, category_id=1), annotation(1, category_id=7)], classes)
+    people = coco([annotation(1, category_id=1, keypoints=[10, 10, 2, 12, 10, 2, 0, 0, 0], num_keypoints=2)], PEOPLE)
+    (root / "annotations").mkdir()
+    for part in ("train2017", "val2017"):
+        (root / "annotations" / f"instances_{part}.json").write_text(json.dumps(everything))
+        (root / "annotations" / f"person_keypoints_{part}.json").write_text(json.dumps(people))
+        write_picture(root / part / "1.png", picture())
+    return root
+
+
+def test_coco_original_picks_the_file_by_task(tmp_path: Path) -> None:
+    layout = find_layout(_coco_original(tmp_path))
+    assert {"train", "val"} <= set(layout.splits)
+    fields = ("boxes", "keypoints")
+
+    boxes = CocoSplit(layout.split("train", ["detection"]))
+    assert [category.name for category in boxes.categories] == ["person", "dog"]
+    assert len(boxes.objects) == 2
+
+    people = CocoSplit(layout.split("train", ["keypoints"]), fields)
+    assert [category.name for category in people.categories] == ["person"]
+    assert people.split.images == tmp_path / "train2017"
+
+    joint = CocoSplit(layout.split("train", ["detection", "keypoints"]), fields)
+    assert [len(category.keypoints) for category in joint.categories] == [3, 0]
+    assert joint.objects.keypoints is not None
+    assert (joint.objects.keypoints[..., 2] > 0).sum(axis=1).tolist() == [2, 0]
+
+
+def test_roboflow_export(tmp_path: Path) -> None:
+    tree = coco(
+        [annotation(1, category_id=1)],
+        [
+            {"id": 0, "name": "animals", "supercategory": "none"},
+            {"id": 1, "name": "cat", "supercategory": "animals"},
+            {"id": 2, "name": "dog", "supercategory": "animals"},
+        ],
+    )
+    for folder in ("train", "valid", "test"):
+        write_picture(tmp_path / folder / "1.png", picture())
+        (tmp_path / folder / "_annotations.coco.json").write_text(json.dumps(tree))
+    layout = find_layout(tmp_path)
+    assert list(layout.splits) == ["train", "val", "test"]
+    assert "Roboflow" in layout.description
+    split = CocoSplit(layout.split("val"))
+    assert split.folder == tmp_path / "valid"
+    assert [category.name for category in split.categories] == ["cat", "dog"]  # the unused parent is no class
+
+
+def _yolo(root: Path, lines: list[str], **more: Any) -> Path:
+    for part in ("train", "val"):
+        write_picture(root / "images" / part / "a.png", picture(100, 200))
+        write_picture(root / "images" / part / "b.png", picture(100, 200))  # no label file: no objects
+        (root / "labels" / part).mkdir(parents=True)
+        (root / "labels" / part / "a.txt").write_text("\n".join(lines) + "\n")
+    tree = {"path": str(root), "train": "images/train", "val": "images/val", "names": {0: "cat", 1: "dog"}, **more}
+    (root / "data.yaml").write_text(yaml.safe_dump(tree))
+    return root
+
+
+def test_yolo_boxes(tmp_path: Path) -> None:
+    layout = find_layout(_yolo(tmp_path, ["1 0.5 0.5 0.2 0.4", "0 0.1 0.2 0.1 0.2"]))
+    assert "YOLO" in layout.description
+    assert find_layout(tmp_path / "data.yaml").splits == layout.splits
+    split = CocoSplit(layout.split("val"))
+    assert [(record.file, record.width, record.height) for record in split.records] == [
+        ("a.png", 200, 100),
+        ("b.png", 200, 100),
+    ]
+    np.testing.assert_allclose(split.objects.boxes[0], (0.4, 0.3, 0.6, 0.7), atol=1e-6)
+    assert split.objects.labels.tolist() == [1, 0]
+    assert split.objects.start.tolist() == [0, 2, 2]
+    assert split.coco_dict["annotations"][0]["bbox"] == pytest.approx([80, 30, 40, 40])
+
+
+def test_yolo_polygons(tmp_path: Path) -> None:
+    layout = find_layout(_yolo(tmp_path, ["0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5"]))
+    split = CocoSplit(layout.split("train"), ("boxes", "masks"))
+    assert split.available == {"boxes", "masks"}
+    np.testing.assert_allclose(split.objects.boxes[0], (0.1, 0.1, 0.5, 0.5), atol=1e-6)
+    assert split.objects.areas[0] == pytest.approx(0.16, rel=0.02)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_yolo_pose(tmp_path: Path, dims: int) -> None:
+    third = {2: ["", "", ""], 3: [" 2", " 1", " 0"]}[dims]
+    points = f"0.5 0.5{third[0]} 0.4 0.6{third[1]} 0 0{third[2]}"
+    root = _yolo(tmp_path, [f"0 0.5 0.5 0.2 0.4 {points}"], kpt_shape=[3, dims], flip_idx=[0, 2, 1])
+    split = CocoSplit(find_layout(root).split("train"), ("boxes", "keypoints"))
+    assert split.categories[0].keypoints == ["point_0", "left_point_1", "right_point_1"]
+    assert split.objects.keypoints is not None
+    expected = [[0.5, 0.5, 2], [0.4, 0.6, 2 if dims == 2 else 1], [0, 0, 0]]
+    np.testing.assert_allclose(split.objects.keypoints[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["5 0.5 0.5 0.2 0.4"], r"a\.txt, line 1: class 5, but .* 2 classes"),
+        (["0 0.5 0.5 0.2 0.4", "0 0.5 x 0.2 0.4"], r"a\.txt, line 2: numbers expected"),
+        (["0 0.5 0.5 0.2"], r"a\.txt, line 1: 3 numbers after the class"),
+    ],
+)
+def test_broken_yolo_lines_are_named(tmp_path: Path, lines: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        CocoSplit(find_layout(_yolo(tmp_path, lines)).split("train"))
+
+
+def test_yolo_paths_of_roboflow_and_list_files(tmp_path: Path) -> None:
+    root = _yolo(tmp_path, ["0 0.5 0.5 0.2 0.4"], path="", train="../images/train", val="val.txt")
+    (root / "val.txt").write_text("./images/val/a.png\n")
+    layout = find_layout(root)
+    assert len(CocoSplit(layout.split("train"))) == 2
+    assert len(CocoSplit(layout.split("val"))) == 1
+
+
+def test_yolo_without_images_or_with_broken_yaml(tmp_path: Path) -> None:
+    (tmp_path / "data.yaml").write_text("names: [a]\ntrain: nowhere\n")
+    with pytest.raises(UserError, match=r"train: nowhere is not there"):
+        find_layout(tmp_path)
+    (tmp_path / "data.yaml").write_text("names: [a\n")
+    with pytest.raises(UserError, match=r"data\.yaml: cannot be read as YAML"):
+        find_layout(tmp_path)
+
+
+def test_label_files_lie_beside_images() -> None:
+    assert label_file(Path("/a/images/train/images/x.jpg")) == Path("/a/images/train/labels/x.txt")
+    assert label_file(Path("/a/x.jpg")) == Path("/a/x.txt")
+
+
+def test_what_is_not_recognised_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        find_layout(tmp_path / "nowhere")
+    (tmp_path / "JPEGImages").mkdir()
+    (tmp_path / "stray.csv").touch()
+    with pytest.raises(UserError, match=r"found: JPEGImages/, stray\.csv.*Pascal VOC"):
+        find_layout(tmp_path)
+    with pytest.raises(UserError, match=r"stray\.csv: a folder or a YOLO data\.yaml"):
+        find_layout(tmp_path / "stray.csv")
+
+
+def test_none_is_the_built_in_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_set(tmp_path, coco([annotation()], CATEGORIES))
+    monkeypatch.setattr("mvision.data.builtin.ensure_builtin", lambda: tmp_path)
+    assert find_layout(None).root == tmp_path

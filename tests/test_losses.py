@@ -1,0 +1,79 @@
+"""Loss terms against their definitions."""
+
+import pytest
+import torch
+
+from mvision.losses import dense_losses, quality_focal, set_losses
+from mvision.matching import pad_targets
+from mvision.structures import Targets
+
+TARGETS = [
+    Targets(
+        boxes=torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.2, 0.3, 0.2, 0.2]]),
+        labels=torch.tensor([1, 0]),
+        areas=torch.tensor([0.16, 0.04]),
+    ),
+    Targets(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64), areas=torch.zeros(0)),
+]
+
+
+def test_set_losses_of_known_boxes():
+    boxes = torch.zeros(1, 2, 3, 4)
+    boxes[0, 0, 0] = torch.tensor([0.5, 0.5, 0.4, 0.4])  # exactly object 0
+    boxes[0, 0, 1] = torch.tensor([0.3, 0.3, 0.2, 0.2])  # half over object 1: IoU 1/3, GIoU 1/3
+    boxes[0, 0, 2] = boxes[0, 1] = torch.tensor([0.9, 0.9, 0.1, 0.1])
+    assigned = torch.tensor([[[0, 1, -1], [-1, -1, -1]]])
+    logits = torch.zeros(1, 2, 3, 2)
+    losses = set_losses(logits, boxes, assigned, pad_targets(TARGETS, torch.device("cpu")))
+    assert losses["box"].item() == pytest.approx(0.1 / 2, abs=1e-6)
+    assert losses["giou"].item() == pytest.approx((1 - 1 / 3) / 2, abs=1e-6)
+    # sigmoid(0) = 1/2 everywhere, so each binary cross-entropy is ln 2: positives weigh their IoU, the ten others 0.75 / 4.
+    weights = 1 + 1 / 3 + 10 * 0.75 * 0.25
+    assert losses["class"].item() == pytest.approx(weights * 0.693147 / 2, abs=1e-5)
+
+
+def test_matchability_aware_loss_keeps_poor_matches_at_full_weight():
+    logits, hot = torch.tensor([0.3, -0.4]), torch.tensor([True, False])
+    quality = torch.tensor([0.25, 0.0])
+    found = quality_focal(logits, quality, hot, "mal", alpha=0.75, gamma=1.5)
+    prob = logits.sigmoid()
+    soft = 0.25**1.5
+    expected_hot = -(soft * prob[0].log() + (1 - soft) * (1 - prob[0]).log())
+    expected_cold = -(prob[1] ** 1.5) * (1 - prob[1]).log()
+    torch.testing.assert_close(found, torch.stack((expected_hot, expected_cold)))
+
+
+def test_layers_are_independent():
+    torch.manual_seed(0)
+    logits, boxes = torch.randn(3, 2, 4, 2), torch.rand(3, 2, 4, 4)
+    assigned = torch.tensor([[[0, 1, -1, -1], [-1] * 4], [[-1, 0, 1, -1], [-1] * 4], [[1, -1, -1, 0], [-1] * 4]])
+    truth = pad_targets(TARGETS, torch.device("cpu"))
+    together = set_losses(logits, boxes, assigned, truth)
+    for layer in range(3):
+        one = slice(layer, layer + 1)
+        alone = set_losses(logits[one], boxes[one], assigned[one], truth)
+        for name, value in together.items():
+            torch.testing.assert_close(value[layer], alone[name][0])
+
+
+def test_without_objects_losses_are_finite_and_differentiable():
+    empty = pad_targets([TARGETS[1]], torch.device("cpu"))
+    logits = torch.randn(2, 1, 4, 3, requires_grad=True)
+    boxes = torch.rand(2, 1, 4, 4, requires_grad=True)
+    losses = set_losses(logits, boxes, torch.full((2, 1, 4), -1), empty)
+    assert (losses["box"] == 0).all()
+    assert (losses["giou"] == 0).all()
+    sum(value.sum() for value in losses.values()).backward()
+    assert logits.grad.isfinite().all()
+    assert (boxes.grad == 0).all()
+
+
+def test_dense_losses_weigh_cells_by_their_quality():
+    truth = pad_targets(TARGETS[:1], torch.device("cpu"))
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]])
+    assigned = torch.tensor([[0, 1, -1]])
+    quality = torch.tensor([[0.8, 0.4, 0.0]])
+    losses = dense_losses(torch.zeros(1, 3, 2), boxes, assigned, quality, truth)
+    # Quality sums to 1.2, and two objects ask for a divisor of at least 2.
+    assert losses["box"].item() == pytest.approx(0.4 * 0.1 / 2, abs=1e-6)
+    assert losses["giou"].item() == pytest.approx(0.4 * (1 - 1 / 3) / 2, abs=1e-6)

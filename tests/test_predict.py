@@ -1,0 +1,312 @@
+"""Prediction on images in memory and on sources, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import av
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from mvision.data.images import read_image
+from mvision.errors import UserError
+from mvision.inference import output as output_module
+from mvision.inference.predict import predict_images, predict_sources
+from mvision.structures import Instances
+from tests.fake_model import FakeModel, paint
+from tests.test_sources import Camera, write_image, write_video
+
+RED = (0, (30, 20, 60, 60))
+BLUE = (2, (70, 40, 110, 90))
+
+
+@pytest.fixture
+def model() -> FakeModel:
+    return FakeModel().eval()
+
+
+def save(path: Path, image: np.ndarray) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def written(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+
+
+def test_results_are_in_pixels_of_each_original(model: FakeModel, tmp_path: Path) -> None:
+    """The same scene as a file, a PIL image and an array of twice the size, beside one of another kind."""
+    scene = paint((96, 128), [RED, BLUE])
+    double = cv2.resize(scene, (256, 192), interpolation=cv2.INTER_NEAREST)
+    path = save(tmp_path / "scene.png", scene)
+    results = predict_images(model, [path, Image.fromarray(scene), double, paint((50, 70), [])])
+    assert [len(result) for result in results] == [2, 2, 2, 0]
+    assert [result.size for result in results] == [(96, 128), (96, 128), (192, 256), (50, 70)]
+    assert results[0].boxes.tolist() == [list(BLUE[1]), list(RED[1])]
+    assert [results[0].names[label] for label in results[0].labels] == ["blue", "red"]
+    np.testing.assert_allclose(results[2].boxes, 2 * results[0].boxes, atol=2)
+    assert [result.path for result in results] == [str(path), None, None, None]
+
+
+def test_threshold(model: FakeModel) -> None:
+    scene = paint((96, 128), [(0, (0, 0, 10, 20)), BLUE])  # scores 0.4 and 1
+    assert [len(predict_images(model, [scene], threshold=t)[0]) for t in (0.0, 0.5, 1.0)] == [2, 1, 1]
+    with pytest.raises(UserError, match=r"threshold 1\.5"):
+        predict_images(model, [scene], threshold=1.5)
+
+
+def test_batches_keep_the_order(model: FakeModel) -> None:
+    images = [paint((96, 128), [(0, (i, 0, i + 40, 50))]) for i in range(7)]
+    results = predict_images(model, images, batch_size=3)
+    assert model.batch_sizes == [3, 3, 1]
+    assert [result.boxes[0, 0] for result in results] == list(range(7))
+    model.batch_sizes.clear()
+    predict_images(model, images)
+    assert model.batch_sizes == [1] * 7  # on CPU
+    assert predict_images(model, []) == []
+
+
+def test_one_image_without_a_list(model: FakeModel, tmp_path: Path) -> None:
+    scene = paint((96, 128), [RED])
+    path = save(tmp_path / "scene.png", scene)
+    for image in (path, str(path), scene, Image.fromarray(scene)):
+        (result,) = predict_images(model, image)  # type: ignore[arg-type]
+        assert len(result) == 1
+
+
+def test_other_kinds_of_images(model: FakeModel) -> None:
+    scene = paint((96, 128), [RED])
+    rgba = np.dstack((scene, np.full((96, 128), 255, np.uint8)))
+    frozen = scene.copy()
+    frozen.setflags(write=False)
+    turned = Image.fromarray(np.rot90(scene))
+    exif = turned.getexif()
+    exif[0x0112] = 6  # to be shown turned clockwise
+    turned.info["exif"] = exif.tobytes()
+    results = predict_images(model, [rgba, frozen, Image.fromarray(rgba), turned, scene[..., 0]])
+    assert [len(result) for result in results] == [1, 1, 1, 1, 0]
+    assert results[3].boxes.tolist() == [list(RED[1])]
+    wrong: list[Any] = [scene.astype(np.float32), scene[..., :2], np.zeros((0, 0, 3), np.uint8), torch.zeros(3, 8, 8)]
+    wrong.append(Image.fromarray(np.zeros((4, 4), np.uint16)))
+    for image in wrong:
+        with pytest.raises(UserError):
+            predict_images(model, [image])
+
+
+def test_an_unreadable_file_is_named(model: FakeModel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"gone\.jpg"):
+        predict_images(model, [tmp_path / "gone.jpg"])
+
+
+def test_the_mode_is_kept(model: FakeModel) -> None:
+    model.train()
+    model.part.eval()
+    predict_images(model, [paint((96, 128), [RED])])
+    assert model.training
+    assert not model.part.training
+
+
+def test_pictures_and_predictions(model: FakeModel, tmp_path: Path) -> None:
+    scene = paint((96, 128), [RED, BLUE])
+    for name in ("in/a.png", "in/sub/a.jpg", "in/empty.png"):
+        save(tmp_path / name, scene if "empty" not in name else paint((40, 40), []))
+    summary = predict_sources(model, [tmp_path / "in"], tmp_path / "out", progress=False)
+    out = tmp_path / "out"
+    assert written(out) == ["a.png", "empty.png", "predictions.json", "sub/a.jpg"]
+    assert (summary.images, dict(summary.instances), summary.skipped) == (3, {"blue": 2, "red": 2}, [])
+    drawn = read_image(out / "a.png")
+    assert drawn.shape == scene.shape
+    assert not np.array_equal(drawn, scene)
+    assert np.array_equal(read_image(out / "empty.png"), paint((40, 40), []))
+    entries = json.loads((out / "predictions.json").read_text())
+    assert [e["file_name"] for e in entries] == ["a.png", "a.png", "sub/a.jpg", "sub/a.jpg"]
+    assert [e["image_id"] for e in entries] == [1, 1, 3, 3]
+    assert entries[1] == {
+        "image_id": 1,
+        "file_name": "a.png",
+        "category_id": 3,
+        "category_name": "red",
+        "bbox": [30, 20, 30, 40],
+        "score": 0.9,
+    }
+    assert "2 blue" in str(summary)
+
+
+def test_masks_and_keypoints_are_written(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = np.zeros((1, 96, 128), bool)
+    mask[0, 20:60, 30:60] = True
+    points = np.array([[[1.234, 5, 0.5]]], np.float32)
+
+    def postprocess(*_: object) -> list[Instances]:
+        values = (np.array([[30, 20, 60, 60]], np.float32), np.ones(1, np.float32), np.array([1]))
+        return [Instances(*values, (96, 128), model.categories, mask, points)]
+
+    monkeypatch.setattr(model, "postprocess", lambda outputs, sizes, threshold: postprocess())
+    save(tmp_path / "a.png", paint((96, 128), []))
+    predict_sources(model, [tmp_path / "a.png"], tmp_path / "out", progress=False)
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert entry["keypoints"] == [1.23, 5, 0.5]
+    assert np.array_equal(coco_mask.decode(entry["segmentation"]), mask[0])
+
+
+def test_equal_names_do_not_collide(model: FakeModel, tmp_path: Path) -> None:
+    scene = paint((96, 128), [RED])
+    for name in ("one/a.jpg", "two/a.jpg", "two/A.bmp"):
+        save(tmp_path / name, scene)
+    sources = [tmp_path / "one", tmp_path / "two" / "a.jpg", tmp_path / "two" / "A.bmp"]
+    predict_sources(model, sources, tmp_path / "out", progress=False)
+    assert written(tmp_path / "out") == ["A-3.jpg", "a-2.jpg", "a.jpg", "predictions.json"]
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    files = [entry["file_name"] for entry in entries]
+    assert files == [str(tmp_path / "one" / "a.jpg"), str(tmp_path / "two" / "a.jpg"), "A.bmp"]
+
+
+def test_sources_are_never_replaced(model: FakeModel, tmp_path: Path) -> None:
+    path = save(tmp_path / "a.png", paint((96, 128), [RED]))
+    before = path.read_bytes()
+    with pytest.raises(UserError, match="would replace a source"):
+        predict_sources(model, [tmp_path], tmp_path, progress=False)
+    assert path.read_bytes() == before
+    assert written(tmp_path) == ["a.png"]
+
+
+def test_a_second_run_into_the_same_place(model: FakeModel, tmp_path: Path) -> None:
+    save(tmp_path / "a.png", paint((96, 128), [RED]))
+    for _ in range(2):
+        summary = predict_sources(model, [tmp_path], tmp_path / "out", progress=False)
+        assert summary.images == 1
+    assert written(tmp_path / "out") == ["a.png", "predictions.json"]
+
+
+def test_broken_files_are_skipped_and_named(model: FakeModel, tmp_path: Path) -> None:
+    save(tmp_path / "in" / "b.png", paint((96, 128), [RED]))
+    (tmp_path / "in" / "a.jpg").write_bytes(b"broken")
+    summary = predict_sources(model, [tmp_path / "in"], tmp_path / "out", batch_size=4, progress=False)
+    assert [Path(name).name for name, _ in summary.skipped] == ["a.jpg"]
+    assert "a.jpg" in str(summary)
+    assert written(tmp_path / "out") == ["b.png", "predictions.json"]
+    (tmp_path / "in" / "b.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="none of 2 sources"):
+        predict_sources(model, [tmp_path / "in"], tmp_path / "none", progress=False)
+    assert written(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("size", [(96, 128), (51, 77)])
+def test_video(model: FakeModel, tmp_path: Path, size: tuple[int, int]) -> None:
+    path = tmp_path / "clip.avi"
+    even = tuple(side + side % 2 for side in size)
+    write_video(path, frames=12, size=even)
+    summary = predict_sources(model, [path], tmp_path / "out", threshold=0.1, batch_size=5, progress=False)
+    assert summary.images == 12
+    assert written(tmp_path / "out") == ["clip.mp4", "predictions.json"]
+    with av.open(str(tmp_path / "out" / "clip.mp4")) as container:
+        frames = list(container.decode(video=0))
+        assert float(container.streams.video[0].average_rate or 0) == pytest.approx(10, rel=0.01)
+    assert len(frames) == 12
+    assert [frame.time for frame in frames] == pytest.approx([i / 10 for i in range(12)], abs=1e-3)
+    assert (frames[0].height, frames[0].width) == even
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert sorted({entry["frame"] for entry in entries}) == list(range(12))
+    assert entries[-1]["time"] == pytest.approx(1.1)
+    assert entries[-1]["image_id"] == 12
+
+
+def test_odd_sizes_become_videos(tmp_path: Path) -> None:
+    source = output_module.Source("video", "clip.avi", "clip.avi")
+    writer = output_module._VideoWriter(tmp_path / "clip.mp4", source, 29.97, (51, 77))
+    for index in range(3):
+        writer.add(np.zeros((51, 77, 3), np.uint8), index / 29.97)
+    writer.add(np.zeros((60, 90, 3), np.uint8), 0.0)  # another size, and time standing still
+    writer.finish()
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        frames = list(container.decode(video=0))
+    assert [(frame.height, frame.width) for frame in frames] == [(52, 78)] * 4
+    times = [frame.time for frame in frames]
+    assert all(a < b for a, b in pairwise(times))
+
+
+def test_ctrl_c_leaves_nothing_half_written(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(20):
+        save(tmp_path / "in" / f"{index:02d}.png", paint((96, 128), [RED]))
+    write_video(tmp_path / "in" / "z.mp4")
+    forward = FakeModel.forward
+    for calls in (10, 25):  # among the images, in the middle of the video
+        out = tmp_path / f"out{calls}"
+
+        def interrupted(self: FakeModel, images: torch.Tensor, calls: int = calls) -> torch.Tensor:
+            if len(self.batch_sizes) == calls:
+                raise KeyboardInterrupt
+            return forward(self, images)
+
+        monkeypatch.setattr(FakeModel, "forward", interrupted)
+        model.batch_sizes.clear()
+        with pytest.raises(KeyboardInterrupt):
+            predict_sources(model, [tmp_path / "in"], out, threshold=0, progress=False)
+        left = written(out)
+        assert all(name.endswith(".png") for name in left)
+        assert all(read_image(out / name).shape == (96, 128, 3) for name in left)
+
+
+def test_ctrl_c_ends_a_camera_recording(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Endless(Camera):
+        def read(self) -> tuple[bool, np.ndarray | None]:
+            return True, paint((96, 128), [RED])[..., ::-1].copy()
+
+    forward = FakeModel.forward
+
+    def interrupted(self: FakeModel, images: torch.Tensor) -> torch.Tensor:
+        if len(self.batch_sizes) == 30:
+            raise KeyboardInterrupt
+        return forward(self, images)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cv2, "VideoCapture", Endless)
+    monkeypatch.setattr(FakeModel, "forward", interrupted)
+    summary = predict_sources(model, ["0"], tmp_path / "out", progress=False)
+    assert 5 < summary.images <= 30
+    assert written(tmp_path / "out") == ["camera-0.mp4", "predictions.json"]
+    with av.open(str(tmp_path / "out" / "camera-0.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == summary.images
+    assert len(json.loads((tmp_path / "out" / "predictions.json").read_text())) == summary.images
+
+
+def test_a_full_disk(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for index in range(6):
+        save(tmp_path / "in" / f"{index}.png", paint((96, 128), [RED]))
+    write = Path.write_bytes
+
+    def full(self: Path, data: bytes) -> int:
+        if "3.png" in self.name:
+            write(self, bytes(data)[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(self, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(UserError, match=r"3\.png: cannot be written \(No space left on device\)"):
+        predict_sources(model, [tmp_path / "in"], tmp_path / "out", progress=False)
+    assert not [name for name in written(tmp_path / "out") if "partial" in name or "json" in name or "3.png" in name]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_under_predictions_json(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "a.png")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".predictions.json.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"predictions\.json: cannot be written \(No space left"):
+        predict_sources(model, [tmp_path / "a.png"], tmp_path / "out", progress=False)
+    assert "predictions.json" not in written(tmp_path / "out")
+
+
+def test_an_output_that_cannot_be_a_folder(model: FakeModel, tmp_path: Path) -> None:
+    path = write_image(tmp_path / "a.png")
+    with pytest.raises(UserError, match=r"--output .*a\.png/out: cannot be written"):
+        predict_sources(model, [path], path / "out", progress=False)

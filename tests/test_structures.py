@@ -1,0 +1,111 @@
+"""Targets and Instances, and what they are turned into."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from pycocotools import mask as coco_mask
+
+from mvision.errors import UserError
+from mvision.structures import Category, Instances, Targets, encode_mask
+
+CATEGORIES = [Category(id=4, name="cat", keypoints=["a", "b"], skeleton=[(0, 1)]), Category(id=11, name="dog")]
+
+
+def instances(count: int = 3, masks: bool = True, keypoints: bool = True) -> Instances:
+    rng = np.random.default_rng(0)
+    corner = rng.uniform(0, 30, (count, 2))
+    return Instances(
+        boxes=np.concatenate((corner, corner + rng.uniform(1, 10, (count, 2))), axis=1).astype(np.float32),
+        scores=np.linspace(0.9, 0.3, count, dtype=np.float32),
+        labels=np.arange(count) % 2,
+        size=(40, 50),
+        categories=CATEGORIES,
+        masks=rng.random((count, 40, 50)) > 0.5 if masks else None,
+        keypoints=rng.uniform(0, 1, (count, 2, 3)).astype(np.float32) if keypoints else None,
+        path="a.jpg",
+    )
+
+
+def test_to_coco() -> None:
+    found = instances()
+    assert found.masks is not None
+    assert found.keypoints is not None
+    results = found.to_coco(17)
+    assert [entry["category_id"] for entry in results] == [4, 11, 4]
+    assert {entry["image_id"] for entry in results} == {17}
+    for index, entry in enumerate(results):
+        x0, y0, x1, y1 = found.boxes[index]
+        assert entry["bbox"] == pytest.approx([x0, y0, x1 - x0, y1 - y0], rel=1e-6)
+        assert entry["score"] == pytest.approx(float(found.scores[index]))
+        assert np.array_equal(coco_mask.decode(entry["segmentation"]), found.masks[index])
+        assert entry["keypoints"] == pytest.approx(found.keypoints[index].ravel().tolist())
+
+
+def test_to_coco_has_only_what_there_is() -> None:
+    assert set(instances(masks=False, keypoints=False).to_coco(1)[0]) == {"image_id", "category_id", "bbox", "score"}
+    assert instances(count=0).to_coco(1) == []
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8])
+def test_masks_are_encoded_as_pycocotools_does(dtype: type) -> None:
+    for mask in (np.random.default_rng(1).random((37, 23)) > 0.6, np.zeros((5, 9)), np.ones((9, 5))):
+        expected = coco_mask.encode(np.asfortranarray(mask.astype(np.uint8)))
+        assert encode_mask(mask.astype(dtype)) == {"size": list(mask.shape), "counts": expected["counts"].decode()}
+    strided = np.zeros((40, 40), dtype)[::2, 1::3]
+    assert encode_mask(strided)["size"] == [20, 13]
+
+
+def test_filter_keeps_the_rows_together() -> None:
+    found = instances()
+    assert found.masks is not None
+    kept = found.filter(found.scores < 0.8)
+    assert len(kept) == 2
+    assert kept.masks is not None
+    assert np.array_equal(kept.masks, found.masks[1:])
+    assert kept.path == "a.jpg"
+    assert kept.size == (40, 50)
+    swapped = found.filter(np.array([2, 0]))
+    assert np.array_equal(swapped.boxes, found.boxes[[2, 0]])
+
+
+def test_to_supervision() -> None:
+    pytest.importorskip("supervision")
+    found = instances()
+    detections = found.to_supervision()
+    assert np.array_equal(detections.xyxy, found.boxes)
+    assert detections.confidence is not None
+    assert np.array_equal(detections.confidence, found.scores)
+    assert list(detections["class_name"]) == ["cat", "dog", "cat"]
+    assert np.array_equal(detections.mask, found.masks)
+    points = found.to_supervision_keypoints()
+    assert found.keypoints is not None
+    assert np.array_equal(points.xy, found.keypoints[..., :2])
+    assert np.array_equal(points.keypoint_confidence, found.keypoints[..., 2])
+    assert len(instances(count=0).to_supervision()) == 0
+    with pytest.raises(UserError, match="no keypoints"):
+        instances(keypoints=False).to_supervision_keypoints()
+
+
+def test_to_supervision_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "supervision", None)
+    with pytest.raises(UserError, match="pip install supervision"):
+        instances().to_supervision()
+
+
+def test_targets_move_with_all_their_tensors() -> None:
+    targets = Targets(
+        torch.zeros(1, 4),
+        torch.zeros(1).long(),
+        torch.zeros(1),
+        keypoints=torch.zeros(1, 2, 3),
+        image_id=5,
+        size=(1, 2),
+    )
+    moved = targets.to("meta")
+    assert moved.boxes.is_meta
+    assert moved.keypoints is not None
+    assert moved.keypoints.is_meta
+    assert (moved.masks, moved.image_id, moved.size) == (None, 5, (1, 2))
+    assert not targets.boxes.is_meta
