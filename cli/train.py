@@ -68,7 +68,7 @@ def train(
 
     \b
     Example:
-      mvision train --task detection --data my_data --model rtdetr_r18 --epochs 50
+      mvision train --task detection --data my_data --model small --epochs 50
     """
     from mvision.engine.setup import run_config
     from mvision.engine.train import train as train_model

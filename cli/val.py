@@ -12,7 +12,7 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option
 @click.command(short_help="Evaluate weights: the COCO table and AP by class.")
 @click.option("--weights", required=True, metavar="W", help=f"What to evaluate: {WEIGHTS}.")
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: as in training]")
-@click.option("--split", default="val", show_default=True, metavar="NAME", help="Which part of the data.")
+@click.option("--split", metavar="NAME", help="Which part of the data.  [default: val]")
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Also write metrics.json there.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images per step.  [default: 16]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
@@ -20,7 +20,7 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option
 def val(
     weights: str,
     data: str | None,
-    split: str,
+    split: str | None,
     output: Path | None,
     batch_size: int | None,
     workers: int | None,

@@ -13,8 +13,8 @@ from mvision.boxes import cxcywh_to_xyxy
 from mvision.decoder import Decoded, DecoderConfig, QueryDecoder
 from mvision.denoising import Denoising, make_denoising
 from mvision.heads.base import Head
-from mvision.losses import dense_losses, set_losses
-from mvision.matching import MatchingCosts, PaddedTargets, hungarian, pad_targets, task_aligned
+from mvision.losses import set_losses
+from mvision.matching import MatchingCosts, PaddedTargets, anchor_assignment, hungarian, mean_over_processes, pad_targets
 from mvision.structures import Category, Instances, Targets
 
 
@@ -131,7 +131,7 @@ class DetectionHead(Head[DetectionConfig]):
         if decoded.dense_boxes is not None:
             outputs["dense_logits"] = decoded.dense_logits
             outputs["dense_boxes"] = decoded.dense_boxes
-            outputs["centres"] = decoded.centres
+            outputs["anchors"] = decoded.anchors
         if noisy:
             outputs["denoising_logits"] = decoded.logits[:, :, :split]
             outputs["denoising_boxes"] = decoded.boxes[:, :, :split]
@@ -139,9 +139,11 @@ class DetectionHead(Head[DetectionConfig]):
             outputs["denoising_groups"] = torch.tensor(noisy.groups)
         return outputs
 
-    def _set_losses(self, logits: Tensor, boxes: Tensor, assigned: Tensor, truth: PaddedTargets) -> dict[str, Tensor]:
+    def _set_losses(
+        self, logits: Tensor, boxes: Tensor, assigned: Tensor, truth: PaddedTargets, total: float | None = None
+    ) -> dict[str, Tensor]:
         config = self.config
-        return set_losses(logits, boxes, assigned, truth, config.class_loss, config.alpha, config.gamma)
+        return set_losses(logits, boxes, assigned, truth, config.class_loss, config.alpha, config.gamma, total)
 
     def _named(self, losses: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
         """One weighted scalar per term and layer."""
@@ -161,8 +163,9 @@ class DetectionHead(Head[DetectionConfig]):
         return self._named(scaled, [f"_denoising_{index}" for index in range(len(logits))])
 
     def _dense_terms(self, outputs: dict[str, Tensor], truth: PaddedTargets) -> dict[str, Tensor]:
-        logits, boxes = outputs["dense_logits"], outputs["dense_boxes"]
-        assigned, quality = task_aligned(logits.detach(), boxes.detach(), outputs["centres"], truth)
-        losses = dense_losses(logits, boxes, assigned, quality, truth)
-        weighted = {term: self.config.dense_weight * value[None] for term, value in losses.items()}
+        assigned = anchor_assignment(outputs["anchors"], truth)
+        positives = mean_over_processes((assigned >= 0).sum().to(outputs["dense_boxes"].dtype)).clamp(min=1).item()
+        logits, boxes = outputs["dense_logits"][None], outputs["dense_boxes"][None]
+        losses = self._set_losses(logits, boxes, assigned[None], truth, positives)
+        weighted = {term: self.config.dense_weight * value for term, value in losses.items()}
         return self._named(weighted, ["_dense"])

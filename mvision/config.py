@@ -131,11 +131,20 @@ class AugmentConfig(Settings):
 
 
 class DataConfig(Settings):
-    """Where the data lies and how it is loaded. ``root`` None is the built-in data set."""
+    """Where the data lies and how it is loaded.
+
+    Attributes:
+        root: the folder; None is the built-in data set.
+        train, val: the splits to train and to evaluate on; any annotation file of the folder, by its stem.
+        augment: what happens to training images.
+        workers: loading processes; None picks by the number of cores.
+    """
 
     root: str | None = None
+    train: str = "train"
+    val: str = "val"
     augment: AugmentConfig = AugmentConfig()
-    workers: int | None = Field(None, ge=0, description="loading processes; None picks by the number of cores")
+    workers: int | None = Field(None, ge=0)
 
 
 class TrainConfig(Settings):

@@ -32,6 +32,9 @@ class DecoderConfig(Settings):
         num_points: sampled points per head and level.
         sampling, offset_scale: see ``DeformableAttention``.
         learned_queries: query contents are learned vectors instead of the selected cells' features; fixes num_queries.
+        shared_class_head: one classifier for the encoder's cells and all layers, and layers that start as the identity:
+            what dense supervision teaches the cells then serves the decoder from the first step. Learns faster from
+            random weights; published weights have a classifier per layer.
     """
 
     embed_dim: int = Field(256, gt=0)
@@ -44,6 +47,7 @@ class DecoderConfig(Settings):
     sampling: Literal["default", "discrete"] = "default"
     offset_scale: float = Field(0.5, gt=0)
     learned_queries: bool = False
+    shared_class_head: bool = False
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Decoded:
         queries: (L, B, D + Q, embed_dim), the content that they were predicted from.
         encoder_logits, encoder_boxes: (B, Q, C) and (B, Q, 4) of the selected cells.
         dense_logits, dense_boxes: (B, S, C) and (B, S, 4) of every cell; boxes only on request.
-        centres: (S, 2), the cells' centres in 0..1.
+        anchors: (S, 4), the box that every cell starts from, cxcywh in 0..1.
     """
 
     logits: Tensor
@@ -66,7 +70,7 @@ class Decoded:
     encoder_boxes: Tensor
     dense_logits: Tensor
     dense_boxes: Tensor | None
-    centres: Tensor
+    anchors: Tensor
 
 
 class QueryDecoder(nn.Module):
@@ -92,7 +96,8 @@ class QueryDecoder(nn.Module):
         self.memory_box = MLP(dim, dim, 4, 3)
         self.position = MLP(4, 2 * dim, dim, 2)
         self.layers = nn.ModuleList(DecoderLayer(config, len(in_channels)) for _ in range(config.num_layers))
-        self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(config.num_layers))
+        own_heads = 0 if config.shared_class_head else config.num_layers
+        self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(own_heads))
         self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(config.num_layers))
         self.query_embed = nn.Embedding(config.num_queries, dim) if config.learned_queries else None
         # One row more than there are classes: padding.
@@ -106,6 +111,9 @@ class QueryDecoder(nn.Module):
         for mlp in (self.memory_box, *self.box_heads):
             nn.init.zeros_(mlp.layers[-1].weight)
             nn.init.zeros_(mlp.layers[-1].bias)
+        if self.config.shared_class_head:
+            for layer in self.layers:
+                layer.start_as_identity()
         nn.init.xavier_uniform_(self.memory_proj[0].weight)
         for layer in self.position.layers:
             nn.init.xavier_uniform_(layer.weight)
@@ -158,7 +166,7 @@ class QueryDecoder(nn.Module):
             encoder_boxes=encoder_boxes,
             dense_logits=dense_logits,
             dense_boxes=dense_boxes,
-            centres=cell_centres(shapes, memory.device, anchors.dtype),
+            anchors=anchors[0].sigmoid(),
         )
 
     def _refine(
@@ -171,7 +179,8 @@ class QueryDecoder(nn.Module):
             queries = layer(queries, position, references, memory, shapes, mask)
             refined = (self.box_heads[index](queries).to(references.dtype) + inverse_sigmoid(references)).sigmoid()
             if every or index == last:
-                logits.append(self.class_heads[index](queries))
+                class_head = self.class_heads[index] if self.class_heads else self.memory_class
+                logits.append(class_head(queries))
                 boxes.append(refined)
                 contents.append(queries)
             references = refined.detach()
@@ -212,6 +221,12 @@ class DecoderLayer(nn.Module):
         seen = self.cross_attention(queries + position, references, memory, shapes)
         queries = self.norm2(queries + self.dropout(seen))
         return self.norm3(queries + self.dropout(self.ffn(queries)))
+
+    def start_as_identity(self) -> None:
+        """Let the layer pass its queries on unchanged (but for the norms) until it has learned something better."""
+        for branch in (self.self_attention.out_proj, self.cross_attention.output_proj, self.ffn.layers[-1]):
+            nn.init.zeros_(branch.weight)
+            nn.init.zeros_(branch.bias)
 
 
 def make_anchors(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mvision.errors import UserError
-from mvision.hub import cache_only_if_unreachable
+from mvision.hub import cache_only_if_unreachable, why_not
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMP = "smp:"
@@ -188,7 +188,7 @@ def _without_data(build: Callable[[], nn.Module]) -> Any:
         with torch.device("meta"), torch.inference_mode(False):
             return build()
     except RuntimeError as error:  # some constructors compute with tensors
-        if "meta tensors" not in str(error):
+        if "meta tensor" not in str(error):
             raise
     with torch.random.fork_rng(devices=[]):
         return build().to("meta")
@@ -200,7 +200,7 @@ def _try(net: nn.Module, height: int, width: int) -> tuple[list[Tensor], str]:
         with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
             return net(torch.empty(1, 3, height, width)), ""
     except (AssertionError, RuntimeError, ValueError) as error:
-        if isinstance(error, NotImplementedError) or "meta tensors" in str(error):
+        if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
             return [], ""
         return [], str(error).splitlines()[0] if str(error) else "the network does not say why"
 
@@ -212,8 +212,7 @@ def build_pretrained(plan: FeaturePlan, name: str) -> nn.Module:
             return plan.build(pretrained=True)
     # Network, disk and library fail in many ways; the network itself has been built before, so it is about its weights.
     except Exception as error:
-        reason = " ".join(str(error).split())[:120]
         raise UserError(
-            f"pretrained weights of backbone {name} cannot be loaded ({reason}): connect to the network once, "
+            f"pretrained weights of backbone {name} cannot be loaded ({why_not(error)}): connect to the network once, "
             f"or set model.backbone.pretrained=false, or start from weights with --init"
         ) from error

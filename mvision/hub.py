@@ -25,6 +25,17 @@ def cache_only_if_unreachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE = before
 
 
+def why_not(error: Exception) -> str:
+    """What a failed download means, in a few words."""
+    from huggingface_hub.utils import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+        return "not in the cache, and the Hub cannot be reached"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository on the Hub, or it is not public"
+    return " ".join(str(error).split())[:120] or type(error).__name__
+
+
 def _reachable(url: str, timeout: float = 5.0) -> bool:
     address = urlsplit(url)
     if getproxies().get(address.scheme):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvision.boxes import cxcywh_to_xyxy, iou
-from mvision.matching import PaddedTargets, mean_over_processes
+from mvision.matching import PaddedTargets
 
 
 def set_losses(
@@ -24,6 +24,7 @@ def set_losses(
     kind: Literal["vfl", "mal"] = "vfl",
     alpha: float = 0.75,
     gamma: float = 2.0,
+    total: float | None = None,
 ) -> dict[str, Tensor]:
     """Class, L1 and GIoU terms of every layer.
 
@@ -34,9 +35,12 @@ def set_losses(
         kind: ``vfl`` is the varifocal loss (Zhang et al., "VarifocalNet", CVPR 2021, equation 2); ``mal`` the
             matchability-aware loss (Huang et al., "DEIM", CVPR 2025, equation 3, gamma 1.5 in the paper).
 
+        total: what sums are divided by; None is the number of objects, ``targets.total``.
+
     Returns:
-        ``class``, ``box`` and ``giou``, each (L,), summed over the batch and divided by ``targets.total``.
+        ``class``, ``box`` and ``giou``, each (L,), summed over the batch and divided.
     """
+    total = targets.total if total is None else total
     positive = assigned >= 0
     layer, image, _ = positive.nonzero(as_tuple=True)
     target = assigned[positive]
@@ -52,9 +56,9 @@ def set_losses(
     class_loss = quality_focal(logits, quality, hot, kind, alpha, gamma).sum((1, 2, 3))
 
     def per_layer(values: Tensor) -> Tensor:
-        return values.new_zeros(len(logits)).index_add(0, layer, values) / targets.total
+        return values.new_zeros(len(logits)).index_add(0, layer, values) / total
 
-    return {"class": class_loss / targets.total, "box": per_layer(l1), "giou": per_layer(1 - giou)}
+    return {"class": class_loss / total, "box": per_layer(l1), "giou": per_layer(1 - giou)}
 
 
 def quality_focal(
@@ -72,29 +76,3 @@ def quality_focal(
         return F.binary_cross_entropy_with_logits(logits, quality, weight=weight, reduction="none")
     weight = torch.where(hot, torch.ones_like(prob), prob**gamma)
     return F.binary_cross_entropy_with_logits(logits, quality**gamma, weight=weight, reduction="none")
-
-
-def dense_losses(
-    logits: Tensor, boxes: Tensor, assigned: Tensor, quality: Tensor, targets: PaddedTargets
-) -> dict[str, Tensor]:
-    """Class, L1 and GIoU terms of dense one-to-many predictions, weighted by each cell's class target.
-
-    Args:
-        logits: (B, S, C); boxes: (B, S, 4) cxcywh in 0..1; assigned: (B, S), -1 for none; quality: (B, S) in 0..1.
-
-    Source: Feng et al., "TOOD", ICCV 2021, section 3.3 (normalised alignment as the soft label and the box weight).
-    """
-    positive = assigned >= 0
-    image, _ = positive.nonzero(as_tuple=True)
-    target, weight = assigned[positive], quality[positive]
-    found, truth = boxes[positive], targets.boxes[image, target]
-    _, giou = iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(truth))
-    l1 = (found - truth).abs().sum(-1)
-    soft = torch.zeros_like(logits, dtype=boxes.dtype)
-    hot = torch.zeros_like(logits, dtype=torch.bool)
-    where = (*positive.nonzero(as_tuple=True), targets.labels[image, target])
-    soft[where], hot[where] = weight, True
-    class_loss = quality_focal(logits, soft, hot, "vfl", alpha=0.75, gamma=2.0).sum()
-    # At least one unit of weight per object: with random weights the overlaps, and so their sum, are close to zero.
-    total = mean_over_processes(quality.sum()).clamp(min=targets.total)
-    return {"class": class_loss / total, "box": (l1 * weight).sum() / total, "giou": ((1 - giou) * weight).sum() / total}

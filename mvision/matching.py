@@ -111,50 +111,38 @@ def _matching_cost(logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs:
 
 
 @torch.no_grad()
-def task_aligned(
-    logits: Tensor,
-    boxes: Tensor,
-    centres: Tensor,
-    targets: PaddedTargets,
-    top_k: int = 10,
-    alpha: float = 0.5,
-    beta: float = 6.0,
-) -> tuple[Tensor, Tensor]:
-    """One-to-many assignment for dense predictions: for each object the cells inside it that predict it best.
+def anchor_assignment(anchors: Tensor, targets: PaddedTargets, top_k: int = 9) -> Tensor:
+    """One-to-many assignment for dense predictions: for each object the cells whose anchors overlap it most.
+
+    It depends on the geometry alone, so training starts with the assignment that it ends with. (An assignment by the
+    quality of predictions, as in TOOD, has to wait until there is some: from random weights it learned more slowly here.)
 
     Args:
-        logits: (B, S, C); boxes: (B, S, 4) cxcywh in 0..1; centres: (S, 2) of the cells in 0..1.
+        anchors: (S, 4) cxcywh in 0..1, one per cell; their sizes tell the levels apart.
         top_k: cells per object.
 
     Returns:
-        assigned (B, S) int64, -1 for none, and the class target (B, S) in 0..1: the alignment of score and overlap,
-        scaled so that the best cell of an object has its best overlap.
+        (B, S) int64, -1 for none. Only cells whose centre lies in the object are taken, and at least the nearest one; a
+        cell wanted by several objects goes to the smallest.
 
-    Source: Feng et al., "TOOD: Task-aligned One-stage Object Detection", ICCV 2021, equations 3 and 4.
+    Source: the level and centre priors of Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection"
+    (ATSS), CVPR 2020, with a fixed number of cells in place of the statistical threshold.
     """
-    batch, cells, _ = logits.shape
-    most = targets.labels.shape[1]
+    batch, most = targets.labels.shape
+    cells = len(anchors)
     if most == 0:
-        return logits.new_full((batch, cells), -1, dtype=torch.int64), boxes.new_zeros(batch, cells)
+        return torch.full((batch, cells), -1, dtype=torch.int64, device=anchors.device)
     truth = cxcywh_to_xyxy(targets.boxes)
-    low, high = truth[:, :, None, :2], truth[:, :, None, 2:]
-    inside = ((centres > low) & (centres < high)).all(-1) & targets.valid[..., None]
-    # An object smaller than a cell may hold no centre: the nearest cell then stands for it.
+    centres = anchors[:, :2]
+    inside = ((centres > truth[:, :, None, :2]) & (centres < truth[:, :, None, 2:])).all(-1)
     distance = (centres - targets.boxes[:, :, None, :2]).square().sum(-1)
-    nearest = distance.argmin(-1, keepdim=True)
-    inside = inside.scatter(2, nearest, targets.valid[..., None])
-    overlap, _ = iou(truth[:, :, None], cxcywh_to_xyxy(boxes)[:, None])
-    overlap = overlap * inside
-    index = targets.labels[:, :, None].expand(-1, -1, cells)
-    score = logits.to(boxes.dtype).sigmoid().transpose(1, 2).gather(1, index)
-    alignment = (score**alpha * overlap**beta + 1e-9) * inside
-    top, rank = alignment.topk(min(top_k, cells), dim=-1)
-    chosen = torch.zeros_like(alignment).scatter_(2, rank, (top > 0).to(alignment.dtype)) > 0
-    # A cell wanted by several objects goes to the one that it overlaps most.
-    wanted = torch.where(chosen, overlap + 1e-9, torch.zeros_like(overlap))
-    best, owner = wanted.max(1)
-    assigned = torch.where(best > 0, owner, -1)
-    mine = chosen & (assigned[:, None] == torch.arange(most, device=logits.device)[None, :, None])
-    alignment, overlap = alignment * mine, overlap * mine
-    scale = overlap.amax(-1, keepdim=True) / alignment.amax(-1, keepdim=True).clamp(min=1e-9)
-    return assigned, (alignment * scale).amax(1)
+    inside = inside.scatter(2, distance.argmin(-1, keepdim=True), True) & targets.valid[..., None]
+    overlap, _ = iou(truth[:, :, None], cxcywh_to_xyxy(anchors))
+    # Ties (cells that all lie inside a large object) go to the cells nearer to its centre.
+    rank = torch.where(inside, 1 + overlap - 1e-3 * distance, torch.zeros_like(overlap))
+    best, index = rank.topk(min(top_k, cells), dim=-1)
+    chosen = torch.zeros_like(inside).scatter(2, index, best > 0)
+    area = targets.boxes[..., 2] * targets.boxes[..., 3]
+    wanted = torch.where(chosen, area[..., None], torch.inf)
+    smallest, owner = wanted.min(1)
+    return torch.where(smallest.isfinite(), owner, -1)

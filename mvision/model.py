@@ -97,7 +97,7 @@ class Model(nn.Module):
         return self.head(task).postprocess(outputs[task], sizes, threshold)
 
     def predict(
-        self, images: Sequence[str | Image | np.ndarray], threshold: float = 0.5, batch_size: int = 8
+        self, images: Sequence[str | Image | np.ndarray], threshold: float = 0.5, batch_size: int | None = None
     ) -> list[Instances]:
         """Find objects in files, PIL images or (H, W, 3) uint8 RGB arrays; scores >= ``threshold`` (0..1) are kept."""
         from mvision.inference.predict import predict_images

@@ -158,7 +158,7 @@ class HybridEncoder(nn.Module):
             maps[fine] = block(torch.cat([upsampled, maps[fine]], dim=1))
 
         for i, (downsample_conv, block) in enumerate(zip(self.downsample_convs, self.bottom_up)):
-            downsampled = downsample_conv(maps[i])
+            downsampled = _fit(downsample_conv(maps[i]), maps[i + 1])
             maps[i + 1] = block(torch.cat([downsampled, maps[i + 1]], dim=1))
         return maps
 

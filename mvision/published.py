@@ -43,6 +43,7 @@ _FIXED = {
     "num_feature_levels": 3,
     "decoder_n_levels": 3,
     "eval_size": None,
+    "learn_initial_query": False,
 }
 _FIXED_BACKBONE = {
     "model_type": "rt_detr_resnet",
@@ -82,7 +83,6 @@ _RENAMED = [
     (r"^model\.enc_score_head\.", "head.memory_class."),
     (r"^model\.enc_bbox_head\.", "head.memory_box."),
     (r"^model\.denoising_class_embed\.", "head.label_embed."),
-    (r"^model\.weight_embedding\.", "head.query_embed."),
     (r"^(?:model\.decoder\.)?class_embed\.", "head.class_heads."),
     (r"^(?:model\.decoder\.)?bbox_embed\.", "head.box_heads."),
     (r"^model\.decoder\.query_pos_head\.", "head.position."),
@@ -213,7 +213,6 @@ def _head(described: dict[str, Any]) -> dict[str, Any]:
         "dropout": ("dropout", 0.0),
         "sampling": ("decoder_method", "default"),
         "offset_scale": ("decoder_offset_scale", 0.5),
-        "learned_queries": ("learn_initial_query", False),
         "num_denoising": ("num_denoising", 100),
         "label_noise": ("label_noise_ratio", 0.5),
         "box_noise": ("box_noise_scale", 1.0),

@@ -6,6 +6,7 @@ A different backbone, another task or other classes are no obstacle to what the 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +20,6 @@ from mvision.structures import Category
 if TYPE_CHECKING:
     from mvision.config import ModelConfig
     from mvision.model import Model
-
-# Not learned: they follow the backbone's weights, or count batches.
-_NOT_COUNTED = ("backbone.mean", "backbone.std", "num_batches_tracked")
 
 
 @torch.no_grad()
@@ -39,24 +37,20 @@ def transfer(model: Model, config: ModelConfig, tensors: dict[str, Tensor], sour
     Raises:
         UserError: nothing fits.
     """
-    per_class = _rows_per_class(model)
     rows = _matching_rows(model.categories, config.categories)
+    fit = _Fit(_rows_per_class(model), rows, len(model.categories), len(config.categories))
     taken: Counter[str] = Counter()
     total: Counter[str] = Counter()
-    for name, target in model.state_dict().items():
-        part = ".".join(name.split(".")[: 2 if name.startswith("heads.") else 1])
-        counted = not name.endswith(_NOT_COUNTED)
-        total[part] += counted
-        found = _counterpart(name, tensors)
-        if name.startswith(("backbone.mean", "backbone.std")) or found is None:
-            continue
-        if name in per_class:
-            fits = _copy_rows(target, found, rows, len(model.categories), len(config.categories))
-        else:
-            fits = target.shape == found.shape
-            if fits:
-                target.copy_(found)
-        taken[part] += counted and fits
+    for module, members in _by_module(model.state_dict()).items():
+        part = ".".join(module.split(".")[: 2 if module.startswith("heads.") else 1])
+        pairs = {name: (target, _counterpart(name, tensors)) for name, target in members.items()}
+        # All of a layer or nothing: a bias without its weights is no use, and the counters of norms may be absent.
+        fits = all(fit(name, *pair) for name, pair in pairs.items() if not name.endswith("num_batches_tracked"))
+        total[part] += 1
+        taken[part] += fits
+        for name, (target, found) in pairs.items() if fits else ():
+            if found is not None:
+                fit.copy(name, target, found)
     if not sum(taken.values()):
         raise UserError(
             f"weights {source}: nothing in them fits: they have backbone {config.backbone.name} and embed_dim "
@@ -65,6 +59,48 @@ def transfer(model: Model, config: ModelConfig, tensors: dict[str, Tensor], sour
     if taken["backbone"]:
         model.backbone.set_normalization(tensors.get("backbone.mean"), tensors.get("backbone.std"))
     return _describe(taken, total, model.categories, rows)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """Whether a tensor can be taken over, and how.
+
+    Attributes:
+        per_class: names of the tensors that have one row per class (and possibly more behind them, for padding).
+        rows: for classes known there: index there by index here.
+        here, there: number of classes of the two models.
+    """
+
+    per_class: set[str]
+    rows: dict[int, int]
+    here: int
+    there: int
+
+    def __call__(self, name: str, target: Tensor, found: Tensor | None) -> bool:
+        if found is None:
+            return False
+        if name not in self.per_class:
+            return target.shape == found.shape
+        same_padding = len(target) - self.here == len(found) - self.there
+        return target.shape[1:] == found.shape[1:] and same_padding and bool(self.rows)
+
+    def copy(self, name: str, target: Tensor, found: Tensor) -> None:
+        """Into ``target``, in place."""
+        if name not in self.per_class:
+            target.copy_(found)
+            return
+        for index, other in self.rows.items():
+            target[index] = found[other]
+        target[self.here :] = found[self.there :].to(target)
+
+
+def _by_module(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the name of their module; without the normalisation, which goes with the backbone as a whole."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name not in ("backbone.mean", "backbone.std"):
+            modules.setdefault(name.rpartition(".")[0], {})[name] = tensor
+    return modules
 
 
 def _counterpart(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
@@ -107,18 +143,6 @@ def _rows_per_class(model: Model) -> set[str]:
     return names
 
 
-def _copy_rows(target: Tensor, source: Tensor, rows: dict[int, int], here: int, there: int) -> bool:
-    """Copy the rows of known classes, and the rows behind the classes (padding); False where shapes do not fit."""
-    extra = len(target) - here
-    if target.shape[1:] != source.shape[1:] or len(source) - there != extra:
-        return False
-    for index, other in rows.items():
-        target[index] = source[other]
-    for index in range(extra):
-        target[here + index] = source[there + index]
-    return bool(rows)
-
-
 def _describe(taken: Counter[str], total: Counter[str], categories: list[Category], rows: dict[int, int]) -> str:
     parts = []
     for part, count in total.items():
@@ -126,7 +150,7 @@ def _describe(taken: Counter[str], total: Counter[str], categories: list[Categor
         if taken[part] == count:
             parts.append(f"{name} taken")
         else:
-            parts.append(f"{name} {taken[part]} of {count} tensors" if taken[part] else f"{name} new")
+            parts.append(f"{name} {taken[part]} of {count} layers" if taken[part] else f"{name} new")
     if any(part.startswith("heads.") and taken[part] for part in total):
         new = [category.name for index, category in enumerate(categories) if index not in rows]
         named = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")

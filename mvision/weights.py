@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import mvision
 from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
-from mvision.hub import cache_only_if_unreachable
+from mvision.hub import cache_only_if_unreachable, why_not
 from mvision.layers import ConvNorm
 from mvision.model import Model
 from mvision.published import read_published
@@ -185,10 +185,9 @@ def _from_hub(name: str) -> Path:
         with cache_only_if_unreachable():
             return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the client has no common base for what networks, hosts, caches and disks can do
-        reason = " ".join(str(error).split())[:100]
         raise UserError(
-            f"weights {name}: no such file or folder here, and not to be had from the Hub ({reason}); on a machine "
-            f"with network, download config.json and {PUBLISHED} of {name} into a folder, and give that folder's path"
+            f"weights {name}: no such file or folder here, and no download ({why_not(error)}); on a machine with "
+            f"network, download config.json and {PUBLISHED} of {name} into a folder, and give that folder's path"
         ) from error
 
 
@@ -246,6 +245,14 @@ def _complete_file(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    """The process's file mode mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

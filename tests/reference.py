@@ -40,7 +40,10 @@ def build_reference(name: str, num_labels: int = 80, **settings: Any) -> nn.Modu
     )
     backbone_config = RTDetrResNetConfig(out_indices=[2, 3, 4], **backbone)
     config = config_class(
-        backbone_config=backbone_config, num_labels=num_labels, freeze_backbone_batch_norms=False, **{**rest, **settings}
+        backbone_config=backbone_config,
+        num_labels=num_labels,
+        freeze_backbone_batch_norms=False,
+        **{**rest, **settings},
     )
     model = model_class(config)
     randomise(model)

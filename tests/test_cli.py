@@ -35,7 +35,8 @@ def _leaves(command: click.Command = cli, path: tuple[str, ...] = ()) -> Iterato
 
 COMMANDS = sorted(_leaves())
 # A model and a run that take a second.
-SMALL_MODEL = {
+SMALL_RUN = {
+    "train.val_interval": 1,
     "model.backbone.name": "test_resnet",
     "model.neck.embed_dim": 32,
     "model.neck.num_heads": 2,
@@ -47,7 +48,7 @@ SMALL_MODEL = {
     "model.heads.detection.num_layers": 1,
 }
 SMALL = ["--image-size=64", "--batch-size=4", "--epochs=1", "--workers=0", "--device=cpu", "--precision=fp32"]
-SMALL += [argument for key, value in SMALL_MODEL.items() for argument in ("-o", f"{key}={value}")]
+SMALL += [argument for key, value in SMALL_RUN.items() for argument in ("-o", f"{key}={value}")]
 
 
 def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -359,7 +360,7 @@ class TestRun:
         assert (config.model.backbone.name, config.model.neck.embed_dim) == ("test_resnet", 32)
         assert (config.model.image_size, config.train.epochs) == ((64, 64), 2)
         assert list(config.model.heads) == ["detection"]
-        assert run_config(init="runs/detection/1", model="tiny").model.backbone.name != "test_resnet"
+        assert run_config(init="runs/detection/1", model="tiny").model.neck.embed_dim != 32
 
     def test_resume_takes_the_config_of_the_run(self, place: Path) -> None:
         from mvision.engine.setup import run_config

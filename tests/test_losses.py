@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mvision.losses import dense_losses, quality_focal, set_losses
+from mvision.losses import quality_focal, set_losses
 from mvision.matching import pad_targets
 from mvision.structures import Targets
 
@@ -68,12 +68,10 @@ def test_without_objects_losses_are_finite_and_differentiable():
     assert (boxes.grad == 0).all()
 
 
-def test_dense_losses_weigh_cells_by_their_quality():
-    truth = pad_targets(TARGETS[:1], torch.device("cpu"))
-    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.3, 0.3, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]])
-    assigned = torch.tensor([[0, 1, -1]])
-    quality = torch.tensor([[0.8, 0.4, 0.0]])
-    losses = dense_losses(torch.zeros(1, 3, 2), boxes, assigned, quality, truth)
-    # Quality sums to 1.2, and two objects ask for a divisor of at least 2.
-    assert losses["box"].item() == pytest.approx(0.4 * 0.1 / 2, abs=1e-6)
-    assert losses["giou"].item() == pytest.approx(0.4 * (1 - 1 / 3) / 2, abs=1e-6)
+def test_a_given_total_takes_the_place_of_the_number_of_objects():
+    truth = pad_targets(TARGETS, torch.device("cpu"))
+    logits, boxes = torch.randn(1, 2, 4, 2), torch.rand(1, 2, 4, 4)
+    assigned = torch.tensor([[[0, 0, 1, -1], [-1] * 4]])
+    by_objects, by_cells = (set_losses(logits, boxes, assigned, truth, total=total) for total in (None, 3.0))
+    for name, value in by_objects.items():
+        torch.testing.assert_close(by_cells[name], value * 2 / 3)

@@ -1,11 +1,11 @@
-"""Hungarian matching and task-aligned assignment."""
+"""Hungarian matching and the dense assignment by anchors."""
 
 import itertools
 
 import torch
 
 from mvision.boxes import cxcywh_to_xyxy, iou
-from mvision.matching import MatchingCosts, hungarian, pad_targets, task_aligned
+from mvision.matching import MatchingCosts, anchor_assignment, hungarian, pad_targets
 from mvision.structures import Targets
 
 
@@ -64,48 +64,49 @@ def test_more_objects_than_queries():
     assert assigned.unique().numel() == 2
 
 
-def _grid(side):
+def _anchors(side, size):
     line = (torch.arange(side) + 0.5) / side
-    return torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
+    centres = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).flatten(0, 1)
+    return torch.cat((centres, torch.full_like(centres, size)), -1)
 
 
-def test_task_aligned_takes_the_best_cells_inside_the_object():
-    box = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
-    target = Targets(boxes=box, labels=torch.tensor([1]), areas=torch.tensor([0.25]))
-    centres = _grid(8)
-    boxes = torch.cat((centres, torch.full_like(centres, 0.5)), -1)[None]
-    logits = torch.zeros(1, 64, 3)
-    assigned, quality = task_aligned(logits, boxes, centres, pad_targets([target], torch.device("cpu")), top_k=4)
-    positive = assigned[0] >= 0
+def _one(*boxes, labels=None):
+    boxes = torch.tensor(boxes)
+    labels = torch.zeros(len(boxes), dtype=torch.int64) if labels is None else torch.tensor(labels)
+    return pad_targets([Targets(boxes=boxes, labels=labels, areas=boxes[:, 2] * boxes[:, 3])], torch.device("cpu"))
+
+
+def test_dense_assignment_takes_the_cells_around_the_middle_of_the_level_that_fits():
+    anchors = torch.cat((_anchors(16, 0.1), _anchors(8, 0.4)))
+    assigned = anchor_assignment(anchors, _one([0.5, 0.5, 0.4, 0.4]), top_k=4)[0]
+    positive = assigned >= 0
     assert positive.sum() == 4
-    # The four cells around the middle overlap the object most.
-    assert ((centres[positive] - 0.5).abs() < 0.1).all()
-    overlap, _ = iou(cxcywh_to_xyxy(boxes[0, positive]), cxcywh_to_xyxy(box))
-    torch.testing.assert_close(quality[0, positive].max(), overlap.max())
-    assert (quality[0, ~positive] == 0).all()
+    assert not positive[:256].any()  # anchors of the other level are far from the object's size
+    assert ((anchors[positive, :2] - 0.5).abs() < 0.1).all()
 
 
-def test_task_aligned_gives_a_contested_cell_to_the_larger_overlap():
-    truth = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.8, 0.8]])
-    target = Targets(boxes=truth, labels=torch.tensor([0, 0]), areas=torch.tensor([0.16, 0.64]))
-    centres = torch.tensor([[0.5, 0.5]])
-    boxes = torch.tensor([[[0.5, 0.5, 0.7, 0.7]]])
-    assigned, _ = task_aligned(torch.zeros(1, 1, 2), boxes, centres, pad_targets([target], torch.device("cpu")))
+def test_cells_outside_of_the_object_are_never_taken():
+    anchors = _anchors(8, 0.3)
+    assigned = anchor_assignment(anchors, _one([0.5, 0.5, 0.15, 0.15]), top_k=50)[0]
+    centres = anchors[assigned >= 0, :2]
+    assert len(centres) == 4
+    assert ((centres - 0.5).abs() < 0.075).all()
+
+
+def test_a_contested_cell_goes_to_the_smaller_object():
+    assigned = anchor_assignment(_anchors(1, 0.5), _one([0.5, 0.5, 0.9, 0.9], [0.5, 0.5, 0.3, 0.3]))
     assert assigned.item() == 1
 
 
-def test_task_aligned_serves_an_object_smaller_than_a_cell():
-    target = Targets(
-        boxes=torch.tensor([[0.501, 0.501, 0.001, 0.001]]), labels=torch.tensor([0]), areas=torch.tensor([1e-6])
-    )
-    centres = _grid(4)
-    boxes = torch.cat((centres, torch.full_like(centres, 0.3)), -1)[None]
-    assigned, _ = task_aligned(torch.zeros(1, 16, 2), boxes, centres, pad_targets([target], torch.device("cpu")))
+def test_an_object_smaller_than_a_cell_gets_the_nearest_one():
+    assigned = anchor_assignment(_anchors(4, 0.25), _one([0.501, 0.501, 0.001, 0.001]))
     assert (assigned >= 0).sum() == 1
 
 
-def test_task_aligned_without_objects():
+def test_dense_assignment_without_objects_or_with_padding():
+    anchors = _anchors(4, 0.25)
     truth = pad_targets(make_targets(0, 0), torch.device("cpu"))
-    assigned, quality = task_aligned(torch.zeros(2, 16, 3), torch.rand(2, 16, 4), _grid(4), truth)
-    assert (assigned == -1).all()
-    assert (quality == 0).all()
+    assert (anchor_assignment(anchors, truth) == -1).all()
+    mixed = anchor_assignment(anchors, pad_targets(make_targets(0, 3), torch.device("cpu")))
+    assert (mixed[0] == -1).all()
+    assert set(mixed[1].tolist()) <= {-1, 0, 1, 2}

@@ -109,8 +109,9 @@ class Dataset(data.Dataset[Sample]):
         """The sample of a key; a damaged image of a training set is replaced by one drawn from the same numbers."""
         skipped: list[tuple[str, str]] = []
         index = key.index
-        transform = self.resting if key.resting else self.transform
         for attempt in range(ATTEMPTS if self.augmented else 1):
+            # Where many files are damaged, a mosaic of four is unlikely to succeed: the later half goes without.
+            transform = self.resting if key.resting or attempt >= ATTEMPTS // 2 else self.transform
             rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt))
             try:
                 image, labels = transform(self, index, key.image_size, rng)

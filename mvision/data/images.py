@@ -50,8 +50,8 @@ def read_image(path: str | Path, at_least: tuple[int, int] | None = None, rotate
         raise BadImage(path, error.strerror or str(error)) from error
     if not data:
         raise BadImage(path, "the file is empty")
-    # cv2 fills what a truncated JPEG lacks with grey. One without an end marker near its end, be it truncated or followed
-    # by a phone's video, is PIL's to judge.
+    # cv2 fills what a truncated JPEG lacks with grey. One without an end marker near its end, be it truncated or
+    # followed by a phone's video, is PIL's to judge.
     if data[:2] == JPEG_START and JPEG_END in data[-4096:]:
         image = _decode_jpeg(path, data, at_least, rotate)
         if image is not None:

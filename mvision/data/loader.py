@@ -26,6 +26,7 @@ from mvision.data.samplers import EvalBatches, TrainBatches
 from mvision.errors import UserError
 
 PREFETCH = 3  # batches in work per worker
+SETTLE = 5.0  # seconds until the end of a process is known for certain
 
 
 class Loader:
@@ -102,14 +103,15 @@ class Loader:
         except UserError as error:
             # The DataLoader wraps what a worker raised in a traceback's text; the last line is the message.
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("mvision.errors.UserError: ")) from error
-        except RuntimeError as error:
-            if "DataLoader worker" in str(error):
-                first = str(error).splitlines()[0]
-                raise UserError(
-                    f"a loading process ended unexpectedly ({first}): out of memory or shared memory? Try fewer "
-                    f"--workers; 0 loads in the main process"
-                ) from error
-            raise
+        except (RuntimeError, OSError, EOFError) as error:
+            # What a killed worker leaves behind depends on what it was doing; that it is gone is certain.
+            workers = getattr(self._loader._iterator, "_workers", [])
+            if not wait([worker.sentinel for worker in workers], timeout=SETTLE):
+                raise
+            raise UserError(
+                "a loading process ended unexpectedly: out of memory, or of shared memory? Try fewer --workers; "
+                "0 loads in the main process"
+            ) from error
 
 
 def build_train_loader(

@@ -7,6 +7,7 @@ import platform
 from typing import Literal
 
 import torch
+from torch import nn
 
 from mvision.errors import UserError
 
@@ -56,6 +57,18 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     m_trim_threshold, m_mmap_max = -1, -4
     return bool(mallopt(m_mmap_max, 0)) and bool(mallopt(m_trim_threshold, 2**31 - 1))
+
+
+def channels_last_is_safe(model: nn.Module, device: torch.device) -> bool:
+    """Whether training in channels_last memory works for every convolution of the model on this device.
+
+    torch 2.14's CPU kernel for the weight gradient of a strided 1x1 convolution on a picture (RepVGG's and MobileOne's
+    first layer) writes out of bounds in float32.
+    """
+    return device.type != "cpu" or not any(
+        isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels <= 4
+        for m in model.modules()
+    )
 
 
 def _has_mps() -> bool:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -20,7 +21,7 @@ from mvision.backbone import freeze
 from mvision.config import Config
 from mvision.data import CocoSplit, Loader, build_eval_loader, build_train_loader, find_layout, same_categories
 from mvision.engine.evaluate import evaluate, make_metrics
-from mvision.engine.machine import keep_freed_memory, resolve_device, resolve_precision
+from mvision.engine.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.report import plot_run, write_prediction_grid
 from mvision.engine.run import BEST, RunFolder
@@ -98,7 +99,10 @@ def train(
     layout = find_layout(config.data.root)
     say(layout.description)
     fields = frozenset[str]().union(*(head_class(task).needs for task in config.model.heads))
-    train_split, val_split = (CocoSplit(layout.split(name, list(config.model.heads)), fields) for name in ("train", "val"))
+    tasks = list(config.model.heads)
+    train_split, val_split = (
+        CocoSplit(layout.split(name, tasks), fields) for name in (config.data.train, config.data.val)
+    )
     for split in (train_split, val_split):
         if len(split.problems):
             say(f"{split.problems}")
@@ -111,7 +115,7 @@ def train(
         say(init_from(model, init))
     for part in config.train.freeze:
         freeze(getattr(model, part))
-    if config.train.channels_last:
+    if config.train.channels_last and channels_last_is_safe(model, accelerator.device):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     sizes: dict[str, Any] = {"batch_size": config.train.batch_size, "image_size": config.model.image_size}
@@ -180,8 +184,6 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
         for file, reason in loaded.skipped:
             tqdm.write(f"skipped {file}: {reason}")
         batch = loaded.to(accelerator.device)
-        if config.channels_last:
-            batch.images = batch.images.contiguous(memory_format=torch.channels_last)
         boundary = (index + 1) % config.accumulate == 0 or index + 1 == len(loader)
         with accelerator.no_sync(trainer.model) if not boundary else nullcontext():
             with accelerator.autocast():
@@ -226,6 +228,8 @@ def _accelerator(config: Config, device: str | None) -> Accelerator:
     """Devices, precision and trackers. One process uses ``device``; under ``torchrun`` each takes its own."""
     chosen = resolve_device(device)
     precision = resolve_precision(config.train.precision, chosen)
+    # Settings outlive an Accelerator: a second run in the same process would be refused for having others.
+    AcceleratorState._reset_state()
     try:
         return Accelerator(
             cpu=chosen.type == "cpu",

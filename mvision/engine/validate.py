@@ -23,7 +23,7 @@ def validate(
     weights: str,
     *,
     data: str | None = None,
-    split: str = "val",
+    split: str | None = None,
     output: Path | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
@@ -34,7 +34,7 @@ def validate(
     Args:
         weights: any source that ``mvision.load`` takes.
         data: a data folder; None: the one of the weights' run, where there is one, else the built-in data set.
-        split: which of its parts.
+        split: which of its parts; None: the one that the run was validated on, else ``val``.
         output: a folder for ``metrics.json``.
         batch_size: images per step, 16 by default.
         workers: loading processes; None picks by the number of cores.
@@ -43,13 +43,16 @@ def validate(
     Raises:
         UserError: anything wrong with weights, data, device or folder.
     """
+    if output is not None:
+        _make(output)  # before the work, not after it
     keep_freed_memory()
     chosen = resolve_device(device)
     model = load(weights).to(chosen)
     run = config_of_run(weights)
-    layout = find_layout(data if data is not None or run is None else run.data.root)
+    default = run.data if run is not None and data is None else DataConfig(root=data)
+    layout = find_layout(default.root)
     fields = frozenset[str]().union(*(model.head(task).needs for task in model.tasks))
-    part = CocoSplit(layout.split(split, model.tasks), fields)
+    part = CocoSplit(layout.split(split or default.val, model.tasks), fields)
     metrics = make_metrics(model, part)
     loader = build_eval_loader(
         part,
@@ -63,14 +66,13 @@ def validate(
     with torch.autocast(chosen.type, DTYPES[precision], enabled=precision != "fp32"):
         figures = evaluate(model, loader, metrics)
     if output is not None:
-        _write(output, figures)
+        RunFolder(output).write_text(METRICS, json.dumps(figures, indent=2) + "\n")
     problems = [f"{part.problems}"] if len(part.problems) else []
     return "\n".join([layout.description, *problems, *(metric.table() for metric in metrics.values())])
 
 
-def _write(folder: Path, figures: dict[str, dict[str, float]]) -> None:
+def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        RunFolder(folder).write_text(METRICS, json.dumps(figures, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written ({error.strerror or error}); choose another") from error

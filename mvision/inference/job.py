@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from mvision.config import config_of_run
+from mvision.config import DataConfig, config_of_run
 from mvision.data import CocoSplit, find_layout
 from mvision.engine.machine import keep_freed_memory, resolve_device
 from mvision.engine.run import BEST
@@ -71,6 +71,6 @@ def newest_run(tasks: Sequence[str] = (), runs: Path = RUNS) -> Path:
 def sample_images(weights: str, count: int = SAMPLES) -> list[str]:
     """Files of the first images of the validation split that belongs to the weights."""
     run = config_of_run(weights)
-    layout = find_layout(run.data.root if run is not None else None)
-    part = CocoSplit(layout.split("val"))
+    data = run.data if run is not None else DataConfig()
+    part = CocoSplit(find_layout(data.root).split(data.val))
     return [str(part.folder / record.file) for record in part.records[:count]]

@@ -35,7 +35,7 @@ _HABITAT = {
 # Height of a class beside a person's, for its place on the ground: loosely, toys and giants are welcome.
 _STATURE = {"person": 1.0, "dog": 0.75, "car": 1.1, "ball": 0.5, "kite": 0.8, "umbrella": 0.9, "mug": 0.5, "fish": 0.6}
 _FRAMES = ((240, 320), (240, 320), (320, 240), (256, 288), (272, 272), (208, 320))  # height, width
-MIN_VISIBLE_FRACTION, MIN_VISIBLE_AREA = 0.25, 60
+MIN_VISIBLE_FRACTION, MIN_VISIBLE_AREA = 0.3, 60
 
 
 @dataclass
@@ -77,7 +77,7 @@ def generate_image(seed: int, index: int, split: str) -> tuple[np.ndarray, list[
     Returns:
         image: (H, W, 3) uint8, RGB.
         annotations: COCO annotations without `id` and `image_id`, nearest object last. Every object that was drawn is
-            labelled; an object that would show less than a quarter of itself, or fewer than 60 pixels, is not drawn.
+            labelled; an object that would show less than 30 % of itself, or fewer than 60 pixels, is not drawn.
             Coordinates are continuous: the image spans 0..W and 0..H.
     """
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
@@ -98,7 +98,7 @@ def generate_image(seed: int, index: int, split: str) -> tuple[np.ndarray, list[
 
 def _populate(stage: _Stage) -> None:
     rng = stage.rng
-    for _ in range(int(rng.integers(0, 5))):
+    for _ in range(int(rng.integers(0, 4))):
         _add_clutter(stage, behind=True)
     kind = str(rng.choice(["empty", "people", "flock", "mixed"], p=[0.03, 0.13, 0.03, 0.81]))
     if kind == "people":
@@ -112,7 +112,7 @@ def _populate(stage: _Stage) -> None:
         people = int(rng.choice([0, 1, 2, 3], p=[0.25, 0.43, 0.21, 0.11]))
         for _ in range(people):
             _add_object(stage, "person", _person_size(stage))
-        things = min(int(rng.poisson(3.2)), 9)
+        things = min(int(rng.poisson(5.0)), 10)
         _add_things(stage, max(things, 1 - people))
     if rng.random() < 0.25:
         _add_clutter(stage, behind=False)
@@ -122,8 +122,8 @@ def _add_things(stage: _Stage, count: int) -> None:
     habitat = _HABITAT[stage.backdrop.place]
     weights = np.array([1.0 + habitat.get(name, 0) for name in _THINGS])
     for name in stage.rng.choice(_THINGS, count, p=weights / weights.sum()):
-        # 16 pixels to 70 % of the shorter side, most of them about a third.
-        size = float(np.exp(stage.rng.triangular(np.log(16), np.log(0.36 * stage.side), np.log(0.7 * stage.side))))
+        # 16 pixels to 75 % of the shorter side, most of them about two fifths.
+        size = float(np.exp(stage.rng.triangular(np.log(16), np.log(0.42 * stage.side), np.log(0.75 * stage.side))))
         _add_object(stage, str(name), size)
 
 

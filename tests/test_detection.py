@@ -1,0 +1,65 @@
+"""The detection head: its loss terms and its post-processing."""
+
+import numpy as np
+import pytest
+import torch
+
+from mvision.boxes import cxcywh_to_xyxy
+from tests.test_heads import make_features, make_head, make_targets, total
+
+
+def test_loss_names_say_where_each_term_comes_from():
+    head = make_head("detection", dense_weight=1.0)
+    targets = make_targets(2, 1)
+    terms = head.loss(head(make_features(), targets), targets)
+    places = ["", "_0", "_encoder", "_denoising_0", "_denoising_1", "_dense"]
+    assert set(terms) == {f"{term}{place}" for term in ("class", "box", "giou") for place in places}
+
+
+def test_weights_scale_their_terms():
+    targets, features = make_targets(2, 1), make_features()
+    plain = make_head("detection", num_denoising=0)
+    double = make_head("detection", num_denoising=0, class_weight=2.0, giou_weight=2.0, box_weight=5.0)
+    first, second = (head.loss(head(features, targets), targets) for head in (plain, double))
+    torch.testing.assert_close(second["class"], 2 * first["class"])
+    torch.testing.assert_close(second["giou"], first["giou"])
+
+
+def test_a_perfect_prediction_costs_nothing_but_confidence():
+    head = make_head("detection", num_denoising=0)
+    targets = make_targets(2)
+    boxes = torch.full((1, 1, 12, 4), 0.9)
+    boxes[0, 0, :2] = targets[0].boxes
+    logits = torch.full((1, 1, 12, 3), -20.0)
+    logits[0, 0, [0, 1], targets[0].labels] = 20.0
+    outputs = {
+        "logits": logits[0],
+        "boxes": boxes[0],
+        "layer_logits": logits,
+        "layer_boxes": boxes,
+        "encoder_logits": logits[0],
+        "encoder_boxes": boxes[0],
+    }
+    assert total(head.loss(outputs, targets)).item() == pytest.approx(0, abs=1e-4)
+
+
+def test_postprocess_gives_the_best_pairs_in_pixels():
+    head = make_head("detection", num_queries=4)
+    logits = torch.full((1, 4, 3), -9.0)
+    logits[0, 2, 1], logits[0, 0, 2], logits[0, 0, 0] = 3.0, 2.0, 1.0
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.4], [0.1, 0.1, 0.1, 0.1], [0.9, 0.5, 0.4, 0.2], [0.5, 0.5, 1, 1]]])
+    (found,) = head.postprocess({"logits": logits, "boxes": boxes}, [(100, 200)], threshold=0.5)
+    assert found.labels.tolist() == [1, 2, 0]  # one query may show two classes
+    np.testing.assert_allclose(found.scores, torch.tensor([3.0, 2.0, 1.0]).sigmoid(), rtol=1e-5)
+    # The first box is cut off at the right border.
+    np.testing.assert_allclose(found.boxes[0], [140, 40, 200, 60], atol=1e-3)
+    np.testing.assert_allclose(found.boxes[1], cxcywh_to_xyxy(boxes[0, 0]) * torch.tensor([200, 100, 200, 100]), atol=1e-3)
+
+
+def test_all_objects_of_a_crowded_image_can_be_found():
+    head = make_head("detection", num_queries=400, num_denoising=30)
+    targets = make_targets(350, 0)
+    outputs = head(make_features(2, 256, 256), targets)
+    terms = head.loss(outputs, targets)
+    assert outputs["logits"].shape[1] == 400
+    assert total(terms).isfinite()

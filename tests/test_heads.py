@@ -1,0 +1,128 @@
+"""The conformance suite: what every head has to do, whatever its task."""
+
+import pytest
+import torch
+
+from mvision.errors import UserError
+from mvision.heads import HEADS, head_class
+from mvision.layers import fuse_modules
+from mvision.structures import Category, Instances, Targets
+
+CATEGORIES = [Category(id=3, name="cat"), Category(id=7, name="dog"), Category(id=9, name="owl")]
+STRIDES = [8, 16, 32]
+SMALL = {"detection": {"embed_dim": 32, "num_queries": 12, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}}
+
+
+def make_head(task, **settings):
+    torch.manual_seed(0)
+    cls = head_class(task)
+    return cls(cls.Config(**{**SMALL[task], **settings}), [16, 16, 16], STRIDES, CATEGORIES)
+
+
+def make_features(batch=2, height=96, width=64):
+    torch.manual_seed(1)
+    return [torch.randn(batch, 16, height // stride, width // stride) for stride in STRIDES]
+
+
+def make_targets(*counts):
+    torch.manual_seed(2)
+    targets = []
+    for count in counts:
+        boxes = torch.rand(count, 4) * 0.3 + 0.3
+        targets.append(Targets(boxes=boxes, labels=torch.randint(0, 3, (count,)), areas=boxes[:, 2] * boxes[:, 3]))
+    return targets
+
+
+def total(terms):
+    return torch.stack([value for value in terms.values()]).sum()
+
+
+@pytest.fixture(params=sorted(HEADS))
+def task(request):
+    return request.param
+
+
+def test_every_parameter_gets_a_finite_gradient(task):
+    head = make_head(task)
+    targets = make_targets(3, 1)
+    total(head.loss(head(make_features(), targets), targets)).backward()
+    assert not [name for name, parameter in head.named_parameters() if parameter.grad is None]
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_batch_without_objects_trains(task, precision):
+    head = make_head(task)
+    targets = make_targets(0, 0)
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
+        outputs = head(make_features(), targets)
+    terms = head.loss(outputs, targets)
+    assert all(value.isfinite() for value in terms.values())
+    total(terms).backward()
+    assert not [name for name, parameter in head.named_parameters() if parameter.grad is None]
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
+def test_terms_are_scalars_and_fall_when_trained(task):
+    head = make_head(task)
+    features, targets = make_features(), make_targets(2, 1)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
+    losses = []
+    for _ in range(30):
+        terms = head.loss(head(features, targets), targets)
+        assert all(value.ndim == 0 for value in terms.values())
+        loss = total(terms)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_results_are_sorted_inside_the_image_and_above_the_threshold(task):
+    head = make_head(task).eval()
+    with torch.no_grad():
+        found = head.postprocess(head(make_features()), [(480, 640), (31, 17)], threshold=0.0)
+        fewer = head.postprocess(head(make_features()), [(480, 640), (31, 17)], threshold=0.02)
+    assert all(isinstance(instances, Instances) for instances in found)
+    for instances, few, (height, width) in zip(found, fewer, [(480, 640), (31, 17)]):
+        assert instances.size == (height, width)
+        assert (instances.scores[:-1] >= instances.scores[1:]).all()
+        assert (instances.boxes[:, 0::2] >= 0).all()
+        assert (instances.boxes[:, 0::2] <= width).all()
+        assert (instances.boxes[:, 1::2] <= height).all()
+        assert instances.names == ["cat", "dog", "owl"]
+        assert (few.scores >= 0.02).all()
+        assert len(few) == (instances.scores >= 0.02).sum()
+
+
+def test_fused_equals_unfused(task):
+    head = make_head(task).eval()
+    for module in head.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    with torch.no_grad():
+        before = head(make_features())
+        after = fuse_modules(head)(make_features())
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_export_with_a_free_batch(task):
+    head = make_head(task).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(
+        head, (make_features(3),), dynamic_shapes=([{0: batch} for _ in STRIDES], None), strict=False
+    )
+    features = make_features(5)
+    with torch.no_grad():
+        expected = head(features)
+    found = program.module()(features)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_unknown_tasks_are_named():
+    with pytest.raises(UserError, match="unknown task 'detektion'.*detection"):
+        head_class("detektion")

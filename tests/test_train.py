@@ -1,0 +1,267 @@
+"""The training run: what it leaves, resuming, data without objects, divergence, several processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from mvision.config import load_config
+from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
+from mvision.engine.run import RunFolder
+from mvision.engine.train import train
+from mvision.errors import UserError
+from mvision.model import create_model
+from mvision.weights import load
+from tests.conftest import write_squares
+
+FAST = {
+    "train.batch_size": 2,
+    "train.val_interval": 1,
+    "train.warmup_steps": 2,
+    "train.precision": "fp32",
+    "data.workers": 0,
+    "model.image_size": 64,
+    "model.neck.embed_dim": 32,
+    "model.heads.detection": {
+        "embed_dim": 32,
+        "num_queries": 10,
+        "num_layers": 2,
+        "num_heads": 4,
+        "ffn_dim": 32,
+        "num_denoising": 4,
+        "dense_weight": 1.0,
+    },
+}
+
+
+def fast_config(data, **more):
+    overrides = {**FAST, "data.root": str(data), **{key.replace("__", "."): value for key, value in more.items()}}
+    return load_config("tiny", overrides=overrides)
+
+
+def run_in_process(data, output, **more):
+    return train(fast_config(data, **more), output=output, device="cpu")
+
+
+def steps_of(run):
+    return RunFolder(run).records()
+
+
+def test_a_run_leaves_everything_it_promises(squares, tmp_path, capsys):
+    run = run_in_process(squares, tmp_path / "run", train__epochs=2)
+    expected = {"best.safetensors", "last", "config.yaml", "metrics.jsonl", "results.png", "predictions.jpg"}
+    assert {path.name for path in run.iterdir()} == expected | {"metrics.json"}
+    figures = json.loads((run / "metrics.json").read_text())
+    assert {"AP", "AP50", "AP/blue", "AP/red"} <= set(figures["detection"])
+    records = steps_of(run)
+    assert [record["step"] for record in records] == [2, 4]
+    assert figures["detection"] == max((r["metrics"]["detection"] for r in records), key=lambda m: m["AP"])
+    assert cv2.imread(str(run / "predictions.jpg")) is not None
+    assert cv2.imread(str(run / "results.png")) is not None
+    model = load(run)
+    assert model.categories[1].name == "red"
+    assert "Average Precision" in capsys.readouterr().out
+
+
+def test_training_learns(squares, tmp_path):
+    run = run_in_process(squares, tmp_path / "run", train__epochs=30, train__val_interval=30)
+    records = steps_of(run)
+    first, last = (sum(records[index]["loss"].values()) for index in (0, -1))
+    assert last < 0.75 * first
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(squares, tmp_path):
+    whole = run_in_process(squares, tmp_path / "whole", train__epochs=3)
+
+    class Stop(Exception):
+        pass
+
+    import mvision.engine.train as module
+
+    original, seen = module.train_epoch, []
+
+    def stop_in_the_third_epoch(trainer, loader, epoch):
+        seen.append(epoch)
+        if epoch == 2:
+            raise Stop
+        return original(trainer, loader, epoch)
+
+    module.train_epoch = stop_in_the_third_epoch
+    try:
+        with pytest.raises(Stop):
+            run_in_process(squares, tmp_path / "killed", train__epochs=3)
+    finally:
+        module.train_epoch = original
+    assert seen == [0, 1, 2]
+    torch.manual_seed(12345)  # another process would start with another state
+    resumed = train(load_config(file=tmp_path / "killed" / "config.yaml"), resume=tmp_path / "killed", device="cpu")
+
+    def without_time(run):
+        return [{key: value for key, value in record.items() if key != "seconds"} for record in steps_of(run)]
+
+    assert without_time(resumed) == without_time(whole)
+    first, second = load(whole).state_dict(), load(resumed).state_dict()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_epoch_without_objects_trains(tmp_path, precision):
+    data = write_squares(tmp_path / "empty", images=3, objects=0)
+    kept = write_squares(tmp_path / "kept", images=3, objects=1)
+    # At least one label is needed for there to be anything to learn at all: it is in the last image alone.
+    content = json.loads((kept / "annotations" / "train.json").read_text())
+    content["annotations"] = content["annotations"][-1:]
+    (data / "annotations" / "train.json").write_text(json.dumps(content))
+    run = run_in_process(
+        data, tmp_path / "run", train__epochs=2, train__batch_size=1, train__precision=precision, data__augment__crop=0
+    )
+    for record in steps_of(run):
+        assert all(np.isfinite(value) for value in record["loss"].values())
+    assert all(value.isfinite().all() for value in load(run).state_dict().values() if value.is_floating_point())
+
+
+def test_a_damaged_image_is_named_and_left_out(squares, tmp_path, capsys):
+    (squares / "images" / "train_1.jpg").write_bytes(b"no picture")
+    run = run_in_process(squares, tmp_path / "run", train__epochs=1)
+    assert (run / "best.safetensors").is_file()
+    printed = capsys.readouterr()
+    assert "train_1.jpg" in printed.out + printed.err
+
+
+def test_divergence_ends_with_one_clear_line(squares, tmp_path, monkeypatch):
+    monkeypatch.setattr("mvision.engine.train.MAX_BAD_STEPS", 2)
+    monkeypatch.setattr("mvision.model.Model.loss", lambda self, outputs, targets: {"detection/class": _nan(outputs)})
+    with pytest.raises(UserError, match=r"diverged: no finite gradient in 2 steps.*lr"):
+        run_in_process(squares, tmp_path / "run", train__epochs=1)
+    assert not (tmp_path / "run" / "best.safetensors").exists()
+
+
+def _nan(outputs):
+    return outputs["detection"]["logits"].sum() * float("nan")
+
+
+def test_early_stop(squares, tmp_path, monkeypatch):
+    figures = iter([0.5, 0.4, 0.3, 0.2, 0.5])
+    monkeypatch.setattr("mvision.engine.train.evaluate", lambda *args, **kwargs: {"detection": _ap(next(figures))})
+    run = run_in_process(squares, tmp_path / "run", train__epochs=9, train__patience=3)
+    assert len(steps_of(run)) == 4
+
+
+def _ap(value):
+    return {"AP": value, "AP50": value}
+
+
+def test_frozen_parts_stay_as_they_were(squares, tmp_path):
+    config = fast_config(squares, train__epochs=1, train__freeze=["backbone"], train__ema_decay=0)
+    torch.manual_seed(config.train.seed)
+    run = train(config, output=tmp_path / "run", device="cpu")
+    from accelerate.utils import set_seed
+
+    set_seed(config.train.seed)
+    from mvision.model import Model
+
+    fresh, trained = Model(config.model).state_dict(), load(run).state_dict()
+    assert all(torch.equal(fresh[name], trained[name]) for name in fresh if name.startswith("backbone."))
+    assert any(not torch.equal(fresh[name], trained[name]) for name in fresh if name.startswith("neck."))
+
+
+def test_init_takes_the_weights_of_another_run(squares, tmp_path, capsys):
+    first = run_in_process(squares, tmp_path / "first", train__epochs=1)
+    config = fast_config(squares, train__epochs=1, train__lr=1e-9, train__ema_decay=0)
+    second = train(config, output=tmp_path / "second", init=str(first), device="cpu")
+    before, after = load(first).state_dict(), load(second).state_dict()
+    weight = "neck.lateral_convs.0.conv.weight"
+    torch.testing.assert_close(before[weight], after[weight], atol=1e-6, rtol=0)
+
+
+def test_an_output_folder_in_use_is_refused(squares, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").write_text("")
+    with pytest.raises(UserError, match=r"--output .*not empty"):
+        run_in_process(squares, tmp_path / "run", train__epochs=1)
+
+
+def test_resuming_a_folder_without_state_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no saved state"):
+        RunFolder.resume(tmp_path)
+
+
+def test_run_folders_are_numbered(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(RunFolder.create(None, ["detection"]).path) == "runs/detection/1"
+    assert str(RunFolder.create(None, ["detection"]).path) == "runs/detection/2"
+
+
+def test_the_state_survives_a_kill_between_the_two_renames(tmp_path):
+    run = RunFolder(tmp_path)
+    (tmp_path / ".last.old").mkdir()
+    (tmp_path / ".last.old" / "progress.json").write_text("{}")
+    assert (run.state() / "progress.json").is_file()
+
+
+def test_two_processes_train_and_agree_on_the_figures(squares, tmp_path):
+    """Gloo on CPU: one run folder, the figures of its weights as one process measures them, objects in one part only."""
+    script = tmp_path / "main.py"
+    script.write_text(
+        "import sys\nfrom pathlib import Path\nfrom mvision.config import load_config\n"
+        "from mvision.engine.train import train\n"
+        "if __name__ == '__main__':\n"
+        "    train(load_config(file=sys.argv[1]), output=Path(sys.argv[2]), device='cpu')\n"
+    )
+    content = json.loads((squares / "annotations" / "train.json").read_text())
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] == 1]
+    (squares / "annotations" / "train.json").write_text(json.dumps(content))
+    config = tmp_path / "config.yaml"
+    config.write_text(fast_config(squares, train__epochs=2).to_yaml())
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "--standalone"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, str(script), str(config), str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=240, env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    from mvision.engine.validate import validate
+
+    validate(str(tmp_path / "run"), data=str(squares), output=tmp_path / "val", device="cpu")
+    one = json.loads((tmp_path / "val" / "metrics.json").read_text())
+    two = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert one == two
+
+
+def test_learning_rate_warms_up_and_falls(squares):
+    config = fast_config(squares, train__warmup_steps=4, train__final_lr=0.1, train__lr=1e-3).train
+    model = create_model("tiny", num_classes=2)
+    optimizer = build_optimizer(model, config.model_copy(update={"backbone_lr": 1e-4}))
+    factors = [set_learning_rate(optimizer, config, step, 24) for step in range(25)]
+    assert factors[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert factors[4] == pytest.approx(1.0)
+    assert factors[14] == pytest.approx(0.55)
+    assert factors[24] == pytest.approx(0.1)
+    rates = {group["peak_lr"]: group["lr"] for group in optimizer.param_groups}
+    assert rates == pytest.approx({1e-3: 1e-4, 1e-4: 1e-5})
+
+
+def test_norms_biases_and_embeddings_are_not_decayed(squares):
+    model = create_model("tiny", num_classes=2)
+    optimizer = build_optimizer(model, fast_config(squares, train__weight_decay=0.05).train)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    plain = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0.05 for p in g["params"]}
+    assert plain | decayed == set(names.values())
+    assert "heads.detection.decoder.label_embed.weight" in plain
+    assert all(not name.endswith("bias") for name in decayed)
+
+
+def test_the_average_follows_quickly_at_first():
+    model = torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.zeros_(model.weight)
+    ema = Ema(model, decay=0.9, warmup=10)
+    torch.nn.init.ones_(model.weight)
+    ema.update(model, step=0)
+    assert ema.module.weight.item() == pytest.approx(1 - 0.9 * (1 - np.exp(-0.1)), abs=1e-5)
+    assert ema.get_decay(1000) == pytest.approx(0.9)

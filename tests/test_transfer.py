@@ -1,0 +1,118 @@
+"""A model starts from other weights with what fits, class by class, and says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvision import UserError
+from mvision.weights import init_from, read_weights, save_weights
+from tests.test_weights import make_model
+
+CLASS_HEAD = "heads.detection.decoder.class_heads.0"
+LABELS = "heads.detection.decoder.label_embed.weight"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = make_model(["cat", "dog", "tv"])
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            if value.is_floating_point():
+                value.normal_()
+    model.backbone.mean.fill_(0.4)
+    path = tmp_path_factory.mktemp("source") / "a.safetensors"
+    save_weights(model, path)
+    return path
+
+
+def test_the_same_model_takes_everything(source: Path) -> None:
+    model = make_model()
+    line = init_from(model, source)
+    assert line.endswith("backbone taken; neck taken; head detection taken; 3 of 3 classes known by name")
+    assert "\n" not in line
+    for name, value in read_weights(source).tensors.items():
+        assert torch.equal(model.state_dict()[name], value), name
+
+
+def test_classes_are_matched_by_name(source: Path) -> None:
+    """Other order, other number, another spelling, a new one: its rows stay as they were."""
+    model = make_model(["TV monitor".replace(" ", ""), "cow", "bird", "Cat"])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    line = init_from(model, source)
+    assert line.endswith("head detection taken; 2 of 4 classes known by name (new: cow, bird)")
+    after, there = model.state_dict(), read_weights(source).tensors
+    for name in (f"{CLASS_HEAD}.weight", f"{CLASS_HEAD}.bias", LABELS, "heads.detection.decoder.memory_class.bias"):
+        assert torch.equal(after[name][[0, 3]], there[name][[2, 0]])
+        assert torch.equal(after[name][[1, 2]], before[name][[1, 2]])
+    assert torch.equal(after[LABELS][4], there[LABELS][3])  # padding
+    assert torch.equal(
+        after["heads.detection.decoder.memory_box.layers.0.weight"],
+        there["heads.detection.decoder.memory_box.layers.0.weight"],
+    )
+
+
+def test_equally_many_other_classes_are_not_mixed_up(source: Path) -> None:
+    model = make_model(["dog", "cat", "cow"])
+    init_from(model, source)
+    there = read_weights(source).tensors[f"{CLASS_HEAD}.bias"]
+    assert torch.equal(model.state_dict()[f"{CLASS_HEAD}.bias"][:2], there[[1, 0]])
+
+
+def test_as_many_classes_as_channels(source: Path) -> None:
+    """Rows per class are recognised by what they are, not by their number: here it is that of the channels."""
+    names = [f"class {index}" for index in range(31)] + ["tv"]
+    model = make_model(names)
+    init_from(model, source)
+    after, there = model.state_dict(), read_weights(source).tensors
+    name = "heads.detection.decoder.layers.0.cross_attention.value_proj.weight"
+    assert torch.equal(after[name], there[name])
+    assert torch.equal(after[f"{CLASS_HEAD}.weight"][31], there[f"{CLASS_HEAD}.weight"][2])
+
+
+def test_another_backbone_takes_the_rest(source: Path) -> None:
+    model = make_model(backbone="test_convnext")
+    before = model.state_dict()["backbone.net.stem_0.weight"].clone()
+    line = init_from(model, source)
+    assert "backbone new; neck 51 of 54 layers; head detection taken" in line
+    assert torch.equal(model.state_dict()["backbone.net.stem_0.weight"], before)
+    assert torch.allclose(model.backbone.mean, torch.tensor(0.5))
+
+
+def test_normalisation_goes_with_the_backbone(source: Path, tmp_path: Path) -> None:
+    model = make_model()
+    init_from(model, source)
+    assert torch.allclose(model.backbone.mean, torch.tensor(0.4))
+    plain = make_model()
+    plain.backbone.set_normalization(None, None)
+    save_weights(plain, tmp_path / "plain.safetensors")
+    init_from(model, tmp_path / "plain.safetensors")
+    assert model.backbone.mean is None
+    assert model.config.backbone.normalize == "none"
+
+
+def test_layers_are_taken_whole_or_not_at_all(source: Path) -> None:
+    """With other widths some biases have the right shape by chance."""
+    model = make_model(["cow"], dim=64)
+    line = init_from(model, source)
+    assert "backbone taken; neck new; head detection new" in line
+    with pytest.raises(UserError, match="nothing in them fits: they have backbone test_resnet and embed_dim 32, this"):
+        init_from(make_model(["cow"], backbone="test_convnext", dim=64), source)
+
+
+def test_a_head_of_another_task_lends_its_layers(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mvision.heads
+    from mvision import Model
+
+    for module in ("mvision.config", "mvision.model", "mvision.transfer"):
+        monkeypatch.setattr(f"{module}.head_class", lambda task: mvision.heads.HEADS["detection"])
+    config = make_model().config
+    model = Model(config.model_copy(update={"heads": {"other": config.heads["detection"]}}))
+    line = init_from(model, source)
+    assert "head other taken" in line
+    there = read_weights(source).tensors
+    assert torch.equal(
+        model.state_dict()["heads.other.decoder.memory_class.bias"], there["heads.detection.decoder.memory_class.bias"]
+    )
