@@ -177,7 +177,7 @@ def test_pretrained_without_network_says_what_to_do(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(hub, "_reachable", lambda url: False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     for name in ("test_resnet", "smp:resnet18"):
-        with pytest.raises(UserError, match="cannot be loaded .*pretrained=false") as failure:
+        with pytest.raises(UserError, match=r"cannot be loaded .*pretrained=false") as failure:
             build(name, pretrained=True)
         assert "\n" not in str(failure.value)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -369,6 +370,7 @@ class TestRun:
         assert (config.model.backbone.name, config.train.epochs) == ("test_resnet", 2)
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process group")
 def test_ctrl_c_ends_a_training_with_130_and_leaves_whole_files(data: Path, tmp_path: Path) -> None:
     from mvision import load
@@ -377,11 +379,15 @@ def test_ctrl_c_ends_a_training_with_130_and_leaves_whole_files(data: Path, tmp_
     options = [option for option in SMALL if option != "--workers=0"]
     child = _process("train", "--data", str(data), *options, "--epochs=1000", cwd=tmp_path, start_new_session=True)
     folder = tmp_path / "runs" / "detection" / "1"
-    deadline = time.monotonic() + 120
-    while not (folder / "results.png").is_file() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    os.killpg(child.pid, signal.SIGINT)  # to every process of the terminal's foreground, as the key does
-    _, errors = child.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 300
+        while not (folder / "results.png").is_file() and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(child.pid, signal.SIGINT)  # to every process of the terminal's foreground, as the key does
+        _, errors = child.communicate(timeout=200)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # nothing is left of the group where all is well
+            os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == 130, errors
     assert errors.splitlines()[-1] == "stopped by Ctrl-C"
     assert "Traceback" not in errors
