@@ -55,7 +55,9 @@ class DetectionHead(Head[DetectionConfig]):
         self, config: DetectionConfig, channels: Sequence[int], strides: Sequence[int], categories: list[Category]
     ) -> None:
         super().__init__(config, channels, strides, categories)
-        self.decoder = QueryDecoder(config, channels, len(categories), config.num_denoising)
+        self.decoder = QueryDecoder(
+            config, channels, len(categories), config.num_denoising, dense=config.dense_weight > 0
+        )
 
     def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
         """Decode; with ``targets`` (training) denoising queries are made from them."""
@@ -63,7 +65,7 @@ class DetectionHead(Head[DetectionConfig]):
             decoded = self.decoder(features)
             return {"logits": decoded.logits[-1], "boxes": decoded.boxes[-1]}
         noisy = self._denoising(pad_targets(targets, features[0].device), features)
-        decoded = self.decoder(features, noisy, every_layer=True, dense=self.config.dense_weight > 0)
+        decoded = self.decoder(features, noisy, every_layer=True)
         return self._training_outputs(decoded, noisy)
 
     def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
@@ -83,7 +85,7 @@ class DetectionHead(Head[DetectionConfig]):
         terms = self._named(self._set_losses(logits, boxes, assigned, truth), names)
         if "denoising_logits" in outputs:
             terms |= self._denoising_terms(outputs, truth)
-        if config.dense_weight:
+        if "dense_logits" in outputs:
             terms |= self._dense_terms(outputs, truth)
         return terms
 
@@ -128,10 +130,10 @@ class DetectionHead(Head[DetectionConfig]):
             "encoder_logits": decoded.encoder_logits,
             "encoder_boxes": decoded.encoder_boxes,
         }
-        if decoded.dense_boxes is not None:
-            outputs["dense_logits"] = decoded.dense_logits
-            outputs["dense_boxes"] = decoded.dense_boxes
-            outputs["anchors"] = decoded.anchors
+        if decoded.dense is not None:
+            outputs["dense_logits"] = decoded.dense.logits
+            outputs["dense_boxes"] = decoded.dense.boxes
+            outputs["anchors"] = decoded.dense.anchors
         if noisy:
             outputs["denoising_logits"] = decoded.logits[:, :, :split]
             outputs["denoising_boxes"] = decoded.boxes[:, :, :split]

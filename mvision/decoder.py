@@ -51,6 +51,15 @@ class DecoderConfig(Settings):
 
 
 @dataclass
+class Dense:
+    """Predictions of every cell, for supervision: logits (B, S, C), boxes (B, S, 4), anchors (S, 4); cxcywh in 0..1."""
+
+    logits: Tensor
+    boxes: Tensor
+    anchors: Tensor
+
+
+@dataclass
 class Decoded:
     """What the decoder computes; D denoising queries come first where there are any.
 
@@ -59,8 +68,7 @@ class Decoded:
         boxes: (L, B, D + Q, 4) cxcywh in 0..1.
         queries: (L, B, D + Q, embed_dim), the content that they were predicted from.
         encoder_logits, encoder_boxes: (B, Q, C) and (B, Q, 4) of the selected cells.
-        dense_logits, dense_boxes: (B, S, C) and (B, S, 4) of every cell; boxes only on request.
-        anchors: (S, 4), the box that every cell starts from, cxcywh in 0..1.
+        dense: of every cell, in training and where there are heads for it.
     """
 
     logits: Tensor
@@ -68,9 +76,7 @@ class Decoded:
     queries: Tensor
     encoder_logits: Tensor
     encoder_boxes: Tensor
-    dense_logits: Tensor
-    dense_boxes: Tensor | None
-    anchors: Tensor
+    dense: Dense | None
 
 
 class QueryDecoder(nn.Module):
@@ -81,10 +87,16 @@ class QueryDecoder(nn.Module):
         in_channels: channels of the maps, finest first.
         num_classes: C.
         num_denoising: above 0 a class embedding for denoising queries is made.
+        dense: make a second pair of heads on the cells, for one-to-many supervision in training.
     """
 
     def __init__(
-        self, config: DecoderConfig, in_channels: Sequence[int], num_classes: int, num_denoising: int = 0
+        self,
+        config: DecoderConfig,
+        in_channels: Sequence[int],
+        num_classes: int,
+        num_denoising: int = 0,
+        dense: bool = False,
     ) -> None:
         super().__init__()
         dim = config.embed_dim
@@ -94,6 +106,9 @@ class QueryDecoder(nn.Module):
         self.memory_proj = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.memory_class = nn.Linear(dim, num_classes)
         self.memory_box = MLP(dim, dim, 4, 3)
+        # Heads of their own: scores that are high for every cell of an object would select each object many times over.
+        self.dense_class = nn.Linear(dim, num_classes) if dense else None
+        self.dense_box = MLP(dim, dim, 4, 3) if dense else None
         self.position = MLP(4, 2 * dim, dim, 2)
         self.layers = nn.ModuleList(DecoderLayer(config, len(in_channels)) for _ in range(config.num_layers))
         own_heads = 0 if config.shared_class_head else config.num_layers
@@ -106,9 +121,10 @@ class QueryDecoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Scores start at 0.01 and boxes at their references, as in focal loss and Deformable DETR."""
-        for head in (self.memory_class, *self.class_heads):
-            nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
-        for mlp in (self.memory_box, *self.box_heads):
+        for head in (self.memory_class, self.dense_class, *self.class_heads):
+            if head is not None:
+                nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+        for mlp in filter(None, (self.memory_box, self.dense_box, *self.box_heads)):
             nn.init.zeros_(mlp.layers[-1].weight)
             nn.init.zeros_(mlp.layers[-1].bias)
         if self.config.shared_class_head:
@@ -119,15 +135,14 @@ class QueryDecoder(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
 
     def forward(
-        self, maps: list[Tensor], denoising: Denoising | None = None, *, every_layer: bool = False, dense: bool = False
+        self, maps: list[Tensor], denoising: Denoising | None = None, *, every_layer: bool = False
     ) -> Decoded:
         """Decode.
 
         Args:
             maps: each (B, C_i, h_i, w_i), finest first.
             denoising: queries that go before the selected ones.
-            every_layer: return predictions of all layers (training).
-            dense: return the boxes of all cells too (dense supervision).
+            every_layer: return predictions of all layers, and of all cells (training).
         """
         projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
         shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
@@ -135,14 +150,13 @@ class QueryDecoder(nn.Module):
         anchors, valid = make_anchors(shapes, memory.device, _box_dtype(memory))
 
         features = self.memory_proj(memory * valid.to(memory.dtype))
-        dense_logits = self.memory_class(features)
+        scores = self.memory_class(features)
         count = min(self.config.num_queries, memory.shape[1])
-        best = dense_logits.max(-1).values.topk(count, dim=1).indices.unsqueeze(-1)
+        best = scores.max(-1).values.topk(count, dim=1).indices.unsqueeze(-1)
         chosen = features.gather(1, best.expand(-1, -1, features.shape[-1]))
         chosen_anchors = anchors.expand(len(memory), -1, -1).gather(1, best.expand(-1, -1, 4))
-        # Boxes of the selected cells alone, unless training supervises all of them.
+        # Boxes of the selected cells alone: the others are thrown away.
         encoder_boxes = (self.memory_box(chosen).to(anchors.dtype) + chosen_anchors).sigmoid()
-        dense_boxes = (self.memory_box(features).to(anchors.dtype) + anchors).sigmoid() if dense else None
 
         queries = chosen.detach() if self.query_embed is None else self._learned(len(memory), count)
         references = encoder_boxes.detach()
@@ -162,12 +176,16 @@ class QueryDecoder(nn.Module):
             logits=logits,
             boxes=boxes,
             queries=contents,
-            encoder_logits=dense_logits.gather(1, best.expand(-1, -1, self.num_classes)),
+            encoder_logits=scores.gather(1, best.expand(-1, -1, self.num_classes)),
             encoder_boxes=encoder_boxes,
-            dense_logits=dense_logits,
-            dense_boxes=dense_boxes,
-            anchors=anchors[0].sigmoid(),
+            dense=self._dense(features, anchors) if every_layer else None,
         )
+
+    def _dense(self, features: Tensor, anchors: Tensor) -> Dense | None:
+        if self.dense_class is None or self.dense_box is None:
+            return None
+        boxes = (self.dense_box(features).to(anchors.dtype) + anchors).sigmoid()
+        return Dense(self.dense_class(features), boxes, anchors[0].sigmoid())
 
     def _refine(
         self, queries: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None, every: bool

@@ -42,22 +42,37 @@ def test_cells_at_the_very_border_are_switched_off():
 def test_inference_returns_the_last_layer_alone_and_equals_training():
     decoder = _decoder().eval()
     maps = _maps()
-    last, every = decoder(maps), decoder(maps, every_layer=True, dense=True)
+    last, every = decoder(maps), decoder(maps, every_layer=True)
     assert last.logits.shape == (1, 2, 9, 5)
     assert every.logits.shape == (2, 2, 9, 5)
     torch.testing.assert_close(last.logits[0], every.logits[-1])
     torch.testing.assert_close(last.boxes[0], every.boxes[-1])
-    assert last.dense_boxes is None
-    assert every.dense_boxes.shape == (2, 60, 4)
 
 
 def test_selected_cells_have_the_best_scores_and_their_own_boxes():
     decoder = _decoder().eval()
-    decoded = decoder(_maps(), dense=True)
-    best = decoded.dense_logits.amax(-1).topk(9, dim=1)
-    torch.testing.assert_close(decoded.encoder_logits.amax(-1), best.values)
-    expected = decoded.dense_boxes.gather(1, best.indices[..., None].expand(-1, -1, 4))
-    torch.testing.assert_close(decoded.encoder_boxes, expected)
+    maps = _maps()
+    few = decoder(maps)
+    decoder.config = SMALL.model_copy(update={"num_queries": 60})
+    every = decoder(maps)  # all cells, best first
+    scores = every.encoder_logits.amax(-1)
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+    torch.testing.assert_close(few.encoder_logits, every.encoder_logits[:, :9])
+    torch.testing.assert_close(few.encoder_boxes, every.encoder_boxes[:, :9])
+
+
+def test_dense_predictions_have_heads_of_their_own_and_training_alone_has_them():
+    decoder = _decoder(dense=True)
+    maps = _maps()
+    assert decoder(maps).dense is None
+    dense = decoder(maps, every_layer=True).dense
+    assert dense.logits.shape == (2, 60, 5)
+    assert dense.boxes.shape == (2, 60, 4)
+    (dense.logits.sum() + dense.boxes.sum()).backward()
+    assert decoder.memory_class.weight.grad is None
+    # The box head starts at zero: every cell predicts its anchor.
+    torch.testing.assert_close(dense.boxes, dense.anchors.expand(2, -1, -1))
+    assert _decoder()(maps, every_layer=True).dense is None
 
 
 def test_layers_refine_the_boxes_before_them():
@@ -98,7 +113,7 @@ def test_denoising_queries_do_not_change_the_others():
 
 def test_every_parameter_gets_a_gradient_even_without_denoising_queries():
     decoder = _decoder(num_denoising=10)
-    decoded = decoder(_maps(), None, every_layer=True, dense=True)
+    decoded = decoder(_maps(), None, every_layer=True)
     total = decoded.logits.sum() + decoded.boxes.sum() + decoded.encoder_boxes.sum() + decoded.encoder_logits.sum()
     total.backward()
     assert not [name for name, parameter in decoder.named_parameters() if parameter.grad is None]

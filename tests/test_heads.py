@@ -66,9 +66,9 @@ def test_a_batch_without_objects_trains(task, precision):
 def test_terms_are_scalars_and_fall_when_trained(task):
     head = make_head(task)
     features, targets = make_features(), make_targets(2, 1)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=2e-3)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     losses = []
-    for _ in range(30):
+    for _ in range(60):
         terms = head.loss(head(features, targets), targets)
         assert all(value.ndim == 0 for value in terms.values())
         loss = total(terms)
@@ -76,7 +76,7 @@ def test_terms_are_scalars_and_fall_when_trained(task):
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
+    assert sum(losses[-5:]) < 0.75 * sum(losses[:5])
 
 
 def test_results_are_sorted_inside_the_image_and_above_the_threshold(task):

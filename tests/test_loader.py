@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -236,18 +235,19 @@ def test_workers_end_with_the_main_process(tmp_path: Path, kill: signal.Signals)
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "started\n"
-    worker = int(process.stdout.readline())
-    if kill == signal.SIGINT:
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    else:
-        process.kill()
-    _, errors = process.communicate(timeout=60)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        worker = int(process.stdout.readline())
+        if kill == signal.SIGINT:
+            os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+        else:
+            process.kill()
+        _, errors = process.communicate(timeout=120)  # every process that holds the pipes has ended
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
     assert errors.count("KeyboardInterrupt") == (kill == signal.SIGINT), "workers have nothing to say about Ctrl-C"
-    deadline = time.monotonic() + 30
-    while _alive(worker) and time.monotonic() < deadline:
-        time.sleep(0.1)
     assert not _alive(worker)
 
 
