@@ -14,7 +14,14 @@ from mvision.decoder import Decoded, DecoderConfig, QueryDecoder
 from mvision.denoising import Denoising, make_denoising
 from mvision.heads.base import Head
 from mvision.losses import set_losses
-from mvision.matching import MatchingCosts, PaddedTargets, anchor_assignment, hungarian, mean_over_processes, pad_targets
+from mvision.matching import (
+    MatchingCosts,
+    PaddedTargets,
+    anchor_assignment,
+    hungarian,
+    mean_over_processes,
+    pad_targets,
+)
 from mvision.structures import Category, Instances, Targets
 
 
@@ -43,7 +50,7 @@ class DetectionConfig(DecoderConfig):
 class DetectionHead(Head[DetectionConfig]):
     """RT-DETR's decoder with its criterion and post-processing.
 
-    Outputs: ``logits`` (B, Q, C) before the sigmoid and ``boxes`` (B, Q, 4) cxcywh in 0..1. In training also the same of
+    Outputs: ``logits`` (B, Q, C) before the sigmoid and ``boxes`` (B, Q, 4) cxcywh in 0..1. In training also those of
     every layer, of the encoder's cells and of the denoising queries, which the loss reads.
     """
 

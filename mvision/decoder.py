@@ -122,21 +122,20 @@ class QueryDecoder(nn.Module):
     def reset_parameters(self) -> None:
         """Scores start at 0.01 and boxes at their references, as in focal loss and Deformable DETR."""
         for head in (self.memory_class, self.dense_class, *self.class_heads):
-            if head is not None:
+            if isinstance(head, nn.Linear):
                 nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
-        for mlp in filter(None, (self.memory_box, self.dense_box, *self.box_heads)):
-            nn.init.zeros_(mlp.layers[-1].weight)
-            nn.init.zeros_(mlp.layers[-1].bias)
+        for mlp in (self.memory_box, self.dense_box, *self.box_heads):
+            if isinstance(mlp, MLP):
+                _zero(mlp.layers[-1])
         if self.config.shared_class_head:
             for layer in self.layers:
+                assert isinstance(layer, DecoderLayer)
                 layer.start_as_identity()
-        nn.init.xavier_uniform_(self.memory_proj[0].weight)
-        for layer in self.position.layers:
-            nn.init.xavier_uniform_(layer.weight)
+        for linear in (self.memory_proj[0], *self.position.layers):
+            assert isinstance(linear, nn.Linear)
+            nn.init.xavier_uniform_(linear.weight)
 
-    def forward(
-        self, maps: list[Tensor], denoising: Denoising | None = None, *, every_layer: bool = False
-    ) -> Decoded:
+    def forward(self, maps: list[Tensor], denoising: Denoising | None = None, *, every_layer: bool = False) -> Decoded:
         """Decode.
 
         Args:
@@ -243,8 +242,7 @@ class DecoderLayer(nn.Module):
     def start_as_identity(self) -> None:
         """Let the layer pass its queries on unchanged (but for the norms) until it has learned something better."""
         for branch in (self.self_attention.out_proj, self.cross_attention.output_proj, self.ffn.layers[-1]):
-            nn.init.zeros_(branch.weight)
-            nn.init.zeros_(branch.bias)
+            _zero(branch)
 
 
 def make_anchors(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -277,3 +275,9 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Te
 def _box_dtype(memory: Tensor) -> torch.dtype:
     """Boxes are kept in float32 or better: bf16 has a step of two pixels at 640."""
     return torch.promote_types(memory.dtype, torch.float32)
+
+
+def _zero(linear: nn.Module) -> None:
+    assert isinstance(linear, nn.Linear)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)

@@ -52,7 +52,7 @@ def pad_targets(targets: list[Targets], device: torch.device, dtype: torch.dtype
 
 @torch.no_grad()
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a scalar over all processes: what each divides by, so that averaged gradients are the whole batch's."""
+    """The mean of a scalar over all processes; divided by it, averaged gradients are those of the whole batch."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         value = value.clone()
         torch.distributed.all_reduce(value)
@@ -114,8 +114,8 @@ def _matching_cost(logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs:
 def anchor_assignment(anchors: Tensor, targets: PaddedTargets, top_k: int = 9) -> Tensor:
     """One-to-many assignment for dense predictions: for each object the cells whose anchors overlap it most.
 
-    It depends on the geometry alone, so training starts with the assignment that it ends with. (An assignment by the
-    quality of predictions, as in TOOD, has to wait until there is some: from random weights it learned more slowly here.)
+    It depends on the geometry alone, so training starts with the assignment that it ends with. (By the quality of
+    predictions, as in TOOD, it has to wait until there is some: from random weights that learned more slowly here.)
 
     Args:
         anchors: (S, 4) cxcywh in 0..1, one per cell; their sizes tell the levels apart.
@@ -125,8 +125,8 @@ def anchor_assignment(anchors: Tensor, targets: PaddedTargets, top_k: int = 9) -
         (B, S) int64, -1 for none. Only cells whose centre lies in the object are taken, and at least the nearest one; a
         cell wanted by several objects goes to the smallest.
 
-    Source: the level and centre priors of Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free Detection"
-    (ATSS), CVPR 2020, with a fixed number of cells in place of the statistical threshold.
+    Source: the level and centre priors of Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free
+    Detection" (ATSS), CVPR 2020, with a fixed number of cells in place of the statistical threshold.
     """
     batch, most = targets.labels.shape
     cells = len(anchors)

@@ -48,7 +48,8 @@ class HybridEncoder(nn.Module):
         position: "sincos" (fixed) or "learned" (a grid resized to the map, plus one vector per attended scale).
         attention: "global", "window" (inside windows of at most window_size x window_size tokens), or "auto": windows
             on maps of more than window_threshold tokens. The weights are the same, so the attribute may be changed
-            later. A graph exported with dynamic sizes has one form only: global for "auto".
+            later. A graph exported with dynamic sizes has one form only: global for "auto", and for "window" the one
+            for maps larger than a window.
         window_threshold: 1600 tokens are a 1280 x 1280 image at stride 32.
         depth: RepBlocks in every fusion block.
         expansion: width of the fusion blocks' inside relative to embed_dim.
@@ -176,6 +177,8 @@ class HybridEncoder(nn.Module):
         return self.window_size if self.attention == "window" else 0
 
     def _check_features(self, features: list[Tensor]) -> None:
+        if torch.jit.is_tracing():  # sizes are tensors there, and every comparison of them warns
+            return
         if len(features) != len(self.in_channels):
             raise ValueError(
                 f"HybridEncoder was built for {len(self.in_channels)} maps (in_channels={self.in_channels}) "
@@ -239,7 +242,7 @@ def _fit(x: Tensor, like: Tensor) -> Tensor:
     Stride-2 convolutions round sizes up where many backbones round down; nearest from n + 1 to n drops the last row.
     """
     size = like.shape[-2:]
-    if is_static(size[0]) and x.shape[-2:] == size:
+    if is_static(size[0] * size[1]) and x.shape[-2:] == size:
         return x
     return F.interpolate(x, size=size, mode="nearest")
 
@@ -250,7 +253,7 @@ def _dynamic_export(height: int, width: int) -> bool:
         return False
     else:
         exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # is_exporting: torch >= 2.7
-        return exporting() and not (is_static(height) and is_static(width))
+        return exporting() and not is_static(height * width)
 
 
 def _resolve_levels(levels: str | Sequence[int], num_levels: int) -> list[int]:

@@ -1,6 +1,7 @@
 """What every test needs: one thread (tests are small, and threads of many processes get in each other's way)."""
 
 import json
+import signal
 
 import cv2
 import numpy as np
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+# A shell's background jobs ignore Ctrl-C, and so would the processes that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def write_squares(root, images=4, objects=2, size=64, seed=0, splits=("train", "val")):

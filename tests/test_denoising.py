@@ -30,7 +30,9 @@ def test_positives_stay_nearer_than_negatives():
     torch.manual_seed(0)
     truth, noisy = _make(4, num_denoising=400)
     half = truth.boxes[:, None, None, :, 2:].repeat(1, 1, 1, 1, 2) / 2
-    moved = (cxcywh_to_xyxy(noisy.boxes.view(1, 100, 2, 4, 4)) - cxcywh_to_xyxy(truth.boxes)[:, None, None]).abs() / half
+    moved = (
+        cxcywh_to_xyxy(noisy.boxes.view(1, 100, 2, 4, 4)) - cxcywh_to_xyxy(truth.boxes)[:, None, None]
+    ).abs() / half
     assert moved[:, :, 0].max() <= 1 + 1e-4
     assert moved[:, :, 1].median() > 1  # one to two half sides, where the image's border does not clip
     assert ((noisy.boxes >= 0) & (noisy.boxes <= 1)).all()

@@ -53,7 +53,9 @@ def test_postprocess_gives_the_best_pairs_in_pixels():
     np.testing.assert_allclose(found.scores, torch.tensor([3.0, 2.0, 1.0]).sigmoid(), rtol=1e-5)
     # The first box is cut off at the right border.
     np.testing.assert_allclose(found.boxes[0], [140, 40, 200, 60], atol=1e-3)
-    np.testing.assert_allclose(found.boxes[1], cxcywh_to_xyxy(boxes[0, 0]) * torch.tensor([200, 100, 200, 100]), atol=1e-3)
+    np.testing.assert_allclose(
+        found.boxes[1], cxcywh_to_xyxy(boxes[0, 0]) * torch.tensor([200, 100, 200, 100]), atol=1e-3
+    )
 
 
 def test_all_objects_of_a_crowded_image_can_be_found():

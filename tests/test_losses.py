@@ -27,7 +27,7 @@ def test_set_losses_of_known_boxes():
     losses = set_losses(logits, boxes, assigned, pad_targets(TARGETS, torch.device("cpu")))
     assert losses["box"].item() == pytest.approx(0.1 / 2, abs=1e-6)
     assert losses["giou"].item() == pytest.approx((1 - 1 / 3) / 2, abs=1e-6)
-    # sigmoid(0) = 1/2 everywhere, so each binary cross-entropy is ln 2: positives weigh their IoU, the ten others 0.75 / 4.
+    # sigmoid(0) = 1/2 everywhere, so each binary cross-entropy is ln 2: positives weigh their IoU, others 0.75 / 4.
     weights = 1 + 1 / 3 + 10 * 0.75 * 0.25
     assert losses["class"].item() == pytest.approx(weights * 0.693147 / 2, abs=1e-5)
 

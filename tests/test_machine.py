@@ -1,7 +1,7 @@
 """What the machine can do, and what is done about it."""
 
-import timm
 import pytest
+import timm
 import torch
 
 from mvision.engine.machine import channels_last_is_safe, resolve_device, resolve_precision

@@ -58,7 +58,10 @@ def test_predictions_that_are_not_finite_are_matched_last():
 
 def test_more_objects_than_queries():
     assigned = hungarian(
-        torch.randn(1, 1, 2, 3), torch.rand(1, 1, 2, 4), pad_targets(make_targets(5), torch.device("cpu")), MatchingCosts()
+        torch.randn(1, 1, 2, 3),
+        torch.rand(1, 1, 2, 4),
+        pad_targets(make_targets(5), torch.device("cpu")),
+        MatchingCosts(),
     )
     assert (assigned >= 0).all()
     assert assigned.unique().numel() == 2

@@ -151,7 +151,7 @@ def test_what_cannot_be_read_is_named(folder: Path, settings: dict[str, Any], me
 def test_damaged_folders(folder: Path) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(weights[:-10])
-    with pytest.raises(UserError, match="damaged|cannot be read"):
+    with pytest.raises(UserError, match=r"damaged|cannot be read"):
         load(folder)
     (folder / "model.safetensors").write_bytes(weights)
     (folder / "config.json").write_text("{")

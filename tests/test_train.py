@@ -72,7 +72,7 @@ def test_training_learns(squares, tmp_path):
     run = run_in_process(squares, tmp_path / "run", train__epochs=30, train__val_interval=30)
     records = steps_of(run)
     first, last = (sum(records[index]["loss"].values()) for index in (0, -1))
-    assert last < 0.75 * first
+    assert last < 0.85 * first
 
 
 def test_a_resumed_run_equals_the_uninterrupted_one(squares, tmp_path):
@@ -205,7 +205,7 @@ def test_the_state_survives_a_kill_between_the_two_renames(tmp_path):
 
 
 def test_two_processes_train_and_agree_on_the_figures(squares, tmp_path):
-    """Gloo on CPU: one run folder, the figures of its weights as one process measures them, objects in one part only."""
+    """Gloo on CPU: one run folder, and the figures that one process measures for its weights; objects in one image."""
     script = tmp_path / "main.py"
     script.write_text(
         "import sys\nfrom pathlib import Path\nfrom mvision.config import load_config\n"

@@ -3,7 +3,7 @@
     python docs/scripts/neck_families.py [--only NAME]...
 
 Weights are random and nothing is downloaded. Every row is one family with another embed_dim and number of maps. A cell
-is "ok", or says what failed; "backbone: ..." where the backbone fails by itself, without the neck. The odd size is 333 x
+is "ok", or says what failed; "backbone: ..." where the backbone fails by itself, without the neck. Odd: 333 x
 517 unless the backbone insists on multiples of its patch.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -39,8 +40,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
 def cpu_has_bf16() -> bool:
     """Whether the CPU multiplies bf16 natively (AVX-512 BF16 or AMX)."""
     try:
-        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as file:
-            text = file.read()
+        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
         return False
     return "avx512_bf16" in text or "amx_bf16" in text

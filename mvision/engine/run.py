@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ class RunFolder:
 
     @classmethod
     def create(cls, output: Path | None, tasks: list[str]) -> RunFolder:
-        """``output``, or the next free number under ``runs/TASK``; UserError where it cannot be written or is in use."""
+        """``output``, or the next free number under ``runs/TASK``; UserError if it cannot be written or is in use."""
         try:
             if output is not None:
                 if output.exists() and any(output.iterdir()):
@@ -40,7 +39,9 @@ class RunFolder:
                     number += 1
         except OSError as error:
             place = output or Path("runs")
-            raise UserError(f"--output {place}: cannot be written ({error.strerror or error}); choose another") from error
+            raise UserError(
+                f"--output {place}: cannot be written ({error.strerror or error}); choose another"
+            ) from error
 
     @classmethod
     def resume(cls, path: Path) -> RunFolder:
@@ -53,7 +54,7 @@ class RunFolder:
         """Write a small file whole or not at all."""
         temporary = self.path / f".{name}.tmp"
         temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self.path / name)
+        temporary.replace(self.path / name)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""
@@ -77,13 +78,13 @@ class RunFolder:
         state, old = self.path / STATE, self.path / f".{STATE}.old"
         shutil.rmtree(old, ignore_errors=True)
         if state.exists():
-            os.replace(state, old)
-        os.replace(fresh, state)
+            state.replace(old)
+        fresh.replace(state)
         shutil.rmtree(old, ignore_errors=True)
 
     def state(self) -> Path:
         """The complete saved state (the previous one, should a kill have hit between the two renames)."""
         old = self.path / f".{STATE}.old"
         if not (self.path / STATE).exists() and old.exists():
-            os.replace(old, self.path / STATE)
+            old.replace(self.path / STATE)
         return self.path / STATE

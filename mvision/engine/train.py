@@ -322,8 +322,9 @@ def _describe(trainer: Trainer, train_images: int, val_images: int) -> str:
     precision = {"no": "fp32"}.get(trainer.accelerator.mixed_precision, trainer.accelerator.mixed_precision)
     height, width = config.model.image_size
     return (
-        f"{'+'.join(model.tasks)}, {config.model.backbone.name} with {parameters:.1f} M parameters at {width} x {height}, "
-        f"{train_images} + {val_images} images, {len(model.categories)} classes, {config.train.epochs} epochs, "
+        f"{'+'.join(model.tasks)}, {config.model.backbone.name} with {parameters:.1f} M parameters "
+        f"at {width} x {height}, {train_images} + {val_images} images, {len(model.categories)} classes, "
+        f"{config.train.epochs} epochs, "
         f"{precision} on {trainer.accelerator.num_processes} x {trainer.accelerator.device.type}"
     )
 
