@@ -153,11 +153,11 @@ class QueryDecoder(nn.Module):
         count = min(self.config.num_queries, memory.shape[1])
         best = scores.max(-1).values.topk(count, dim=1).indices.unsqueeze(-1)
         chosen = features.gather(1, best.expand(-1, -1, features.shape[-1]))
-        chosen_anchors = anchors.expand(len(memory), -1, -1).gather(1, best.expand(-1, -1, 4))
+        chosen_anchors = anchors.expand(memory.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
         # Boxes of the selected cells alone: the others are thrown away.
         encoder_boxes = (self.memory_box(chosen).to(anchors.dtype) + chosen_anchors).sigmoid()
 
-        queries = chosen.detach() if self.query_embed is None else self._learned(len(memory), count)
+        queries = chosen.detach() if self.query_embed is None else self._learned(memory.shape[0], count)
         references = encoder_boxes.detach()
         mask = None
         if denoising is None and every_layer and self.label_embed is not None:
