@@ -160,7 +160,9 @@ def _in_folder(folder: Path) -> Path:
     for name in (BEST, PUBLISHED):
         if (folder / name).is_file():
             return folder if name == PUBLISHED and _is_published(folder) else folder / name
-    runs = sorted(folder.glob(f"**/{BEST}"), key=lambda file: file.stat().st_mtime)
+    # Not deeper than runs/TASK/N: the folder may be anybody's.
+    nested = (file for depth in ("*", "*/*", "*/*/*") for file in folder.glob(f"{depth}/{BEST}"))
+    runs = sorted(nested, key=lambda file: file.stat().st_mtime)
     if runs:
         raise UserError(f"weights {folder}: holds several runs; name one, such as {runs[-1].parent}")
     if (folder / "config.yaml").is_file() or (folder / "last").is_dir():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -245,7 +246,7 @@ def test_workers_end_with_the_main_process(tmp_path: Path, kill: signal.Signals)
             process.kill()
         _, errors = process.communicate(timeout=120)  # every process that holds the pipes has ended
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
     assert errors.count("KeyboardInterrupt") == (kill == signal.SIGINT), "workers have nothing to say about Ctrl-C"
     assert not _alive(worker)

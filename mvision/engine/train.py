@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,17 +97,7 @@ def train(
     keep_freed_memory()
     accelerator = _accelerator(config, device)
     say = accelerator.print
-    layout = find_layout(config.data.root)
-    say(layout.description)
-    fields = frozenset[str]().union(*(head_class(task).needs for task in config.model.heads))
-    tasks = list(config.model.heads)
-    train_split, val_split = (
-        CocoSplit(layout.split(name, tasks), fields) for name in (config.data.train, config.data.val)
-    )
-    for split in (train_split, val_split):
-        if len(split.problems):
-            say(f"{split.problems}")
-    same_categories(train_split, val_split)
+    train_split, val_split = _read_splits(config, say)
     config.model.categories = train_split.categories
 
     set_seed(config.train.seed)
@@ -222,6 +213,22 @@ def _optimize(trainer: Trainer) -> None:
     if trainer.ema is not None:
         trainer.ema.update(trainer.bare_model, step=progress.step)
     progress.step += 1
+
+
+def _read_splits(config: Config, say: Callable[[str], None]) -> tuple[CocoSplit, CocoSplit]:
+    """The annotations to train and to evaluate on, with what the heads need; says what was found and what was wrong."""
+    layout = find_layout(config.data.root)
+    say(layout.description)
+    fields = frozenset[str]().union(*(head_class(task).needs for task in config.model.heads))
+    tasks = list(config.model.heads)
+    train_split, val_split = (
+        CocoSplit(layout.split(name, tasks), fields) for name in (config.data.train, config.data.val)
+    )
+    for split in (train_split, val_split):
+        if len(split.problems):
+            say(f"{split.problems}")
+    same_categories(train_split, val_split)
+    return train_split, val_split
 
 
 def _accelerator(config: Config, device: str | None) -> Accelerator:
