@@ -160,12 +160,12 @@ def test_windows_in_onnx_at_any_size(tmp_path: Path) -> None:
             return self.aifi(x, self.position(x), 4)
 
     module = Windowed().eval()
-    shapes = ({0: "batch", 2: "height", 3: "width"},)
+    shapes = ({0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO},)
     x = torch.randn(2, 16, 8, 12)  # windows fit without padding here, but not below
     program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False)
     program.save(tmp_path / "windows.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "windows.onnx", providers=["CPUExecutionProvider"])
     for size in ((1, 16, 8, 8), (3, 16, 11, 5), (2, 16, 3, 4)):
         x = torch.randn(size)
-        (result,) = session.run(None, {"x": x.numpy()})
+        (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(result), module(x), rtol=0, atol=1e-4)

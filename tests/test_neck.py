@@ -380,6 +380,7 @@ EXPORTED = [
     pytest.param({"attention_levels": "all", "position": "learned"}, id="learned"),
     pytest.param({"attention": "window", "window_size": 3}, id="window"),
 ]
+ANY_SHAPE = ([{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}] * 3,)
 
 
 def other_maps() -> list[list[Tensor]]:
@@ -391,8 +392,7 @@ def other_maps() -> list[list[Tensor]]:
 @torch.no_grad()
 def test_torch_export_with_any_batch_and_size(settings: dict[str, Any]) -> None:
     neck = make_neck(**settings)
-    shapes = [{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}] * 3
-    program = torch.export.export(neck, (make_maps(224, 256),), dynamic_shapes=(shapes,), strict=False).module()
+    program = torch.export.export(neck, (make_maps(224, 256),), dynamic_shapes=ANY_SHAPE, strict=False).module()
     for maps in other_maps():
         assert max_difference(program(maps), neck(maps)) <= 1e-5
 
@@ -400,8 +400,7 @@ def test_torch_export_with_any_batch_and_size(settings: dict[str, Any]) -> None:
 @torch.no_grad()
 def test_automatic_windows_export_as_global_attention_where_sizes_are_free() -> None:
     neck = make_neck(attention="auto", window_size=3, window_threshold=30)
-    shapes = [{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}] * 3
-    program = torch.export.export(neck, (make_maps(224, 256),), dynamic_shapes=(shapes,), strict=False).module()
+    program = torch.export.export(neck, (make_maps(224, 256),), dynamic_shapes=ANY_SHAPE, strict=False).module()
     neck.attention = "global"
     for maps in other_maps():
         assert max_difference(program(maps), neck(maps)) <= 1e-5
@@ -412,8 +411,7 @@ def test_onnx_with_any_batch_and_size(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     onnxruntime = pytest.importorskip("onnxruntime")
     neck = make_neck().fuse()
-    shapes = [{0: "batch", 2: f"height{i}", 3: f"width{i}"} for i in range(3)]
-    program = torch.onnx.export(neck, (make_maps(224, 256),), dynamo=True, dynamic_shapes=(shapes,), verbose=False)
+    program = torch.onnx.export(neck, (make_maps(224, 256),), dynamo=True, dynamic_shapes=ANY_SHAPE, verbose=False)
     program.save(tmp_path / "neck.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "neck.onnx", providers=["CPUExecutionProvider"])
     for maps in other_maps():
