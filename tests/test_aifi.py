@@ -146,6 +146,7 @@ def test_output_follows_the_maps_dtype() -> None:
         assert [attend(aifi, x, window).dtype for window in (0, 3)] == [torch.bfloat16] * 2
 
 
+@pytest.mark.xfail(torch.__version__ < (2, 11), reason="torch 2.6's exporter has no sym_not", strict=False)
 @torch.no_grad()
 def test_windows_in_onnx_at_any_size(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

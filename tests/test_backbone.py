@@ -139,6 +139,13 @@ def test_missing_stride_names_what_there_is() -> None:
         build("smp:mit_b0", strides=[2, 4])
 
 
+def test_the_deepest_map_of_a_stride_is_taken() -> None:
+    """Dilated networks and some transformers have several."""
+    from mvision.feature_nets import _by_stride
+
+    assert _by_stride("net", [4, 8, 8, 16, 16], [8, 16]) == [2, 4]
+
+
 def test_size_that_the_network_cannot_take() -> None:
     with pytest.raises(UserError, match="levit_128s cannot take images of 64x96"):
         build("levit_128s", strides=[16, 32])

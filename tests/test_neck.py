@@ -406,6 +406,9 @@ def test_automatic_windows_export_as_global_attention_where_sizes_are_free() -> 
         assert max_difference(program(maps), neck(maps)) <= 1e-5
 
 
+@pytest.mark.xfail(
+    torch.__version__ < (2, 11), reason="torch 2.6's exporter knows no resize to a dynamic size", strict=False
+)
 @torch.no_grad()
 def test_onnx_with_any_batch_and_size(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")

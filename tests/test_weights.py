@@ -199,6 +199,16 @@ def test_a_failing_write_leaves_what_was_there(run: Path, monkeypatch: pytest.Mo
     assert [path.name for path in run.iterdir()] == ["best.safetensors"]
 
 
+def test_a_new_file_takes_the_place_of_the_old_one(run: Path) -> None:
+    """Whoever has the old file open, or is killed in between, has a whole one: its bytes are never written over."""
+    old = run / "link"
+    os.link(run / "best.safetensors", old)
+    before = old.read_bytes()
+    save_weights(make_model(["cow"]), run / "best.safetensors")
+    assert old.read_bytes() == before
+    assert load(run).categories[0].name == "cow"
+
+
 def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
     """A limit on the size of files makes the library's own write fail."""
     resource = pytest.importorskip("resource")

@@ -144,6 +144,8 @@ def train(
         if last or (epoch + 1) % config.train.val_interval == 0:
             record["metrics"] = evaluate(trainer.eval_model, val_loader, metrics, accelerator=accelerator)
             _keep_best(trainer, run, record["metrics"], epoch)
+            found = ", ".join(f"{task} AP {figures['AP']:.3f}" for task, figures in record["metrics"].items())
+            say(f"epoch {epoch + 1}: loss {sum(losses.values()):.2f}, {found}")
         trainer.progress.epoch = epoch + 1
         trainer.progress.seconds += time.monotonic() - epoch_start
         record["seconds"] = round(trainer.progress.seconds, 2)
