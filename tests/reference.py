@@ -18,7 +18,10 @@ from transformers.models.rt_detr.modeling_rt_detr import replace_batch_norm
 
 from mvision.structures import Targets
 
-RESIDUAL = re.compile(r"stages\.\d\.layers\.\d+\.layer\.\d\.normalization")
+# Branches that are added to something. They are weak here, as after training: random networks whose branches are as
+# strong as their trunks are chaotic, and then amplify the rounding of float32.
+BRANCH_NORM = re.compile(r"stages\.\d\.layers\.\d+\.layer\.\d\.normalization|bottlenecks")
+BRANCH_OUTPUT = re.compile(r"(o_proj|output_proj|fc2|sampling_offsets|bbox_embed\.\d\.layers\.2)\.weight")
 BASIC = {"hidden_sizes": [64, 128, 256, 512], "layer_type": "basic"}
 SMALL_NECK = {"encoder_in_channels": [128, 256, 512], "hidden_expansion": 0.5}
 WIDE_NECK = {"encoder_hidden_dim": 384, "encoder_ffn_dim": 2048, "decoder_in_channels": [384, 384, 384]}
@@ -62,13 +65,13 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             continue
         is_scale = name.endswith("weight") and ("norm" in name.lower() or name.endswith("proj.1.weight"))
         if tensor.ndim == 1 and is_scale:
-            # Weak residual branches, as after training: strong ones make deep random networks chaotic.
-            low, high = (0.1, 0.4) if RESIDUAL.search(name) else (0.7, 1.3)
+            low, high = (0.1, 0.4) if BRANCH_NORM.search(name) else (0.7, 1.3)
             tensor.uniform_(low, high, generator=generator)
         elif tensor.ndim == 1:
             tensor.add_(torch.empty_like(tensor).normal_(0, 0.2, generator=generator))
         else:
-            tensor.normal_(0, tensor[0].numel() ** -0.5, generator=generator)
+            gain = 0.3 if BRANCH_OUTPUT.search(name) else 1.0
+            tensor.normal_(0, gain * tensor[0].numel() ** -0.5, generator=generator)
     _calibrate(model)
 
 

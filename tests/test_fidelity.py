@@ -41,9 +41,7 @@ def test_same_numbers(pair: Pair) -> None:
     exact = differences(pair.to(torch.float64), random_images(2, *SIZE, dtype=torch.float64))
     assert max(exact.values()) <= 1e-9, exact
     single = differences(pair.to(torch.float32), random_images(2, *SIZE))
-    assert max(single["logits"], single["boxes"]) <= 1e-4, single
-    # Random networks of a hundred layers amplify rounding more than trained ones.
-    assert max(single["backbone"], single["neck"]) <= 1e-3, single
+    assert max(single.values()) <= 1e-4, single
 
 
 def test_same_numbers_after_fusing(small_pair: Pair, tmp_path: Path) -> None:

@@ -266,6 +266,7 @@ def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert pick_workers(None, on_cuda=True) == 7
     assert pick_workers(None, on_cuda=True, world_size=4) == 1
-    assert pick_workers(None, on_cuda=False) == 1
+    assert pick_workers(None, on_cuda=False) == 2
+    assert pick_workers(None, on_cuda=False, world_size=4) == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert pick_workers(None, on_cuda=True) == 0

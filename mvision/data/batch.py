@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 from mvision.data.dataset import Sample
 from mvision.structures import Targets
@@ -103,7 +103,8 @@ def pack(samples: Sequence[Sample]) -> PackedBatch | list[tuple[str, str]]:
     good = [(s.image, s.targets, s.crowds) for s in samples if s.image is not None and s.targets is not None]
     if not good:
         return skipped
-    images = torch.from_numpy(np.stack([image for image, _, _ in good])).permute(0, 3, 1, 2)
+    # default_collate stacks straight into shared memory where it runs in a worker.
+    images = default_collate([torch.from_numpy(image) for image, _, _ in good]).permute(0, 3, 1, 2)
     targets = [target for _, target, _ in good]
     masks = [target.masks for target in targets if target.masks is not None]
     keypoints = [target.keypoints for target in targets if target.keypoints is not None]

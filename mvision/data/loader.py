@@ -183,14 +183,16 @@ def pick_workers(workers: int | None, on_cuda: bool, world_size: int = 1) -> int
     """Loading processes per training process: as asked for, else by the cores.
 
     On a GPU machine all cores but one, up to 16. On a CPU the training itself wants the cores: one worker keeps the
-    next batches ready.
+    next batches ready (measured on two cores, in milliseconds per step of 258 without loading: none +54, one +18, two
+    +24), and large machines get up to four.
     """
     if workers is not None:
         return workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores == 1:
         return 0
-    return max(1, min(cores // world_size - 1, 16)) if on_cuda else 1
+    per_process = cores // world_size
+    return max(1, min(per_process - 1, 16)) if on_cuda else max(1, min(per_process // 4, 4))
 
 
 def worker_context() -> BaseContext:
