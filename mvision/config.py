@@ -151,6 +151,9 @@ class TrainConfig(Settings):
     """The training run.
 
     Attributes:
+        optimizer: ``adamw``, or ``muon`` (timm's): orthogonalised momentum for the weights of convolutions and linear
+            layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
+            embeddings and the last layers of classifiers stay with AdamW.
         lr: peak learning rate of neck and heads, for the whole batch as given.
         backbone_lr: peak learning rate of the backbone; None: the same as ``lr``.
         weight_decay: on weights of convolutions and linear layers; norms, biases and embeddings have none.
@@ -170,6 +173,7 @@ class TrainConfig(Settings):
 
     epochs: int = Field(72, ge=1)
     batch_size: int = Field(16, ge=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-4, gt=0)
     backbone_lr: float | None = Field(None, gt=0)
     weight_decay: float = Field(1e-4, ge=0)

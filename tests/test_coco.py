@@ -118,6 +118,7 @@ def test_crowds_stay_for_evaluation_and_are_marked(tmp_path: Path) -> None:
         (lambda t: t["categories"][0].pop("name"), "category 3 has no name"),
         (lambda t: t["categories"][0].pop("id"), r"categories\[0\] has no whole number as id"),
         (lambda t: t["categories"].append({"id": 3, "name": "x"}), "category id 3 occurs twice"),
+        (lambda t: t["categories"].append({**t["categories"][0], "id": 90}), "categories 3 and 90 are both named"),
         (lambda t: t["images"].append(t["images"][0]), "image id 1 occurs twice"),
         (lambda t: t["images"][0].pop("file_name"), "image 1 has no file_name"),
         (lambda t: t["images"][0].update(file_name="../secret.png"), r"'\.\./secret\.png' leaves the folder"),

@@ -211,6 +211,23 @@ def test_self_attention_equals_multihead_attention() -> None:
     torch.testing.assert_close(ours(x, position, may_attend), expected)
 
 
+@pytest.mark.parametrize("kind", [None, torch.bool, torch.float32])
+def test_self_attention_trains_in_bf16_as_it_predicts(kind: torch.dtype | None) -> None:
+    """With gradients the CPU takes another road, see `_explicit_is_faster`."""
+    torch.manual_seed(0)
+    attention, x = SelfAttention(16, 4), torch.randn(2, 7, 16)
+    seen = (torch.rand(7, 7) < 0.5).fill_diagonal_(True)
+    mask = seen if kind is torch.bool else torch.randn(7, 7) if kind else None
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = attention(x, mask=mask)
+        with torch.no_grad():
+            predicted = attention(x, mask=mask)
+    exact = attention(x, mask=mask)
+    assert trained.requires_grad
+    torch.testing.assert_close(trained.float(), exact, rtol=0.03, atol=0.02)
+    torch.testing.assert_close(predicted.float(), exact, rtol=0.03, atol=0.02)
+
+
 def test_encoder_layer_equals_torchs_post_norm_layer() -> None:
     torch.manual_seed(0)
     ours = EncoderLayer(16, 4, 32)

@@ -189,5 +189,5 @@ def test_what_is_not_recognised_is_named(tmp_path: Path) -> None:
 
 def test_none_is_the_built_in_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path, coco([annotation()], CATEGORIES))
-    monkeypatch.setattr("mvision.data.builtin.ensure_builtin", lambda: tmp_path)
+    monkeypatch.setattr("mvision.data.builtin.ensure_builtin", lambda progress: tmp_path)
     assert find_layout(None).root == tmp_path

@@ -95,8 +95,9 @@ def test_other_kinds_of_images(model: FakeModel) -> None:
     results = predict_images(model, [rgba, frozen, Image.fromarray(rgba), turned, scene[..., 0]])
     assert [len(result) for result in results] == [1, 1, 1, 1, 0]
     assert results[3].boxes.tolist() == [list(RED[1])]
+    deep = Image.fromarray(scene[..., 0].astype(np.uint16) * 257)
+    assert predict_images(model, [deep])[0].size == (96, 128)
     wrong: list[Any] = [scene.astype(np.float32), scene[..., :2], np.zeros((0, 0, 3), np.uint8), torch.zeros(3, 8, 8)]
-    wrong.append(Image.fromarray(np.zeros((4, 4), np.uint16)))
     for image in wrong:
         with pytest.raises(UserError):
             predict_images(model, [image])

@@ -175,7 +175,7 @@ def test_init_takes_the_weights_of_another_run(squares, tmp_path, capsys):
     config = fast_config(squares, train__epochs=1, train__lr=1e-9, train__ema_decay=0)
     second = train(config, output=tmp_path / "second", init=str(first), device="cpu")
     before, after = load(first).state_dict(), load(second).state_dict()
-    weight = "neck.lateral_convs.0.conv.weight"
+    weight = "neck.projections.0.conv.weight"
     torch.testing.assert_close(before[weight], after[weight], atol=1e-6, rtol=0)
 
 
@@ -255,6 +255,27 @@ def test_norms_biases_and_embeddings_are_not_decayed(squares):
     assert plain | decayed == set(names.values())
     assert "heads.detection.decoder.label_embed.weight" in plain
     assert all(not name.endswith("bias") for name in decayed)
+
+
+def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw(squares):
+    model = create_model("tiny", num_classes=2)
+    optimizer = build_optimizer(model, fast_config(squares, train__optimizer="muon", train__weight_decay=0.05).train)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    matrices = {names[id(p)] for g in optimizer.param_groups if g["use_muon"] for p in g["params"]}
+    assert {names[id(p)] for g in optimizer.param_groups for p in g["params"]} == set(names.values())
+    projection = "heads.detection.decoder.layers.0.self_attention.q_proj.weight"
+    assert {"neck.projections.0.conv.weight", projection} <= matrices
+    assert not any(name.endswith("bias") or "norm" in name or "embed" in name.split(".")[-2] for name in matrices)
+    assert "heads.detection.decoder.memory_class.weight" not in matrices  # two rows: as many as classes
+    weight = model.get_parameter(projection)
+    before = weight.detach().clone()
+    weight.grad = torch.randn_like(weight) * torch.logspace(0, -2, weight.shape[1])
+    optimizer.step()
+    step = ((weight - before) / optimizer.param_groups[0]["lr"]).flatten(1)
+    # An orthogonalised step moves all directions alike, whatever the gradient's spectrum.
+    gradient, moved = (torch.linalg.svdvals(matrix) for matrix in (weight.grad, step))
+    assert gradient.max() / gradient.median() > 5
+    assert moved.max() / moved.median() < 1.5
 
 
 def test_the_average_follows_quickly_at_first():

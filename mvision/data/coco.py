@@ -233,6 +233,9 @@ def _categories(raw: dict[str, Any], where: str) -> list[Category]:
             raise UserError(f"{where}: category {identity} has no name")
         if identity in categories:
             raise UserError(f"{where}: category id {identity} occurs twice ('{categories[identity].name}', '{name}')")
+        twin = next((known.id for known in categories.values() if known.name == name), None)
+        if twin is not None:
+            raise UserError(f"{where}: categories {twin} and {identity} are both named '{name}'; rename or merge them")
         keypoints = [str(point) for point in entry.get("keypoints") or []]
         categories[identity] = Category(
             id=identity, name=name, keypoints=keypoints, skeleton=_skeleton(entry.get("skeleton"), len(keypoints))

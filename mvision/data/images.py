@@ -127,7 +127,7 @@ def _decode(path: Path, data: bytes, rotate: bool) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             upright = ImageOps.exif_transpose(image) if rotate else image
-            return np.array(_to_rgb(upright))
+            return np.array(to_rgb(upright))
     except (
         OSError,
         UnidentifiedImageError,
@@ -141,7 +141,8 @@ def _decode(path: Path, data: bytes, rotate: bool) -> np.ndarray:
         raise BadImage(path, _reason(error)) from error
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode of PIL as 8-bit RGB: 16-bit and float images are scaled, palettes and transparency resolved."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image).astype(np.float32)
         top = 65535.0 if image.mode.startswith("I") else max(float(values.max(initial=0)), 1.0)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from mvision.data.coco import read_json
 from mvision.data.yolo import YoloSet, is_yolo_file, read_yolo_split, yolo_splits
@@ -104,7 +107,9 @@ def find_layout(root: str | Path | None = None) -> Layout:
     if root is None:
         from mvision.data.builtin import ensure_builtin
 
-        return find_layout(ensure_builtin())
+        with tqdm(desc="generating the built-in data set", unit="img", leave=False, delay=0.5) as bar:
+            folder = ensure_builtin(progress=partial(_show, bar))
+        return find_layout(folder)
     root = Path(root).expanduser()
     if not root.exists():
         raise UserError(f"--data {root}: no such folder")
@@ -117,6 +122,11 @@ def find_layout(root: str | Path | None = None) -> Layout:
         if layout is not None:
             return layout
     raise UserError(_not_recognised(root))
+
+
+def _show(bar: tqdm[Any], done: int, total: int) -> None:
+    bar.total = total
+    bar.update(done - bar.n)
 
 
 def _images_and_annotations(root: Path) -> Layout | None:

@@ -5,31 +5,40 @@ from __future__ import annotations
 import math
 
 import torch
+from timm.optim.muon import Muon
 from timm.utils import ModelEmaV3
 from torch import nn
 
 from mvision.config import TrainConfig
 from mvision.model import Model
 
+SMALL = 16  # rows
 
-def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with four groups: backbone and the rest, each with and without weight decay.
 
-    Norms, biases and embeddings (one dimension, or an ``nn.Embedding``) are not decayed. Every group remembers its peak
-    learning rate as ``peak_lr``; ``set_learning_rate`` scales it.
+def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW or Muon with up to four groups: backbone and the rest, each with and without weight decay.
+
+    Norms, biases and embeddings (one dimension, or an ``nn.Embedding``) are not decayed, and stay with AdamW under
+    Muon; so do matrices with fewer than ``SMALL`` rows, the last layers of classifiers and box heads. Every group
+    remembers its peak learning rate as ``peak_lr``; ``set_learning_rate`` scales it.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim > 1 and id(parameter) not in embeddings
-            groups.setdefault((name.startswith("backbone."), decayed), []).append(parameter)
+            matrix = config.optimizer == "muon" and decayed and len(parameter) >= SMALL
+            groups.setdefault((name.startswith("backbone."), decayed, matrix), []).append(parameter)
     settings = []
-    for (in_backbone, decayed), parameters in groups.items():
+    for (in_backbone, decayed, matrix), parameters in groups.items():
         peak = config.backbone_lr if in_backbone and config.backbone_lr is not None else config.lr
         decay = config.weight_decay if decayed else 0.0
-        settings.append({"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay})
-    return torch.optim.AdamW(settings, betas=(0.9, config.beta2), fused=True)
+        group = {"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
+        settings.append(group if config.optimizer == "adamw" else group | {"use_muon": matrix})
+    betas = (0.9, config.beta2)
+    if config.optimizer == "muon":
+        return Muon(settings, betas=betas, nesterov=True)
+    return torch.optim.AdamW(settings, betas=betas, fused=True)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -104,6 +105,8 @@ def train(
     model = Model(config.model)
     if init is not None:
         say(init_from(model, init))
+    elif resume is None:
+        _warn_of_slow_backbone(config, say)
     for part in config.train.freeze:
         freeze(getattr(model, part))
     if config.train.channels_last and channels_last_is_safe(model, accelerator.device):
@@ -233,12 +236,27 @@ def _read_splits(config: Config, say: Callable[[str], None]) -> tuple[CocoSplit,
     return train_split, val_split
 
 
+def _warn_of_slow_backbone(config: Config, say: Callable[[str], None]) -> None:
+    """A rate meant for pretrained backbones teaches a random one next to nothing."""
+    settings = config.train
+    slow = settings.backbone_lr is not None and settings.backbone_lr < settings.lr
+    if slow and not config.model.backbone.pretrained:
+        say(
+            f"warning: the backbone starts from random weights at a low rate (train.backbone_lr "
+            f"{settings.backbone_lr:g}): use --init WEIGHTS, -o model.backbone.pretrained=true, or "
+            f"-o train.backbone_lr={settings.lr:g}"
+        )
+
+
 def _accelerator(config: Config, device: str | None) -> Accelerator:
     """Devices, precision and trackers. One process uses ``device``; under ``torchrun`` each takes its own."""
     chosen = resolve_device(device)
     precision = resolve_precision(config.train.precision, chosen)
     # Settings outlive an Accelerator: a second run in the same process would be refused for having others.
     AcceleratorState._reset_state()
+    # Accelerate always takes the first GPU in a single process, unless this variable names another.
+    if chosen.index is not None and "LOCAL_RANK" not in os.environ:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(chosen)
     try:
         return Accelerator(
             cpu=chosen.type == "cpu",
@@ -261,6 +279,7 @@ def _open_run(trainer: Trainer, output: Path | None, resume: Path | None) -> Run
         trainer.progress = Progress(**json.loads((state / "progress.json").read_text()))
         if accelerator.is_main_process:
             run.cut_records(trainer.progress.epoch)
+            run.write_text("config.yaml", trainer.config.to_yaml())
         return run
     folder: list[Any] = [None]
     if accelerator.is_main_process:

@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from mvision.data.images import BadImage, read_image, resize_image
+from mvision.data.images import BadImage, read_image, resize_image, to_rgb
 from mvision.errors import UserError
 from mvision.inference.output import Output, Summary
 from mvision.inference.pipeline import ordered_map
@@ -187,9 +187,7 @@ def _to_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         except BadImage as error:
             raise UserError(str(error)) from error
     if isinstance(image, Image.Image):
-        if image.mode[0] in "IF":
-            raise UserError(f"a PIL image of mode {image.mode}: give its file's path, or scale it to 8 bits first")
-        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+        return np.array(to_rgb(ImageOps.exif_transpose(image)))
     if not isinstance(image, np.ndarray):
         raise UserError(f"an image of type {type(image).__name__}: give a path, a PIL image or a numpy array")
     if image.ndim == 2:
