@@ -153,7 +153,7 @@ class TrainConfig(Settings):
     Attributes:
         optimizer: ``adamw``, or ``muon`` (timm's): orthogonalised momentum for the weights of convolutions and linear
             layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
-            embeddings and the last layers of classifiers stay with AdamW.
+            embeddings and the last layers of classifiers get AdamW with Nesterov momentum.
         lr: peak learning rate of neck and heads, for the whole batch as given.
         backbone_lr: peak learning rate of the backbone; None: the same as ``lr``.
         weight_decay: on weights of convolutions and linear layers; norms, biases and embeddings have none.

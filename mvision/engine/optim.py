@@ -12,22 +12,24 @@ from torch import nn
 from mvision.config import TrainConfig
 from mvision.model import Model
 
-SMALL = 16  # rows
+MIN_ROWS = 16
 
 
 def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW or Muon with up to four groups: backbone and the rest, each with and without weight decay.
+    """AdamW, or Muon for the matrices and NAdamW for the rest; backbone and other parameters in groups of their own.
 
-    Norms, biases and embeddings (one dimension, or an ``nn.Embedding``) are not decayed, and stay with AdamW under
-    Muon; so do matrices with fewer than ``SMALL`` rows, the last layers of classifiers and box heads. Every group
+    Norms, biases and embeddings (one dimension, or an ``nn.Embedding``) are neither decayed nor orthogonalised; nor are
+    matrices with fewer than ``MIN_ROWS`` rows orthogonalised, the last layers of classifiers and box heads. Every group
     remembers its peak learning rate as ``peak_lr``; ``set_learning_rate`` scales it.
+
+    Source of Muon: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim > 1 and id(parameter) not in embeddings
-            matrix = config.optimizer == "muon" and decayed and len(parameter) >= SMALL
+            matrix = config.optimizer == "muon" and decayed and len(parameter) >= MIN_ROWS
             groups.setdefault((name.startswith("backbone."), decayed, matrix), []).append(parameter)
     settings = []
     for (in_backbone, decayed, matrix), parameters in groups.items():

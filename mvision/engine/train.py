@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import patch_environment, set_seed
 from tqdm import tqdm
 
 from mvision.backbone import freeze
@@ -255,16 +255,16 @@ def _accelerator(config: Config, device: str | None) -> Accelerator:
     # Settings outlive an Accelerator: a second run in the same process would be refused for having others.
     AcceleratorState._reset_state()
     # Accelerate always takes the first GPU in a single process, unless this variable names another.
-    if chosen.index is not None and "LOCAL_RANK" not in os.environ:
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(chosen)
+    single = chosen.index is not None and "LOCAL_RANK" not in os.environ
     try:
-        return Accelerator(
-            cpu=chosen.type == "cpu",
-            mixed_precision="no" if precision == "fp32" else precision,
-            log_with=list(config.train.trackers) or None,
-            project_dir="runs" if config.train.trackers else None,
-            step_scheduler_with_optimizer=False,
-        )
+        with patch_environment(accelerate_torch_device=chosen) if single else nullcontext():
+            return Accelerator(
+                cpu=chosen.type == "cpu",
+                mixed_precision="no" if precision == "fp32" else precision,
+                log_with=list(config.train.trackers) or None,
+                project_dir="runs" if config.train.trackers else None,
+                step_scheduler_with_optimizer=False,
+            )
     except ValueError as error:
         raise UserError(f"train.precision {precision} or train.trackers {config.train.trackers}: {error}") from error
 
