@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Shapes = list[tuple[int, int]]
+MATRIX_ELEMENTS = 2**26
+"""Up to this size the sampling matrix of a layer pays (128 MiB in bf16)."""
 
 
 class DeformableAttention(nn.Module):
@@ -86,6 +88,8 @@ class DeformableAttention(nn.Module):
             sampled = _sample_nearest(value, locations, weights, shapes)
         elif _gather_is_faster(value):
             sampled = _sample_gather(value, locations, weights, shapes)
+        elif _matrix_is_faster(value, locations):
+            sampled = _sample_matrix(value, locations, weights, shapes)
         else:
             sampled = _sample_grid(value, locations, weights, shapes)
         return self.output_proj(sampled)
@@ -94,6 +98,16 @@ class DeformableAttention(nn.Module):
 def _gather_is_faster(value: Tensor) -> bool:
     """Without gradients a CPU gathers faster than it grid-samples; the gather's backward, and exports, are slower."""
     return value.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _matrix_is_faster(value: Tensor, locations: Tensor) -> bool:
+    """In bf16 with gradients a CPU multiplies with an almost empty matrix faster than ``grid_sample`` goes back.
+
+    The matrix is kept for the backward pass, hence the bound.
+    """
+    batch, total, heads, _ = value.shape
+    fits = batch * heads * locations.shape[1] * total <= MATRIX_ELEMENTS
+    return fits and value.device.type == "cpu" and value.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
 
 
 def _sample_grid(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
@@ -117,7 +131,35 @@ def _sample_grid(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shap
 def _sample_gather(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
     """The same as ``_sample_grid`` as one weighted gather over the four corners of every point."""
     batch, total, heads, dim = value.shape
-    count, points = locations.shape[1], locations.shape[3] // len(shapes)
+    count = locations.shape[1]
+    index, share = _corners(locations, weights, shapes)
+    index = index.int()
+    offset = torch.arange(batch, device=index.device, dtype=index.dtype)[:, None, None, None] * (total * heads)
+    head = torch.arange(heads, device=index.device, dtype=index.dtype)[None, None, :, None]
+    index = (index * heads + head + offset).view(batch * count * heads, -1)
+    table = value.reshape(batch * total * heads, dim)
+    bags = F.embedding_bag(index, table, mode="sum", per_sample_weights=share.to(value.dtype).view_as(index))
+    return bags.view(batch, count, heads * dim)
+
+
+def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """The same as ``_sample_grid`` as a product: the corners' shares in a matrix (B*H, Q, S), times the values."""
+    batch, total, heads, dim = value.shape
+    count = locations.shape[1]
+    index, share = (x.transpose(1, 2).reshape(batch * heads * count, -1) for x in _corners(locations, weights, shapes))
+    index = index.long() + torch.arange(len(index), device=index.device)[:, None] * total
+    # index_add_, since scatter_add_ takes a float32 copy of the whole matrix.
+    matrix = value.new_zeros(len(index) * total).index_add_(0, index.view(-1), share.to(value.dtype).view(-1))
+    mixed = matrix.view(batch * heads, count, total) @ value.transpose(1, 2).reshape(batch * heads, total, dim)
+    return mixed.view(batch, heads, count, dim).transpose(1, 2).flatten(2)
+
+
+def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """The four cells around every point and their weighted shares: two tensors (B, Q, H, L * P * 4).
+
+    Cells are numbered through all levels, as floats; a corner outside its map has a share of zero.
+    """
+    points = locations.shape[3] // len(shapes)
     sizes = [size for size in shapes for _ in range(points)]
     width = locations.new_tensor([w for _, w in sizes])
     height = locations.new_tensor([h for h, _ in sizes])
@@ -133,14 +175,8 @@ def _sample_gather(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sh
             inside = inside_x & (corner_y >= 0) & (corner_y < height)
             rows.append(start + corner_y.clamp(min=0).minimum(height - 1) * width + column)
             shares.append(share_x * share_y * inside)
-    index = torch.stack(rows, -1).flatten(3).int()
-    share = (torch.stack(shares, -1) * weights.unsqueeze(-1).to(locations.dtype)).flatten(3).to(value.dtype)
-    offset = torch.arange(batch, device=index.device, dtype=index.dtype)[:, None, None, None] * (total * heads)
-    head = torch.arange(heads, device=index.device, dtype=index.dtype)[None, None, :, None]
-    index = (index * heads + head + offset).view(batch * count * heads, -1)
-    table = value.reshape(batch * total * heads, dim)
-    bags = F.embedding_bag(index, table, mode="sum", per_sample_weights=share.view_as(index))
-    return bags.view(batch, count, heads * dim)
+    index = torch.stack(rows, -1).detach().flatten(3)
+    return index, (torch.stack(shares, -1) * weights.unsqueeze(-1).to(locations.dtype)).flatten(3)
 
 
 def _sample_nearest(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:

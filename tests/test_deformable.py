@@ -1,9 +1,10 @@
-"""Deformable attention: the three ways of sampling, against each other and against a plain loop."""
+"""Deformable attention: the ways of sampling, against each other and against a plain loop."""
 
 import pytest
 import torch
 
-from mvision.deformable import DeformableAttention, _sample_gather, _sample_grid, _sample_nearest
+from mvision import deformable
+from mvision.deformable import DeformableAttention, _sample_gather, _sample_grid, _sample_matrix, _sample_nearest
 
 SHAPES = [(5, 7), (3, 4)]
 CELLS = 5 * 7 + 3 * 4
@@ -35,17 +36,36 @@ def _bilinear_by_hand(value, locations, weights):
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("sample", [_sample_grid, _sample_gather])
+@pytest.mark.parametrize("sample", [_sample_grid, _sample_gather, _sample_matrix])
 def test_bilinear_sampling_equals_the_definition(sample):
     value, locations, weights = _inputs()
     expected = _bilinear_by_hand(value, locations, weights)
     torch.testing.assert_close(sample(value, locations, weights, SHAPES), expected, rtol=0, atol=1e-12)
 
 
-def test_gather_in_bf16_is_finite_and_close():
+def test_matrix_has_the_gradients_of_grid_sampling():
+    gradients = []
+    for sample in (_sample_grid, _sample_matrix):
+        inputs = [tensor.requires_grad_() for tensor in _inputs()]
+        out = sample(*inputs, SHAPES)
+        gradients.append(torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), inputs))
+    for expected, found in zip(*gradients):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_training_in_bf16_takes_the_matrix_unless_it_is_too_large(monkeypatch):
+    value, locations, _ = _inputs(torch.float32)
+    assert deformable._matrix_is_faster(value.bfloat16(), locations)
+    assert not deformable._matrix_is_faster(value, locations)
+    monkeypatch.setattr(deformable, "MATRIX_ELEMENTS", 2 * 3 * 6 * CELLS - 1)
+    assert not deformable._matrix_is_faster(value.bfloat16(), locations)
+
+
+@pytest.mark.parametrize("sample", [_sample_gather, _sample_matrix])
+def test_sampling_in_bf16_is_finite_and_close(sample):
     value, locations, weights = _inputs(torch.float32)
     expected = _sample_grid(value, locations, weights, SHAPES)
-    found = _sample_gather(value.bfloat16(), locations, weights.bfloat16(), SHAPES)
+    found = sample(value.bfloat16(), locations, weights.bfloat16(), SHAPES)
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
 
 
