@@ -52,25 +52,27 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 @torch.no_grad()
 def differences(pair: Pair, images: Tensor) -> dict[str, float]:
-    """Largest absolute differences of the maps of backbone and neck, of logits and boxes."""
-    seen: dict[str, list[Tensor]] = {}
-    hooks = [
-        pair.ours.backbone.register_forward_hook(lambda _, __, maps: seen.update(backbone=list(maps))),
-        pair.ours.neck.register_forward_hook(lambda _, __, maps: seen.update(neck=list(maps))),
-        pair.theirs.model.backbone.register_forward_hook(
-            lambda _, __, maps: seen.update(maps=[map for map, _ in maps])
-        ),
-    ]
-    ours, theirs = pair.ours(images)["detection"], pair.theirs(images)
-    for hook in hooks:
-        hook.remove()
+    """Largest absolute differences: the maps of the backbone, of the neck (of the same maps), logits and boxes."""
+    maps, theirs = reference_maps(pair.theirs, images)
+    ours = pair.ours(images)["detection"]
     ordered = same_order(theirs.logits, theirs.pred_boxes, ours["logits"], ours["boxes"])
+    found, fused = pair.ours.backbone(images), pair.ours.neck(maps)
     return {
-        "backbone": max(difference(a, b) for a, b in zip(seen["maps"], seen["backbone"])),
-        "neck": max(difference(a, b) for a, b in zip(theirs.encoder_last_hidden_state, seen["neck"])),
+        "backbone": max(difference(a, b) for a, b in zip(maps, found)),
+        "neck": max(difference(a, b) for a, b in zip(theirs.encoder_last_hidden_state, fused)),
         "logits": difference(theirs.logits, ordered[0]),
         "boxes": difference(theirs.pred_boxes, ordered[1]),
     }
+
+
+@torch.no_grad()
+def reference_maps(theirs: nn.Module, images: Tensor) -> tuple[list[Tensor], Any]:
+    """The maps of the reference's backbone, and all that it gives."""
+    seen: list[Tensor] = []
+    hook = theirs.model.backbone.register_forward_hook(lambda _, __, maps: seen.extend(map for map, _ in maps))
+    output = theirs(images)
+    hook.remove()
+    return seen, output
 
 
 @dataclass

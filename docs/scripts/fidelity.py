@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.comparison import Pair, differences, make_pair, training_step
+from tests.comparison import Pair, differences, make_pair, reference_maps, training_step
 from tests.reference import random_images, random_targets
 
 MODELS = ["r18", "r34", "r50", "r101", "v2_r18", "v2_r50"]
@@ -31,17 +31,24 @@ def main(models: list[str]) -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     print(f"torch {torch.__version__}; largest absolute differences; 300 queries, 80 classes\n")
-    print("| model | size | precision | backbone | neck | logits | boxes |\n|---|---|---|---|---|---|---|")
+    print("| model | size | precision | backbone | neck | logits | boxes | the reference's own rounding in the neck |")
+    print(f"|{'---|' * 8}")
     losses = []
     for name in models:
         with tempfile.TemporaryDirectory() as folder:
             pair = make_pair(Path(folder), name)
+        exact = {}
         for dtype in (torch.float64, torch.float32):
             pair.to(dtype)
             precision = str(dtype).removeprefix("torch.")
-            for height, width in SIZES:
-                found = differences(pair, random_images(1, height, width, dtype=dtype))
-                print(f"| {name} | {height}x{width} | {precision} | {_row(list(found.values()))}", flush=True)
+            for size in SIZES:
+                images = random_images(1, *size).to(dtype)
+                found = differences(pair, images)
+                maps = reference_maps(pair.theirs, images)[1].encoder_last_hidden_state
+                exact.setdefault(size, maps)  # float64 comes first
+                rounding = max(float((a - b).abs().max()) for a, b in zip(maps, exact[size]))
+                cells = _row([*found.values(), rounding])
+                print(f"| {name} | {size[0]}x{size[1]} | {precision} | {cells}", flush=True)
             losses.append(f"| {name} | {precision} | {_row(_loss_differences(pair, dtype))}")
     parts = [f"{kind} {place}" for kind in KINDS for place in ("decoder", "encoder", "denoising")]
     print(
