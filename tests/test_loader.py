@@ -270,3 +270,30 @@ def test_number_of_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pick_workers(None, on_cuda=False, world_size=4) == 1
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
     assert pick_workers(None, on_cuda=True) == 0
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the sharer listens on a Unix socket")
+def test_a_worker_is_silent_when_the_main_process_breaks_off() -> None:
+    """Ctrl-C can hit the main process while it fetches a batch from a worker's sharing thread."""
+    script = textwrap.dedent("""
+        import socket, sys, time
+        from multiprocessing import resource_sharer
+        from mvision.data.loader import init_worker
+
+        if sys.argv[1] == "worker":
+            init_worker(0)
+        resource_sharer._resource_sharer.register(print, print)
+        sharer = resource_sharer._resource_sharer
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as peer:
+                peer.connect(sharer._address)
+                time.sleep(0.2)  # the sharer's greeting arrives and is never read
+        time.sleep(0.2)
+    """)
+    reported = {}
+    for kind in ("plain", "worker"):
+        child = subprocess.run([sys.executable, "-c", script, kind], capture_output=True, text=True, timeout=120)
+        assert child.returncode == 0, child.stderr
+        reported[kind] = child.stderr
+    assert "Error" in reported["plain"]  # else nothing is shown here
+    assert reported["worker"] == ""

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
+from types import TracebackType
 from typing import Any
 
 import cv2
@@ -235,9 +236,23 @@ def main_module_hidden() -> Iterator[None]:
 def init_worker(_: int) -> None:
     """One thread of work per worker; Ctrl-C is the main process's business, and its end is the worker's end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _report_unless_parent_left
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _report_unless_parent_left(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """The default, but for connections that the main process broke off.
+
+    The thread that hands batches over (``multiprocessing.resource_sharer``) reports through this hook, and a main
+    process that Ctrl-C hits while it fetches one leaves it in the middle of a sentence. What goes wrong in a sample
+    does not come here: the DataLoader carries it to the main process.
+    """
+    if not isinstance(error, ConnectionError | EOFError):
+        sys.__excepthook__(kind, error, traceback)
 
 
 def _end_with_parent() -> None:
