@@ -21,19 +21,33 @@ class Head(nn.Module, ABC, Generic[ConfigT]):
         Config: the settings, a pydantic model that the YAML's section of this head mirrors one to one.
         needs: the fields of ``Targets`` that supervise the head; images without them are skipped for it.
         metric: picks the evaluator: ``bbox``, ``segm`` or ``keypoints``.
+        also: further evaluators, whose figures are reported beside those of ``metric`` (as ``bbox/AP``).
     """
 
     Config: ClassVar[type[Settings]]
     needs: ClassVar[frozenset[str]]
     metric: ClassVar[str]
+    also: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, config: ConfigT, channels: Sequence[int], strides: Sequence[int], categories: list[Category]
     ) -> None:
-        """Build the head for features of these channels and strides (finest first) and these classes."""
+        """Build the head for features of these channels and strides (finest first) and these classes.
+
+        A head that asks for a lateral (see ``lateral_stride``) takes ``lateral=True`` as well: the first map is then
+        the backbone's.
+        """
         super().__init__()
         self.config = config
         self.categories = categories
+
+    @classmethod
+    def lateral_stride(cls, config: ConfigT) -> int | None:
+        """Stride of a map that the head wants from the backbone itself, before the neck's; None for none.
+
+        It is given where the backbone has it and the neck's maps are all coarser.
+        """
+        return None
 
     @abstractmethod
     def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:

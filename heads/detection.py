@@ -1,180 +1,27 @@
-"""Detection: boxes and classes from the query decoder."""
+"""Detection: boxes and classes of the decoder's queries."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
-
-import torch
-from pydantic import Field
 from torch import Tensor
 
-from mvision.boxes import cxcywh_to_xyxy
-from mvision.decoder import Decoded, DecoderConfig, QueryDecoder
-from mvision.denoising import Denoising, make_denoising
-from mvision.heads.base import Head
-from mvision.losses import set_losses
-from mvision.matching import (
-    MatchingCosts,
-    PaddedTargets,
-    anchor_assignment,
-    hungarian,
-    mean_over_processes,
-    pad_targets,
-)
-from mvision.structures import Category, Instances, Targets
+from mvision.heads.query import QueryConfig, QueryHead
+from mvision.structures import Targets
 
 
-class DetectionConfig(DecoderConfig):
-    """The decoder's settings and those of its training.
-
-    Attributes:
-        num_denoising: wished denoising queries per image; 0 switches denoising off.
-        label_noise, box_noise: see ``make_denoising``.
-        class_loss: ``vfl`` (RT-DETR) or ``mal`` (DEIM), with ``alpha`` (vfl alone) and ``gamma``.
-        dense_weight: weight of the one-to-many supervision of all encoder cells; 0 switches it off (RT-DETR).
-    """
-
-    num_denoising: int = Field(100, ge=0)
-    label_noise: float = Field(0.5, ge=0, le=1)
-    box_noise: float = Field(1.0, ge=0)
-    class_loss: Literal["vfl", "mal"] = "vfl"
-    alpha: float = Field(0.75, ge=0)
-    gamma: float = Field(2.0, ge=0)
-    class_weight: float = Field(1.0, ge=0)
-    box_weight: float = Field(5.0, ge=0)
-    giou_weight: float = Field(2.0, ge=0)
-    dense_weight: float = Field(0.0, ge=0)
-
-
-class DetectionHead(Head[DetectionConfig]):
+class DetectionHead(QueryHead[QueryConfig]):
     """RT-DETR's decoder with its criterion and post-processing.
 
-    Outputs: ``logits`` (B, Q, C) before the sigmoid and ``boxes`` (B, Q, 4) cxcywh in 0..1. In training also those of
-    every layer, of the encoder's cells and of the denoising queries, which the loss reads.
+    Outputs: ``logits`` (B, Q, C) before the sigmoid and ``boxes`` (B, Q, 4) cxcywh in 0..1; in training also what the
+    loss reads.
     """
 
-    Config = DetectionConfig
+    Config = QueryConfig
     needs = frozenset({"boxes"})
     metric = "bbox"
 
-    def __init__(
-        self, config: DetectionConfig, channels: Sequence[int], strides: Sequence[int], categories: list[Category]
-    ) -> None:
-        super().__init__(config, channels, strides, categories)
-        self.decoder = QueryDecoder(
-            config, channels, len(categories), config.num_denoising, dense=config.dense_weight > 0
-        )
-
     def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
-        """Decode; with ``targets`` (training) denoising queries are made from them."""
+        """Decode the neck's maps; with ``targets`` (training) denoising queries are made from them."""
+        decoded, noisy = self.decode(features, targets)
         if targets is None:
-            decoded = self.decoder(features)
             return {"logits": decoded.logits[-1], "boxes": decoded.boxes[-1]}
-        noisy = self._denoising(pad_targets(targets, features[0].device), features)
-        decoded = self.decoder(features, noisy, every_layer=True)
-        return self._training_outputs(decoded, noisy)
-
-    def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
-        """Terms named ``class``, ``box``, ``giou``: of the last layer plain, of the others with the layer's name.
-
-        ``_0``.. are the earlier decoder layers, ``_encoder`` the selected cells, ``_denoising_0``.. the denoising
-        queries, ``_dense`` the one-to-many supervision of all cells.
-        """
-        config = self.config
-        truth = pad_targets(targets, outputs["logits"].device, outputs["boxes"].dtype)
-        logits = torch.cat((outputs["layer_logits"], outputs["encoder_logits"][None]))
-        boxes = torch.cat((outputs["layer_boxes"], outputs["encoder_boxes"][None]))
-        costs = MatchingCosts(l1=config.box_weight, giou=config.giou_weight)
-        assigned = hungarian(logits.detach(), boxes.detach(), truth, costs)
-        layers = len(outputs["layer_logits"])
-        names = [*(f"_{index}" for index in range(layers - 1)), "", "_encoder"]
-        terms = self._named(self._set_losses(logits, boxes, assigned, truth), names)
-        if "denoising_logits" in outputs:
-            terms |= self._denoising_terms(outputs, truth)
-        if "dense_logits" in outputs:
-            terms |= self._dense_terms(outputs, truth)
-        return terms
-
-    def postprocess(
-        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
-    ) -> list[Instances]:
-        """The ``num_queries`` best (query, class) pairs of every image, in pixels of the original images."""
-        logits, boxes = outputs["logits"].float(), outputs["boxes"].float()
-        classes = logits.shape[-1]
-        scores, index = logits.sigmoid().flatten(1).topk(min(logits.shape[1], logits[0].numel()), dim=1)
-        boxes = cxcywh_to_xyxy(boxes).clamp(0, 1).gather(1, (index // classes).unsqueeze(-1).expand(-1, -1, 4))
-        found = []
-        for image, (height, width) in enumerate(sizes):
-            keep = scores[image] >= threshold
-            scale = boxes.new_tensor([width, height, width, height])
-            found.append(
-                Instances(
-                    boxes=(boxes[image, keep] * scale).cpu().numpy(),
-                    scores=scores[image, keep].cpu().numpy(),
-                    labels=(index[image, keep] % classes).cpu().numpy(),
-                    size=(height, width),
-                    categories=self.categories,
-                )
-            )
-        return found
-
-    def _denoising(self, truth: PaddedTargets, features: list[Tensor]) -> Denoising | None:
-        config = self.config
-        cells = sum(feature.shape[-2] * feature.shape[-1] for feature in features)
-        queries = min(config.num_queries, cells)
-        return make_denoising(
-            truth, len(self.categories), queries, config.num_denoising, config.label_noise, config.box_noise
-        )
-
-    def _training_outputs(self, decoded: Decoded, noisy: Denoising | None) -> dict[str, Tensor]:
-        split = noisy.labels.shape[1] if noisy else 0
-        outputs = {
-            "logits": decoded.logits[-1, :, split:],
-            "boxes": decoded.boxes[-1, :, split:],
-            "layer_logits": decoded.logits[:, :, split:],
-            "layer_boxes": decoded.boxes[:, :, split:],
-            "encoder_logits": decoded.encoder_logits,
-            "encoder_boxes": decoded.encoder_boxes,
-        }
-        if decoded.dense is not None:
-            outputs["dense_logits"] = decoded.dense.logits
-            outputs["dense_boxes"] = decoded.dense.boxes
-            outputs["anchors"] = decoded.dense.anchors
-        if noisy:
-            outputs["denoising_logits"] = decoded.logits[:, :, :split]
-            outputs["denoising_boxes"] = decoded.boxes[:, :, :split]
-            outputs["denoising_assigned"] = noisy.assigned
-            outputs["denoising_groups"] = torch.tensor(noisy.groups)
-        return outputs
-
-    def _set_losses(
-        self, logits: Tensor, boxes: Tensor, assigned: Tensor, truth: PaddedTargets, total: float | None = None
-    ) -> dict[str, Tensor]:
-        config = self.config
-        return set_losses(logits, boxes, assigned, truth, config.class_loss, config.alpha, config.gamma, total)
-
-    def _named(self, losses: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-        """One weighted scalar per term and layer."""
-        weights = {"class": self.config.class_weight, "box": self.config.box_weight, "giou": self.config.giou_weight}
-        return {
-            f"{term}{name}": weights[term] * value
-            for term, values in losses.items()
-            for name, value in zip(names, values.unbind())
-        }
-
-    def _denoising_terms(self, outputs: dict[str, Tensor], truth: PaddedTargets) -> dict[str, Tensor]:
-        logits, boxes = outputs["denoising_logits"], outputs["denoising_boxes"]
-        assigned = outputs["denoising_assigned"].expand(len(logits), -1, -1)
-        groups = outputs["denoising_groups"].item()
-        losses = self._set_losses(logits, boxes, assigned, truth)
-        scaled = {term: value / groups for term, value in losses.items()}
-        return self._named(scaled, [f"_denoising_{index}" for index in range(len(logits))])
-
-    def _dense_terms(self, outputs: dict[str, Tensor], truth: PaddedTargets) -> dict[str, Tensor]:
-        assigned = anchor_assignment(outputs["anchors"], truth)
-        positives = mean_over_processes((assigned >= 0).sum().to(outputs["dense_boxes"].dtype)).clamp(min=1).item()
-        logits, boxes = outputs["dense_logits"][None], outputs["dense_boxes"][None]
-        losses = self._set_losses(logits, boxes, assigned[None], truth, positives)
-        weighted = {term: self.config.dense_weight * value for term, value in losses.items()}
-        return self._named(weighted, ["_dense"])
+        return self.training_outputs(decoded, noisy)

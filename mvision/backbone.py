@@ -7,6 +7,7 @@ be multiples of a patch, and layers that nothing depends on.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvision.errors import UserError
-from mvision.feature_nets import SMP, build_pretrained, plan_network, rehearse, smp_names
+from mvision.feature_nets import SMP, build_pretrained, plan_network, pyramid_of, rehearse, smp_names
 
 if TYPE_CHECKING:
     from mvision.config import BackboneConfig
@@ -26,9 +27,12 @@ class Backbone(nn.Module):
     Args:
         config: which network, which strides, which normalisation.
         image_size: (height, width) that a network with a fixed input size is built for.
+        laterals: strides of maps that heads want besides those of ``config``; those that the network lacks, or that
+            are not finer than all others, are left out.
 
     Attributes:
-        channels, strides: of the maps, finest first. The maps of a plain ViT all have its one stride.
+        channels, strides: of the maps for the neck, finest first. The maps of a plain ViT all have its one stride.
+        laterals: stride -> channels of the maps for heads, finest first.
         any_size: images of other sizes than ``image_size`` are accepted too.
         mean, std: (3, 1, 1), saved with the weights that they belong to; None where images stay in 0..1.
 
@@ -40,13 +44,16 @@ class Backbone(nn.Module):
     mean: Tensor | None
     std: Tensor | None
 
-    def __init__(self, config: BackboneConfig, image_size: tuple[int, int]) -> None:
+    def __init__(self, config: BackboneConfig, image_size: tuple[int, int], laterals: Iterable[int] = ()) -> None:
         super().__init__()
         check_backbone_name(config.name)
         self.config, self.image_size = config, image_size
-        plan = plan_network(config.name, tuple(config.strides), image_size)
-        unused, self.any_size = rehearse(config.name, tuple(config.strides), image_size)
-        self.channels, self.strides = list(plan.channels), list(plan.strides)
+        finer = {stride for stride in laterals if stride < min(config.strides) and stride in pyramid_of(config.name)}
+        strides = (*sorted(finer), *config.strides)
+        plan = plan_network(config.name, strides, image_size)
+        unused, self.any_size = rehearse(config.name, strides, image_size)
+        self.laterals = dict(zip(plan.strides, plan.channels[: len(finer)]))
+        self.channels, self.strides = plan.channels[len(finer) :], plan.strides[len(finer) :]
         self._keep, self._multiple = plan.keep, plan.multiple
         self.net = build_pretrained(plan, config.name) if config.pretrained else plan.build()
         # Distributed training would wait for the gradients of layers that no map depends on.
@@ -60,7 +67,7 @@ class Backbone(nn.Module):
             self.register_buffer(name, None if values is None else torch.tensor(values).view(3, 1, 1))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Maps (B, channels[i], H / strides[i], W / strides[i]), finest first.
+        """Maps (B, C, H / stride, W / stride), finest first: the laterals, then those for the neck.
 
         Args:
             images: (B, 3, H, W) RGB, float in 0..1 or uint8 in 0..255.

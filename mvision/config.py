@@ -224,7 +224,8 @@ def load_config(
     Args:
         model: a shipped config's name, or any timm feature backbone's name (then ``base`` with that backbone).
         file: a YAML file that takes the place of the shipped one (or goes on top of ``model`` where both are given).
-        tasks: the heads to keep; a task that the file does not describe gets its defaults. None: as in the file.
+        tasks: the heads to keep; a task that the file does not describe gets its defaults. None: those that ``file``
+            itself names, else the first that the shipped model describes, detection.
         overrides: dotted keys and values from command-line options, such as ``{"train.epochs": 3}``.
         assignments: ``key.sub=value`` strings of ``-o``; values are read as YAML.
 
@@ -232,16 +233,19 @@ def load_config(
         UserError: unknown file, model, key (with the nearest known one) or value out of range.
     """
     tree: dict[str, Any] = {}
+    named: list[str] = []
     if model is not None or file is None:
         tree = _model_tree(model or "tiny")
     if file is not None:
+        named = list(((_read(Path(file)).get("model") or {}).get("heads")) or {})
         given = _read_with_base(Path(file))
         # Checked alone first, so that a mistake in the file is reported with the file's name.
         parse_config(given, where=f"config {file}: ")
         tree = merge(tree, given)
-    if tasks:
-        described = tree.setdefault("model", {}).get("heads") or {}
-        tree["model"]["heads"] = {task: described.get(task) or {} for task in tasks}
+    # Shipped files describe every task they know a recipe for.
+    described = tree.setdefault("model", {}).get("heads") or {}
+    kept = tasks or named or list(described)[:1]
+    tree["model"]["heads"] = {task: described.get(task) or {} for task in kept}
     for key, value in (overrides or {}).items():
         _assign(tree, key, value)
     for assignment in assignments or []:

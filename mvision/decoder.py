@@ -7,7 +7,7 @@ sections 4.3 and 4.4; iterative refinement and two-stage selection are Deformabl
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -68,6 +68,7 @@ class Decoded:
         boxes: (L, B, D + Q, 4) cxcywh in 0..1.
         queries: (L, B, D + Q, embed_dim), the content that they were predicted from.
         encoder_logits, encoder_boxes: (B, Q, C) and (B, Q, 4) of the selected cells.
+        encoder_queries: (B, Q, embed_dim), the features of the selected cells.
         dense: of every cell, in training and where there are heads for it.
     """
 
@@ -76,6 +77,7 @@ class Decoded:
     queries: Tensor
     encoder_logits: Tensor
     encoder_boxes: Tensor
+    encoder_queries: Tensor
     dense: Dense | None
 
 
@@ -135,13 +137,22 @@ class QueryDecoder(nn.Module):
             assert isinstance(linear, nn.Linear)
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, maps: list[Tensor], denoising: Denoising | None = None, *, every_layer: bool = False) -> Decoded:
+    def forward(
+        self,
+        maps: list[Tensor],
+        denoising: Denoising | None = None,
+        *,
+        every_layer: bool = False,
+        first_boxes: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Decoded:
         """Decode.
 
         Args:
             maps: each (B, C_i, h_i, w_i), finest first.
             denoising: queries that go before the selected ones.
             every_layer: return predictions of all layers, and of all cells (training).
+            first_boxes: makes the boxes (B, Q, 4) that the first layer starts from of the selected cells' features and
+                boxes; None: their boxes themselves.
         """
         projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
         shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
@@ -158,7 +169,8 @@ class QueryDecoder(nn.Module):
         encoder_boxes = (self.memory_box(chosen).to(anchors.dtype) + chosen_anchors).sigmoid()
 
         queries = chosen.detach() if self.query_embed is None else self._learned(memory.shape[0], count)
-        references = encoder_boxes.detach()
+        references = encoder_boxes if first_boxes is None else first_boxes(chosen, encoder_boxes)
+        references = references.detach()
         mask = None
         if denoising is None and every_layer and self.label_embed is not None:
             # A batch without objects has no denoising queries; distributed training still wants every parameter used.
@@ -177,6 +189,7 @@ class QueryDecoder(nn.Module):
             queries=contents,
             encoder_logits=scores.gather(1, best.expand(-1, -1, self.num_classes)),
             encoder_boxes=encoder_boxes,
+            encoder_queries=chosen,
             dense=self._dense(features, anchors) if every_layer else None,
         )
 

@@ -54,6 +54,15 @@ def plan_network(name: str, strides: tuple[int, ...], image_size: tuple[int, int
     return _smp_plan(name, strides) if name.startswith(SMP) else _timm_plan(name, strides, image_size)
 
 
+def pyramid_of(name: str) -> list[int]:
+    """The strides of the maps that a network offers, finest first; empty for a plain ViT, which has one stride only."""
+    if name.startswith(SMP):
+        return [stride for stride in _smp_strides(name)[0] if stride]
+    _, _, reductions = _timm_facts(name)
+    strides = sorted(set(reductions))
+    return strides if len(strides) > 1 else []
+
+
 def _timm_plan(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> FeaturePlan:
     import timm
 
@@ -122,9 +131,7 @@ def _smp_plan(name: str, strides: tuple[int, ...]) -> FeaturePlan:
     from segmentation_models_pytorch import encoders
 
     encoder_name = name.removeprefix(SMP)
-    channels = _without_data(lambda: encoders.get_encoder(encoder_name, weights=None)).out_channels
-    # Level i has stride 2**i; level 0 is the image itself, and some levels are empty.
-    available = [2**level if level and count else 0 for level, count in enumerate(channels)]
+    available, channels = _smp_strides(name)
     _by_stride(name, [stride for stride in available if stride], strides)
     keep = [available.index(stride) for stride in strides]
     weights = _smp_weights(encoder_name)
@@ -142,6 +149,16 @@ def _smp_plan(name: str, strides: tuple[int, ...]) -> FeaturePlan:
         return facts["mean"], facts["std"]
 
     return FeaturePlan(build, keep, [channels[level] for level in keep], list(strides), statistics)
+
+
+@cache
+def _smp_strides(name: str) -> tuple[list[int], list[int]]:
+    """Stride (0 for levels without a map) and channels of every level of an encoder. Nothing is allocated."""
+    from segmentation_models_pytorch import encoders
+
+    channels = _without_data(lambda: encoders.get_encoder(name.removeprefix(SMP), weights=None)).out_channels
+    # Level i has stride 2**i; level 0 is the image itself, and some levels are empty.
+    return [2**level if level and count else 0 for level, count in enumerate(channels)], list(channels)
 
 
 def _smp_weights(encoder_name: str) -> str:

@@ -72,12 +72,15 @@ class MatchingCosts:
 
 
 @torch.no_grad()
-def hungarian(logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs: MatchingCosts) -> Tensor:
+def hungarian(
+    logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs: MatchingCosts, more: Tensor | None = None
+) -> Tensor:
     """One-to-one matching of every layer and image with the smallest total cost.
 
     Args:
         logits: (L, B, Q, C) before the sigmoid.
         boxes: (L, B, Q, 4) cxcywh in 0..1.
+        more: (L, B, Q, T) further costs, already weighted.
 
     Returns:
         (L, B, Q) int64, the object of each query, -1 for none. Costs that are not finite are matched last.
@@ -87,7 +90,7 @@ def hungarian(logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs: Matc
     layers, batch, queries, _ = logits.shape
     assigned = np.full((layers, batch, queries), -1, dtype=np.int64)
     if any(targets.counts):
-        cost = _matching_cost(logits, boxes, targets, costs).cpu().numpy()
+        cost = _matching_cost(logits, boxes, targets, costs, more).cpu().numpy()
         for image, count in enumerate(targets.counts):
             for layer in range(layers if count else 0):
                 query, target = linear_sum_assignment(cost[layer, image, :, :count])
@@ -95,7 +98,9 @@ def hungarian(logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs: Matc
     return torch.from_numpy(assigned).to(logits.device)
 
 
-def _matching_cost(logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs: MatchingCosts) -> Tensor:
+def _matching_cost(
+    logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs: MatchingCosts, more: Tensor | None
+) -> Tensor:
     """(L, B, Q, T)."""
     layers, _, queries, _ = logits.shape
     prob = logits.to(boxes.dtype).sigmoid()
@@ -106,6 +111,8 @@ def _matching_cost(logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs:
     l1 = torch.cdist(boxes, targets.boxes[None].expand(layers, -1, -1, -1), p=1)
     _, giou = iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(targets.boxes)[None, :, None])
     cost = costs.cls * class_cost + costs.l1 * l1 - costs.giou * giou
+    if more is not None:
+        cost = cost + more
     # scipy refuses NaN; a huge value keeps such pairs for last.
     return torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=1e6)
 

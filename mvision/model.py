@@ -38,17 +38,22 @@ class Model(nn.Module):
         if not config.categories:
             raise UserError("model.categories is empty: pass num_classes or categories, or train on a data set")
         self.config = config
-        self.backbone = Backbone(config.backbone, config.image_size)
+        wanted = (head_class(task).lateral_stride(settings) for task, settings in config.heads.items())
+        self.backbone = Backbone(config.backbone, config.image_size, {stride for stride in wanted if stride})
         self.neck = HybridEncoder(
             in_channels=self.backbone.channels, strides=self.backbone.strides, **config.neck.model_dump()
         )
-        channels = [config.neck.embed_dim] * len(self.neck.strides)
-        self.heads = nn.ModuleDict(
-            {
-                task: head_class(task)(settings, channels, self.neck.strides, config.categories)
-                for task, settings in config.heads.items()
-            }
-        )
+        self.heads = nn.ModuleDict({task: self.new_head(task, config.categories) for task in config.heads})
+
+    def new_head(self, task: str, categories: list[Category]) -> Head:
+        """A head with random weights, wired to this model's maps, for these classes."""
+        settings, cls = self.config.heads[task], head_class(task)
+        channels, strides = list(self.neck.out_channels), list(self.neck.strides)
+        lateral = cls.lateral_stride(settings)
+        if lateral not in self.backbone.laterals:
+            return cls(settings, channels, strides, categories)
+        channels, strides = [self.backbone.laterals[lateral], *channels], [lateral, *strides]
+        return cls(settings, channels, strides, categories, lateral=True)  # type: ignore[call-arg]
 
     @property
     def categories(self) -> list[Category]:
@@ -78,8 +83,15 @@ class Model(nn.Module):
             images: (B, 3, H, W), float in 0..1 or uint8; normalisation happens inside.
             targets: in training only; the outputs then hold what ``loss`` needs.
         """
-        features = self.neck(self.backbone(images))
-        return {task: head(features, targets) for task, head in self.heads.items()}
+        maps = self.backbone(images)
+        laterals = dict(zip(self.backbone.laterals, maps))
+        features = self.neck(maps[len(laterals) :])
+        outputs = {}
+        for task, settings in self.config.heads.items():
+            lateral = laterals.get(self.head(task).lateral_stride(settings) or 0)
+            own = features if lateral is None else [lateral, *features]
+            outputs[task] = self.heads[task](own, targets)
+        return outputs
 
     def loss(self, outputs: dict[str, dict[str, Tensor]], targets: list[Targets]) -> dict[str, Tensor]:
         """Named, weighted terms of all heads, as ``task/term``; their sum is the loss."""

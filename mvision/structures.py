@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import supervision
 
 from mvision.errors import UserError
+from mvision.masks import Masks
 from mvision.settings import Settings
 
 
@@ -73,7 +74,7 @@ class Instances:
         labels: (N,) int64, index into ``names``.
         names: the class names.
         size: height and width of the image in pixels.
-        masks: (N, H, W) bool or None.
+        masks: (N, H, W) bool, kept as run lengths (see ``Masks``; an array is converted), or None.
         keypoints: (N, K, 3) float32 x, y in pixels and a score in 0..1, or None.
         categories: the full description of the classes (ids, keypoint names, skeleton).
         path: the file or source that the image came from, if any.
@@ -84,9 +85,13 @@ class Instances:
     labels: np.ndarray
     size: tuple[int, int]
     categories: list[Category] = field(default_factory=list)
-    masks: np.ndarray | None = None
+    masks: Masks | None = None
     keypoints: np.ndarray | None = None
     path: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.masks, np.ndarray):
+            self.masks = Masks.from_array(self.masks)
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -123,8 +128,8 @@ class Instances:
             for label, box, score in zip(self.labels.tolist(), boxes, self.scores.tolist())
         ]
         if self.masks is not None:
-            for entry, mask in zip(results, self.masks):
-                entry["segmentation"] = encode_mask(mask)
+            for entry, rle in zip(results, self.masks.rles):
+                entry["segmentation"] = rle
         if self.keypoints is not None:
             flat = self.keypoints.reshape(len(self), 3 * self.keypoints.shape[1])  # -1 is ambiguous without instances
             for entry, points in zip(results, flat.tolist()):
@@ -140,7 +145,7 @@ class Instances:
             xyxy=self.boxes.astype(np.float32).reshape(-1, 4),
             confidence=self.scores,
             class_id=self.labels.astype(int),
-            mask=self.masks,
+            mask=None if self.masks is None else np.asarray(self.masks),
             data={"class_name": self._class_names()},
         )
 
@@ -164,17 +169,6 @@ class Instances:
     def _class_names(self) -> np.ndarray:
         names = self.names
         return np.array([names[label] for label in self.labels.tolist()], dtype=object)
-
-
-def encode_mask(mask: np.ndarray) -> dict[str, Any]:
-    """(H, W) bool or uint8 to COCO's compressed run lengths: ``{"size": [H, W], "counts": str}``."""
-    import cv2
-    from pycocotools import mask as coco_mask
-
-    # Run lengths go down the columns; cv2 transposes several times faster than numpy copies to Fortran order.
-    columns = cv2.transpose(np.ascontiguousarray(mask).view(np.uint8))
-    rle = coco_mask.encode(columns.T)
-    return {"size": [int(side) for side in rle["size"]], "counts": rle["counts"].decode()}
 
 
 def _import_supervision() -> Any:

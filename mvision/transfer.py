@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mvision.coco_names import canonical
 from mvision.errors import UserError
-from mvision.heads import head_class
 from mvision.structures import Category
 
 if TYPE_CHECKING:
@@ -133,10 +132,9 @@ def _rows_per_class(model: Model) -> set[str]:
     """Names of the tensors whose first dimension grows with the number of classes."""
     more = [*model.categories, Category(id=-1, name="one more")]
     names = set()
-    channels, strides = [model.config.neck.embed_dim] * len(model.neck.strides), model.neck.strides
-    for task, settings in model.config.heads.items():
+    for task in model.tasks:
         with torch.device("meta"):
-            larger = head_class(task)(settings, channels, strides, more).state_dict()
+            larger = model.new_head(task, more).state_dict()
         for inner, tensor in model.head(task).state_dict().items():
             if larger[inner].shape[:1] != tensor.shape[:1]:
                 names.add(f"heads.{task}.{inner}")

@@ -31,11 +31,12 @@ def two_splits(root: Path, train: list[dict[str, Any]], val: list[dict[str, Any]
 
 
 def test_a_sound_set(tmp_path: Path) -> None:
-    entries = [annotation(1, segmentation=SQUARE), annotation(1, category_id=7), annotation(2, iscrowd=1)]
+    entries = [annotation(1, segmentation=SQUARE), annotation(1, category_id=7, segmentation=SQUARE)]
+    entries.append(annotation(2, iscrowd=1))
     report = check(find_layout(two_splits(tmp_path, entries)))
     train = report.splits["train"]
     assert (train.images, train.empty_images, train.objects, train.crowds) == (3, 2, 2, 1)
-    assert (train.with_masks, train.with_keypoints, train.most_objects) == (1, 0, 2)
+    assert (train.with_masks, train.with_keypoints, train.most_objects) == (2, 0, 2)
     assert train.classes == {"cat": 1, "dog": 1}
     assert train.image_sizes == {"64 x 48": 3}
     assert train.object_sizes == {"small": 2, "medium": 0, "large": 0}
@@ -44,6 +45,20 @@ def test_a_sound_set(tmp_path: Path) -> None:
     assert report.verdict == "sound: every split can serve detection"
     assert "64 x 48 (3)" in report.text()
     assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["tasks"] == ["detection", "instance-seg"]
+
+
+def test_objects_without_segmentation_are_named_where_others_have_one(tmp_path: Path) -> None:
+    entries = [
+        annotation(1, segmentation=SQUARE),
+        annotation(2),
+        annotation(2, segmentation=[]),
+        annotation(3, iscrowd=1),
+    ]
+    report = check(find_layout(two_splits(tmp_path, entries)))
+    (problem,) = report.splits["train"].problems
+    assert problem.kind == "object without segmentation: no mask is learned from it"
+    assert (problem.count, problem.examples[0]) == (2, "2.png, annotation 2")
+    assert not report.splits["val"].problems  # nothing there has one: a data set for detection
 
 
 def test_problems_are_counted_with_examples(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mvision.boxes import cxcywh_to_xyxy
 from mvision.errors import UserError
 from mvision.heads import HEADS, head_class
 from mvision.layers import fuse_modules
@@ -10,18 +11,23 @@ from mvision.structures import Category, Instances, Targets
 
 CATEGORIES = [Category(id=3, name="cat"), Category(id=7, name="dog"), Category(id=9, name="owl")]
 STRIDES = [8, 16, 32]
-SMALL = {"detection": {"embed_dim": 32, "num_queries": 12, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}}
+QUERIES = {"embed_dim": 32, "num_queries": 12, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}
+SMALL = {
+    "detection": QUERIES,
+    "instance-seg": {**QUERIES, "pixel_dim": 16, "mask_dim": 8, "mask_points": 64, "pixel_stride": 8},
+}
 
 
 def make_head(task, **settings):
+    """A head on maps of the neck alone."""
     torch.manual_seed(0)
     cls = head_class(task)
     return cls(cls.Config(**{**SMALL[task], **settings}), [16, 16, 16], STRIDES, CATEGORIES)
 
 
-def make_features(batch=2, height=96, width=64):
+def make_features(batch=2, height=96, width=64, strides=STRIDES):
     torch.manual_seed(1)
-    return [torch.randn(batch, 16, height // stride, width // stride) for stride in STRIDES]
+    return [torch.randn(batch, 16, height // stride, width // stride) for stride in strides]
 
 
 def make_targets(*counts):
@@ -29,8 +35,17 @@ def make_targets(*counts):
     targets = []
     for count in counts:
         boxes = torch.rand(count, 4) * 0.3 + 0.3
-        targets.append(Targets(boxes=boxes, labels=torch.randint(0, 3, (count,)), areas=boxes[:, 2] * boxes[:, 3]))
+        labels, areas = torch.randint(0, 3, (count,)), boxes[:, 2] * boxes[:, 3]
+        targets.append(Targets(boxes=boxes, labels=labels, areas=areas, masks=filled_boxes(boxes)))
     return targets
+
+
+def filled_boxes(boxes, height=48, width=32):
+    """(N, height, width) uint8 masks that fill their boxes."""
+    x, y = (torch.arange(width) + 0.5) / width, (torch.arange(height)[:, None] + 0.5) / height
+    corners = cxcywh_to_xyxy(boxes)[..., None, None]
+    inside = (x > corners[:, 0]) & (x < corners[:, 2]) & (y > corners[:, 1]) & (y < corners[:, 3])
+    return inside.to(torch.uint8)
 
 
 def total(terms):

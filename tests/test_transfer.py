@@ -106,7 +106,7 @@ def test_a_head_of_another_task_lends_its_layers(source: Path, monkeypatch: pyte
     import mvision.heads
     from mvision import Model
 
-    for module in ("mvision.config", "mvision.model", "mvision.transfer"):
+    for module in ("mvision.config", "mvision.model"):
         monkeypatch.setattr(f"{module}.head_class", lambda task: mvision.heads.HEADS["detection"])
     config = make_model().config
     model = Model(config.model_copy(update={"heads": {"other": config.heads["detection"]}}))

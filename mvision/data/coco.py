@@ -72,6 +72,8 @@ class CocoSplit:
         self.folder, self.records = _images(raw, split, self.problems)
         kept = self._clean(raw, where)
         self.available = _available(raw, self.categories)
+        if {"masks"} <= self.fields & self.available:
+            _name_maskless(kept, self.records, self.problems)
         objects: list[list[CleanObject]] = [[] for _ in self.records]
         for position, _, item in kept:
             objects[position].append(item)
@@ -351,6 +353,16 @@ def _available(raw: dict[str, Any], categories: list[Category]) -> frozenset[str
         if len(available) == len(FIELDS):
             break
     return frozenset(available)
+
+
+def _name_maskless(
+    kept: list[tuple[int, dict[str, Any], CleanObject]], records: list[ImageRecord], problems: Problems
+) -> None:
+    """Objects without an outline in a data set that has outlines: boxes are learned from them, masks are not."""
+    for position, annotation, item in kept:
+        if item.outline is None and not item.crowd and not annotation.get("segmentation"):
+            name = f"{records[position].file}, annotation {annotation.get('id')}"
+            problems.add("object without segmentation: no mask is learned from it", name)
 
 
 def _coco_category(category: Category) -> dict[str, Any]:

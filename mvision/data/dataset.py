@@ -18,6 +18,7 @@ from mvision.data.geometry import Labels, draw_masks, mirror_keypoints, new_labe
 from mvision.data.images import BadImage, read_image
 from mvision.data.transforms import EvalTransform, TrainTransform
 from mvision.errors import UserError
+from mvision.masks import Masks, encode_mask
 from mvision.structures import Instances, Targets
 
 ATTEMPTS = 10  # images tried in place of a damaged one
@@ -194,7 +195,7 @@ class Dataset(data.Dataset[Sample]):
             labels=labels.labels,
             size=(height, width),
             categories=self.categories,
-            masks=None if labels.outlines is None else draw_masks(labels, (height, width)).astype(bool),
+            masks=None if labels.outlines is None else _masks(labels, (height, width)),
             keypoints=keypoints,
             path=path,
         )
@@ -245,6 +246,11 @@ def require_fields(split: CocoSplit) -> None:
     for name in sorted(split.fields - split.available):
         what, task = words[name]
         raise UserError(f"{split.split.annotations}: no object in it has {what}, which the task {task} needs")
+
+
+def _masks(labels: Labels, size: tuple[int, int]) -> Masks:
+    """Drawn one at a time: together they would fill the memory on large images."""
+    return Masks((encode_mask(draw_masks(labels, size, np.array([index]))[0]) for index in range(len(labels))), size)
 
 
 def _cxcywh(boxes: np.ndarray) -> np.ndarray:

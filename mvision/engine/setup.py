@@ -7,6 +7,8 @@ from typing import Any
 
 from mvision.config import RUN_CONFIG, Config, load_config, shipped_configs
 from mvision.errors import UserError
+from mvision.heads import head_class
+from mvision.settings import Settings
 from mvision.weights import read_weights
 
 
@@ -42,23 +44,37 @@ def run_config(
     if init is not None and model is None and file is None:
         model, known, own_tasks = _architecture(init)
         tasks = tasks or own_tasks
-        known = {key: value for key, value in known.items() if _is_kept(key, tasks)}
+        known |= _heads_like(init, tasks)
     return load_config(model, file, tasks, {**known, **(options or {})}, assignments)
 
 
 def _architecture(source: str) -> tuple[str, dict[str, Any], list[str]]:
-    """Of weights: the shipped model nearest to them (for how to train), their own architecture, and their tasks."""
+    """Of weights: the shipped model nearest to them (for how to train), their backbone and neck, and their tasks."""
     config = read_weights(source).config
     backbones = {load_config(name).model.backbone.name: name for name in shipped_configs()}
     sections = {
         "model.backbone": config.backbone.model_dump(),
         "model.neck": config.neck.model_dump(),
         "model.image_size": config.image_size,
-        **{f"model.heads.{task}": settings.model_dump() for task, settings in config.heads.items()},
     }
     return backbones.get(config.backbone.name, "base"), sections, list(config.heads)
 
 
-def _is_kept(key: str, tasks: list[str]) -> bool:
-    """Whether a section belongs to the run: the heads of other tasks do not."""
-    return not key.startswith("model.heads.") or key.removeprefix("model.heads.") in tasks
+def _heads_like(source: str, tasks: list[str]) -> dict[str, Any]:
+    """Settings of the heads for ``tasks`` that let them take over the weights' heads.
+
+    A task that the weights know has its head's settings. Another gets what its own schema has in common with that of a
+    head it is related to: a mask head gets the decoder of a detection head.
+    """
+    heads = read_weights(source).config.heads
+    sections: dict[str, Any] = {}
+    for task in tasks:
+        if task in heads:
+            sections[f"model.heads.{task}"] = heads[task].model_dump()
+            continue
+        schema = head_class(task).Config
+        for settings in heads.values():
+            common = next(base for base in type(settings).__mro__ if issubclass(schema, base))
+            for name in common.model_fields if issubclass(common, Settings) else ():
+                sections.setdefault(f"model.heads.{task}.{name}", getattr(settings, name))
+    return sections

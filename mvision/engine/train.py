@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mvision.backbone import freeze
 from mvision.config import Config
 from mvision.data import CocoSplit, Loader, build_eval_loader, build_train_loader, find_layout, same_categories
-from mvision.engine.evaluate import evaluate, make_metrics
+from mvision.engine.evaluate import evaluate, make_metrics, tables
 from mvision.engine.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.report import plot_run, write_prediction_grid
@@ -325,8 +325,7 @@ def _finish_run(trainer: Trainer, run: RunFolder, loader: Any, metrics: dict[str
     figures = evaluate(best, loader, metrics, accelerator=accelerator)
     if accelerator.is_main_process:
         run.write_text("metrics.json", json.dumps(figures, indent=2) + "\n")
-        for metric in metrics.values():
-            accelerator.print(metric.table())
+        accelerator.print("\n\n".join(tables(metrics)))
         write_prediction_grid(best, loader.dataset, run.path / "predictions.jpg")
         accelerator.print(f"best weights (epoch {trainer.progress.best_epoch + 1}): {run.path / BEST}")
 

@@ -9,7 +9,7 @@ import torch
 
 from mvision.config import DataConfig, config_of_run
 from mvision.data import CocoSplit, build_eval_loader, find_layout
-from mvision.engine.evaluate import evaluate, make_metrics
+from mvision.engine.evaluate import evaluate, make_metrics, tables
 from mvision.engine.machine import keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.run import RunFolder
 from mvision.errors import UserError
@@ -68,7 +68,7 @@ def validate(
     if output is not None:
         RunFolder(output).write_text(METRICS, json.dumps(figures, indent=2) + "\n")
     problems = [f"{part.problems}"] if len(part.problems) else []
-    return "\n".join([layout.description, *problems, *(metric.table() for metric in metrics.values())])
+    return "\n".join([layout.description, *problems, *tables(metrics)])
 
 
 def _make(folder: Path) -> None:

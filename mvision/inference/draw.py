@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 from mvision.inference.labels import LabelPainter, text_bitmap
+from mvision.masks import Masks, encode_logits
 from mvision.structures import Category, Instances
 
 Colour = tuple[int, int, int]
@@ -203,8 +204,7 @@ def _draw_masks(canvas: np.ndarray, instances: Instances, colours: list[Colour],
     """Transparent areas, large ones first so that small ones on them are seen, then every outline."""
     assert instances.masks is not None
     outlines = []
-    areas = instances.masks.sum(axis=(1, 2))
-    for index in np.argsort(-areas, kind="stable").tolist():
+    for index in np.argsort(-instances.masks.areas, kind="stable").tolist():
         mask = instances.masks[index]
         rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
         if not len(rows):
@@ -263,10 +263,8 @@ def _resized(instances: Instances, size: tuple[int, int]) -> Instances:
     y, x = size[0] / instances.size[0], size[1] / instances.size[1]
     masks = keypoints = None
     if instances.masks is not None:
-        masks = np.zeros((len(instances), *size), bool)
-        for index, mask in enumerate(instances.masks):
-            # Interpolated and cut at one half: enlarged by the nearest pixel, outlines would have steps.
-            masks[index] = cv2.resize(mask.astype(np.float32), size[::-1], interpolation=cv2.INTER_LINEAR) > 0.5
+        # Interpolated and cut at one half: enlarged by the nearest pixel, outlines would have steps.
+        masks = Masks((encode_logits(mask - np.float32(0.5), size) for mask in instances.masks), size)
     if instances.keypoints is not None:
         keypoints = instances.keypoints * np.array([x, y, 1], np.float32)
     return replace(
