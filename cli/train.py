@@ -19,7 +19,13 @@ from mvision.cli.options import (
 
 
 @click.command(short_help="Train a model; leaves a run folder.")
-@click.option("--task", "tasks", multiple=True, metavar="T", help="What to learn: detection.  [default: the config's]")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    metavar="T",
+    help="What to learn: detection or instance-seg.  [default: detection, or the config's]",
+)
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: the built-in data set]")
 @click.option(
     "--model", metavar="NAME", help="A shipped model (see mvision info) or any timm backbone.  [default: tiny]"
