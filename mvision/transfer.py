@@ -38,15 +38,17 @@ def transfer(model: Model, config: ModelConfig, tensors: dict[str, Tensor], sour
     """
     rows = _matching_rows(model.categories, config.categories)
     fit = _Fit(_rows_per_class(model), rows, len(model.categories), len(config.categories))
-    taken: Counter[str] = Counter()
-    total: Counter[str] = Counter()
+    # Layers by part of the model (backbone, neck, heads.TASK) and the module right below it.
+    taken: Counter[tuple[str, str]] = Counter()
+    total: Counter[tuple[str, str]] = Counter()
     for module, members in _by_module(model.state_dict()).items():
         part = ".".join(module.split(".")[: 2 if module.startswith("heads.") else 1])
         pairs = {name: (target, _counterpart(name, tensors)) for name, target in members.items()}
         # All of a layer or nothing: a bias without its weights is no use, and the counters of norms may be absent.
         fits = all(fit(name, *pair) for name, pair in pairs.items() if not name.endswith("num_batches_tracked"))
-        total[part] += 1
-        taken[part] += fits
+        place = part, module.removeprefix(f"{part}.").partition(".")[0]
+        total[place] += 1
+        taken[place] += fits
         for name, (target, found) in pairs.items() if fits else ():
             if found is not None:
                 fit.copy(name, target, found)
@@ -55,7 +57,7 @@ def transfer(model: Model, config: ModelConfig, tensors: dict[str, Tensor], sour
             f"weights {source}: nothing in them fits: they have backbone {config.backbone.name} and embed_dim "
             f"{config.neck.embed_dim}, this model has {model.config.backbone.name} and {model.config.neck.embed_dim}"
         )
-    if taken["backbone"]:
+    if any(taken[place] for place in total if place[0] == "backbone"):
         model.backbone.set_normalization(tensors.get("backbone.mean"), tensors.get("backbone.std"))
     return _describe(taken, total, model.categories, rows)
 
@@ -141,15 +143,20 @@ def _rows_per_class(model: Model) -> set[str]:
     return names
 
 
-def _describe(taken: Counter[str], total: Counter[str], categories: list[Category], rows: dict[int, int]) -> str:
-    parts = []
-    for part, count in total.items():
+def _describe(
+    taken: Counter[tuple[str, str]], total: Counter[tuple[str, str]], categories: list[Category], rows: dict[int, int]
+) -> str:
+    parts, heads_taken = [], False
+    for part in dict.fromkeys(part for part, _ in total):
+        counts = {place[1]: (taken[place], total[place]) for place in total if place[0] == part}
+        found, count = (sum(column) for column in zip(*counts.values()))
+        heads_taken = heads_taken or (part.startswith("heads.") and found > 0)
         name = part.replace("heads.", "head ")
-        if taken[part] == count:
-            parts.append(f"{name} taken")
-        else:
-            parts.append(f"{name} {taken[part]} of {count} layers" if taken[part] else f"{name} new")
-    if any(part.startswith("heads.") and taken[part] for part in total):
+        new = sorted(inner for inner, (some, _) in counts.items() if not some)
+        more = f" (new: {', '.join(new)})" if new else ""
+        taken_or_new = "taken" if found == count else f"{found} of {count} layers{more}" if found else "new"
+        parts.append(f"{name} {taken_or_new}")
+    if heads_taken:
         new = [category.name for index, category in enumerate(categories) if index not in rows]
         named = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
         classes = f"{len(rows)} of {len(categories)} classes known by name"

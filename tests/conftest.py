@@ -36,6 +36,7 @@ def write_squares(root, images=4, objects=2, size=64, seed=0, splits=("train", "
                         "bbox": [x, y, side, side],
                         "area": side * side,
                         "iscrowd": 0,
+                        "segmentation": [[x, y, x + side, y, x + side, y + side, x, y + side]],
                     }
                 )
             cv2.imwrite(str(root / "images" / name), picture)

@@ -39,6 +39,17 @@ FAST = {
 }
 
 
+MASKS = {
+    **{key: value for key, value in FAST.items() if key != "model.heads.detection"},
+    "model.heads.instance-seg": {
+        **FAST["model.heads.detection"],
+        "pixel_dim": 16,
+        "mask_dim": 8,
+        "mask_points": 64,
+    },
+}
+
+
 def fast_config(data, **more):
     overrides = {**FAST, "data.root": str(data), **{key.replace("__", "."): value for key, value in more.items()}}
     return load_config("tiny", overrides=overrides)
@@ -66,6 +77,46 @@ def test_a_run_leaves_everything_it_promises(squares, tmp_path, capsys):
     model = load(run)
     assert model.categories[1].name == "red"
     assert "Average Precision" in capsys.readouterr().out
+
+
+def test_masks_are_trained_evaluated_and_predicted(squares, tmp_path, capsys):
+    from mvision.engine.validate import validate
+    from mvision.inference.job import predict_job
+
+    overrides = {**MASKS, "data.root": str(squares), "train.epochs": 2}
+    config = load_config("tiny", tasks=["instance-seg"], overrides=overrides)
+    run = train(config, output=tmp_path / "run", device="cpu")
+    figures = json.loads((run / "metrics.json").read_text())["instance-seg"]
+    assert {"AP", "AP50", "AP_small", "AR100", "AP/blue", "bbox/AP", "bbox/AP75", "bbox/AP/red"} <= set(figures)
+    printed = capsys.readouterr().out
+    assert "instance-seg, segm\n" in printed
+    assert "instance-seg, bbox\n" in printed
+    assert {"instance-seg/decoder_mask", "instance-seg/denoising_dice"} <= set(steps_of(run)[0]["loss"])
+    assert cv2.imread(str(run / "predictions.jpg")) is not None
+    assert "instance-seg, segm" in validate(str(run), output=tmp_path / "val", device="cpu", workers=0)
+    assert json.loads((tmp_path / "val" / "metrics.json").read_text())["instance-seg"] == figures
+
+    summary = predict_job(
+        tasks=["instance-seg"], weights=str(run), threshold=0, output=tmp_path / "found", device="cpu"
+    )
+    assert summary.images == 4
+    entries = json.loads((tmp_path / "found" / "predictions.json").read_text())
+    assert {tuple(entry["segmentation"]["size"]) for entry in entries} == {(64, 64)}
+    assert cv2.imread(str(tmp_path / "found" / "val_0.jpg")).shape == (64, 64, 3)
+
+
+def test_masks_start_from_detection(squares, tmp_path, capsys):
+    from mvision.engine.setup import run_config
+
+    detection = run_in_process(squares, tmp_path / "detection", train__epochs=1)
+    options = {"data.root": str(squares), "data.workers": 0, "train.epochs": 1, "train.precision": "fp32"}
+    config = run_config(tasks=["instance-seg"], init=str(detection), options=options)
+    head = config.model.heads["instance-seg"]
+    assert (head.num_queries, head.ffn_dim, head.dense_weight) == (10, 32, 1.0)  # the decoder is the detector's
+    train(config, output=tmp_path / "masks", init=str(detection), device="cpu")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("weights ")]
+    assert "backbone taken; neck taken; head instance-seg 5" in line
+    assert "(new: mask_embed, pixels)" in line
 
 
 def test_training_learns(squares, tmp_path):
