@@ -45,6 +45,7 @@ def cli() -> None:
     Start here, no data needed:
       mvision train --task detection       train on the built-in data set
       mvision predict --task detection     predict with that run
+      mvision train --task instance-seg    the same with masks
     """
 
 

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, TypeVar
 import torch
 from pydantic import Field
 from torch import Tensor
+from torchvision.ops import batched_nms
 
 from mvision.boxes import cxcywh_to_xyxy
 from mvision.decoder import Decoded, DecoderConfig, QueryDecoder
@@ -33,6 +34,8 @@ class QueryConfig(DecoderConfig):
         label_noise, box_noise: see ``make_denoising``.
         class_loss: ``vfl`` (RT-DETR) or ``mal`` (DEIM), with ``alpha`` (vfl alone) and ``gamma``.
         dense_weight: weight of the one-to-many supervision of all encoder cells; 0 switches it off (RT-DETR).
+        nms_iou: post-processing drops a box that overlaps a better one of its class by more than this IoU. None (RT-DETR)
+            trusts the decoder with that, which it learns in a long training; a short one leaves duplicates.
     """
 
     num_denoising: int = Field(100, ge=0)
@@ -45,6 +48,7 @@ class QueryConfig(DecoderConfig):
     box_weight: float = Field(5.0, ge=0)
     giou_weight: float = Field(2.0, ge=0)
     dense_weight: float = Field(0.0, ge=0)
+    nms_iou: float | None = Field(None, gt=0, le=1)
 
 
 ConfigT = TypeVar("ConfigT", bound=QueryConfig)
@@ -149,7 +153,11 @@ class QueryHead(Head[ConfigT]):
         for image, keep in enumerate(scores >= threshold):
             pairs = index[image, keep]
             query = pairs // classes
-            found.append(Found(corners[image, query], scores[image, keep], pairs % classes, query))
+            kept = Found(corners[image, query], scores[image, keep], pairs % classes, query)
+            if self.config.nms_iou is not None:
+                best = batched_nms(kept.boxes, kept.scores, kept.labels, self.config.nms_iou)
+                kept = Found(*(values[best] for values in kept))
+            found.append(kept)
         return found
 
     def instances(self, found: Found, size: tuple[int, int]) -> Instances:

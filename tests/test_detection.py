@@ -58,6 +58,15 @@ def test_postprocess_gives_the_best_pairs_in_pixels():
     )
 
 
+def test_duplicates_can_be_dropped():
+    logits = torch.tensor([[[2.0, -9.0, -9.0], [1.0, -9.0, -9.0], [-9.0, 0.5, -9.0], [0.2, -9.0, -9.0]]])
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.36], [0.5, 0.5, 0.4, 0.36], [0.5, 0.5, 0.4, 0.2]]])
+    for iou, expected in ((None, [0, 1, 2, 3]), (0.7, [0, 2, 3]), (0.95, [0, 1, 2, 3])):
+        head = make_head("detection", num_queries=4, nms_iou=iou)
+        (found,) = head.select({"logits": logits, "boxes": boxes}, threshold=0.5)
+        assert found.query.tolist() == expected
+
+
 def test_all_objects_of_a_crowded_image_can_be_found():
     head = make_head("detection", num_queries=400, num_denoising=30)
     targets = make_targets(350, 0)
