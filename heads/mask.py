@@ -263,8 +263,8 @@ def boxes_of_masks(masks: Tensor, boxes: Tensor) -> Tensor:
 def _prior(x: Tensor, y: Tensor, boxes: Tensor) -> Tensor:
     """1 in the centre of boxes (..., 4), 0 on the ellipse that touches their sides, and down to ``PRIOR_LOWEST``."""
     # Boxes narrower than a thousandth of the image would make numbers that reduced precision cannot hold.
-    half = boxes[..., 2:].clamp(min=1e-3) / 2
-    across, down = (x - boxes[..., 0]) / half[..., 0], (y - boxes[..., 1]) / half[..., 1]
+    scale = 2 / boxes[..., 2:].clamp(min=1e-3)
+    across, down = (x - boxes[..., 0]) * scale[..., 0], (y - boxes[..., 1]) * scale[..., 1]
     return (1 - across.square() - down.square()).clamp(min=PRIOR_LOWEST)
 
 
