@@ -34,8 +34,8 @@ class QueryConfig(DecoderConfig):
         label_noise, box_noise: see ``make_denoising``.
         class_loss: ``vfl`` (RT-DETR) or ``mal`` (DEIM), with ``alpha`` (vfl alone) and ``gamma``.
         dense_weight: weight of the one-to-many supervision of all encoder cells; 0 switches it off (RT-DETR).
-        nms_iou: post-processing drops a box that overlaps a better one of its class by more than this IoU. None (RT-DETR)
-            trusts the decoder with that, which it learns in a long training; a short one leaves duplicates.
+        nms_iou: post-processing drops a box that overlaps a better one of its class by more than this IoU. None
+            (RT-DETR) trusts the decoder with that, which it learns in a long training; a short one leaves duplicates.
     """
 
     num_denoising: int = Field(100, ge=0)
