@@ -48,7 +48,8 @@ class Masks:
     @property
     def areas(self) -> np.ndarray:
         """(N,) int64, pixels of each mask, without decoding them."""
-        return np.asarray(coco_mask.area(self.rles) if self.rles else [], dtype=np.int64)
+        # One by one: pycocotools counts a list's entries in eight bits and refuses more than 255.
+        return np.asarray([coco_mask.area(rle) for rle in self.rles], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.rles)
@@ -74,6 +75,11 @@ class Masks:
 
     def __repr__(self) -> str:
         return f"Masks(shape={self.shape})"
+
+    def crop(self, index: int) -> tuple[int, int, np.ndarray]:
+        """Left and top in pixels, and the (h, w) bool part of a mask that holds all of it; no pixels if it is empty."""
+        left, top, width, height = (int(value) for value in coco_mask.toBbox(self.rles[index]))
+        return left, top, np.ascontiguousarray(self[index][top : top + height, left : left + width])
 
     def polygons(self) -> list[list[np.ndarray]]:
         """The outlines of every mask: for each a list of (P, 2) float64 x, y in pixels, see ``mask_polygons``."""

@@ -205,15 +205,14 @@ def _draw_masks(canvas: np.ndarray, instances: Instances, colours: list[Colour],
     assert instances.masks is not None
     outlines = []
     for index in np.argsort(-instances.masks.areas, kind="stable").tolist():
-        mask = instances.masks[index]
-        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-        if not len(rows):
+        left, top, inside = instances.masks.crop(index)
+        if not inside.size:
             continue
-        part = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-        inside = mask[part]
-        tint = np.array(colours[index], np.float32) * MASK_OPACITY
-        canvas[part][inside] = (canvas[part][inside] * (1 - MASK_OPACITY) + tint).round().astype(np.uint8)
-        offset = (int(columns[0]), int(rows[0]))
+        part = canvas[top : top + inside.shape[0], left : left + inside.shape[1]]
+        shades = np.arange(256)[:, None] * (1 - MASK_OPACITY) + np.array(colours[index]) * MASK_OPACITY
+        tinted = cv2.LUT(part, shades.round().astype(np.uint8)[:, None])
+        cv2.copyTo(tinted, inside.view(np.uint8), part)
+        offset = (left, top)
         contours, _ = cv2.findContours(
             inside.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_TC89_L1, offset=offset
         )
