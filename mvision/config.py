@@ -245,6 +245,9 @@ def load_config(
     # Shipped files describe every task they know a recipe for.
     described = tree.setdefault("model", {}).get("heads") or {}
     kept = tasks or named or list(described)[:1]
+    if len(kept) > 1:
+        named_together = " and ".join(kept)
+        raise UserError(f"tasks {named_together}: a model has one task in this version (instance-seg finds boxes too)")
     tree["model"]["heads"] = {task: described.get(task) or {} for task in kept}
     for key, value in (overrides or {}).items():
         _assign(tree, key, value)

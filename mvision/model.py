@@ -35,9 +35,6 @@ class Model(nn.Module):
         super().__init__()
         if not config.heads:
             raise UserError("model.heads is empty: name at least one task, such as detection")
-        if len(config.heads) > 1:
-            named = " and ".join(config.heads)
-            raise UserError(f"model.heads names {named}: a model has one task in this version (masks come with boxes)")
         if not config.categories:
             raise UserError("model.categories is empty: pass num_classes or categories, or train on a data set")
         self.config = config

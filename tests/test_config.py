@@ -94,6 +94,21 @@ def test_image_size_is_one_number_or_two() -> None:
     assert load_config(overrides={"model.image_size": (320, 480)}).model.image_size == (320, 480)
 
 
+def test_tasks_are_those_asked_for_or_those_of_the_file(tmp_path: Path) -> None:
+    assert list(load_config("tiny").model.heads) == ["detection"]
+    assert list(load_config("tiny", tasks=["instance-seg"]).model.heads) == ["instance-seg"]
+    own = tmp_path / "own.yaml"
+    own.write_text("base: small\nmodel: {heads: {instance-seg: {mask_points: 99}}}\n")
+    head = load_config(file=own).model.heads
+    assert list(head) == ["instance-seg"]
+    assert head["instance-seg"].mask_points == 99
+    assert head["instance-seg"].num_layers == load_config("small").model.heads["detection"].num_layers
+    own.write_text("base: small\n")
+    assert list(load_config(file=own).model.heads) == ["detection"]
+    with pytest.raises(UserError, match="tasks detection and instance-seg: a model has one task in this version"):
+        load_config("tiny", tasks=["detection", "instance-seg"])
+
+
 def test_a_timm_backbone_is_a_model() -> None:
     config = load_config("test_resnet")
     base = load_config("base")
