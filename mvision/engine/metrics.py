@@ -79,8 +79,9 @@ class CocoMetric:
         categories: the model's classes. They meet the data's by name; what only one side knows is not evaluated.
         metric: ``bbox``, ``segm`` or ``keypoints``. For ``segm``, an object labelled with a box alone is a region
             where nothing counts, for ``keypoints`` so is one without labelled points.
-        sigmas: per-keypoint standard deviations of the OKS as fractions of the object's scale; None takes the data's
-            own (``info.keypoint_sigmas``), COCO's for COCO's 17 points, or one value for all, as ``notes`` then says.
+        sigmas: per-keypoint standard deviations of the OKS as fractions of the object's scale; None takes those of
+            ``categories`` (what the model was trained for), else the data's own (of its categories or
+            ``info.keypoint_sigmas``), COCO's for COCO's 17 points, or one value for all, as ``notes`` then says.
         backend: ``hotcoco`` or ``pycocotools``; None takes the faster that is installed.
 
     Attributes:
