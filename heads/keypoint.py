@@ -8,19 +8,18 @@ reaches the RepBlocks: one linear layer could not tell a cell from its neighbour
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from mvision.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
-from mvision.decoder import cell_centres
+from mvision.boxes import cxcywh_to_xyxy
 from mvision.errors import UserError
 from mvision.heads.base import Head
-from mvision.keypoint_losses import FoundPoints, box_terms, compare, ignored_cells, point_terms, score_term
+from mvision.keypoint_cells import CellLayers, Cells, make_cells
+from mvision.keypoint_losses import box_terms, compare, ignored_cells, point_terms, score_term
 from mvision.keypoint_matching import (
     Candidates,
     KeypointTruth,
@@ -35,11 +34,6 @@ from mvision.matching import mean_over_processes
 from mvision.oks import check_sigmas, keypoint_sigmas
 from mvision.settings import Settings
 from mvision.structures import Category, Instances, Targets
-
-# Side of the boxes that a cell starts from, as a fraction of the image: on the finest of several levels (doubling from
-# there, as in the query decoder), and where one level has objects of all sizes.
-FINEST_SIZE, ONLY_SIZE = 0.05, 0.2
-LARGEST_GROWTH = 4.0  # exponent; exp(4) times the size above is larger than any image
 
 
 class KeypointConfig(Settings):
@@ -80,13 +74,6 @@ class KeypointConfig(Settings):
     visible_weight: float = Field(0.5, ge=0)
 
 
-class Cells(NamedTuple):
-    """Where the cells of all levels lie: ``centres`` (S, 2) x, y in 0..1, and ``sizes`` (S,), what each starts from."""
-
-    centres: Tensor
-    sizes: Tensor
-
-
 class KeypointHead(Head[KeypointConfig]):
     """RepBlocks and 1x1 convolutions on the neck's maps, for any classes with any numbers of keypoints.
 
@@ -110,7 +97,7 @@ class KeypointHead(Head[KeypointConfig]):
         self, config: KeypointConfig, channels: Sequence[int], strides: Sequence[int], categories: list[Category]
     ) -> None:
         super().__init__(config, channels, strides, _with_sigmas(categories, config))
-        classes = self.predicted(self.categories)
+        classes = self.classes
         self.num_points = max(len(category.keypoints) for category in classes)
         levels = 1 if config.levels == "finest" else len(channels)
         width = config.embed_dim
@@ -119,8 +106,8 @@ class KeypointHead(Head[KeypointConfig]):
             for inside in channels[:levels]
         )
         with_boxes = config.predict == "instances"
-        self.one = LastLayers(width, len(classes), self.num_points, with_boxes)
-        self.many = LastLayers(width, len(classes), self.num_points, with_boxes) if config.many_weight else None
+        self.one = CellLayers(width, len(classes), self.num_points, with_boxes)
+        self.many = CellLayers(width, len(classes), self.num_points, with_boxes) if config.many_weight else None
         self._describe_classes(classes)
 
     def _describe_classes(self, classes: list[Category]) -> None:
@@ -149,7 +136,7 @@ class KeypointHead(Head[KeypointConfig]):
     def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
         """The best cells of the neck's maps, or (with ``targets``, in training) all of them."""
         maps = [tower(feature) for tower, feature in zip(self.towers, features)]
-        cells = self._cells(maps)
+        cells = make_cells(maps)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
         if targets is None:
             return self._best(tokens, cells)
@@ -217,125 +204,57 @@ class KeypointHead(Head[KeypointConfig]):
             keypoints=(own * own.new_tensor([width, height, 1])).cpu().numpy(),
         )
 
-    def _cells(self, maps: list[Tensor]) -> Cells:
-        # In float32 or better: bf16 has a step of two pixels at 640.
-        dtype = torch.promote_types(maps[0].dtype, torch.float32)
-        shapes = [(x.shape[-2], x.shape[-1]) for x in maps]
-        first = ONLY_SIZE if len(maps) == 1 else FINEST_SIZE
-        sizes = [
-            torch.full((height * width,), first * 2.0**level, dtype=dtype, device=maps[0].device)
-            for level, (height, width) in enumerate(shapes)
-        ]
-        return Cells(cell_centres(shapes, maps[0].device, dtype), torch.cat(sizes))
-
     def _best(self, tokens: Tensor, cells: Cells) -> dict[str, Tensor]:
         """Outputs of the cells with the best scores; boxes and points of the others are not even computed."""
-        logits = self._logits(self.one(tokens)["points"]) if self.one.score is None else self.one.score(tokens)
+        one = self.one
+        logits = one.score_logits(one(tokens)) if one.score is None else one.score(tokens)
         count = min(self.config.num_instances, tokens.shape[1])
         best = logits.max(-1).values.topk(count, dim=1).indices
-        raw = self.one(tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1])))
-        found = self._decode(raw, cells.centres[best], cells.sizes[best])
-        chosen = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1]))
+        raw = one(tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1])))
+        found = one.decode(raw, cells.at(best))
         return {
-            "logits": chosen,
+            "logits": logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1])),
             "boxes": found.boxes,
             "keypoints": found.points,
             "visibility": found.visibility,
         }
 
-    def _logits(self, points: Tensor) -> Tensor:
-        """Of cells without a score of their own, (..., 1): that of the mean score of their points."""
-        mean = (
-            points.to(torch.promote_types(points.dtype, torch.float32))[..., 2 * self.num_points :].sigmoid().mean(-1)
-        )
-        return torch.logit(mean, eps=1e-6)[..., None]
-
-    def _decode(self, raw: dict[str, Tensor], centres: Tensor, sizes: Tensor) -> FoundPoints:
-        """Boxes and points of cells, (..., S, 4) and so on, from their raw numbers and where they lie."""
-        points = raw["points"].to(centres.dtype)
-        visibility = points[..., 2 * self.num_points :]
-        offsets = points[..., : 2 * self.num_points].unflatten(-1, (self.num_points, 2))
-        sizes = sizes[..., None]
-        if "boxes" not in raw:
-            points = centres[..., None, :] + offsets * sizes[..., None]
-            around = torch.cat((points.amin(-2), points.amax(-2)), -1)
-            return FoundPoints(xyxy_to_cxcywh(around), points, visibility)
-        box = raw["boxes"].to(centres.dtype)
-        middle = centres + box[..., :2] * sizes
-        extent = sizes * box[..., 2:].clamp(max=LARGEST_GROWTH).exp()
-        # In a person's own box a shoulder is nearly always in the same place, whatever the person's size. The box is
-        # given here: its own losses teach it.
-        points = middle.detach()[..., None, :] + offsets * extent.detach()[..., None, :]
-        return FoundPoints(torch.cat((middle, extent), -1), points, visibility)
-
     def _terms(
         self, raw: dict[str, Tensor], cells: Cells, truth: KeypointTruth, near: Candidates, many: bool
     ) -> dict[str, Tensor]:
-        """The loss of one pair of last layers, unweighted."""
-        config, image = self.config, truth.image
+        """The loss of one set of last layers, unweighted."""
+        image = truth.image
         index = (image[:, None], near.cells)
-        found = self._decode(
-            {name: value[index] for name, value in raw.items()}, cells.centres[near.cells], cells.sizes[near.cells]
-        )
+        found = self.one.decode({name: value[index] for name, value in raw.items()}, cells.at(near.cells))
         compared = compare(found, truth, self.sigmas[truth.classes].to(truth.areas))
-        logits = raw["logits"] if "logits" in raw else self._logits(raw["points"])
+        logits = self.one.score_logits(raw)
         scores = logits[(*index, truth.classes[:, None])].to(truth.areas).sigmoid()
-        labelled = truth.labelled
-        values = cell_values(near.closeness, scores, compared.near, compared.overlap, labelled)
+        values = cell_values(near.closeness, scores, compared.near, compared.overlap, truth.labelled)
         place = (values, near.cells, image, len(cells.centres))
-        chosen = many_cells(*place, config.top_k) if many else one_cell(*place)
-        taught = chosen & labelled[:, None]
+        chosen = many_cells(*place, self.config.top_k) if many else one_cell(*place)
+        taught = chosen & truth.labelled[:, None]
         total, of_points = mean_over_processes(torch.stack((chosen.sum(), taught.sum())).to(truth.areas)).clamp(min=1)
 
-        exists = self.exists[truth.classes] if "boxes" in raw else None
-        terms = {name: value / of_points for name, value in point_terms(found, compared, truth, taught, exists).items()}
-        ignored = ignored_cells(near.inside, truth)
-        weighing = (ignored, config.class_loss, config.alpha, config.gamma)
         row, column = taught.nonzero(as_tuple=True)
-        where = (image[row], near.cells[row, column])
-        if "boxes" in raw:
-            terms |= {name: value / total for name, value in box_terms(found, compared, truth, chosen).items()}
-            quality = compared.near.detach()[row, column]
-            terms["class"] = score_term(logits, (*where, truth.classes[row]), quality, *weighing) / of_points
-        else:
-            visible = truth.points[row, :, 2] > 0
-            pair, point = visible.nonzero(as_tuple=True)
+        cell = (image[row], near.cells[row, column])
+        ignored = ignored_cells(near.inside, truth)
+        if "boxes" not in raw:
+            terms = point_terms(found, compared, truth, taught, None)
+            # Every point has a score of its own, whose target is how near that point is.
+            pair, point = (truth.points[row, :, 2] > 0).nonzero(as_tuple=True)
             quality = compared.each.detach()[row, column][pair, point]
-            of_each = raw["points"][..., 2 * self.num_points :]
-            loss = score_term(of_each, (where[0][pair], where[1][pair], point), quality, *weighing)
-            terms["class"] = loss / self.num_points / of_points
-        return terms
+            where = (cell[0][pair], cell[1][pair], point)
+            terms["class"] = self._score_term(self.one.visibility(raw), where, quality, ignored) / self.num_points
+            return {name: value / of_points for name, value in terms.items()}
+        terms = point_terms(found, compared, truth, taught, self.exists[truth.classes])
+        quality = compared.near.detach()[row, column]
+        terms["class"] = self._score_term(logits, (*cell, truth.classes[row]), quality, ignored)
+        terms = {name: value / of_points for name, value in terms.items()}
+        return terms | {name: value / total for name, value in box_terms(found, compared, truth, chosen).items()}
 
-
-class LastLayers(nn.Module):
-    """The 1x1 convolutions that end the head, on cells (B, S, width) in one row instead of maps.
-
-    Returns ``points`` (B, S, 3 K), x, y of every point and then their scores, and unless ``with_boxes`` is False
-    ``logits`` (B, S, C) and ``boxes`` (B, S, 4).
-    """
-
-    def __init__(self, width: int, num_classes: int, num_points: int, with_boxes: bool) -> None:
-        super().__init__()
-        self.score = nn.Linear(width, num_classes) if with_boxes else None
-        self.box = nn.Linear(width, 4) if with_boxes else None
-        self.points = nn.Linear(width, 3 * num_points)
-        # Scores start at 0.01, boxes and points at their references, as in the query decoder.
-        low = -math.log((1 - 0.01) / 0.01)
-        nn.init.zeros_(self.points.weight)
-        nn.init.zeros_(self.points.bias)
-        if self.score is None or self.box is None:
-            nn.init.constant_(self.points.bias[2 * num_points :], low)
-            return
-        nn.init.normal_(self.score.weight, std=0.01)
-        nn.init.constant_(self.score.bias, low)
-        nn.init.zeros_(self.box.weight)
-        nn.init.zeros_(self.box.bias)
-
-    def forward(self, tokens: Tensor) -> dict[str, Tensor]:
-        outputs = {"points": self.points(tokens)}
-        if self.score is not None and self.box is not None:
-            outputs |= {"logits": self.score(tokens), "boxes": self.box(tokens)}
-        return outputs
+    def _score_term(self, logits: Tensor, where: tuple[Tensor, ...], quality: Tensor, ignored: Tensor) -> Tensor:
+        config = self.config
+        return score_term(logits, where, quality, ignored, config.class_loss, config.alpha, config.gamma)
 
 
 def _with_sigmas(categories: list[Category], config: KeypointConfig) -> list[Category]:

@@ -14,27 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvision.boxes import cxcywh_to_xyxy, iou
+from mvision.keypoint_cells import FoundPoints
 from mvision.keypoint_matching import KeypointTruth
 from mvision.losses import quality_focal
 from mvision.oks import oks, similarity
 
 # Side of the smallest object that distances are measured by, as a fraction of the image: a speck would weigh most.
 SMALLEST = 0.01
-
-
-@dataclass
-class FoundPoints:
-    """What the candidate cells of M objects predict.
-
-    Attributes:
-        boxes: (M, n, 4) cxcywh in 0..1.
-        points: (M, n, K, 2) x, y in 0..1.
-        visibility: (M, n, K) logits of "the point is there".
-    """
-
-    boxes: Tensor
-    points: Tensor
-    visibility: Tensor
 
 
 @dataclass

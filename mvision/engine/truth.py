@@ -86,7 +86,7 @@ class Truth:
         used = {a["category_id"] for a in annotations}
         unknown = [str(c["name"]) for c in in_data if c["id"] in used and c["id"] not in matched]
         if unknown:
-            self.notes.append(f"not evaluated, because the model does not know them: {', '.join(unknown)}")
+            self.notes.append(f"not evaluated, because the model does not find them: {', '.join(unknown)}")
         return matched
 
     def _complete(self, annotation: dict[str, Any], number: int, image: dict[str, Any]) -> dict[str, Any] | None:
