@@ -143,31 +143,29 @@ class KeypointHead(Head[KeypointConfig]):
         outputs = {"centres": cells.centres, "sizes": cells.sizes}
         # The finest map's cells give the shape of the image where the labels don't.
         outputs["shape"] = torch.tensor(maps[0].shape[-2:])
-        for prefix, last in (("", self.one), ("many_", self.many)):
-            if last is not None:
-                outputs |= {f"{prefix}{name}": value for name, value in last(tokens).items()}
+        for branch, layers in (("one", self.one), ("many", self.many)):
+            if layers is not None:
+                outputs |= {f"{branch}_{name}": value for name, value in layers(tokens).items()}
         return outputs
 
     def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
-        """Terms named ``class``, ``box``, ``giou``, ``oks``, ``point`` and ``visible``, and the same with ``_many``.
+        """``class``, ``box``, ``giou``, ``oks``, ``point`` and ``visible``, each followed by ``_one`` and ``_many``.
 
         They are divided by the number of cells that learn an object, over all processes. ``predict: points`` has no
         terms of boxes, and no ``visible``: there the score of a point is its own similarity.
         """
+        config = self.config
         height, width = outputs["shape"].tolist()
         cells = Cells(outputs["centres"], outputs["sizes"])
         truth = keypoint_truth(targets, self.table, self.num_points, (height, width), cells.centres.dtype)
-        near = candidates(*cells, truth.boxes, 2 * self.config.top_k)
+        near = candidates(*cells, truth.boxes, 2 * config.top_k)
         terms = {}
-        for prefix, ending, weight in (("", "", 1.0), ("many_", "_many", self.config.many_weight)):
-            if f"{prefix}points" in outputs:
-                own = {
-                    name: outputs[f"{prefix}{name}"]
-                    for name in ("logits", "boxes", "points")
-                    if prefix + name in outputs
-                }
-                for name, value in self._terms(own, cells, truth, near, many=bool(prefix)).items():
-                    terms[f"{name}{ending}"] = weight * getattr(self.config, f"{name}_weight") * value
+        for branch, weight in (("one", 1.0), ("many", config.many_weight)):
+            start = f"{branch}_"
+            raw = {name.removeprefix(start): value for name, value in outputs.items() if name.startswith(start)}
+            own = self._terms(raw, cells, truth, near, branch == "many") if raw else {}
+            for name, value in own.items():
+                terms[f"{name}_{branch}"] = weight * getattr(config, f"{name}_weight") * value
         return terms
 
     def postprocess(
