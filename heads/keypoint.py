@@ -228,8 +228,8 @@ class KeypointHead(Head[KeypointConfig]):
         logits = self.one.score_logits(raw)
         scores = logits[(*index, truth.classes[:, None])].to(truth.areas).sigmoid()
         values = cell_values(near.closeness, scores, compared.near, compared.overlap, truth.labelled)
-        place = (values, near.cells, image, len(cells.centres))
-        chosen = many_cells(*place, self.config.top_k) if many else one_cell(*place)
+        place = (values, near.cells, image)
+        chosen = many_cells(*place, len(cells.centres), self.config.top_k) if many else one_cell(*place)
         taught = chosen & truth.labelled[:, None]
         total, of_points = mean_over_processes(torch.stack((chosen.sum(), taught.sum())).to(truth.areas)).clamp(min=1)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -168,23 +169,22 @@ def many_cells(values: Tensor, cells: Tensor, image: Tensor, num_cells: int, top
 
 
 @torch.no_grad()
-def one_cell(values: Tensor, cells: Tensor, image: Tensor, num_cells: int) -> Tensor:
+def one_cell(values: Tensor, cells: Tensor, image: Tensor) -> Tensor:
     """One candidate for every object, (M, n) bool: the one-to-one matching with the largest sum of values.
 
     An object whose candidates all serve others remains without one. Arguments as in ``many_cells``.
     """
-    chosen = torch.zeros_like(values, dtype=torch.bool)
-    if not len(values):
-        return chosen
-    on_map = values.new_zeros(len(values), num_cells).scatter(1, cells, values).cpu().numpy()
-    objects, taken = [], []
-    start = 0
+    worth, where = values.cpu().numpy(), cells.cpu().numpy()
+    chosen = np.zeros(worth.shape, dtype=bool)
+    stop = 0
     for count in image.bincount().tolist():
+        start, stop = stop, stop + count
         if count:
-            rows, columns = linear_sum_assignment(on_map[start : start + count], maximize=True)
-            objects += (start + rows).tolist()
-            taken += columns.tolist()
-        start += count
-    row = torch.tensor(objects, device=values.device)
-    chosen[row] = cells[row] == torch.tensor(taken, device=values.device)[:, None]
-    return chosen & (values > 0)
+            # Among the candidates of this image alone: a map has thousands of cells.
+            taken, column = np.unique(where[start:stop], return_inverse=True)
+            column = column.reshape(count, -1)
+            table = np.zeros((count, len(taken)))
+            np.put_along_axis(table, column, worth[start:stop], axis=1)
+            rows, columns = linear_sum_assignment(table, maximize=True)
+            chosen[start + rows] = column[rows] == columns[:, None]
+    return torch.from_numpy(chosen).to(values.device) & (values > 0)

@@ -1,11 +1,14 @@
 """The keypoint head: its two forms, what teaches it, and its post-processing."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from mvision.boxes import cxcywh_to_xyxy
 from mvision.config import load_config
+from mvision.engine.evaluate import make_metrics
 from mvision.errors import UserError
 from mvision.heads.keypoint import KeypointConfig, KeypointHead
 from mvision.layers import fuse_modules
@@ -219,6 +222,22 @@ def test_sigmas_of_the_config_replace_those_of_the_data():
     head = new_head(2, 2, sigmas=[0.3, 0.4])
     assert [category.sigmas for category in head.classes] == [[0.3, 0.4]] * 2
     torch.testing.assert_close(head.sigmas, torch.tensor([[0.3, 0.4]] * 2))
+
+
+def test_the_evaluator_asks_for_what_the_head_finds_by_the_same_sigmas():
+    """Boxes of classes without keypoints are not missed, and the config's sigmas are those of the figures."""
+    categories = [Category(id=1, name="box"), Category(id=2, name="tube", keypoints=["top", "end"], sigmas=[0.1, 0.1])]
+    objects = [
+        {"id": n, "image_id": 1, "category_id": n, "bbox": [0, 0, 9, 9], "keypoints": [1, 1, 2] * 2} for n in (1, 2)
+    ]
+    data = {"images": [{"id": 1, "height": 9, "width": 9}], "annotations": objects}
+    split = SimpleNamespace(coco_dict={**data, "categories": [{"id": c.id, "name": c.name} for c in categories]})
+    settings = {"categories": categories, "image_size": 64, "heads__keypoints__sigmas": [0.3, 0.4]}
+    points, boxes = make_metrics(create_model("tiny", ["keypoints"], **settings), split)["keypoints"]
+    assert (points.metric, boxes.metric) == ("keypoints", "bbox")
+    assert points.truth.groups == [([1], [0.3, 0.4])]
+    assert [category.name for category in boxes.categories] == ["tube"]
+    assert boxes.truth.counts([1]) == [1]
 
 
 def test_mistakes_name_the_way_out():

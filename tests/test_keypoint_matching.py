@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy.optimize import linear_sum_assignment
 
 from mvision.decoder import cell_centres
 from mvision.keypoint_losses import ignored_cells
@@ -84,12 +85,28 @@ def test_a_place_counts_until_a_prediction_does():
 
 def test_one_cell_each_with_the_largest_sum():
     """The better cell of the first object is the only one of the second."""
-    chosen = one_cell(*values_of([[0.9, 0.8, 0.0], [0.7, 0.0, 0.0]]), 3)
+    chosen = one_cell(*values_of([[0.9, 0.8, 0.0], [0.7, 0.0, 0.0]]))
     assert chosen.tolist() == [[False, True, False], [True, False, False]]
 
 
+def test_one_cell_is_the_best_on_any_numbers():
+    """Several objects and images, shared candidates in any order: as good as the matching on the whole map."""
+    torch.manual_seed(0)
+    image = torch.tensor([0, 0, 0, 2, 2])
+    cells = torch.stack([torch.randperm(12)[:6] for _ in image])
+    values = torch.rand(5, 6)
+    chosen = one_cell(values, cells, image)
+    assert (chosen.sum(1) == 1).all()
+    for number in (0, 2):
+        own = image == number
+        whole = torch.zeros(int(own.sum()), 12).scatter(1, cells[own], values[own])
+        best = whole[linear_sum_assignment(whole, maximize=True)].sum()
+        torch.testing.assert_close(values[own][chosen[own]].sum(), best)
+        assert cells[own][chosen[own]].unique().numel() == own.sum()
+
+
 def test_an_object_that_no_cell_is_left_for_has_none():
-    chosen = one_cell(*values_of([[0.9], [0.7]]), 1)
+    chosen = one_cell(*values_of([[0.9], [0.7]]))
     assert chosen.tolist() == [[True], [False]]
 
 
@@ -107,7 +124,7 @@ def test_cells_of_different_images_are_different():
     values, cells, _ = values_of([[0.9, 0.8], [0.9, 0.8]])
     image = torch.tensor([0, 1])
     assert many_cells(values, cells, image, 2, top_k=2).all()
-    assert one_cell(values, cells, image, 2).tolist() == [[True, False], [True, False]]
+    assert one_cell(values, cells, image).tolist() == [[True, False], [True, False]]
 
 
 def test_objects_without_points_hide_their_cells_from_the_score():
