@@ -1,7 +1,7 @@
 """Loss terms of a dense keypoint head, on (M, n): M objects of a batch with n candidate cells each.
 
-Sources: Lu et al., "RTMO", CVPR 2024, section 3.3 (score with the OKS as its target, OKS loss, visibility), and Maji et
-al., "YOLO-Pose", CVPRW 2022, section 3.4 (one minus OKS as the loss of the points).
+Sources: Lu et al., "RTMO", CVPR 2024 (scores whose target is the OKS, OKS loss, visibility), and Maji et al.,
+"YOLO-Pose", CVPR Workshops 2022 (one minus OKS as the loss of the points).
 """
 
 from __future__ import annotations
