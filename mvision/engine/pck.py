@@ -1,8 +1,8 @@
 """PCK, the share of keypoints that were found: a figure for data that has neither areas nor sigmas of its own.
 
 Source: Yang and Ramanan, "Articulated Human Detection with Flexible Mixtures of Parts", TPAMI 2013: a point is correct
-within a fraction of the longer side of the object's box. There the objects' places are given; here they have to be found
-as well.
+within a fraction of the longer side of the object's box. There the objects' places are given; here they have to be
+found as well.
 """
 
 from __future__ import annotations
