@@ -7,11 +7,13 @@ from importlib.metadata import entry_points
 from mvision.errors import UserError
 from mvision.heads.base import Head
 from mvision.heads.detection import DetectionHead
+from mvision.heads.keypoint import KeypointHead
 from mvision.heads.mask import MaskHead
 
 HEADS: dict[str, type[Head]] = {
     "detection": DetectionHead,
     "instance-seg": MaskHead,
+    "keypoints": KeypointHead,
 }
 
 

@@ -49,6 +49,16 @@ class Head(nn.Module, ABC, Generic[ConfigT]):
         """
         return None
 
+    @classmethod
+    def predicted(cls, categories: list[Category]) -> list[Category]:
+        """Those of the classes that the head can find, which have a row of their own in its layers: all by default."""
+        return categories
+
+    @property
+    def classes(self) -> list[Category]:
+        """The classes that this head finds, see ``predicted``."""
+        return self.predicted(self.categories)
+
     @abstractmethod
     def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
         """Raw outputs from the neck's maps, each (B, C, H/s, W/s), finest first.

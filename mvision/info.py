@@ -19,6 +19,7 @@ from mvision.config import load_config, shipped_configs
 from mvision.engine.machine import resolve_device, resolve_precision
 from mvision.errors import UserError
 from mvision.model import Model
+from mvision.oks import COCO_SIGMAS
 from mvision.structures import Category
 from mvision.weights import load
 
@@ -53,10 +54,19 @@ def info_text(model: str | None = None, weights: str | None = None) -> str:
         return model_text(load(weights), weights)
     if model is not None:
         config = load_config(model).model
-        config.categories = config.categories or [Category(id=i, name=str(i)) for i in range(COCO_CLASSES)]
+        config.categories = config.categories or _coco_like_classes()
         config.backbone.pretrained = False  # the figures do not depend on the weights, and need no network without
         return model_text(Model(config), model)
     return machine_text()
+
+
+def _coco_like_classes() -> list[Category]:
+    """As many as COCO has, the first with a person's keypoints."""
+    person, *others = range(COCO_CLASSES)
+    return [
+        Category(id=person, name=str(person), keypoints=list(COCO_SIGMAS)),
+        *(Category(id=number, name=str(number)) for number in others),
+    ]
 
 
 def machine_text() -> str:

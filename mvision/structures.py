@@ -20,13 +20,20 @@ from mvision.settings import Settings
 class Category(Settings):
     """One class of objects: its id in the data set's files, its name, and what its keypoints are called.
 
-    ``skeleton`` holds pairs of 0-based keypoint indices.
+    Attributes:
+        skeleton: pairs of 0-based keypoint indices.
+        sigmas: standard deviation of each keypoint as a fraction of the object's scale; empty: COCO's or one for all
+            (see ``mvision.oks.keypoint_sigmas``).
+        flip_pairs: pairs of 0-based keypoint indices that change places in a mirror; None: by names such as
+            ``left_eye``.
     """
 
     id: int
     name: str
     keypoints: list[str] = []
     skeleton: list[tuple[int, int]] = []
+    sigmas: list[float] = []
+    flip_pairs: list[tuple[int, int]] | None = None
 
 
 @dataclass
@@ -118,7 +125,8 @@ class Instances:
         """Entries of COCO's result format, in the order of the instances.
 
         Each has image_id, category_id (the data set's, not the label), bbox as xywh in pixels, score, and where present
-        segmentation (compressed run lengths of the whole image) and keypoints (x, y, score of one after another).
+        segmentation (compressed run lengths of the whole image) and keypoints (x, y, score of one after another, as
+        many as the class has).
         """
         corners = self.boxes.astype(np.float64).reshape(-1, 4)
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1).tolist()
@@ -132,8 +140,10 @@ class Instances:
                 entry["segmentation"] = rle
         if self.keypoints is not None:
             flat = self.keypoints.reshape(len(self), 3 * self.keypoints.shape[1])  # -1 is ambiguous without instances
-            for entry, points in zip(results, flat.tolist()):
-                entry["keypoints"] = points
+            # Evaluators want as many points as the class has; here all classes have as many as the richest of them.
+            counts = [3 * len(category.keypoints) or None for category in self.categories]
+            for entry, label, points in zip(results, self.labels.tolist(), flat.tolist()):
+                entry["keypoints"] = points[: counts[label]]
         return results
 
     def to_supervision(self) -> supervision.Detections:

@@ -37,7 +37,7 @@ def transfer(model: Model, config: ModelConfig, tensors: dict[str, Tensor], sour
         UserError: nothing fits.
     """
     rows = _matching_rows(model.categories, config.categories)
-    fit = _Fit(_rows_per_class(model), rows, len(model.categories), len(config.categories))
+    fit = _Fit(_rows_per_class(model, config.categories))
     # Layers by part of the model (backbone, neck, heads.TASK) and the module right below it.
     taken: Counter[tuple[str, str]] = Counter()
     total: Counter[tuple[str, str]] = Counter()
@@ -63,36 +63,42 @@ def transfer(model: Model, config: ModelConfig, tensors: dict[str, Tensor], sour
 
 
 @dataclass(frozen=True)
+class _Rows:
+    """The classes of a head here and there: ``pairs`` has for those known there the index there by the index here."""
+
+    pairs: dict[int, int]
+    here: int
+    there: int
+
+
+@dataclass(frozen=True)
 class _Fit:
     """Whether a tensor can be taken over, and how.
 
     Attributes:
-        per_class: names of the tensors that have one row per class (and possibly more behind them, for padding).
-        rows: for classes known there: index there by index here.
-        here, there: number of classes of the two models.
+        per_class: the tensors that have one row per class (and possibly more behind them, for padding), by name.
     """
 
-    per_class: set[str]
-    rows: dict[int, int]
-    here: int
-    there: int
+    per_class: dict[str, _Rows]
 
     def __call__(self, name: str, target: Tensor, found: Tensor | None) -> bool:
         if found is None:
             return False
         if name not in self.per_class:
             return target.shape == found.shape
-        same_padding = len(target) - self.here == len(found) - self.there
-        return target.shape[1:] == found.shape[1:] and same_padding and bool(self.rows)
+        rows = self.per_class[name]
+        same_padding = len(target) - rows.here == len(found) - rows.there
+        return target.shape[1:] == found.shape[1:] and same_padding and bool(rows.pairs)
 
     def copy(self, name: str, target: Tensor, found: Tensor) -> None:
         """Into ``target``, in place."""
         if name not in self.per_class:
             target.copy_(found)
             return
-        for index, other in self.rows.items():
+        rows = self.per_class[name]
+        for index, other in rows.pairs.items():
             target[index] = found[other]
-        target[self.here :] = found[self.there :].to(target)
+        target[rows.here :] = found[rows.there :].to(target)
 
 
 def _by_module(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -130,17 +136,25 @@ def _matching_rows(targets: list[Category], sources: list[Category]) -> dict[int
     }
 
 
-def _rows_per_class(model: Model) -> set[str]:
-    """Names of the tensors whose first dimension grows with the number of classes."""
-    more = [*model.categories, Category(id=-1, name="one more")]
-    names = set()
+def _rows_per_class(model: Model, sources: list[Category]) -> dict[str, _Rows]:
+    """The tensors whose first dimension grows with the number of classes that their head finds."""
+    # A class that every head finds, with no more points than others have: widths that grow with those stay as they are.
+    points = max((category.keypoints for category in model.categories), key=len, default=[])
+    more = [*model.categories, Category(id=-1, name="one more", keypoints=points)]
+    per_class = {}
     for task in model.tasks:
-        with torch.device("meta"):
-            larger = model.new_head(task, more).state_dict()
-        for inner, tensor in model.head(task).state_dict().items():
+        head = model.head(task)
+        here, there = head.classes, head.predicted(sources)
+        rows = _Rows(_matching_rows(here, there), len(here), len(there))
+        try:
+            with torch.device("meta"):
+                larger = model.new_head(task, more).state_dict()
+        except UserError:
+            continue  # a head that is made for one class alone has no rows per class
+        for inner, tensor in head.state_dict().items():
             if larger[inner].shape[:1] != tensor.shape[:1]:
-                names.add(f"heads.{task}.{inner}")
-    return names
+                per_class[f"heads.{task}.{inner}"] = rows
+    return per_class
 
 
 def _describe(

@@ -143,6 +143,15 @@ def test_keypoints_have_sides_and_a_threshold() -> None:
     assert (shown[160, 150] != 128).any()
 
 
+def test_a_class_with_fewer_points_than_another_keeps_its_sides() -> None:
+    category = Category(id=1, name="face", keypoints=["left_eye", "right_eye"])
+    points = np.array([[[200, 100, 0.9], [100, 100, 0.9], [150, 160, 0.9]]], np.float32)
+    drawn = draw_instances(GREY, one([60, 60, 240, 190], categories=[category], keypoints=points))
+    assert tuple(drawn[100, 200]) == LEFT
+    assert tuple(drawn[100, 100]) == RIGHT
+    assert (drawn[150:170, 140:160] == 128).all()
+
+
 def test_keypoints_without_names_or_far_outside() -> None:
     category = Category(id=1, name="tube", keypoints=[], skeleton=[(0, 5)])
     points = np.array([[[1e5, -1e5, 1.0], [100, 100, 1.0]]], np.float32)

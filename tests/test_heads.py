@@ -9,12 +9,18 @@ from mvision.heads import HEADS, head_class
 from mvision.layers import fuse_modules
 from mvision.structures import Category, Instances, Targets
 
-CATEGORIES = [Category(id=3, name="cat"), Category(id=7, name="dog"), Category(id=9, name="owl")]
+# Classes with more keypoints, with fewer, and without any.
+CATEGORIES = [
+    Category(id=3, name="cat", keypoints=["nose", "left_ear", "right_ear"]),
+    Category(id=7, name="dog"),
+    Category(id=9, name="owl", keypoints=["beak"]),
+]
 STRIDES = [8, 16, 32]
 QUERIES = {"embed_dim": 32, "num_queries": 12, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}
 SMALL = {
     "detection": QUERIES,
     "instance-seg": {**QUERIES, "pixel_dim": 16, "mask_dim": 8, "mask_points": 64, "pixel_stride": 8},
+    "keypoints": {"embed_dim": 16, "num_instances": 12},
 }
 
 
@@ -36,8 +42,17 @@ def make_targets(*counts):
     for count in counts:
         boxes = torch.rand(count, 4) * 0.3 + 0.3
         labels, areas = torch.randint(0, 3, (count,)), boxes[:, 2] * boxes[:, 3]
-        targets.append(Targets(boxes=boxes, labels=labels, areas=areas, masks=filled_boxes(boxes)))
+        masks, keypoints = filled_boxes(boxes), points_in(boxes, labels)
+        targets.append(Targets(boxes=boxes, labels=labels, areas=areas, masks=masks, keypoints=keypoints))
     return targets
+
+
+def points_in(boxes, labels):
+    """(N, K, 3) keypoints somewhere in their boxes, all visible; zeros where the class has fewer."""
+    count = torch.tensor([len(category.keypoints) for category in CATEGORIES])[labels]
+    visible = (torch.arange(3) < count[:, None])[..., None]
+    places = cxcywh_to_xyxy(boxes)[:, None, :2] + torch.rand(len(boxes), 3, 2) * boxes[:, None, 2:]
+    return torch.cat((places, torch.full((len(boxes), 3, 1), 2.0)), -1) * visible
 
 
 def filled_boxes(boxes, height=48, width=32):

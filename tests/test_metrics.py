@@ -11,8 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mvision.engine.metrics import FIGURES, CocoMetric
-from mvision.engine.truth import COCO_SIGMAS
 from mvision.errors import UserError
+from mvision.oks import COCO_SIGMAS
 from mvision.structures import Category
 
 BACKENDS = ["pycocotools", "hotcoco"]

@@ -44,6 +44,14 @@ def test_to_coco() -> None:
         assert entry["keypoints"] == pytest.approx(found.keypoints[index].ravel().tolist())
 
 
+def test_to_coco_has_as_many_points_as_the_class() -> None:
+    """Evaluators compare point by point; here rows are as long as the class with most points needs."""
+    found = instances(count=1)
+    found.categories = [Category(id=4, name="cat", keypoints=["a"]), Category(id=11, name="dog", keypoints=["a", "b"])]
+    assert found.keypoints is not None
+    assert found.to_coco(1)[0]["keypoints"] == pytest.approx(found.keypoints[0, 0].tolist())
+
+
 def test_to_coco_has_only_what_there_is() -> None:
     assert set(instances(masks=False, keypoints=False).to_coco(1)[0]) == {"image_id", "category_id", "bbox", "score"}
     assert instances(count=0).to_coco(1) == []

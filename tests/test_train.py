@@ -13,6 +13,7 @@ import torch
 from mvision.config import load_config
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.run import RunFolder
+from mvision.engine.setup import run_config
 from mvision.engine.train import train
 from mvision.errors import UserError
 from mvision.model import create_model
@@ -228,6 +229,53 @@ def test_init_takes_the_weights_of_another_run(squares, tmp_path, capsys):
     before, after = load(first).state_dict(), load(second).state_dict()
     weight = "neck.projections.0.conv.weight"
     torch.testing.assert_close(before[weight], after[weight], atol=1e-6, rtol=0)
+
+
+def add_corners(root):
+    """Red squares get their corners as keypoints, blue ones their centre; every third square is not labelled."""
+    for file in (root / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        content["categories"][0] |= {"keypoints": ["centre"]}
+        content["categories"][1] |= {
+            "keypoints": ["left_top", "right_top", "left_end", "right_end"],
+            "sigmas": [0.1] * 4,
+        }
+        for number, entry in enumerate(content["annotations"]):
+            x, y, side, _ = entry["bbox"]
+            corners = [(x + i * side, y + j * side) for j in (0, 1) for i in (0, 1)]
+            points = [(x + side / 2, y + side / 2)] if entry["category_id"] == 2 else corners
+            visible = 2 * bool(number % 3)
+            entry["keypoints"] = [value for point in points for value in (*point, visible)]
+        file.write_text(json.dumps(content))
+
+
+def test_keypoints_start_from_a_detection_run(squares, tmp_path, capsys):
+    """Two classes with different numbers of points, through training, evaluation, pictures and prediction."""
+    add_corners(squares)
+    first = run_in_process(squares, tmp_path / "first", train__epochs=1)
+    options = {
+        "train.epochs": 2,
+        "train.warmup_steps": 2,
+        "train.batch_size": 2,
+        "train.val_interval": 2,
+        "train.precision": "fp32",
+        "data.workers": 0,
+        "data.root": str(squares),
+        "model.heads.keypoints.embed_dim": 16,
+    }
+    config = run_config(tasks=["keypoints"], init=str(first), options=options)
+    assert config.model.neck.embed_dim == 32
+    run = train(config, output=tmp_path / "second", init=str(first), device="cpu")
+    assert "backbone taken; neck taken; head keypoints new" in capsys.readouterr().out
+    figures = json.loads((run / "metrics.json").read_text())["keypoints"]
+    assert {"AP", "AP50", "AR", "AP/blue", "AP/red", "bbox/AP"} <= set(figures)
+    assert {"keypoints/one_oks", "keypoints/many_class"} <= set(steps_of(run)[0]["loss"])
+    assert cv2.imread(str(run / "predictions.jpg")) is not None
+    model = load(run)
+    assert [category.sigmas for category in model.categories] == [[], [0.1] * 4]
+    (found,) = model.predict(str(squares / "images" / "val_0.jpg"), threshold=0.0)
+    assert found.keypoints.shape == (len(found), 4, 3)
+    found.draw(np.zeros((*found.size, 3), np.uint8))
 
 
 def test_an_output_folder_in_use_is_refused(squares, tmp_path):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mvision import UserError
+from mvision import Model, UserError
+from mvision.config import parse_model_config
 from mvision.weights import init_from, read_weights, save_weights
 from tests.test_weights import make_model
 
@@ -104,7 +106,6 @@ def test_layers_are_taken_whole_or_not_at_all(source: Path) -> None:
 
 def test_a_head_of_another_task_lends_its_layers(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mvision.heads
-    from mvision import Model
 
     for module in ("mvision.config", "mvision.model"):
         monkeypatch.setattr(f"{module}.head_class", lambda task: mvision.heads.HEADS["detection"])
@@ -116,3 +117,40 @@ def test_a_head_of_another_task_lends_its_layers(source: Path, monkeypatch: pyte
     assert torch.equal(
         model.state_dict()["heads.other.decoder.memory_class.bias"], there["heads.detection.decoder.memory_class.bias"]
     )
+
+
+def keypoint_model(names: list[str], settings: dict[str, Any] | None = None) -> Model:
+    """Classes with two keypoints each; those in capitals have none."""
+    config = make_model().config.model_dump()
+    config["heads"] = {"keypoints": settings or {"embed_dim": 16}}
+    config["categories"] = [
+        {"id": index, "name": name.lower(), "keypoints": [] if name.isupper() else ["nose", "tail"]}
+        for index, name in enumerate(names)
+    ]
+    return Model(parse_model_config(config))
+
+
+def test_a_keypoint_head_takes_rows_of_classes_with_keypoints(tmp_path: Path) -> None:
+    """Classes without keypoints have no row, wherever they stand in the list of classes."""
+    there = keypoint_model(["TV", "cat", "dog"])
+    save_weights(there, tmp_path / "a.safetensors")
+    model = keypoint_model(["cow", "HEN", "dog"])
+    weight = model.state_dict()["heads.keypoints.one.score.weight"]
+    cow = weight[0].clone()
+    assert "head keypoints taken" in init_from(model, tmp_path / "a.safetensors")
+    assert torch.equal(weight[1], there.state_dict()["heads.keypoints.one.score.weight"][1])
+    assert torch.equal(weight[0], cow)
+    fewer = keypoint_model(["dog"])
+    init_from(fewer, tmp_path / "a.safetensors")
+    assert torch.equal(fewer.state_dict()["heads.keypoints.one.score.weight"][0], weight[1])
+
+
+def test_keypoints_start_from_detection_with_backbone_and_neck(source: Path) -> None:
+    for settings in ({"embed_dim": 16}, {"embed_dim": 16, "predict": "points", "levels": "finest"}):
+        model = keypoint_model(["cat"], settings)
+        line = init_from(model, source)
+        assert line.endswith("backbone taken; neck taken; head keypoints new")
+        there = read_weights(source).tensors
+        for name, value in model.state_dict().items():
+            if name.startswith("neck."):
+                assert torch.equal(value, there[name]), name

@@ -1,7 +1,8 @@
 """Reading COCO annotation files: structural mistakes are refused in one line, damaged entries are named and skipped.
 
 Refused (``UserError``): no file, no JSON, no images / annotations / categories, categories without name or id, ids that
-occur twice, annotations of an unknown image or category, image files outside the data folder, none of the images found.
+occur twice, keypoint sigmas or flip pairs that fit no keypoints, annotations of an unknown image or category, image
+files outside the data folder, none of the images found.
 Named, counted and skipped (``problems``): boxes without area, outside the image or NaN, unusable segmentations and
 keypoints. Image files that do not decode show up when they are read: training replaces and names them, evaluation
 leaves them out and names them.
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mvision.data.images import BadImage, image_size
 from mvision.data.objects import CleanObject, Objects, clean_object, pack_objects
+from mvision.data.points import add_sigmas_and_pairs, describe_keypoints, skeleton
 from mvision.data.problems import Problems
 from mvision.errors import UserError
 from mvision.structures import Category
@@ -240,26 +242,14 @@ def _categories(raw: dict[str, Any], where: str) -> list[Category]:
             raise UserError(f"{where}: categories {twin} and {identity} are both named '{name}'; rename or merge them")
         keypoints = [str(point) for point in entry.get("keypoints") or []]
         categories[identity] = Category(
-            id=identity, name=name, keypoints=keypoints, skeleton=_skeleton(entry.get("skeleton"), len(keypoints))
+            id=identity, name=name, keypoints=keypoints, skeleton=skeleton(entry.get("skeleton"), len(keypoints))
         )
     if not categories:
         raise UserError(f"{where}: no categories: every class needs an entry with id and name")
     _name_unnamed_keypoints(raw, categories)
+    add_sigmas_and_pairs(raw, categories, where)
     _drop_roboflow_parent(raw, categories)
     return [categories[identity] for identity in sorted(categories)]
-
-
-def _skeleton(pairs: Any, count: int) -> list[tuple[int, int]]:
-    """COCO counts keypoints from 1 here; files that count from 0 give themselves away by a 0."""
-    if not isinstance(pairs, list):
-        return []
-    whole = [
-        (int(pair[0]), int(pair[1]))
-        for pair in pairs
-        if isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(end, int) for end in pair)
-    ]
-    first = 0 if any(0 in pair for pair in whole) else 1
-    return [(a - first, b - first) for a, b in whole if 0 <= a - first < count and 0 <= b - first < count]
 
 
 def _name_unnamed_keypoints(raw: dict[str, Any], categories: dict[int, Category]) -> None:
@@ -366,11 +356,7 @@ def _name_maskless(
 
 
 def _coco_category(category: Category) -> dict[str, Any]:
-    entry: dict[str, Any] = {"id": category.id, "name": category.name}
-    if category.keypoints:
-        entry["keypoints"] = list(category.keypoints)
-        entry["skeleton"] = [[a + 1, b + 1] for a, b in category.skeleton]
-    return entry
+    return {"id": category.id, "name": category.name, **describe_keypoints(category)}
 
 
 def _whole(value: Any) -> int | None:

@@ -225,16 +225,20 @@ def flip(labels: Labels, axis: int, swap: np.ndarray | None = None) -> Labels:
 
 
 def mirror_keypoints(categories: Sequence[Category]) -> np.ndarray | None:
-    """(classes, K) index of the keypoint that each one becomes in a mirror, found by names such as ``left_eye``.
+    """(classes, K) index of the keypoint that each one becomes in a mirror; None where no class has keypoints.
 
-    ``left`` and ``right`` may stand anywhere in the name, in any case. A name without its counterpart stays. None where
-    no class has keypoints.
+    From ``Category.flip_pairs``, or where the data set gives none by names such as ``left_eye``: ``left`` and ``right``
+    may stand anywhere in the name, in any case. A name without its counterpart stays.
     """
     count = max((len(category.keypoints) for category in categories), default=0)
     if count == 0:
         return None
     swap = np.tile(np.arange(count), (len(categories), 1))
     for row, category in enumerate(categories):
+        if category.flip_pairs is not None:
+            for a, b in category.flip_pairs:
+                swap[row, [a, b]] = b, a
+            continue
         names = [name.lower() for name in category.keypoints]
         for index, name in enumerate(names):
             for side, other in (("left", "right"), ("right", "left")):

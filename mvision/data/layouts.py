@@ -191,11 +191,15 @@ def _join_keypoints(instances: dict[str, Any], persons: dict[str, Any]) -> None:
         found = points.get(annotation.get("id"))
         if found:
             annotation["keypoints"] = found
+    about_points = {
+        key: v for key, v in (persons.get("info") or {}).items() if key in ("keypoint_sigmas", "flip_pairs")
+    }
+    instances["info"] = {**(instances.get("info") or {}), **about_points}
     described = {category.get("id"): category for category in persons["categories"]}
     for category in instances["categories"]:
-        for key in ("keypoints", "skeleton"):
+        for key in ("keypoints", "skeleton", "keypoint_sigmas", "sigmas", "flip_pairs"):
             value = described.get(category.get("id"), {}).get(key)
-            if value:
+            if value is not None:
                 category[key] = value
 
 

@@ -30,14 +30,16 @@ Metrics = dict[str, list[CocoMetric]]
 
 
 def make_metrics(model: Model, split: Annotated) -> Metrics:
-    """The metrics of every head of the model on the annotations of a split; made once, used at every evaluation."""
+    """The metrics of every head of the model on the annotations of a split; made once, used at every evaluation.
+
+    A head is asked for the classes that it can find alone: one that finds keypoints, not for the boxes of classes that
+    have none.
+    """
     annotations = split.coco_dict
+    heads = {task: model.head(task) for task in model.tasks}
     return {
-        task: [
-            CocoMetric(annotations, model.categories, kind)
-            for kind in (model.head(task).metric, *model.head(task).also)
-        ]
-        for task in model.tasks
+        task: [CocoMetric(annotations, head.classes, kind) for kind in (head.metric, *head.also)]
+        for task, head in heads.items()
     }
 
 

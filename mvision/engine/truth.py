@@ -10,29 +10,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 
 from mvision.errors import UserError
+from mvision.oks import COCO_SIGMAS, DEFAULT_SIGMA, keypoint_sigmas
 from mvision.structures import Category
-
-# COCO's 17 points of a person with their standard deviations, in the order of cocodataset.org/#keypoints-eval.
-COCO_SIGMAS: dict[str, float] = {
-    "nose": 0.026,
-    "left_eye": 0.025,
-    "right_eye": 0.025,
-    "left_ear": 0.035,
-    "right_ear": 0.035,
-    "left_shoulder": 0.079,
-    "right_shoulder": 0.079,
-    "left_elbow": 0.072,
-    "right_elbow": 0.072,
-    "left_wrist": 0.062,
-    "right_wrist": 0.062,
-    "left_hip": 0.107,
-    "right_hip": 0.107,
-    "left_knee": 0.087,
-    "right_knee": 0.087,
-    "left_ankle": 0.089,
-    "right_ankle": 0.089,
-}
-DEFAULT_SIGMA = round(sum(COCO_SIGMAS.values()) / len(COCO_SIGMAS), 3)
 
 
 class Truth:
@@ -87,6 +66,14 @@ class Truth:
             "annotations": [dict(a) for a in self._annotations if a["category_id"] in classes],
         }
 
+    def by_image(self) -> dict[int, list[dict[str, Any]]]:
+        """Objects by the number of their image, no crowds; images without any are missing."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        for annotation in self._annotations:
+            if not annotation["iscrowd"]:
+                found.setdefault(annotation["image_id"], []).append(annotation)
+        return found
+
     def counts(self, image_ids: Iterable[Any]) -> list[int]:
         """Objects of each class in these images that the figures count (no crowds, none without labelled points)."""
         images = {self.image_numbers[image_id] for image_id in image_ids}
@@ -107,7 +94,7 @@ class Truth:
         used = {a["category_id"] for a in annotations}
         unknown = [str(c["name"]) for c in in_data if c["id"] in used and c["id"] not in matched]
         if unknown:
-            self.notes.append(f"not evaluated, because the model does not know them: {', '.join(unknown)}")
+            self.notes.append(f"not evaluated, because the model does not find them: {', '.join(unknown)}")
         return matched
 
     def _complete(self, annotation: dict[str, Any], number: int, image: dict[str, Any]) -> dict[str, Any] | None:
@@ -150,10 +137,12 @@ class Truth:
         numbers = [c["id"] for c in self._classes]
         if self.metric != "keypoints":
             return [(numbers, None)]
-        given = sigmas if sigmas is not None else (coco_dict.get("info") or {}).get("keypoint_sigmas")
+        own = {c["name"]: c.get("keypoint_sigmas") for c in coco_dict.get("categories", [])}
+        of_all = (coco_dict.get("info") or {}).get("keypoint_sigmas")
         by_sigmas: dict[tuple[float, ...], list[int]] = {}
         for number, category, count in zip(numbers, categories, self._points):
             if count:
+                given = sigmas if sigmas is not None else category.sigmas or own.get(category.name) or of_all
                 by_sigmas.setdefault(self._sigmas(category, count, given), []).append(number)
         if not by_sigmas:
             raise UserError("no class of this data has keypoints: nothing to evaluate")
@@ -164,13 +153,12 @@ class Truth:
             return tuple(float(value) for value in given)
         if given is not None and len(set(self._points) - {0}) == 1:
             raise UserError(f"{len(given)} keypoint sigmas given, class '{category.name}' has {count} points")
-        if category.keypoints == list(COCO_SIGMAS):
-            return tuple(COCO_SIGMAS.values())
-        self.notes.append(
-            f"OKS of '{category.name}' uses sigma {DEFAULT_SIGMA} (the mean of COCO's) for every point; "
-            "better ones go into info.keypoint_sigmas of the annotations"
-        )
-        return (DEFAULT_SIGMA,) * count
+        if category.keypoints != list(COCO_SIGMAS):
+            self.notes.append(
+                f"OKS of '{category.name}' uses sigma {DEFAULT_SIGMA} (the mean of COCO's) for every point; "
+                "better ones go into info.keypoint_sigmas of the annotations"
+            )
+        return keypoint_sigmas(category.model_copy(update={"sigmas": []}), count)
 
 
 def _encode(segmentation: Any, image: dict[str, Any]) -> dict[str, Any] | None:

@@ -228,7 +228,8 @@ def _draw_keypoints(
     labels = instances.labels.tolist()
     for index in reversed(range(len(instances))):
         category = instances.categories[labels[index]]
-        points = instances.keypoints[index]
+        # A class may have fewer points than the richest one, whose number all rows have.
+        points = instances.keypoints[index][: len(category.keypoints) or None]
         shown = points[:, 2] >= threshold
         sides = _sides(category, len(points), colours[index])
         where = np.round(points[:, :2] * 2**SUBPIXEL).astype(int)
