@@ -1,7 +1,7 @@
 """Loss terms of a dense keypoint head, on (M, n): M objects of a batch with n candidate cells each.
 
-Sources: Lu et al., "RTMO", CVPR 2024, section 3.3 (score with the OKS as its target, OKS loss, visibility), and Maji et
-al., "YOLO-Pose", CVPRW 2022, section 3.4 (one minus OKS as the loss of the points).
+Sources: Lu et al., "RTMO", CVPR 2024 (scores whose target is the OKS, OKS loss, visibility), and Maji et al.,
+"YOLO-Pose", CVPR Workshops 2022 (one minus OKS as the loss of the points).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mvision.boxes import cxcywh_to_xyxy, iou
 from mvision.keypoint_cells import FoundPoints
 from mvision.keypoint_matching import KeypointTruth
 from mvision.losses import quality_focal
-from mvision.oks import oks, similarity
+from mvision.oks import labelled_mean, similarity
 
 # Side of the smallest object that distances are measured by, as a fraction of the image: a speck would weigh most.
 SMALLEST = 0.01
@@ -36,14 +36,10 @@ class Compared:
 def compare(found: FoundPoints, truth: KeypointTruth, sigmas: Tensor) -> Compared:
     """OKS and overlaps; ``sigmas`` (M, K)."""
     scale = truth.scale[:, None, None]
-    points, areas, sigmas = (
-        truth.points[:, None] * F.pad(scale, (0, 1), value=1.0),
-        truth.areas[:, None],
-        sigmas[:, None],
-    )
     overlap, giou = iou(cxcywh_to_xyxy(found.boxes), cxcywh_to_xyxy(truth.boxes)[:, None])
-    each = similarity(found.points * scale, points[..., :2], areas, sigmas)
-    return Compared(oks(found.points * scale, points, areas, sigmas), each, overlap, giou)
+    places, visibility = truth.points[:, None, :, :2], truth.points[:, None, :, 2]
+    each = similarity(found.points * scale, places * scale, truth.areas[:, None], sigmas[:, None])
+    return Compared(labelled_mean(each, visibility), each, overlap, giou)
 
 
 def box_terms(found: FoundPoints, compared: Compared, truth: KeypointTruth, chosen: Tensor) -> dict[str, Tensor]:
@@ -61,17 +57,17 @@ def point_terms(
     point far away has no gradient left. ``visible`` is the cross-entropy of "labelled" over the points that the class
     has, ``exists`` (M, K); None leaves it out.
     """
-    labelled = truth.points[..., 2] > 0
+    visibility = truth.points[:, None, :, 2]
     size = truth.areas.clamp(min=SMALLEST**2).sqrt()[:, None, None]
     distance = ((found.points - truth.points[:, None, :, :2]) * truth.scale[:, None, None]).abs().sum(-1) / size
     terms = {
         "oks": _sum(1 - compared.near, chosen),
-        "point": _sum(_mean(distance, labelled[:, None]), chosen),
+        "point": _sum(labelled_mean(distance, visibility), chosen),
     }
     if exists is not None:
-        target = labelled[:, None].to(found.visibility).expand_as(found.visibility)
+        target = (visibility > 0).to(found.visibility).expand_as(found.visibility)
         entropy = F.binary_cross_entropy_with_logits(found.visibility, target, reduction="none")
-        terms["visible"] = _sum(_mean(entropy, exists[:, None]), chosen)
+        terms["visible"] = _sum(labelled_mean(entropy, exists[:, None].to(entropy)), chosen)
     return terms
 
 
@@ -119,8 +115,3 @@ def ignored_cells(inside: Tensor, truth: KeypointTruth) -> Tensor:
 def _sum(values: Tensor, chosen: Tensor) -> Tensor:
     # where, not a product: zero times a value that is not finite would be none.
     return torch.where(chosen, values, 0).sum()
-
-
-def _mean(values: Tensor, valid: Tensor) -> Tensor:
-    """Mean over the last dimension of what is ``valid``; 0 where nothing is."""
-    return torch.where(valid, values, 0).sum(-1) / valid.sum(-1).clamp(min=1)

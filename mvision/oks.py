@@ -88,6 +88,10 @@ def oks(found: Tensor, truth: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
     Returns:
         (...), 0 for objects without labelled points.
     """
-    labelled = truth[..., 2] > 0
-    near = similarity(found, truth[..., :2], areas, sigmas)
-    return torch.where(labelled, near, 0).sum(-1) / labelled.sum(-1).clamp(min=1)
+    return labelled_mean(similarity(found, truth[..., :2], areas, sigmas), truth[..., 2])
+
+
+def labelled_mean(values: Tensor, visibility: Tensor) -> Tensor:
+    """Mean over the points (..., K) whose visibility is above 0, and 0 where no point's is: similarities to the OKS."""
+    labelled = visibility > 0
+    return torch.where(labelled, values, 0).sum(-1) / labelled.sum(-1).clamp(min=1)

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from mvision.engine.pck import FRACTION, MOST_RESULTS, correct_points
 from mvision.engine.truth import Truth
 from mvision.errors import UserError
 from mvision.structures import Category
@@ -154,11 +155,16 @@ class CocoMetric:
         self._arrays = None
 
     def compute(self) -> dict[str, float]:
-        """The figures by name, and ``AP/<class>`` for every class. -1 is COCO's "no such object in the data"."""
+        """The figures by name, and ``AP/<class>`` for every class. -1 is COCO's "no such object in the data".
+
+        For keypoints also ``PCK@0.1``, see ``mvision.engine.pck``.
+        """
         figures = {figure.name: self._figure(figure) for figure in FIGURES[self.metric]}
         main = FIGURES[self.metric][0]
         for index, category in enumerate(self.categories):
             figures[f"AP/{category.name}"] = self._figure(main, index)
+        if self.metric == "keypoints":
+            figures[f"PCK@{FRACTION}"] = self._pck()
         return figures
 
     def table(self) -> str:
@@ -170,9 +176,22 @@ class CocoMetric:
             overlap = "OKS" if self.metric == "keypoints" else "IoU"
             where = f"{overlap}={iou} | area={figure.area:>6} | maxDets={figure.detections:>3}"
             lines.append(f"{title} @[ {where} ] = {_shown(self._figure(figure))}")
+        if self.metric == "keypoints":
+            where = f"{FRACTION:.2f} of the box's longer side | maxDets={MOST_RESULTS:>3}"
+            lines.append(f" Correct Keypoints (PCK) @[ {where} ] = {_shown(self._pck())}")
         lines += ["", *self._class_table()]
         lines += [f"note: {note}" for note in self.notes]
         return "\n".join(lines)
+
+    def _pck(self) -> float:
+        """Share of the labelled points of all images seen that were found, -1 if there are none."""
+        objects = self.truth.by_image()
+        correct = total = 0
+        for image_id, found in self._found.items():
+            of_image = objects.get(self.truth.image_numbers[image_id], [])
+            hits, labelled = correct_points(of_image, found.rows[:, 4], found.rows[:, 5], found.shapes)
+            correct, total = correct + hits, total + labelled
+        return correct / total if total else -1.0
 
     def _class_table(self) -> list[str]:
         counts = self.truth.counts(self._found)

@@ -66,6 +66,14 @@ class Truth:
             "annotations": [dict(a) for a in self._annotations if a["category_id"] in classes],
         }
 
+    def by_image(self) -> dict[int, list[dict[str, Any]]]:
+        """Objects by the number of their image, no crowds; images without any are missing."""
+        found: dict[int, list[dict[str, Any]]] = {}
+        for annotation in self._annotations:
+            if not annotation["iscrowd"]:
+                found.setdefault(annotation["image_id"], []).append(annotation)
+        return found
+
     def counts(self, image_ids: Iterable[Any]) -> list[int]:
         """Objects of each class in these images that the figures count (no crowds, none without labelled points)."""
         images = {self.image_numbers[image_id] for image_id in image_ids}
