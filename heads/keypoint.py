@@ -19,7 +19,7 @@ from mvision.boxes import cxcywh_to_xyxy
 from mvision.errors import UserError
 from mvision.heads.base import Head
 from mvision.keypoint_cells import CellLayers, Cells, make_cells
-from mvision.keypoint_losses import box_terms, compare, ignored_cells, point_terms, score_term
+from mvision.keypoint_losses import box_terms, compare, ignored_cells, point_terms, score_target, score_term
 from mvision.keypoint_matching import (
     Candidates,
     KeypointTruth,
@@ -63,7 +63,7 @@ class KeypointConfig(Settings):
     sigmas: list[float] = []
     top_k: int = Field(10, ge=1)
     many_weight: float = Field(1.0, ge=0)
-    class_loss: Literal["vfl", "mal"] = "mal"
+    class_loss: Literal["vfl", "mal"] = "vfl"
     alpha: float = Field(0.75, ge=0)
     gamma: float = Field(1.5, ge=0)
     class_weight: float = Field(4.0, ge=0)
@@ -240,12 +240,12 @@ class KeypointHead(Head[KeypointConfig]):
             terms = point_terms(found, compared, truth, taught, None)
             # Every point has a score of its own, whose target is how near that point is.
             pair, point = (truth.points[row, :, 2] > 0).nonzero(as_tuple=True)
-            quality = compared.each.detach()[row, column][pair, point]
+            quality = score_target(compared.each, compared.overlap[..., None])[row, column][pair, point]
             where = (cell[0][pair], cell[1][pair], point)
             terms["class"] = self._score_term(self.one.visibility(raw), where, quality, ignored) / self.num_points
             return {name: value / of_points for name, value in terms.items()}
         terms = point_terms(found, compared, truth, taught, self.exists[truth.classes])
-        quality = compared.near.detach()[row, column]
+        quality = score_target(compared.near, compared.overlap)[row, column]
         terms["class"] = self._score_term(logits, (*cell, truth.classes[row]), quality, ignored)
         terms = {name: value / of_points for name, value in terms.items()}
         return terms | {name: value / total for name, value in box_terms(found, compared, truth, chosen).items()}

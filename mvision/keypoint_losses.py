@@ -21,6 +21,10 @@ from mvision.oks import labelled_mean, similarity
 
 # Side of the smallest object that distances are measured by, as a fraction of the image: a speck would weigh most.
 SMALLEST = 0.01
+# What a score is taught at least, by a box that fits. COCO's figures begin at an OKS of 0.5, so the order among those
+# below does not matter to them; with nothing but the OKS, which is near 0 in the beginning, objects would be taught to
+# score like the background.
+LEAST_TARGET = 0.4
 
 
 @dataclass
@@ -69,6 +73,12 @@ def point_terms(
         entropy = F.binary_cross_entropy_with_logits(found.visibility, target, reduction="none")
         terms["visible"] = _sum(labelled_mean(entropy, exists[:, None].to(entropy)), chosen)
     return terms
+
+
+@torch.no_grad()
+def score_target(near: Tensor, overlap: Tensor) -> Tensor:
+    """What scores are taught: the OKS (or a point's similarity), or less than any that counts by the box's IoU."""
+    return torch.maximum(near, LEAST_TARGET * overlap)
 
 
 def score_term(

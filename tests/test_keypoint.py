@@ -11,6 +11,7 @@ from mvision.config import load_config
 from mvision.engine.evaluate import make_metrics
 from mvision.errors import UserError
 from mvision.heads.keypoint import KeypointConfig, KeypointHead
+from mvision.keypoint_losses import score_target
 from mvision.layers import fuse_modules
 from mvision.model import create_model
 from mvision.oks import keypoint_sigmas, oks
@@ -117,6 +118,12 @@ def test_points_without_label_teach_nothing_but_that_they_are_not_there():
     terms = head.loss(outputs, targets)
     assert max(terms["oks_one"], terms["point_one"], terms["oks_many"]) < 1e-3
     assert terms["visible_one"] > 1
+
+
+def test_scores_are_taught_the_oks_and_a_fitting_box_where_it_says_nothing():
+    near, overlap = torch.tensor([0.9, 0.5, 0.01, 0.01]), torch.tensor([1.0, 1.0, 1.0, 0.0])
+    target = score_target(near, overlap)
+    torch.testing.assert_close(target, torch.tensor([0.9, 0.5, 0.4, 0.01]))
 
 
 def test_objects_without_points_teach_their_box_and_no_score():
