@@ -15,7 +15,7 @@ import transformers.models.rt_detr.modeling_rt_detr as reference_v1
 import transformers.models.rt_detr_v2.modeling_rt_detr_v2 as reference_v2
 from torch import Tensor, nn
 
-import mvision.heads.detection
+import mvision.heads.query
 from mvision import Model, load
 from mvision.boxes import inverse_sigmoid
 from mvision.denoising import Denoising
@@ -119,7 +119,7 @@ def term_names(layers: int) -> dict[str, str]:
 def _same_denoising() -> Iterator[None]:
     """The reference gets the denoising queries that our model has just made."""
     made: list[Denoising] = []
-    make = mvision.heads.detection.make_denoising
+    make = mvision.heads.query.make_denoising
 
     def record(*arguments: Any) -> Denoising | None:
         made.append(make(*arguments))
@@ -138,7 +138,7 @@ def _same_denoising() -> Iterator[None]:
 
     name = "get_contrastive_denoising_training_group"
     with (
-        mock.patch.object(mvision.heads.detection, "make_denoising", record),
+        mock.patch.object(mvision.heads.query, "make_denoising", record),
         mock.patch.object(reference_v1, name, replay),
         mock.patch.object(reference_v2, name, replay),
     ):
