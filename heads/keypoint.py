@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from mvision.boxes import cxcywh_to_xyxy
 from mvision.errors import UserError
 from mvision.heads.base import Head
-from mvision.keypoint_cells import CellLayers, Cells, make_cells
-from mvision.keypoint_losses import box_terms, compare, ignored_cells, point_terms, score_target, score_term
+from mvision.keypoint_cells import CellLayers, Cells, FoundPoints, make_cells
+from mvision.keypoint_losses import (
+    box_terms,
+    compare,
+    field_term,
+    ignored_cells,
+    point_terms,
+    score_target,
+    score_term,
+)
 from mvision.keypoint_matching import (
     Candidates,
     KeypointTruth,
@@ -32,8 +40,12 @@ from mvision.keypoint_matching import (
 from mvision.layers import RepBlock
 from mvision.matching import mean_over_processes
 from mvision.oks import check_sigmas, keypoint_sigmas
+from mvision.pixel_features import PixelFeatures
+from mvision.point_field import STEPS, follow, follow_of
 from mvision.settings import Settings
 from mvision.structures import Category, Instances, Targets
+
+FIELD_STRIDE = 4
 
 
 class KeypointConfig(Settings):
@@ -48,11 +60,13 @@ class KeypointConfig(Settings):
             and the score of an object is the mean of theirs.
         num_instances: objects that can be found in an image; may be changed after training.
         sigmas: of the OKS, one for each point, in place of those of the data set; for training and evaluation.
+        pixel_dim: width of the layers that make the field by which points are moved to their exact places (see
+            ``mvision.point_field``); 0 leaves it out. ``instances`` alone have one.
         top_k: cells that learn an object in one-to-many training.
         many_weight: weight of one-to-many training beside one-to-one.
         class_loss: ``vfl`` (varifocal) or ``mal`` (matchability-aware), with ``alpha`` (vfl alone) and ``gamma``.
-        class_weight .. visible_weight: of the loss terms: score; L1 and GIoU of the box; one minus OKS, L1 by the
-            object's scale and visibility of the points.
+        class_weight .. field_weight: of the loss terms: score; L1 and GIoU of the box; one minus OKS, L1 by the
+            object's scale and visibility of the points; the field.
     """
 
     levels: Literal["finest", "all"] = "all"
@@ -61,6 +75,7 @@ class KeypointConfig(Settings):
     predict: Literal["instances", "points"] = "instances"
     num_instances: int = Field(100, gt=0)
     sigmas: list[float] = []
+    pixel_dim: int = Field(64, ge=0)
     top_k: int = Field(10, ge=1)
     many_weight: float = Field(1.0, ge=0)
     class_loss: Literal["vfl", "mal"] = "vfl"
@@ -72,6 +87,7 @@ class KeypointConfig(Settings):
     oks_weight: float = Field(5.0, ge=0)
     point_weight: float = Field(2.0, ge=0)
     visible_weight: float = Field(0.5, ge=0)
+    field_weight: float = Field(1.0, ge=0)
 
 
 class KeypointHead(Head[KeypointConfig]):
@@ -94,9 +110,17 @@ class KeypointHead(Head[KeypointConfig]):
     also = ("bbox",)
 
     def __init__(
-        self, config: KeypointConfig, channels: Sequence[int], strides: Sequence[int], categories: list[Category]
+        self,
+        config: KeypointConfig,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        categories: list[Category],
+        lateral: bool = False,
     ) -> None:
-        super().__init__(config, channels, strides, _with_sigmas(categories, config))
+        super().__init__(config, channels[lateral:], strides[lateral:], _with_sigmas(categories, config))
+        self.has_lateral = lateral
+        beside = channels[0] if lateral else None
+        channels, strides = channels[lateral:], strides[lateral:]
         classes = self.classes
         self.num_points = max(len(category.keypoints) for category in classes)
         levels = 1 if config.levels == "finest" else len(channels)
@@ -108,7 +132,17 @@ class KeypointHead(Head[KeypointConfig]):
         with_boxes = config.predict == "instances"
         self.one = CellLayers(width, len(classes), self.num_points, with_boxes)
         self.many = CellLayers(width, len(classes), self.num_points, with_boxes) if config.many_weight else None
+        self.field: PixelFeatures | None = None
+        if config.predict == "instances" and config.pixel_dim:
+            points = 2 * self.num_points
+            self.field = PixelFeatures(channels, strides, beside, FIELD_STRIDE, config.pixel_dim, points)
+            nn.init.zeros_(self.field.out.weight)
         self._describe_classes(classes)
+
+    @classmethod
+    def lateral_stride(cls, config: KeypointConfig) -> int | None:
+        """For the field."""
+        return FIELD_STRIDE if config.predict == "instances" and config.pixel_dim else None
 
     def _describe_classes(self, classes: list[Category]) -> None:
         """Tensors about the classes; they follow from the categories and stay out of the weights."""
@@ -135,12 +169,17 @@ class KeypointHead(Head[KeypointConfig]):
 
     def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
         """The best cells of the neck's maps, or (with ``targets``, in training) all of them."""
+        beside = features[0] if self.has_lateral else None
+        features = features[self.has_lateral :]
+        field = None if self.field is None else self.field(features, beside)
         maps = [tower(feature) for tower, feature in zip(self.towers, features)]
         cells = make_cells(maps)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
         if targets is None:
-            return self._best(tokens, cells)
+            return self._best(tokens, cells, field)
         outputs = {"centres": cells.centres, "sizes": cells.sizes}
+        if field is not None:
+            outputs["field"] = field
         # The finest map's cells give the shape of the image where the labels don't.
         outputs["shape"] = torch.tensor(maps[0].shape[-2:])
         for branch, layers in (("one", self.one), ("many", self.many)):
@@ -159,11 +198,16 @@ class KeypointHead(Head[KeypointConfig]):
         cells = Cells(outputs["centres"], outputs["sizes"])
         truth = keypoint_truth(targets, self.table, self.num_points, (height, width), cells.centres.dtype)
         near = candidates(*cells, truth.boxes, 2 * config.top_k)
+        field = outputs.get("field")
         terms = {}
+        if field is not None:
+            count = mean_over_processes(truth.labelled.sum().to(truth.areas)).clamp(min=1)
+            learned = field_term(field, truth, self.sigmas[truth.classes].to(truth.areas))
+            terms["field"] = config.field_weight * learned / count
         for branch, weight in (("one", 1.0), ("many", config.many_weight)):
             start = f"{branch}_"
             raw = {name.removeprefix(start): value for name, value in outputs.items() if name.startswith(start)}
-            own = self._terms(raw, cells, truth, near, branch == "many") if raw else {}
+            own = self._terms(raw, cells, truth, near, field, branch == "many") if raw else {}
             for name, value in own.items():
                 terms[f"{name}_{branch}"] = weight * getattr(config, f"{name}_weight") * value
         return terms
@@ -202,7 +246,7 @@ class KeypointHead(Head[KeypointConfig]):
             keypoints=(own * own.new_tensor([width, height, 1])).cpu().numpy(),
         )
 
-    def _best(self, tokens: Tensor, cells: Cells) -> dict[str, Tensor]:
+    def _best(self, tokens: Tensor, cells: Cells, field: Tensor | None) -> dict[str, Tensor]:
         """Outputs of the cells with the best scores; boxes and points of the others are not even computed."""
         one = self.one
         logits = one.score_logits(one(tokens)) if one.score is None else one.score(tokens)
@@ -210,15 +254,24 @@ class KeypointHead(Head[KeypointConfig]):
         best = logits.max(-1).values.topk(count, dim=1).indices
         raw = one(tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1])))
         found = one.decode(raw, cells.at(best))
+        points = found.points
+        for _ in range(STEPS if field is not None else 0):
+            points = follow(field, points)  # type: ignore[arg-type]
         return {
             "logits": logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1])),
             "boxes": found.boxes,
-            "keypoints": found.points,
+            "keypoints": points,
             "visibility": found.visibility,
         }
 
     def _terms(
-        self, raw: dict[str, Tensor], cells: Cells, truth: KeypointTruth, near: Candidates, many: bool
+        self,
+        raw: dict[str, Tensor],
+        cells: Cells,
+        truth: KeypointTruth,
+        near: Candidates,
+        field: Tensor | None,
+        many: bool,
     ) -> dict[str, Tensor]:
         """The loss of one set of last layers, unweighted."""
         image = truth.image
@@ -227,7 +280,9 @@ class KeypointHead(Head[KeypointConfig]):
         compared = compare(found, truth, self.sigmas[truth.classes].to(truth.areas))
         logits = self.one.score_logits(raw)
         scores = logits[(*index, truth.classes[:, None])].to(truth.areas).sigmoid()
-        values = cell_values(near.closeness, scores, compared.near, compared.overlap, truth.labelled)
+        # Scores are about the points that prediction gives in the end.
+        final = compared.near if field is None else self._final_oks(found, truth, field)
+        values = cell_values(near.closeness, scores, final, compared.overlap, truth.labelled)
         place = (values, near.cells, image)
         chosen = many_cells(*place, len(cells.centres), self.config.top_k) if many else one_cell(*place)
         taught = chosen & truth.labelled[:, None]
@@ -245,10 +300,19 @@ class KeypointHead(Head[KeypointConfig]):
             terms["class"] = self._score_term(self.one.visibility(raw), where, quality, ignored) / self.num_points
             return {name: value / of_points for name, value in terms.items()}
         terms = point_terms(found, compared, truth, taught, self.exists[truth.classes])
-        quality = score_target(compared.near, compared.overlap)[row, column]
+        quality = score_target(final, compared.overlap)[row, column]
         terms["class"] = self._score_term(logits, (*cell, truth.classes[row]), quality, ignored)
         terms = {name: value / of_points for name, value in terms.items()}
         return terms | {name: value / total for name, value in box_terms(found, compared, truth, chosen).items()}
+
+    @torch.no_grad()
+    def _final_oks(self, found: FoundPoints, truth: KeypointTruth, field: Tensor) -> Tensor:
+        """(M, n) OKS of the points moved along the field."""
+        points = found.points
+        for _ in range(STEPS):
+            points = follow_of(field, truth.image, points)
+        moved = found._replace(points=points)
+        return compare(moved, truth, self.sigmas[truth.classes].to(truth.areas)).near
 
     def _score_term(self, logits: Tensor, where: tuple[Tensor, ...], quality: Tensor, ignored: Tensor) -> Tensor:
         config = self.config

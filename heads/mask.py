@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mvision.boxes import xyxy_to_cxcywh
 from mvision.heads.query import Found, QueryConfig, QueryHead
-from mvision.layers import MLP, ConvNorm, RepBlock
+from mvision.layers import MLP
 from mvision.mask_losses import (
     OVERSAMPLE,
     MaskPoints,
@@ -30,6 +30,7 @@ from mvision.mask_losses import (
 )
 from mvision.masks import Masks, encode_logits
 from mvision.matching import mean_over_processes
+from mvision.pixel_features import PixelFeatures
 from mvision.structures import Category, Instances, Targets
 
 PRIOR_WEIGHT = 2.0  # of a new query: logit in the centre of its box
@@ -84,7 +85,12 @@ class MaskHead(QueryHead[MaskConfig]):
         super().__init__(config, channels[lateral:], strides[lateral:], categories)
         self.lateral = lateral
         self.pixels = PixelFeatures(
-            channels[lateral:], strides[lateral:], channels[0] if lateral else None, config.pixel_stride, config
+            channels[lateral:],
+            strides[lateral:],
+            channels[0] if lateral else None,
+            config.pixel_stride,
+            config.pixel_dim,
+            config.mask_dim,
         )
         # One number more than the embedding: the weight of the prior.
         self.mask_embed = MLP(config.embed_dim, config.embed_dim, config.mask_dim + 1, 3)
@@ -194,40 +200,6 @@ class MaskHead(QueryHead[MaskConfig]):
         return {name: value / total for name, value in sums.items()}
 
 
-class PixelFeatures(nn.Module):
-    """The neck's maps, and the backbone's lateral where there is one, as one map that masks are made from.
-
-    Args:
-        channels, strides: of the neck's maps, finest first.
-        lateral: channels of the backbone's map of stride ``stride``, or None.
-        stride: of the result; the map is enlarged to it.
-    """
-
-    def __init__(
-        self, channels: Sequence[int], strides: Sequence[int], lateral: int | None, stride: int, config: MaskConfig
-    ) -> None:
-        super().__init__()
-        width = config.pixel_dim
-        self.scale = max(1, strides[0] // stride)
-        self.projections = nn.ModuleList(ConvNorm(count, width, act=None) for count in channels)
-        self.fuse_scales = RepBlock(width, width)
-        self.lateral = None if lateral is None else ConvNorm(lateral, width, act=None)
-        self.refine = RepBlock(width, width)
-        self.out = nn.Conv2d(width, config.mask_dim, 1)
-
-    def forward(self, maps: list[Tensor], lateral: Tensor | None) -> Tensor:
-        """(B, mask_dim, h, w)."""
-        x = self.projections[0](maps[0])
-        for projection, other in zip(self.projections[1:], maps[1:]):
-            x = x + _enlarge(projection(other), (x.shape[-2], x.shape[-1]))
-        x = self.fuse_scales(x)
-        if self.lateral is not None and lateral is not None:
-            x = self.lateral(lateral) + _enlarge(x, (lateral.shape[-2], lateral.shape[-1]))
-        elif self.scale > 1:
-            x = _enlarge(x, (x.shape[-2] * self.scale, x.shape[-1] * self.scale))
-        return self.out(self.refine(x))
-
-
 def mask_grid(embeddings: Tensor, pixels: Tensor, boxes: Tensor) -> Tensor:
     """Mask logits on the whole grid: (B, Q, d + 1), (B, d, h, w), (B, Q, 4) -> (B, Q, h, w) in float32 or better."""
     height, width = pixels.shape[-2:]
@@ -266,7 +238,3 @@ def _prior(x: Tensor, y: Tensor, boxes: Tensor) -> Tensor:
     scale = 2 / boxes[..., 2:].clamp(min=1e-3)
     across, down = (x - boxes[..., 0]) * scale[..., 0], (y - boxes[..., 1]) * scale[..., 1]
     return (1 - across.square() - down.square()).clamp(min=PRIOR_LOWEST)
-
-
-def _enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
