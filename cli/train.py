@@ -24,7 +24,7 @@ from mvision.cli.options import (
     "tasks",
     multiple=True,
     metavar="T",
-    help="What to learn: detection or instance-seg.  [default: detection, or the config's]",
+    help="What to learn: detection, instance-seg or keypoints.  [default: detection, or the config's]",
 )
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: the built-in data set]")
 @click.option(
