@@ -190,8 +190,9 @@ class KeypointHead(Head[KeypointConfig]):
     def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
         """``class``, ``box``, ``giou``, ``oks``, ``point`` and ``visible``, each followed by ``_one`` and ``_many``.
 
-        They are divided by the number of cells that learn an object, over all processes. ``predict: points`` has no
-        terms of boxes, and no ``visible``: there the score of a point is its own similarity.
+        Besides these ``field``, where there is one. They are divided by the number of cells that learn an object (the
+        field: of objects with labelled points), over all processes. ``predict: points`` has no terms of boxes, and no
+        ``visible``: there the score of a point is its own similarity.
         """
         config = self.config
         height, width = outputs["shape"].tolist()

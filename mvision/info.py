@@ -106,6 +106,8 @@ def model_text(model: Model, name: str) -> str:
     ]
     backbone = model.backbone
     maps = ", ".join(f"{channels} at 1/{stride}" for channels, stride in zip(backbone.channels, backbone.strides))
+    if backbone.laterals:
+        maps += "; for heads " + ", ".join(f"{channels} at 1/{s}" for s, channels in backbone.laterals.items())
     config = model.config
     return "\n".join(
         [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mvision.config import RUN_CONFIG, Config, load_config, shipped_configs
+from mvision.config import RUN_CONFIG, Config, ModelConfig, load_config, shipped_configs
 from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.settings import Settings
@@ -42,31 +42,31 @@ def run_config(
         return load_config(file=resume / RUN_CONFIG, overrides=options, assignments=assignments)
     known: dict[str, Any] = {}
     if init is not None and model is None and file is None:
-        model, known, own_tasks = _architecture(init)
-        tasks = tasks or own_tasks
-        known |= _heads_like(init, tasks)
+        weights = read_weights(init).config
+        tasks = tasks or list(weights.heads)
+        model, known = _architecture(weights)
+        known |= _heads_like(weights, tasks)
     return load_config(model, file, tasks, {**known, **(options or {})}, assignments)
 
 
-def _architecture(source: str) -> tuple[str, dict[str, Any], list[str]]:
-    """Of weights: the shipped model nearest to them (for how to train), their backbone and neck, and their tasks."""
-    config = read_weights(source).config
+def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
+    """Of weights: the shipped model nearest to them (for how to train), and their own backbone and neck."""
     backbones = {load_config(name).model.backbone.name: name for name in shipped_configs()}
     sections = {
         "model.backbone": config.backbone.model_dump(),
         "model.neck": config.neck.model_dump(),
         "model.image_size": config.image_size,
     }
-    return backbones.get(config.backbone.name, "base"), sections, list(config.heads)
+    return backbones.get(config.backbone.name, "base"), sections
 
 
-def _heads_like(source: str, tasks: list[str]) -> dict[str, Any]:
+def _heads_like(config: ModelConfig, tasks: list[str]) -> dict[str, Any]:
     """Settings of the heads for ``tasks`` that let them take over the weights' heads.
 
     A task that the weights know has its head's settings. Another gets what its own schema has in common with that of a
     head it is related to: a mask head gets the decoder of a detection head.
     """
-    heads = read_weights(source).config.heads
+    heads = config.heads
     sections: dict[str, Any] = {}
     for task in tasks:
         if task in heads:

@@ -61,9 +61,10 @@ def newest_run(tasks: Sequence[str] = (), runs: Path = RUNS) -> Path:
     found = [best for best in runs.glob(f"*/*/{BEST}") if set(tasks) <= set(best.parent.parent.name.split("+"))]
     if not found:
         wanted = " ".join(f"--task {task}" for task in tasks or ("detection",))
+        published = " or PekingU/rtdetr_r18vd" if set(tasks) <= {"detection"} else ""
         raise UserError(
             f"no run to predict with in {runs.resolve()}: train one with 'mvision train {wanted}', or give --weights, "
-            f"such as a .safetensors file or PekingU/rtdetr_r18vd"
+            f"such as a .safetensors file{published}"
         )
     return max(found, key=lambda best: best.stat().st_mtime).parent
 
