@@ -9,6 +9,7 @@ reaches the RepBlocks: one linear layer could not tell a cell from its neighbour
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -20,9 +21,10 @@ from mvision.errors import UserError
 from mvision.heads.base import Head
 from mvision.keypoint_cells import CellLayers, Cells, FoundPoints, make_cells
 from mvision.keypoint_losses import (
+    SMALLEST,
+    Compared,
     box_terms,
     compare,
-    field_term,
     ignored_cells,
     point_terms,
     score_target,
@@ -39,13 +41,17 @@ from mvision.keypoint_matching import (
 )
 from mvision.layers import RepBlock
 from mvision.matching import mean_over_processes
-from mvision.oks import check_sigmas, keypoint_sigmas
-from mvision.pixel_features import PixelFeatures
-from mvision.point_field import STEPS, follow, follow_of
+from mvision.oks import check_sigmas, keypoint_sigmas, labelled_mean
+from mvision.point_maps import STRIDE, PointMaps, in_window, likeliest, map_loss, pad_rows
 from mvision.settings import Settings
 from mvision.structures import Category, Instances, Targets
 
-FIELD_STRIDE = 4
+MAP_CELLS = 4  # of an object's best cells make maps of its points in training
+PRIOR_NOISE = 0.05  # of what they expect of a point, in sides of the box: it is known better in training than later
+WINDOW_NOISE = 0.08  # of a true box, in sides of it, where the predicted one is too far off to be looked at
+WINDOW_IOU = 0.5  # with the true box, from which on a predicted box is looked at
+# Area of an object by that of its box, where only the box is known. People of the built-in set: 0.47 in the median.
+FILL = 0.5
 
 
 class KeypointConfig(Settings):
@@ -60,13 +66,14 @@ class KeypointConfig(Settings):
             and the score of an object is the mean of theirs.
         num_instances: objects that can be found in an image; may be changed after training.
         sigmas: of the OKS, one for each point, in place of those of the data set; for training and evaluation.
-        pixel_dim: width of the layers that make the field by which points are moved to their exact places (see
-            ``mvision.point_field``); 0 leaves it out. ``instances`` alone have one.
+        pixel_dim: width of the layers that make the pixel features for the maps in which points are found exactly (see
+            ``mvision.point_maps``); 0 leaves them out. ``instances`` alone have them.
+        map_dim: channels of these features.
         top_k: cells that learn an object in one-to-many training.
         many_weight: weight of one-to-many training beside one-to-one.
         class_loss: ``vfl`` (varifocal) or ``mal`` (matchability-aware), with ``alpha`` (vfl alone) and ``gamma``.
-        class_weight .. field_weight: of the loss terms: score; L1 and GIoU of the box; one minus OKS, L1 by the
-            object's scale and visibility of the points; the field.
+        class_weight .. map_weight: of the loss terms: score; L1 and GIoU of the box; one minus OKS and L1 by the
+            object's scale of the points that a cell expects, and visibility; the maps.
     """
 
     levels: Literal["finest", "all"] = "all"
@@ -76,6 +83,7 @@ class KeypointConfig(Settings):
     num_instances: int = Field(100, gt=0)
     sigmas: list[float] = []
     pixel_dim: int = Field(64, ge=0)
+    map_dim: int = Field(32, gt=0)
     top_k: int = Field(10, ge=1)
     many_weight: float = Field(1.0, ge=0)
     class_loss: Literal["vfl", "mal"] = "vfl"
@@ -84,10 +92,30 @@ class KeypointConfig(Settings):
     class_weight: float = Field(4.0, ge=0)
     box_weight: float = Field(5.0, ge=0)
     giou_weight: float = Field(2.0, ge=0)
-    oks_weight: float = Field(5.0, ge=0)
+    oks_weight: float = Field(1.0, ge=0)
     point_weight: float = Field(2.0, ge=0)
     visible_weight: float = Field(0.5, ge=0)
-    field_weight: float = Field(1.0, ge=0)
+    map_weight: float = Field(8.0, ge=0)
+
+
+@dataclass
+class Assigned:
+    """What one set of last layers learns: M objects with n candidate cells each.
+
+    Attributes:
+        sigmas, exists: (M, K) of the objects' classes: the tolerance of each point, and which of the K they have.
+        values: (M, n), see ``cell_values``.
+        chosen: (M, n) bool: cells that learn the object.
+    """
+
+    truth: KeypointTruth
+    near: Candidates
+    sigmas: Tensor
+    exists: Tensor
+    found: FoundPoints
+    compared: Compared
+    values: Tensor
+    chosen: Tensor
 
 
 class KeypointHead(Head[KeypointConfig]):
@@ -98,7 +126,8 @@ class KeypointHead(Head[KeypointConfig]):
 
     Outputs, for the N = ``num_instances`` best cells: ``logits`` (B, N, C) before the sigmoid, C being the classes with
     keypoints; ``boxes`` (B, N, 4) cxcywh in 0..1; ``keypoints`` (B, N, K, 2) x, y in 0..1; ``visibility`` (B, N, K)
-    before the sigmoid. In training, what the loss makes them from, for all cells.
+    before the sigmoid; with maps ``similarity`` (B, N, K) in 0..1, what the OKS of each point is expected to be. In
+    training, what the loss makes them from, for all cells.
 
     Raises:
         UserError: no class has keypoints, ``sigmas`` do not fit them, or several have and ``predict`` is ``points``.
@@ -131,34 +160,38 @@ class KeypointHead(Head[KeypointConfig]):
         )
         with_boxes = config.predict == "instances"
         self.one = CellLayers(width, len(classes), self.num_points, with_boxes)
-        self.many = CellLayers(width, len(classes), self.num_points, with_boxes) if config.many_weight else None
-        self.field: PixelFeatures | None = None
+        # Objects without keypoints teach the neck as well, in the layers that are left out later.
+        taught = len(categories) if with_boxes else 1
+        self.many = CellLayers(width, taught, self.num_points, with_boxes) if config.many_weight else None
+        self.maps: PointMaps | None = None
         if config.predict == "instances" and config.pixel_dim:
-            points = 2 * self.num_points
-            self.field = PixelFeatures(channels, strides, beside, FIELD_STRIDE, config.pixel_dim, points)
-            nn.init.zeros_(self.field.out.weight)
+            sizes = (config.pixel_dim, config.map_dim, width, self.num_points)
+            self.maps = PointMaps(channels, strides, beside, *sizes)
         self._describe_classes(classes)
 
     @classmethod
     def lateral_stride(cls, config: KeypointConfig) -> int | None:
-        """For the field."""
-        return FIELD_STRIDE if config.predict == "instances" and config.pixel_dim else None
+        """For the maps."""
+        return STRIDE if config.predict == "instances" and config.pixel_dim else None
 
     def _describe_classes(self, classes: list[Category]) -> None:
         """Tensors about the classes; they follow from the categories and stay out of the weights."""
         table = torch.full((len(self.categories),), -1)
         labels = torch.tensor([self.categories.index(category) for category in classes])
         table[labels] = torch.arange(len(classes))
-        sigmas = torch.ones(len(classes), self.num_points)
-        exists = torch.zeros(len(classes), self.num_points, dtype=torch.bool)
-        for row, category in enumerate(classes):
+        sigmas = torch.ones(len(self.categories), self.num_points)
+        exists = torch.zeros(len(self.categories), self.num_points, dtype=torch.bool)
+        for row, category in enumerate(self.categories):
             count = len(category.keypoints)
             sigmas[row, :count] = torch.tensor(keypoint_sigmas(category))
             exists[row, :count] = True
-        for name, tensor in (("table", table), ("labels", labels), ("sigmas", sigmas), ("exists", exists)):
+        every = torch.arange(len(self.categories))
+        tensors = {"table": table, "labels": labels, "every": every, "sigmas": sigmas, "exists": exists}
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self.table: Tensor
         self.labels: Tensor
+        self.every: Tensor
         self.sigmas: Tensor
         self.exists: Tensor
 
@@ -171,15 +204,15 @@ class KeypointHead(Head[KeypointConfig]):
         """The best cells of the neck's maps, or (with ``targets``, in training) all of them."""
         beside = features[0] if self.has_lateral else None
         features = features[self.has_lateral :]
-        field = None if self.field is None else self.field(features, beside)
+        pixels = None if self.maps is None else self.maps.pixels(features, beside)
         maps = [tower(feature) for tower, feature in zip(self.towers, features)]
         cells = make_cells(maps)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
         if targets is None:
-            return self._best(tokens, cells, field)
+            return self._best(tokens, cells, pixels)
         outputs = {"centres": cells.centres, "sizes": cells.sizes}
-        if field is not None:
-            outputs["field"] = field
+        if pixels is not None:
+            outputs |= {"pixels": pixels, "tokens": tokens}
         # The finest map's cells give the shape of the image where the labels don't.
         outputs["shape"] = torch.tensor(maps[0].shape[-2:])
         for branch, layers in (("one", self.one), ("many", self.many)):
@@ -190,27 +223,22 @@ class KeypointHead(Head[KeypointConfig]):
     def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
         """``class``, ``box``, ``giou``, ``oks``, ``point`` and ``visible``, each followed by ``_one`` and ``_many``.
 
-        Besides these ``field``, where there is one. They are divided by the number of cells that learn an object (the
-        field: of objects with labelled points), over all processes. ``predict: points`` has no terms of boxes, and no
-        ``visible``: there the score of a point is its own similarity.
+        Besides these ``map``, where there are maps. They are divided by the number of cells that learn an object, over
+        all processes. ``predict: points`` has no terms of boxes, and no ``visible``: there the score of a point is its
+        own similarity.
         """
         config = self.config
-        height, width = outputs["shape"].tolist()
-        cells = Cells(outputs["centres"], outputs["sizes"])
-        truth = keypoint_truth(targets, self.table, self.num_points, (height, width), cells.centres.dtype)
-        near = candidates(*cells, truth.boxes, 2 * config.top_k)
-        field = outputs.get("field")
         terms = {}
-        if field is not None:
-            count = mean_over_processes(truth.labelled.sum().to(truth.areas)).clamp(min=1)
-            learned = field_term(field, truth, self.sigmas[truth.classes].to(truth.areas))
-            terms["field"] = config.field_weight * learned / count
         for branch, weight in (("one", 1.0), ("many", config.many_weight)):
             start = f"{branch}_"
             raw = {name.removeprefix(start): value for name, value in outputs.items() if name.startswith(start)}
-            own = self._terms(raw, cells, truth, near, field, branch == "many") if raw else {}
-            for name, value in own.items():
+            if not raw:
+                continue
+            taught = self._assign(raw, outputs, targets, branch == "many")
+            for name, value in self._terms(raw, taught).items():
                 terms[f"{name}_{branch}"] = weight * getattr(config, f"{name}_weight") * value
+            if branch == "one" and self.maps is not None:
+                terms["map"] = config.map_weight * self._map_term(self.maps, outputs, taught)
         return terms
 
     def postprocess(
@@ -221,12 +249,15 @@ class KeypointHead(Head[KeypointConfig]):
         Points that the class of an instance lacks are zeros.
         """
         probabilities = outputs["logits"].float().sigmoid()
+        visible = outputs["visibility"].float().sigmoid()
+        if "similarity" in outputs:
+            # The score says how well the box fits; the OKS to expect of the points that are there says the rest.
+            expected = (outputs["similarity"] * visible).sum(-1) / visible.sum(-1).clamp(min=1e-6)
+            probabilities = probabilities * expected[..., None]
         scores, index = probabilities.flatten(1).topk(probabilities.shape[1], dim=1)
         corners = cxcywh_to_xyxy(outputs["boxes"].float()).clamp(0, 1)
         # Labelled points lie in the image: what is found outside of it can only gain by being moved to its border.
-        points = torch.cat(
-            (outputs["keypoints"].float().clamp(0, 1), outputs["visibility"].float().sigmoid()[..., None]), -1
-        )
+        points = torch.cat((outputs["keypoints"].float().clamp(0, 1), visible[..., None]), -1)
         return [
             self._instances(corners[image], points[image], scores[image, keep], index[image, keep], size)
             for image, (keep, size) in enumerate(zip(scores >= threshold, sizes))
@@ -237,7 +268,7 @@ class KeypointHead(Head[KeypointConfig]):
     ) -> Instances:
         classes, cell = pairs % len(self.labels), pairs // len(self.labels)
         height, width = size
-        own = points[cell] * self.exists[classes][..., None].to(points)
+        own = points[cell] * self.exists[self.labels[classes]][..., None].to(points)
         return Instances(
             boxes=(corners[cell] * corners.new_tensor([width, height, width, height])).cpu().numpy(),
             scores=scores.cpu().numpy(),
@@ -247,73 +278,107 @@ class KeypointHead(Head[KeypointConfig]):
             keypoints=(own * own.new_tensor([width, height, 1])).cpu().numpy(),
         )
 
-    def _best(self, tokens: Tensor, cells: Cells, field: Tensor | None) -> dict[str, Tensor]:
+    def _best(self, tokens: Tensor, cells: Cells, pixels: Tensor | None) -> dict[str, Tensor]:
         """Outputs of the cells with the best scores; boxes and points of the others are not even computed."""
         one = self.one
         logits = one.score_logits(one(tokens)) if one.score is None else one.score(tokens)
         count = min(self.config.num_instances, tokens.shape[1])
         best = logits.max(-1).values.topk(count, dim=1).indices
-        raw = one(tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1])))
-        found = one.decode(raw, cells.at(best))
-        points = found.points
-        for _ in range(STEPS if field is not None else 0):
-            points = follow(field, points)  # type: ignore[arg-type]
-        return {
-            "logits": logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1])),
-            "boxes": found.boxes,
-            "keypoints": points,
-            "visibility": found.visibility,
-        }
+        tokens = tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1]))
+        logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1]))
+        found = one.decode(one(tokens), cells.at(best))
+        outputs = {"logits": logits, "boxes": found.boxes, "visibility": found.visibility, "keypoints": found.points}
+        if self.maps is not None and pixels is not None:
+            maps = self.maps.logits(self.maps.read(pixels, found.boxes), tokens, found.boxes, found.points)
+            reach = self._reach(found.boxes, self.labels[logits.argmax(-1)])
+            points, similar = likeliest(maps, found.boxes, reach)
+            outputs |= {"keypoints": points.to(found.points.dtype), "similarity": similar}
+        return outputs
 
-    def _terms(
-        self,
-        raw: dict[str, Tensor],
-        cells: Cells,
-        truth: KeypointTruth,
-        near: Candidates,
-        field: Tensor | None,
-        many: bool,
-    ) -> dict[str, Tensor]:
-        """The loss of one set of last layers, unweighted."""
-        image = truth.image
-        index = (image[:, None], near.cells)
+    def _reach(self, boxes: Tensor, labels: Tensor) -> Tensor:
+        """(..., K, 2) standard deviation of the similarity along x and y, for objects of which the box is known.
+
+        In 0..1 of an image that is taken for a square, which the input of most models is.
+        """
+        side = (FILL * boxes[..., 2:].prod(-1)).sqrt()
+        return (2 * self.sigmas[labels].to(side) * side[..., None])[..., None].expand(*labels.shape, self.num_points, 2)
+
+    def _assign(
+        self, raw: dict[str, Tensor], outputs: dict[str, Tensor], targets: list[Targets], many: bool
+    ) -> Assigned:
+        """Which cells learn what from one set of last layers."""
+        everything = many and self.one.score is not None
+        table, labels = (self.every, self.every) if everything else (self.table, self.labels)
+        height, width = outputs["shape"].tolist()
+        cells = Cells(outputs["centres"], outputs["sizes"])
+        truth = keypoint_truth(targets, table, self.num_points, (height, width), cells.centres.dtype)
+        near = candidates(*cells, truth.boxes, 2 * self.config.top_k)
+        index = (truth.image[:, None], near.cells)
+        sigmas, exists = self.sigmas[labels][truth.classes].to(truth.areas), self.exists[labels][truth.classes]
         found = self.one.decode({name: value[index] for name, value in raw.items()}, cells.at(near.cells))
-        compared = compare(found, truth, self.sigmas[truth.classes].to(truth.areas))
-        logits = self.one.score_logits(raw)
-        scores = logits[(*index, truth.classes[:, None])].to(truth.areas).sigmoid()
-        # Scores are about the points that prediction gives in the end.
-        final = compared.near if field is None else self._final_oks(found, truth, field)
-        values = cell_values(near.closeness, scores, final, compared.overlap, truth.labelled)
-        place = (values, near.cells, image)
+        compared = compare(found, truth, sigmas)
+        scores = self.one.score_logits(raw)[(*index, truth.classes[:, None])].to(truth.areas).sigmoid()
+        values = cell_values(near.closeness, scores, compared.near, compared.overlap, truth.labelled)
+        place = (values, near.cells, truth.image)
         chosen = many_cells(*place, len(cells.centres), self.config.top_k) if many else one_cell(*place)
-        taught = chosen & truth.labelled[:, None]
-        total, of_points = mean_over_processes(torch.stack((chosen.sum(), taught.sum())).to(truth.areas)).clamp(min=1)
+        return Assigned(truth, near, sigmas, exists, found, compared, values, chosen)
 
-        row, column = taught.nonzero(as_tuple=True)
-        cell = (image[row], near.cells[row, column])
-        ignored = ignored_cells(near.inside, truth)
+    def _terms(self, raw: dict[str, Tensor], taught: Assigned) -> dict[str, Tensor]:
+        """The loss of one set of last layers, unweighted."""
+        truth, found, compared, chosen = taught.truth, taught.found, taught.compared, taught.chosen
+        of_points = chosen & truth.labelled[:, None]
+        # Of a class that has no points, the box is all there is to score.
+        plain = ~taught.exists.any(-1)
+        scored = chosen & (truth.labelled | plain)[:, None]
+        counts = torch.stack((chosen.sum(), of_points.sum(), scored.sum())).to(truth.areas)
+        num_boxes, num_points, num_scores = mean_over_processes(counts).clamp(min=1)
+        row, column = scored.nonzero(as_tuple=True)
+        cell = (truth.image[row], taught.near.cells[row, column])
+        ignored = ignored_cells(taught.near.inside & ~plain[:, None], truth)
         if "boxes" not in raw:
-            terms = point_terms(found, compared, truth, taught, None)
+            terms = point_terms(found, compared, truth, of_points, None)
             # Every point has a score of its own, whose target is how near that point is.
             pair, point = (truth.points[row, :, 2] > 0).nonzero(as_tuple=True)
             quality = score_target(compared.each, compared.overlap[..., None])[row, column][pair, point]
             where = (cell[0][pair], cell[1][pair], point)
             terms["class"] = self._score_term(self.one.visibility(raw), where, quality, ignored) / self.num_points
-            return {name: value / of_points for name, value in terms.items()}
-        terms = point_terms(found, compared, truth, taught, self.exists[truth.classes])
-        quality = score_target(final, compared.overlap)[row, column]
-        terms["class"] = self._score_term(logits, (*cell, truth.classes[row]), quality, ignored)
-        terms = {name: value / of_points for name, value in terms.items()}
-        return terms | {name: value / total for name, value in box_terms(found, compared, truth, chosen).items()}
+            return {name: value / num_points for name, value in terms.items()}
+        terms = point_terms(found, compared, truth, of_points, taught.exists)
+        terms = {name: value / num_points for name, value in terms.items()}
+        # With maps, the OKS to expect of them is counted afterwards, in post-processing.
+        by_box = compared.overlap.detach()
+        quality = by_box if self.maps is not None else score_target(compared.near, by_box)
+        quality = torch.where(plain[:, None], by_box, quality)[row, column]
+        where = (*cell, truth.classes[row])
+        terms["class"] = self._score_term(self.one.score_logits(raw), where, quality, ignored) / num_scores
+        boxes = box_terms(found, compared, truth, chosen)
+        return terms | {name: value / num_boxes for name, value in boxes.items()}
 
-    @torch.no_grad()
-    def _final_oks(self, found: FoundPoints, truth: KeypointTruth, field: Tensor) -> Tensor:
-        """(M, n) OKS of the points moved along the field."""
-        points = found.points
-        for _ in range(STEPS):
-            points = follow_of(field, truth.image, points)
-        moved = found._replace(points=points)
-        return compare(moved, truth, self.sigmas[truth.classes].to(truth.areas)).near
+    def _map_term(self, maps: PointMaps, outputs: dict[str, Tensor], taught: Assigned) -> Tensor:
+        """The loss of the maps of every object's best cells, unweighted."""
+        truth, pixels = taught.truth, outputs["pixels"]
+        values, column = taught.values.topk(min(MAP_CELLS, taught.values.shape[1]), dim=1)
+        row, rank = ((values > 0) & truth.labelled[:, None]).nonzero(as_tuple=True)
+        column = column[row, rank]
+        image, true_boxes, points = truth.image[row], truth.boxes[row], truth.points[row]
+        sides = true_boxes[:, 2:]
+        noisy = true_boxes + WINDOW_NOISE * torch.randn_like(true_boxes) * sides.repeat(1, 2)
+        noisy[:, 2:] = noisy[:, 2:].maximum(0.5 * sides)
+        fits = taught.compared.overlap[row, column] > WINDOW_IOU
+        boxes = torch.where(fits[:, None], taught.found.boxes[row, column].detach(), noisy)
+        expected = taught.found.points[row, column].detach()
+        expected = expected + PRIOR_NOISE * torch.randn_like(expected) * boxes[:, None, 2:]
+        tokens = outputs["tokens"][image, taught.near.cells[row, column]]
+
+        padded, index = pad_rows(image, len(pixels), boxes)
+        logits = maps.logits(maps.read(pixels, padded)[index], tokens, boxes, expected)
+        # Half the width of the OKS itself: a place at the end of it is no longer a good one.
+        deviation = (taught.sigmas[row] * truth.areas[row].clamp(min=SMALLEST**2).sqrt()[:, None])[..., None]
+        loss = map_loss(logits, boxes, points[..., :2], deviation / truth.scale[row][:, None])
+        there = (points[..., 2] > 0) & in_window(boxes, points[..., :2])
+        total = mean_over_processes(torch.tensor(float(len(row)), device=loss.device)).clamp(min=1)
+        # Keeps every parameter in the graph when no object has points: distributed training waits for all of them.
+        return labelled_mean(loss, there.to(loss)).sum() / total + 0 * (pixels.sum() + maps.embed.bias.sum()).float()
 
     def _score_term(self, logits: Tensor, where: tuple[Tensor, ...], quality: Tensor, ignored: Tensor) -> Tensor:
         config = self.config

@@ -18,7 +18,6 @@ from mvision.keypoint_cells import FoundPoints
 from mvision.keypoint_matching import KeypointTruth
 from mvision.losses import quality_focal
 from mvision.oks import labelled_mean, similarity
-from mvision.point_field import follow_of, scatter
 
 # Side of the smallest object that distances are measured by, as a fraction of the image: a speck would weigh most.
 SMALLEST = 0.01
@@ -74,19 +73,6 @@ def point_terms(
         entropy = F.binary_cross_entropy_with_logits(found.visibility, target, reduction="none")
         terms["visible"] = _sum(labelled_mean(entropy, exists[:, None].to(entropy)), chosen)
     return terms
-
-
-def field_term(field: Tensor, truth: KeypointTruth, sigmas: Tensor) -> Tensor:
-    """Sum over the objects of the field's loss at places around their points, a mean over labelled points.
-
-    It is log(1 + e), e being the exponent of the OKS: as exact as the figure asks for, and with a gradient from afar.
-    """
-    places = truth.points[..., :2]
-    moved = follow_of(field, truth.image, scatter(places, truth.boxes))
-    squared = ((moved - places[:, None]) * truth.scale[:, None, None]).square().sum(-1)
-    exponent = squared / (2 * (2 * sigmas[:, None]).square() * truth.areas.clamp(min=SMALLEST**2)[:, None, None])
-    values = labelled_mean((1 + exponent).log(), truth.points[:, None, :, 2].expand_as(exponent))
-    return values.mean(1).sum() + 0 * field.float().sum()
 
 
 @torch.no_grad()

@@ -82,7 +82,7 @@ def test_two_branches_teach_and_one_predicts():
     head = make_head("keypoints")
     targets = make_targets(3, 1)
     assert set(head.loss(head(make_features(), targets), targets)) == {
-        "field",
+        "map",
         *(f"{t}_{b}" for t in TERMS for b in ("one", "many")),
     }
     head.eval()
@@ -97,7 +97,7 @@ def test_two_branches_teach_and_one_predicts():
 def test_without_one_to_many_there_are_no_layers_for_it():
     head = new_head(3, many_weight=0.0)
     terms = head.loss(head(make_features(1), [objects(head)]), [objects(head)])
-    assert set(terms) == {"field", *(f"{term}_one" for term in TERMS)}
+    assert set(terms) == {"map", *(f"{term}_one" for term in TERMS)}
     assert head.many is None
 
 
@@ -106,7 +106,7 @@ def test_perfect_predictions_cost_nothing_but_confidence():
     targets = [objects(head, 1)]
     terms = head.loss(perfect_outputs(head, targets), targets)
     for name, value in terms.items():
-        if name != "field":  # no output of a cell: see test_point_field.py
+        if name != "map":  # no output of a cell: see test_point_maps.py
             assert (value < 1e-3) != name.startswith("class"), (name, value)
 
 
@@ -146,12 +146,21 @@ def test_objects_without_points_teach_their_box_and_no_score():
     assert (pull[~inside] > 0).all()
 
 
-def test_classes_without_keypoints_are_background():
+def test_classes_without_keypoints_teach_the_neck_and_are_background_to_predictions():
     head = make_head("keypoints")
     (target,) = make_targets(1)
     target.labels[:] = 1  # the dog, which has none
-    terms = head.loss(head(make_features(1), [target]), [target])
-    assert all(value == 0 for name, value in terms.items() if not name.startswith("class"))
+    target.keypoints[:] = 0
+    outputs = head(make_features(1), [target])
+    for branch in ("one", "many"):
+        outputs[f"{branch}_logits"] = outputs[f"{branch}_logits"].detach().requires_grad_()
+    terms = head.loss(outputs, [target])
+    assert {name for name, value in terms.items() if value != 0} == {"class_one", "class_many", "box_many", "giou_many"}
+    total(terms).backward()
+    assert (outputs["one_logits"].grad > 0).all()  # down, everywhere
+    pull = outputs["many_logits"].grad[0]
+    assert (pull[:, 1] < 0).any()
+    assert (pull[:, [0, 2]] > 0).all()
 
 
 @pytest.mark.parametrize("counts", [(1,), (133,), (3, 1, 5)])
