@@ -52,6 +52,8 @@ WINDOW_NOISE = 0.08  # of a true box, in sides of it, where the predicted one is
 WINDOW_IOU = 0.5  # with the true box, from which on a predicted box is looked at
 # Area of an object by that of its box, where only the box is known. People of the built-in set: 0.47 in the median.
 FILL = 0.5
+# The largest sigma that maps are taught and read with, that of COCO's hips: by looser ones any place would be good.
+LARGEST_SIGMA = 0.107
 
 
 class KeypointConfig(Settings):
@@ -223,9 +225,9 @@ class KeypointHead(Head[KeypointConfig]):
     def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
         """``class``, ``box``, ``giou``, ``oks``, ``point`` and ``visible``, each followed by ``_one`` and ``_many``.
 
-        Besides these ``map``, where there are maps. They are divided by the number of cells that learn an object, over
-        all processes. ``predict: points`` has no terms of boxes, and no ``visible``: there the score of a point is its
-        own similarity.
+        Besides these ``map_one``, where there are maps. They are divided by the number of cells that learn an object,
+        over all processes. ``predict: points`` has no terms of boxes, and no ``visible``: there the score of a point is
+        its own similarity.
         """
         config = self.config
         terms = {}
@@ -238,7 +240,7 @@ class KeypointHead(Head[KeypointConfig]):
             for name, value in self._terms(raw, taught).items():
                 terms[f"{name}_{branch}"] = weight * getattr(config, f"{name}_weight") * value
             if branch == "one" and self.maps is not None:
-                terms["map"] = config.map_weight * self._map_term(self.maps, outputs, taught)
+                terms["map_one"] = config.map_weight * self._map_term(self.maps, outputs, taught)
         return terms
 
     def postprocess(
@@ -301,7 +303,9 @@ class KeypointHead(Head[KeypointConfig]):
         In 0..1 of an image that is taken for a square, which the input of most models is.
         """
         side = (FILL * boxes[..., 2:].prod(-1)).sqrt()
-        return (2 * self.sigmas[labels].to(side) * side[..., None])[..., None].expand(*labels.shape, self.num_points, 2)
+        return (2 * self.sigmas[labels].to(side).clamp(max=LARGEST_SIGMA) * side[..., None])[..., None].expand(
+            *labels.shape, self.num_points, 2
+        )
 
     def _assign(
         self, raw: dict[str, Tensor], outputs: dict[str, Tensor], targets: list[Targets], many: bool
@@ -373,7 +377,8 @@ class KeypointHead(Head[KeypointConfig]):
         padded, index = pad_rows(image, len(pixels), boxes)
         logits = maps.logits(maps.read(pixels, padded)[index], tokens, boxes, expected)
         # Half the width of the OKS itself: a place at the end of it is no longer a good one.
-        deviation = (taught.sigmas[row] * truth.areas[row].clamp(min=SMALLEST**2).sqrt()[:, None])[..., None]
+        sigmas = taught.sigmas[row].clamp(max=LARGEST_SIGMA)
+        deviation = (sigmas * truth.areas[row].clamp(min=SMALLEST**2).sqrt()[:, None])[..., None]
         loss = map_loss(logits, boxes, points[..., :2], deviation / truth.scale[row][:, None])
         there = (points[..., 2] > 0) & in_window(boxes, points[..., :2])
         total = mean_over_processes(torch.tensor(float(len(row)), device=loss.device)).clamp(min=1)

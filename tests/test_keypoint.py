@@ -82,7 +82,7 @@ def test_two_branches_teach_and_one_predicts():
     head = make_head("keypoints")
     targets = make_targets(3, 1)
     assert set(head.loss(head(make_features(), targets), targets)) == {
-        "map",
+        "map_one",
         *(f"{t}_{b}" for t in TERMS for b in ("one", "many")),
     }
     head.eval()
@@ -97,7 +97,7 @@ def test_two_branches_teach_and_one_predicts():
 def test_without_one_to_many_there_are_no_layers_for_it():
     head = new_head(3, many_weight=0.0)
     terms = head.loss(head(make_features(1), [objects(head)]), [objects(head)])
-    assert set(terms) == {"map", *(f"{term}_one" for term in TERMS)}
+    assert set(terms) == {"map_one", *(f"{term}_one" for term in TERMS)}
     assert head.many is None
 
 
@@ -106,7 +106,7 @@ def test_perfect_predictions_cost_nothing_but_confidence():
     targets = [objects(head, 1)]
     terms = head.loss(perfect_outputs(head, targets), targets)
     for name, value in terms.items():
-        if name != "map":  # no output of a cell: see test_point_maps.py
+        if name != "map_one":  # no output of a cell: see test_point_maps.py
             assert (value < 1e-3) != name.startswith("class"), (name, value)
 
 

@@ -1,0 +1,85 @@
+"""What leaving NMS out costs: the keypoint head's one-to-one layers beside its one-to-many layers with NMS.
+
+The same weights, the same images. The one-to-many layers are those that taught the neck; with them the head gives
+several cells per object, of which box NMS keeps one. Prints one row per way in markdown.
+
+    python docs/scripts/keypoint_duplicates.py RUN
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+from torchvision.ops import batched_nms
+
+import mvision
+from mvision.config import load_config
+from mvision.data import CocoSplit, Loader, build_eval_loader, find_layout
+from mvision.engine.evaluate import make_metrics
+from mvision.heads.keypoint import KeypointHead
+from mvision.structures import Instances
+
+NMS_IOUS = (0.5, 0.65, 0.8)
+CANDIDATES = 300
+
+
+def main(run: str) -> None:
+    """One evaluation per way."""
+    model = mvision.load(f"{run}/best.safetensors").eval()
+    config = load_config(file=Path(run) / "config.yaml")
+    split = CocoSplit(
+        find_layout(config.data.root).split(config.data.val, ["keypoints"]), frozenset({"boxes", "keypoints"})
+    )
+    loader = build_eval_loader(split, config.data, batch_size=16, image_size=config.model.image_size)
+    head = model.head("keypoints")
+    assert isinstance(head, KeypointHead)
+    print("| layers | NMS | AP | AP50 | AR |\n|---|---|---|---|---|")
+    _row(model, split, loader, "one-to-one", None)
+    for iou in NMS_IOUS:
+        _row(model, split, loader, "one-to-one", iou)
+    _many_to_one(head)
+    head.config.num_instances = CANDIDATES
+    for iou in (None, *NMS_IOUS):
+        _row(model, split, loader, "one-to-many", iou)
+
+
+def _many_to_one(head: KeypointHead) -> None:
+    """Predict with the layers taught one-to-many: those of their classes that the head finds."""
+    many = head.many
+    assert many is not None
+    if many.score is not None:
+        score = nn.Linear(many.score.in_features, len(head.labels))
+        with torch.no_grad():
+            score.weight.copy_(many.score.weight[head.labels])
+            score.bias.copy_(many.score.bias[head.labels])
+        many.score = score
+    head.one = many
+
+
+@torch.no_grad()
+def _row(model: mvision.Model, split: CocoSplit, loader: Loader, layers: str, iou: float | None) -> None:
+    metric = make_metrics(model, split)["keypoints"][0]
+    for batch in loader:
+        found = model.postprocess(model(batch.images), [target.size for target in batch.targets], 0.0)
+        for instances, target in zip(found, batch.targets):
+            kept = instances if iou is None else _suppress(instances, iou)
+            metric.update(kept.to_coco(target.image_id), [target.image_id])
+    figures = metric.compute()
+    print(
+        f"| {layers} | {iou or 'none'} | {figures['AP']:.3f} | {figures['AP50']:.3f} | {figures['AR']:.3f} |",
+        flush=True,
+    )
+
+
+def _suppress(found: Instances, iou: float) -> Instances:
+    boxes, scores, labels = (torch.from_numpy(x) for x in (found.boxes, found.scores, found.labels))
+    keep = torch.zeros(len(found), dtype=torch.bool)
+    keep[batched_nms(boxes, scores, labels, iou)] = True
+    return found.filter(keep.numpy())
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
