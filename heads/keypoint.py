@@ -255,7 +255,8 @@ class KeypointHead(Head[KeypointConfig]):
         if "similarity" in outputs:
             # The score says how well the box fits; the OKS to expect of the points that are there says the rest.
             expected = (outputs["similarity"] * visible).sum(-1) / visible.sum(-1).clamp(min=1e-6)
-            probabilities = probabilities * expected[..., None]
+            # The root of both keeps their order and their scale: a threshold means what it does for boxes.
+            probabilities = (probabilities * expected[..., None]).sqrt()
         scores, index = probabilities.flatten(1).topk(probabilities.shape[1], dim=1)
         corners = cxcywh_to_xyxy(outputs["boxes"].float()).clamp(0, 1)
         # Labelled points lie in the image: what is found outside of it can only gain by being moved to its border.
