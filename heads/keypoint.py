@@ -128,8 +128,8 @@ class KeypointHead(Head[KeypointConfig]):
 
     Outputs, for the N = ``num_instances`` best cells: ``logits`` (B, N, C) before the sigmoid, C being the classes with
     keypoints; ``boxes`` (B, N, 4) cxcywh in 0..1; ``keypoints`` (B, N, K, 2) x, y in 0..1; ``visibility`` (B, N, K)
-    before the sigmoid; with maps ``similarity`` (B, N, K) in 0..1, what the OKS of each point is expected to be. In
-    training, what the loss makes them from, for all cells.
+    before the sigmoid; with maps ``similarity`` (B, N, K) in 0..1, what the OKS of each point is expected to be, which
+    the scores of ``postprocess`` count as well. In training, what the loss makes them from, for all cells.
 
     Raises:
         UserError: no class has keypoints, ``sigmas`` do not fit them, or several have and ``predict`` is ``points``.
