@@ -6,8 +6,8 @@ is, and the pixels say where exactly; objects of all sizes get maps of the same 
 number of objects, not with the image.
 
 A map is taught as a distribution over places (cross-entropy), and the place is chosen at the end, by the OKS to expect.
-With most of the weight on the OKS of the map's mean instead, less was learned (AP 0.113 against 0.130 after 440 steps of
-the built-in set, both read in the same way).
+With most of the weight on the OKS of the map's mean instead, less was learned (AP 0.113 against 0.130 after 440 steps
+of the built-in set, both read in the same way).
 
 Sources of the idea: the window and the softmax over it are those of Mask R-CNN's keypoint head (He et al., ICCV 2017),
 filters made per instance those of FCPose (Mao et al., CVPR 2021).
