@@ -19,6 +19,7 @@ from mvision.cli.info import info
 from mvision.cli.options import SuggestingGroup
 from mvision.cli.predict import predict
 from mvision.cli.train import train
+from mvision.cli.transfer import transfer
 from mvision.cli.val import val
 from mvision.errors import UserError
 
@@ -49,7 +50,7 @@ def cli() -> None:
     """
 
 
-for _command in (train, val, predict, data, info):
+for _command in (train, val, predict, transfer, data, info):
     cli.add_command(_command)
 
 

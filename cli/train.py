@@ -24,7 +24,7 @@ from mvision.cli.options import (
     "tasks",
     multiple=True,
     metavar="T",
-    help="What to learn: detection, instance-seg or keypoints.  [default: detection, or the config's]",
+    help="detection, instance-seg, keypoints or semantic-seg; several make one model.  [default: detection]",
 )
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: the built-in data set]")
 @click.option(

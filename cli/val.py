@@ -11,6 +11,7 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option
 
 @click.command(short_help="Evaluate weights: the COCO table and AP by class.")
 @click.option("--weights", required=True, metavar="W", help=f"What to evaluate: {WEIGHTS}.")
+@click.option("--task", "tasks", multiple=True, metavar="T", help="What to evaluate.  [default: all the weights do]")
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: as in training]")
 @click.option("--split", metavar="NAME", help="Which part of the data.  [default: val]")
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Also write metrics.json there.")
@@ -19,6 +20,7 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option
 @device_option
 def val(
     weights: str,
+    tasks: tuple[str, ...],
     data: str | None,
     split: str | None,
     output: Path | None,
@@ -35,6 +37,13 @@ def val(
     from mvision.engine.validate import validate
 
     tables = validate(
-        weights, data=data, split=split, output=output, batch_size=batch_size, workers=workers, device=device
+        weights,
+        tasks=tasks,
+        data=data,
+        split=split,
+        output=output,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
     )
     click.echo(tables)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import entry_points
 
 from mvision.errors import UserError
@@ -9,11 +10,13 @@ from mvision.heads.base import Head
 from mvision.heads.detection import DetectionHead
 from mvision.heads.keypoint import KeypointHead
 from mvision.heads.mask import MaskHead
+from mvision.heads.semantic import SemanticHead
 
 HEADS: dict[str, type[Head]] = {
     "detection": DetectionHead,
     "instance-seg": MaskHead,
     "keypoints": KeypointHead,
+    "semantic-seg": SemanticHead,
 }
 
 
@@ -26,3 +29,8 @@ def head_class(task: str) -> type[Head]:
         return outside[task].load()
     known = ", ".join(sorted({*HEADS, *outside}))
     raise UserError(f"unknown task '{task}': choose one of {known}")
+
+
+def serving_task(task: str, tasks: Iterable[str]) -> str:
+    """The task whose head gives the outputs of ``task`` in a model with these tasks: it, or one that includes it."""
+    return next((other for other in tasks if task in head_class(other).includes), task)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, Literal, TypeVar
 
 from torch import Tensor, nn
 
@@ -20,14 +20,22 @@ class Head(nn.Module, ABC, Generic[ConfigT]):
     Class attributes:
         Config: the settings, a pydantic model that the YAML's section of this head mirrors one to one.
         needs: the fields of ``Targets`` that supervise the head; images without them are skipped for it.
-        metric: picks the evaluator: ``bbox``, ``segm`` or ``keypoints``.
+        metric: picks the evaluator: ``bbox``, ``segm``, ``keypoints`` or ``semantic``.
+        figure: the one of its figures by which the best weights of a run are chosen.
+        kind: what the results are: ``objects``, ``poses`` of objects, or ``regions``, one for each class in the image.
+            In a joint model poses are linked to objects, and regions stay apart.
         also: further evaluators, whose figures are reported beside those of ``metric`` (as ``bbox/AP``).
+        includes: tasks of which this head gives everything itself. In a joint model it serves them as well, with what
+            ``outputs_of`` says, and they get no head of their own; its settings have to contain theirs.
     """
 
     Config: ClassVar[type[Settings]]
     needs: ClassVar[frozenset[str]]
     metric: ClassVar[str]
     also: ClassVar[tuple[str, ...]] = ()
+    figure: ClassVar[str] = "AP"
+    kind: ClassVar[Literal["objects", "poses", "regions"]] = "objects"
+    includes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, config: ConfigT, channels: Sequence[int], strides: Sequence[int], categories: list[Category]
@@ -58,6 +66,16 @@ class Head(nn.Module, ABC, Generic[ConfigT]):
     def classes(self) -> list[Category]:
         """The classes that this head finds, see ``predicted``."""
         return self.predicted(self.categories)
+
+    @classmethod
+    def outputs_of(cls, task: str, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What the head of an included task would give, out of this one's outputs (not in training)."""
+        raise NotImplementedError(f"{cls.__name__} includes no task {task}")
+
+    @classmethod
+    def separable(cls, config: ConfigT) -> bool:
+        """Whether the included tasks can go on without the rest of this head, with the same outputs."""
+        return True
 
     @abstractmethod
     def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ reaches the RepBlocks: one linear layer could not tell a cell from its neighbour
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -19,41 +18,24 @@ from torch import Tensor, nn
 from mvision.boxes import cxcywh_to_xyxy
 from mvision.errors import UserError
 from mvision.heads.base import Head
-from mvision.keypoint_cells import CellLayers, Cells, FoundPoints, make_cells
+from mvision.keypoint_cells import CellLayers, Cells, make_cells
 from mvision.keypoint_losses import (
-    SMALLEST,
-    Compared,
+    Assigned,
     box_terms,
     compare,
     ignored_cells,
+    map_term,
     point_terms,
     score_target,
     score_term,
 )
-from mvision.keypoint_matching import (
-    Candidates,
-    KeypointTruth,
-    candidates,
-    cell_values,
-    keypoint_truth,
-    many_cells,
-    one_cell,
-)
+from mvision.keypoint_matching import candidates, cell_values, keypoint_truth, many_cells, one_cell
 from mvision.layers import RepBlock
 from mvision.matching import mean_over_processes
-from mvision.oks import check_sigmas, keypoint_sigmas, labelled_mean
-from mvision.point_maps import STRIDE, PointMaps, in_window, likeliest, map_loss, pad_rows
+from mvision.oks import check_sigmas, keypoint_sigmas
+from mvision.point_maps import STRIDE, PointMaps, likeliest, likely_reach
 from mvision.settings import Settings
 from mvision.structures import Category, Instances, Targets
-
-MAP_CELLS = 4  # of an object's best cells make maps of its points in training
-PRIOR_NOISE = 0.05  # of what they expect of a point, in sides of the box: it is known better in training than later
-WINDOW_NOISE = 0.08  # of a true box, in sides of it, where the predicted one is too far off to be looked at
-WINDOW_IOU = 0.5  # with the true box, from which on a predicted box is looked at
-# Area of an object by that of its box, where only the box is known. People of the built-in set: 0.47 in the median.
-FILL = 0.5
-# The largest sigma that maps are taught and read with, that of COCO's hips: by looser ones any place would be good.
-LARGEST_SIGMA = 0.107
 
 
 class KeypointConfig(Settings):
@@ -100,26 +82,6 @@ class KeypointConfig(Settings):
     map_weight: float = Field(8.0, ge=0)
 
 
-@dataclass
-class Assigned:
-    """What one set of last layers learns: M objects with n candidate cells each.
-
-    Attributes:
-        sigmas, exists: (M, K) of the objects' classes: the tolerance of each point, and which of the K they have.
-        values: (M, n), see ``cell_values``.
-        chosen: (M, n) bool: cells that learn the object.
-    """
-
-    truth: KeypointTruth
-    near: Candidates
-    sigmas: Tensor
-    exists: Tensor
-    found: FoundPoints
-    compared: Compared
-    values: Tensor
-    chosen: Tensor
-
-
 class KeypointHead(Head[KeypointConfig]):
     """RepBlocks and 1x1 convolutions on the neck's maps, for any classes with any numbers of keypoints.
 
@@ -139,6 +101,7 @@ class KeypointHead(Head[KeypointConfig]):
     needs = frozenset({"boxes", "keypoints"})
     metric = "keypoints"
     also = ("bbox",)
+    kind = "poses"
 
     def __init__(
         self,
@@ -240,7 +203,8 @@ class KeypointHead(Head[KeypointConfig]):
             for name, value in self._terms(raw, taught).items():
                 terms[f"{name}_{branch}"] = weight * getattr(config, f"{name}_weight") * value
             if branch == "one" and self.maps is not None:
-                terms["map_one"] = config.map_weight * self._map_term(self.maps, outputs, taught)
+                value = map_term(self.maps, outputs["pixels"], outputs["tokens"], taught)
+                terms["map_one"] = config.map_weight * value
         return terms
 
     def postprocess(
@@ -293,20 +257,11 @@ class KeypointHead(Head[KeypointConfig]):
         outputs = {"logits": logits, "boxes": found.boxes, "visibility": found.visibility, "keypoints": found.points}
         if self.maps is not None and pixels is not None:
             maps = self.maps.logits(self.maps.read(pixels, found.boxes), tokens, found.boxes, found.points)
-            reach = self._reach(found.boxes, self.labels[logits.argmax(-1)])
+            shape = (pixels.shape[-2], pixels.shape[-1])
+            reach = likely_reach(found.boxes, self.sigmas[self.labels[logits.argmax(-1)]], shape)
             points, similar = likeliest(maps, found.boxes, reach)
             outputs |= {"keypoints": points.to(found.points.dtype), "similarity": similar}
         return outputs
-
-    def _reach(self, boxes: Tensor, labels: Tensor) -> Tensor:
-        """(..., K, 2) standard deviation of the similarity along x and y, for objects of which the box is known.
-
-        In 0..1 of an image that is taken for a square, which the input of most models is.
-        """
-        side = (FILL * boxes[..., 2:].prod(-1)).sqrt()
-        return (2 * self.sigmas[labels].to(side).clamp(max=LARGEST_SIGMA) * side[..., None])[..., None].expand(
-            *labels.shape, self.num_points, 2
-        )
 
     def _assign(
         self, raw: dict[str, Tensor], outputs: dict[str, Tensor], targets: list[Targets], many: bool
@@ -326,7 +281,8 @@ class KeypointHead(Head[KeypointConfig]):
         values = cell_values(near.closeness, scores, compared.near, compared.overlap, truth.labelled)
         place = (values, near.cells, truth.image)
         chosen = many_cells(*place, len(cells.centres), self.config.top_k) if many else one_cell(*place)
-        return Assigned(truth, near, sigmas, exists, found, compared, values, chosen)
+        known = truth.known if truth.known is None or truth.known.shape[1] == 1 else truth.known[:, labels]
+        return Assigned(truth, near, sigmas, exists, found, compared, values, chosen, known)
 
     def _terms(self, raw: dict[str, Tensor], taught: Assigned) -> dict[str, Tensor]:
         """The loss of one set of last layers, unweighted."""
@@ -346,7 +302,8 @@ class KeypointHead(Head[KeypointConfig]):
             pair, point = (truth.points[row, :, 2] > 0).nonzero(as_tuple=True)
             quality = score_target(compared.each, compared.overlap[..., None])[row, column][pair, point]
             where = (cell[0][pair], cell[1][pair], point)
-            terms["class"] = self._score_term(self.one.visibility(raw), where, quality, ignored) / self.num_points
+            logits = self.one.visibility(raw)
+            terms["class"] = self._score_term(logits, where, quality, ignored, taught.known) / self.num_points
             return {name: value / num_points for name, value in terms.items()}
         terms = point_terms(found, compared, truth, of_points, taught.exists)
         terms = {name: value / num_points for name, value in terms.items()}
@@ -355,40 +312,16 @@ class KeypointHead(Head[KeypointConfig]):
         quality = by_box if self.maps is not None else score_target(compared.near, by_box)
         quality = torch.where(plain[:, None], by_box, quality)[row, column]
         where = (*cell, truth.classes[row])
-        terms["class"] = self._score_term(self.one.score_logits(raw), where, quality, ignored) / num_scores
+        logits = self.one.score_logits(raw)
+        terms["class"] = self._score_term(logits, where, quality, ignored, taught.known) / num_scores
         boxes = box_terms(found, compared, truth, chosen)
         return terms | {name: value / num_boxes for name, value in boxes.items()}
 
-    def _map_term(self, maps: PointMaps, outputs: dict[str, Tensor], taught: Assigned) -> Tensor:
-        """The loss of the maps of every object's best cells, unweighted."""
-        truth, pixels = taught.truth, outputs["pixels"]
-        values, column = taught.values.topk(min(MAP_CELLS, taught.values.shape[1]), dim=1)
-        row, rank = ((values > 0) & truth.labelled[:, None]).nonzero(as_tuple=True)
-        column = column[row, rank]
-        image, true_boxes, points = truth.image[row], truth.boxes[row], truth.points[row]
-        sides = true_boxes[:, 2:]
-        noisy = true_boxes + WINDOW_NOISE * torch.randn_like(true_boxes) * sides.repeat(1, 2)
-        noisy[:, 2:] = noisy[:, 2:].maximum(0.5 * sides)
-        fits = taught.compared.overlap[row, column] > WINDOW_IOU
-        boxes = torch.where(fits[:, None], taught.found.boxes[row, column].detach(), noisy)
-        expected = taught.found.points[row, column].detach()
-        expected = expected + PRIOR_NOISE * torch.randn_like(expected) * boxes[:, None, 2:]
-        tokens = outputs["tokens"][image, taught.near.cells[row, column]]
-
-        padded, index = pad_rows(image, len(pixels), boxes)
-        logits = maps.logits(maps.read(pixels, padded)[index], tokens, boxes, expected)
-        # Half the width of the OKS itself: a place at the end of it is no longer a good one.
-        sigmas = taught.sigmas[row].clamp(max=LARGEST_SIGMA)
-        deviation = (sigmas * truth.areas[row].clamp(min=SMALLEST**2).sqrt()[:, None])[..., None]
-        loss = map_loss(logits, boxes, points[..., :2], deviation / truth.scale[row][:, None])
-        there = (points[..., 2] > 0) & in_window(boxes, points[..., :2])
-        total = mean_over_processes(torch.tensor(float(len(row)), device=loss.device)).clamp(min=1)
-        # Keeps every parameter in the graph when no object has points: distributed training waits for all of them.
-        return labelled_mean(loss, there.to(loss)).sum() / total + 0 * (pixels.sum() + maps.embed.bias.sum()).float()
-
-    def _score_term(self, logits: Tensor, where: tuple[Tensor, ...], quality: Tensor, ignored: Tensor) -> Tensor:
+    def _score_term(
+        self, logits: Tensor, where: tuple[Tensor, ...], quality: Tensor, ignored: Tensor, known: Tensor | None
+    ) -> Tensor:
         config = self.config
-        return score_term(logits, where, quality, ignored, config.class_loss, config.alpha, config.gamma)
+        return score_term(logits, where, quality, ignored, config.class_loss, config.alpha, config.gamma, known)
 
 
 def _with_sigmas(categories: list[Category], config: KeypointConfig) -> list[Category]:

@@ -73,6 +73,7 @@ class MaskHead(QueryHead[MaskConfig]):
     needs = frozenset({"boxes", "masks"})
     metric = "segm"
     also = ("bbox",)
+    includes = ("detection",)
 
     def __init__(
         self,
@@ -102,6 +103,16 @@ class MaskHead(QueryHead[MaskConfig]):
     def lateral_stride(cls, config: MaskConfig) -> int | None:
         """Finer than the neck's finest map, the backbone's own."""
         return config.pixel_stride
+
+    @classmethod
+    def separable(cls, config: MaskConfig) -> bool:
+        """Not where masks decide what boxes the decoder starts from."""
+        return not config.boxes_from_masks
+
+    @classmethod
+    def outputs_of(cls, task: str, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The queries without their masks."""
+        return {name: outputs[name] for name in ("logits", "boxes")}
 
     def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
         """Decode the neck's maps; with ``targets`` (training) denoising queries are made from them."""

@@ -1,6 +1,7 @@
 """The YAML schema: what can be configured, how files, options and ``-o key=value`` combine, and errors that help.
 
-Order of precedence: shipped or given file < command-line options < ``-o a.b=c``. A file may name one ``base:`` file.
+Order of precedence: shipped or given file < command-line options < ``-o a.b=c``. A file may name one ``base:`` file,
+and under ``tasks:`` settings that go on top of its own where a model is made for one task alone.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, field_validator
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
 
 from mvision.errors import UserError
 from mvision.explain import explain
-from mvision.heads import head_class
+from mvision.heads import head_class, serving_task
 from mvision.settings import Settings
 from mvision.structures import Category
 
@@ -91,6 +92,24 @@ class ModelConfig(Settings):
                 raise UserError(explain(error, schema, f"model.heads.{task}")) from error
         return typed
 
+    @model_validator(mode="after")
+    def _one_head_for_both(self) -> ModelConfig:
+        """A task that another includes has that one's settings, and must not ask for others."""
+        for task in self.heads:
+            serving = serving_task(task, self.heads)
+            if serving == task:
+                continue
+            own, other = self.heads[task], self.heads[serving]
+            shared = {name: getattr(other, name) for name in type(own).model_fields}
+            for name, value in shared.items():
+                if name in own.model_fields_set and getattr(own, name) != value:
+                    raise UserError(
+                        f"model.heads.{task}.{name} is {getattr(own, name)} and model.heads.{serving}.{name} {value}, "
+                        f"and one head does both; set that of {serving} alone"
+                    )
+            self.heads[task] = type(own).model_validate(shared)
+        return self
+
     @field_validator("image_size", mode="before")
     @classmethod
     def _square(cls, value: Any) -> Any:
@@ -130,12 +149,33 @@ class AugmentConfig(Settings):
     last_epochs: float = Field(0.1, ge=0, le=1)
 
 
+class MoreDataConfig(Settings):
+    """A further data set to learn from.
+
+    Attributes:
+        root: its folder.
+        train, val: its splits.
+        tasks: what its labels are used for; empty: every task of the model for which it has labels.
+        weight: how often an epoch shows each of its images; may be below 1.
+    """
+
+    root: str
+    train: str = "train"
+    val: str = "val"
+    tasks: list[str] = []
+    weight: float = Field(1.0, gt=0)
+
+
 class DataConfig(Settings):
     """Where the data lies and how it is loaded.
 
     Attributes:
         root: the folder; None is the built-in data set.
         train, val: the splits to train and to evaluate on; any annotation file of the folder, by its stem.
+        tasks, weight: as in ``MoreDataConfig``.
+        more: further data sets. Classes are one where they have one name. What a data set has no class for, or no
+            labels, is not taken for absent in its images; a task is evaluated on every data set that is used for it.
+        fraction: share of the training images to use, drawn with the run's seed: how much do more labels help?
         augment: what happens to training images.
         workers: loading processes; None picks by the number of cores.
     """
@@ -143,6 +183,10 @@ class DataConfig(Settings):
     root: str | None = None
     train: str = "train"
     val: str = "val"
+    tasks: list[str] = []
+    weight: float = Field(1.0, gt=0)
+    more: list[MoreDataConfig] = []
+    fraction: float = Field(1.0, gt=0, le=1)
     augment: AugmentConfig = AugmentConfig()
     workers: int | None = Field(None, ge=0)
 
@@ -225,30 +269,32 @@ def load_config(
         model: a shipped config's name, or any timm feature backbone's name (then ``base`` with that backbone).
         file: a YAML file that takes the place of the shipped one (or goes on top of ``model`` where both are given).
         tasks: the heads to keep; a task that the file does not describe gets its defaults. None: those that ``file``
-            itself names, else the first that the shipped model describes, detection.
+            itself names, else the first that the shipped model describes, detection. Several make a joint model, in
+            which a task that another includes takes that one's settings.
         overrides: dotted keys and values from command-line options, such as ``{"train.epochs": 3}``.
         assignments: ``key.sub=value`` strings of ``-o``; values are read as YAML.
 
     Raises:
         UserError: unknown file, model, key (with the nearest known one) or value out of range.
     """
-    tree: dict[str, Any] = {}
+    layers: list[dict[str, Any]] = []
     named: list[str] = []
     if model is not None or file is None:
-        tree = _model_tree(model or "tiny")
+        layers += _model_layers(model or "tiny")
     if file is not None:
-        named = list(((_read(Path(file)).get("model") or {}).get("heads")) or {})
-        given = _read_with_base(Path(file))
+        given = _file_layers(Path(file))
+        named = list(((given[-1].get("model") or {}).get("heads")) or {})
         # Checked alone first, so that a mistake in the file is reported with the file's name.
-        parse_config(given, where=f"config {file}: ")
-        tree = merge(tree, given)
+        for task in (None, *(given[-1].get("tasks") or {})):
+            parse_config(_combined(given, task), where=f"config {file}: ")
+        layers += given
     # Shipped files describe every task they know a recipe for.
-    described = tree.setdefault("model", {}).get("heads") or {}
+    described = _combined(layers, None).get("model", {}).get("heads") or {}
     kept = tasks or named or list(described)[:1]
-    if len(kept) > 1:
-        named_together = " and ".join(kept)
-        raise UserError(f"tasks {named_together}: a model has one task in this version (instance-seg finds boxes too)")
-    tree["model"]["heads"] = {task: described.get(task) or {} for task in kept}
+    tree = _combined(layers, kept[0] if len(kept) == 1 else None)
+    described = tree.setdefault("model", {}).get("heads") or {}
+    follows = {task for task in kept if serving_task(task, kept) != task and task not in named}
+    tree["model"]["heads"] = {task: {} if task in follows else described.get(task) or {} for task in kept}
     for key, value in (overrides or {}).items():
         _assign(tree, key, value)
     for assignment in assignments or []:
@@ -293,32 +339,41 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _model_tree(name: str) -> dict[str, Any]:
+def _combined(layers: list[dict[str, Any]], task: str | None) -> dict[str, Any]:
+    """Each layer over the one before; with what it says under ``tasks`` of this one."""
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        tree = merge(tree, {section: value for section, value in layer.items() if section != "tasks"})
+        tree = merge(tree, (layer.get("tasks") or {}).get(task) or {})
+    return tree
+
+
+def _model_layers(name: str) -> list[dict[str, Any]]:
     if name in shipped_configs():
-        return _read_with_base(_shipped_path(name))
+        return _file_layers(_shipped_path(name))
     from mvision.backbone import check_backbone_name
 
     try:
         check_backbone_name(name)
     except UserError as error:
         raise UserError(f"--model {name}: no shipped model ({', '.join(shipped_configs())}), and {error}") from error
-    tree = _model_tree("base")
-    return merge(tree, {"model": {"backbone": {"name": name}}})
+    return [*_model_layers("base"), {"model": {"backbone": {"name": name}}}]
 
 
 def _shipped_path(name: str) -> Path:
     return Path(str(resources.files("mvision.configs") / f"{name}.yaml"))
 
 
-def _read_with_base(path: Path) -> dict[str, Any]:
+def _file_layers(path: Path) -> list[dict[str, Any]]:
+    """A file, after the one that it names as its base."""
     tree = _read(path)
     base = tree.pop("base", None)
     if base is None:
-        return tree
+        return [tree]
     below = _read(_shipped_path(base) if base in shipped_configs() else path.parent / str(base))
     if "base" in below:
         raise UserError(f"{path}: its base '{base}' has a base itself; one level is allowed: write the settings out")
-    return merge(below, tree)
+    return [below, tree]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -76,7 +76,7 @@ def machine_text() -> str:
         ("mvision", f"{__version__} in {Path(__file__).parent}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((name, _version(name)) for name in PACKAGES),
-        ("cpu", f"{_cpu_name()}, {_cores()} cores, torch uses {torch.get_num_threads()}"),
+        ("cpu", f"{cpu_name()}, {_cores()} cores, torch uses {torch.get_num_threads()}"),
         ("cpu bf16", _cpu_bf16()),
         ("cuda", _cuda()),
         ("mps", "available" if torch.backends.mps.is_available() else "not available"),
@@ -131,7 +131,7 @@ def count_parts(model: Model) -> list[Part]:
         model(image)
     counts = counter.get_flop_counts()
     parts: list[tuple[str, nn.Module]] = [("backbone", model.backbone), ("neck", model.neck)]
-    parts += [(f"heads.{task}", model.head(task)) for task in model.tasks]
+    parts += [(f"heads.{task}", model.head(task)) for task in model.heads]
     root = type(model).__name__
     found = [_part(name, module, sum(counts.get(f"{root}.{name}", {}).values())) for name, module in parts]
     return [*found, _part("total", model, counter.get_total_flops())]
@@ -179,7 +179,7 @@ def _cpu_field(key: str) -> str:
     return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     return _cpu_field("model name") or platform.processor() or "unknown"
 
 

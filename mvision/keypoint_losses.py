@@ -15,9 +15,11 @@ from torch import Tensor
 
 from mvision.boxes import cxcywh_to_xyxy, iou
 from mvision.keypoint_cells import FoundPoints
-from mvision.keypoint_matching import KeypointTruth
+from mvision.keypoint_matching import Candidates, KeypointTruth
 from mvision.losses import quality_focal
+from mvision.matching import mean_over_processes
 from mvision.oks import labelled_mean, similarity
+from mvision.point_maps import LARGEST_SIGMA, PointMaps, in_window, map_loss, pad_rows
 
 # Side of the smallest object that distances are measured by, as a fraction of the image: a speck would weigh most.
 SMALLEST = 0.01
@@ -25,6 +27,12 @@ SMALLEST = 0.01
 # below does not matter to them; with nothing but the OKS, which is near 0 in the beginning, objects would be taught to
 # score like the background.
 LEAST_TARGET = 0.4
+
+
+MAP_CELLS = 4  # of an object's best cells make maps of its points in training
+PRIOR_NOISE = 0.05  # of what they expect of a point, in sides of the box: it is known better in training than later
+WINDOW_NOISE = 0.08  # of a true box, in sides of it, where the predicted one is too far off to be looked at
+WINDOW_IOU = 0.5  # with the true box, from which on a predicted box is looked at
 
 
 @dataclass
@@ -35,6 +43,28 @@ class Compared:
     each: Tensor
     overlap: Tensor
     giou: Tensor
+
+
+@dataclass
+class Assigned:
+    """What one set of last layers learns: M objects with n candidate cells each.
+
+    Attributes:
+        sigmas, exists: (M, K) of the objects' classes: the tolerance of each point, and which of the K they have.
+        values: (M, n), see ``cell_values``.
+        chosen: (M, n) bool: cells that learn the object.
+        known: (B, C) or (B, 1) bool: which of the classes were looked for in each image; None: all.
+    """
+
+    truth: KeypointTruth
+    near: Candidates
+    sigmas: Tensor
+    exists: Tensor
+    found: FoundPoints
+    compared: Compared
+    values: Tensor
+    chosen: Tensor
+    known: Tensor | None = None
 
 
 def compare(found: FoundPoints, truth: KeypointTruth, sigmas: Tensor) -> Compared:
@@ -89,6 +119,7 @@ def score_term(
     kind: Literal["vfl", "mal"],
     alpha: float,
     gamma: float,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Sum of the score's loss over all cells.
 
@@ -97,13 +128,15 @@ def score_term(
         where: image, cell and class of the P positives, each (P,).
         quality: (P,) in 0..1, their targets.
         ignored: (B, S) bool: cells that are neither positive nor negative, unless they are in ``where``.
+        known: (B, C) bool, see ``Targets.known``: of other classes a cell is no negative; None: all are known.
     """
     target = torch.zeros_like(logits, dtype=quality.dtype)
     target[where] = quality
     hot = torch.zeros_like(logits, dtype=torch.bool)
     hot[where] = True
     loss = quality_focal(logits, target, hot, kind, alpha, gamma)
-    return torch.where(ignored[..., None] & ~hot.any(-1, keepdim=True), 0, loss).sum()
+    loss = torch.where(ignored[..., None] & ~hot.any(-1, keepdim=True), 0, loss)
+    return (loss if known is None else torch.where(known[:, None] | hot, loss, 0)).sum()
 
 
 @torch.no_grad()
@@ -120,6 +153,38 @@ def ignored_cells(inside: Tensor, truth: KeypointTruth) -> Tensor:
     vague = (inside & ~truth.labelled[:, None]).to(torch.float32)
     counts = vague.new_zeros(len(truth.unlabelled), inside.shape[1]).index_add(0, truth.image, vague)
     return (counts > 0) | truth.unlabelled[:, None]
+
+
+def map_term(maps: PointMaps, pixels: Tensor, tokens: Tensor, taught: Assigned) -> Tensor:
+    """The loss of the maps that every object's best cells make, a mean over those cells.
+
+    Args:
+        pixels, tokens: (B, d, h, w) pixel features and (B, S, width) cells.
+    """
+    truth = taught.truth
+    values, column = taught.values.topk(min(MAP_CELLS, taught.values.shape[1]), dim=1)
+    row, rank = ((values > 0) & truth.labelled[:, None]).nonzero(as_tuple=True)
+    column = column[row, rank]
+    image, true_boxes, points = truth.image[row], truth.boxes[row], truth.points[row]
+    sides = true_boxes[:, 2:]
+    noisy = true_boxes + WINDOW_NOISE * torch.randn_like(true_boxes) * sides.repeat(1, 2)
+    noisy[:, 2:] = noisy[:, 2:].maximum(0.5 * sides)
+    fits = taught.compared.overlap[row, column] > WINDOW_IOU
+    boxes = torch.where(fits[:, None], taught.found.boxes[row, column].detach(), noisy)
+    expected = taught.found.points[row, column].detach()
+    expected = expected + PRIOR_NOISE * torch.randn_like(expected) * boxes[:, None, 2:]
+
+    padded, index = pad_rows(image, len(pixels), boxes)
+    cells = tokens[image, taught.near.cells[row, column]]
+    logits = maps.logits(maps.read(pixels, padded)[index], cells, boxes, expected)
+    # Half the width of the OKS itself: a place at the end of it is no longer a good one.
+    sigmas = taught.sigmas[row].clamp(max=LARGEST_SIGMA)
+    deviation = (sigmas * truth.areas[row].clamp(min=SMALLEST**2).sqrt()[:, None])[..., None]
+    loss = map_loss(logits, boxes, points[..., :2], deviation / truth.scale[row][:, None])
+    there = (points[..., 2] > 0) & in_window(boxes, points[..., :2])
+    total = mean_over_processes(torch.tensor(float(len(row)), device=loss.device)).clamp(min=1)
+    # Keeps every parameter in the graph when no object has points: distributed training waits for all of them.
+    return labelled_mean(loss, there.to(loss)).sum() / total + 0 * (pixels.sum() + maps.embed.bias.sum()).float()
 
 
 def _sum(values: Tensor, chosen: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mvision.boxes import cxcywh_to_xyxy, iou
+from mvision.matching import known_classes
 from mvision.structures import Targets
 
 PREDICTED = 2.0  # weight of what a cell predicts beside where it lies; both are in 0..1
@@ -35,6 +36,7 @@ class KeypointTruth:
         areas: (M,) fraction of the image.
         scale: (M, 2) makes of fractions of width and height lengths in an image whose area is 1, whatever its shape.
         unlabelled: (B,) bool: images whose annotations say nothing about keypoints.
+        known: (B, categories) or (B, 1) bool: the labels that were looked for in each image; None: all.
     """
 
     image: Tensor
@@ -44,6 +46,7 @@ class KeypointTruth:
     areas: Tensor
     scale: Tensor
     unlabelled: Tensor
+    known: Tensor | None
 
     @property
     def labelled(self) -> Tensor:
@@ -84,6 +87,7 @@ def keypoint_truth(
         areas=torch.cat([target.areas for target in targets]).to(device, dtype)[keep],
         scale=torch.stack((aspect, 1 / aspect), -1).to(device)[image],
         unlabelled=torch.tensor([target.keypoints is None for target in targets], device=device),
+        known=known_classes(targets, device),
     )
 
 

@@ -34,8 +34,9 @@ def set_losses(
         assigned: (L, B, Q) int64, index of the object in its image, -1 for none.
         kind: ``vfl`` is the varifocal loss (Zhang et al., "VarifocalNet", CVPR 2021, equation 2); ``mal`` the
             matchability-aware loss (Huang et al., "DEIM", CVPR 2025, equation 3, gamma 1.5 in the paper).
-
         total: what sums are divided by; None is the number of objects, ``targets.total``.
+
+    Classes that were not looked for in an image (``targets.known``) are not taught there as absent.
 
     Returns:
         ``class``, ``box`` and ``giou``, each (L,), summed over the batch and divided.
@@ -53,7 +54,10 @@ def set_losses(
     where = (*positive.nonzero(as_tuple=True), targets.labels[image, target])
     quality[where] = overlap.detach()
     hot[where] = True
-    class_loss = quality_focal(logits, quality, hot, kind, alpha, gamma).sum((1, 2, 3))
+    class_loss = quality_focal(logits, quality, hot, kind, alpha, gamma)
+    if targets.known is not None:
+        class_loss = torch.where(targets.known[:, None] | hot, class_loss, 0)
+    class_loss = class_loss.sum((1, 2, 3))
 
     def per_layer(values: Tensor) -> Tensor:
         return values.new_zeros(len(logits)).index_add(0, layer, values) / total

@@ -26,6 +26,7 @@ class PaddedTargets:
         valid: (B, T) bool.
         counts: objects per image.
         total: mean number of objects per process, at least 1: what losses are divided by.
+        known: (B, C) or (B, 1) bool: the classes that were looked for in each image; None: all of them in all.
     """
 
     boxes: Tensor
@@ -33,6 +34,7 @@ class PaddedTargets:
     valid: Tensor
     counts: list[int]
     total: float
+    known: Tensor | None = None
 
 
 def pad_targets(targets: list[Targets], device: torch.device, dtype: torch.dtype = torch.float32) -> PaddedTargets:
@@ -47,7 +49,18 @@ def pad_targets(targets: list[Targets], device: torch.device, dtype: torch.dtype
         labels[index, :count] = target.labels.to("cpu")
         valid[index, :count] = True
     total = mean_over_processes(torch.tensor(float(sum(counts)), device=device)).item()
-    return PaddedTargets(boxes.to(device), labels.to(device), valid.to(device), counts, max(total, 1.0))
+    known = known_classes(targets, device)
+    return PaddedTargets(boxes.to(device), labels.to(device), valid.to(device), counts, max(total, 1.0), known)
+
+
+def known_classes(targets: list[Targets], device: torch.device) -> Tensor | None:
+    """(B, C) or (B, 1) bool, see ``Targets.known``; None where everything is known."""
+    if all(target.known is None for target in targets):
+        return None
+    one = torch.ones(1, dtype=torch.bool)
+    rows = [one if target.known is None else target.known.cpu() for target in targets]
+    width = max(map(len, rows))
+    return torch.stack([row.expand(width) for row in rows]).to(device)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from mvision.backbone import Backbone
 from mvision.config import ModelConfig, load_config
 from mvision.errors import UserError
-from mvision.heads import Head, head_class
+from mvision.heads import Head, head_class, serving_task
 from mvision.layers import fuse_modules
+from mvision.linking import link_poses
 from mvision.neck import HybridEncoder
 from mvision.structures import Category, Instances, Targets
 
@@ -28,7 +30,7 @@ class Model(nn.Module):
         config: the complete description; ``categories`` and at least one head are required.
 
     Attributes:
-        heads: by task name; their outputs come under the same names.
+        heads: by task name. A task that another one includes (detection beside instance-seg) has none of its own.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -38,12 +40,13 @@ class Model(nn.Module):
         if not config.categories:
             raise UserError("model.categories is empty: pass num_classes or categories, or train on a data set")
         self.config = config
-        wanted = (head_class(task).lateral_stride(settings) for task, settings in config.heads.items())
+        own = [task for task in config.heads if serving_task(task, config.heads) == task]
+        wanted = (head_class(task).lateral_stride(config.heads[task]) for task in own)
         self.backbone = Backbone(config.backbone, config.image_size, {stride for stride in wanted if stride})
         self.neck = HybridEncoder(
             in_channels=self.backbone.channels, strides=self.backbone.strides, **config.neck.model_dump()
         )
-        self.heads = nn.ModuleDict({task: self.new_head(task, config.categories) for task in config.heads})
+        self.heads = nn.ModuleDict({task: self.new_head(task, config.categories) for task in own})
 
     def new_head(self, task: str, categories: list[Category]) -> Head:
         """A head with random weights, wired to this model's maps, for these classes."""
@@ -62,8 +65,8 @@ class Model(nn.Module):
 
     @property
     def tasks(self) -> list[str]:
-        """Names of the heads."""
-        return list(self.heads)
+        """What the model does."""
+        return list(self.config.heads)
 
     @property
     def device(self) -> torch.device:
@@ -71,13 +74,13 @@ class Model(nn.Module):
         return next(self.parameters()).device
 
     def head(self, task: str) -> Head:
-        """The head of a task."""
-        head = self.heads[task]
+        """The head that serves a task."""
+        head = self.heads[serving_task(task, self.tasks)]
         assert isinstance(head, Head)
         return head
 
     def forward(self, images: Tensor, targets: list[Targets] | None = None) -> dict[str, dict[str, Tensor]]:
-        """Raw outputs of every head by task name.
+        """Raw outputs by task name; in training by the name of the head.
 
         Args:
             images: (B, 3, H, W), float in 0..1 or uint8; normalisation happens inside.
@@ -87,10 +90,14 @@ class Model(nn.Module):
         laterals = dict(zip(self.backbone.laterals, maps))
         features = self.neck(maps[len(laterals) :])
         outputs = {}
-        for task, settings in self.config.heads.items():
-            lateral = laterals.get(self.head(task).lateral_stride(settings) or 0)
-            own = features if lateral is None else [lateral, *features]
-            outputs[task] = self.heads[task](own, targets)
+        for task, head in self.heads.items():
+            lateral = laterals.get(self.head(task).lateral_stride(self.config.heads[task]) or 0)
+            labels = None if targets is None else self._labels_for(task, targets)
+            outputs[task] = head(features if lateral is None else [lateral, *features], labels)
+        if targets is None:
+            for task in self.tasks:
+                if task not in outputs:
+                    outputs[task] = self.head(task).outputs_of(task, outputs[serving_task(task, self.tasks)])
         return outputs
 
     def loss(self, outputs: dict[str, dict[str, Tensor]], targets: list[Targets]) -> dict[str, Tensor]:
@@ -98,15 +105,48 @@ class Model(nn.Module):
         return {
             f"{task}/{name}": value
             for task in self.heads
-            for name, value in self.head(task).loss(outputs[task], targets).items()
+            for name, value in self.head(task).loss(outputs[task], self._labels_for(task, targets)).items()
         }
+
+    def _labels_for(self, task: str, targets: list[Targets]) -> list[Targets]:
+        """What a head may learn from every image: the labels that were made for the tasks that it serves."""
+        served = [other for other in self.tasks if serving_task(other, self.tasks) == task]
+        chosen = []
+        for target in targets:
+            if target.tasks is not None:
+                needs = [head_class(other).needs for other in served if other in target.tasks]
+                target = target.only(frozenset().union(*needs))
+            chosen.append(target)
+        return chosen
 
     def postprocess(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.5
     ) -> list[Instances]:
-        """What was found in every image, in pixels of images of these (height, width)."""
-        (task,) = self.heads
-        return self.head(task).postprocess(outputs[task], sizes, threshold)
+        """What was found in every image, in pixels of images of these (height, width).
+
+        The heads of a joint model see the same objects. Poses are linked to what the first head of objects found (see
+        ``mvision.linking``), regions are in ``Instances.regions``.
+        """
+        order = ("objects", "poses", "regions")
+        tasks = sorted(self.heads, key=lambda task: order.index(self.head(task).kind))
+        first = self.head(tasks[0]).postprocess(outputs[tasks[0]], sizes, threshold)
+        for task in tasks[1:]:
+            head = self.head(task)
+            if head.kind == "poses":
+                # Which pose belongs to an object that is sure is a question of place, not of the pose's own score.
+                found = head.postprocess(outputs[task], sizes, 0.0)
+                first = [link_poses(*pair, threshold) for pair in zip(first, found)]
+            elif head.kind == "regions":
+                found = head.postprocess(outputs[task], sizes, threshold)
+                first = [replace(objects, regions=regions) for objects, regions in zip(first, found)]
+        return first
+
+    def results(
+        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.0
+    ) -> dict[str, list[Instances]]:
+        """What every head found, by task, each with its own scores and without links: what metrics are computed on."""
+        found = {task: self.head(task).postprocess(outputs[task], sizes, threshold) for task in self.heads}
+        return {task: found[serving_task(task, self.tasks)] for task in self.tasks}
 
     def predict(
         self, images: Sequence[str | Image | np.ndarray], threshold: float = 0.5, batch_size: int | None = None

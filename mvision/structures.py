@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,9 @@ class Targets:
         keypoints: (N, K, 3) float32 x, y in fractions of the input image and visibility 0, 1 or 2, or None.
         image_id: the data set's id of the image.
         size: height and width of the original image in pixels.
+        known: (C,) bool: the classes that were looked for in this image; of the others nothing is known, neither that
+            they are there nor that they are not. (1,) is all of them, None: all are known.
+        tasks: the tasks that the image is labelled for; None: all for which it has labels.
     """
 
     boxes: Tensor
@@ -57,6 +61,8 @@ class Targets:
     keypoints: Tensor | None = None
     image_id: int = 0
     size: tuple[int, int] = (0, 0)
+    known: Tensor | None = None
+    tasks: frozenset[str] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -69,6 +75,22 @@ class Targets:
             if isinstance(value := getattr(self, f.name), Tensor)
         }
         return replace(self, **moved)
+
+    def only(self, names: Collection[str]) -> Targets:
+        """The same image with these of ``boxes``, ``masks`` and ``keypoints`` alone; without boxes nothing is known."""
+        masks = self.masks if "masks" in names else None
+        keypoints = self.keypoints if "keypoints" in names else None
+        if "boxes" in names:
+            return replace(self, masks=masks, keypoints=keypoints)
+        return replace(
+            self,
+            boxes=self.boxes[:0],
+            labels=self.labels[:0],
+            areas=self.areas[:0],
+            masks=None,
+            keypoints=None,
+            known=torch.zeros(1, dtype=torch.bool, device=self.labels.device),
+        )
 
 
 @dataclass
@@ -85,6 +107,7 @@ class Instances:
         keypoints: (N, K, 3) float32 x, y in pixels and a score in 0..1, or None.
         categories: the full description of the classes (ids, keypoint names, skeleton).
         path: the file or source that the image came from, if any.
+        regions: of a joint model with objects and semantic-seg: one entry with a mask for each class in the image.
     """
 
     boxes: np.ndarray
@@ -95,6 +118,7 @@ class Instances:
     masks: Masks | None = None
     keypoints: np.ndarray | None = None
     path: str | None = None
+    regions: Instances | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.masks, np.ndarray):
@@ -126,7 +150,7 @@ class Instances:
 
         Each has image_id, category_id (the data set's, not the label), bbox as xywh in pixels, score, and where present
         segmentation (compressed run lengths of the whole image) and keypoints (x, y, score of one after another, as
-        many as the class has).
+        many as the class has). Those of ``regions`` follow, marked by ``"region": True``.
         """
         corners = self.boxes.astype(np.float64).reshape(-1, 4)
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1).tolist()
@@ -144,6 +168,8 @@ class Instances:
             counts = [3 * len(category.keypoints) or None for category in self.categories]
             for entry, label, points in zip(results, self.labels.tolist(), flat.tolist()):
                 entry["keypoints"] = points[: counts[label]]
+        if self.regions is not None:
+            results += [{**entry, "region": True} for entry in self.regions.to_coco(image_id)]
         return results
 
     def to_supervision(self) -> supervision.Detections:

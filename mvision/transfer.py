@@ -6,6 +6,7 @@ A different backbone, another task or other classes are no obstacle to what the 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -22,12 +23,19 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def transfer(model: Model, config: ModelConfig, tensors: dict[str, Tensor], source: str) -> str:
+def transfer(
+    model: Model,
+    config: ModelConfig,
+    tensors: dict[str, Tensor],
+    source: str,
+    parts: Collection[str] | None = None,
+) -> str:
     """Copy into ``model`` every tensor that fits, and say in one line which parts were taken and what is new.
 
     Args:
         config, tensors: the description and the state dict of the other model.
         source: what errors call it.
+        parts: only these parts of the model, of ``backbone``, ``neck`` and ``heads.TASK``; None: all of it.
 
     A head without a counterpart in ``tensors`` takes from the heads of other tasks what has the same name inside the
     head and the same shape. In layers with one row per class, the rows of classes with the same name are copied; the
@@ -45,7 +53,9 @@ def transfer(model: Model, config: ModelConfig, tensors: dict[str, Tensor], sour
         part = ".".join(module.split(".")[: 2 if module.startswith("heads.") else 1])
         pairs = {name: (target, _counterpart(name, tensors)) for name, target in members.items()}
         # All of a layer or nothing: a bias without its weights is no use, and the counters of norms may be absent.
-        fits = all(fit(name, *pair) for name, pair in pairs.items() if not name.endswith("num_batches_tracked"))
+        fits = (parts is None or part in parts) and all(
+            fit(name, *pair) for name, pair in pairs.items() if not name.endswith("num_batches_tracked")
+        )
         place = part, module.removeprefix(f"{part}.").partition(".")[0]
         total[place] += 1
         taken[place] += fits
@@ -142,7 +152,7 @@ def _rows_per_class(model: Model, sources: list[Category]) -> dict[str, _Rows]:
     points = max((category.keypoints for category in model.categories), key=len, default=[])
     more = [*model.categories, Category(id=-1, name="one more", keypoints=points)]
     per_class = {}
-    for task in model.tasks:
+    for task in model.heads:
         head = model.head(task)
         here, there = head.classes, head.predicted(sources)
         rows = _Rows(_matching_rows(here, there), len(here), len(there))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import mvision
 from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
+from mvision.heads import head_class, serving_task
 from mvision.hub import cache_only_if_unreachable, why_not
 from mvision.layers import ConvNorm
 from mvision.model import Model
@@ -93,17 +94,22 @@ def load(source: str | Path, tasks: Sequence[str] | None = None, device: str | t
                 f"weights {source}: there is no head '{', '.join(missing)}', only {', '.join(config.heads)}"
             )
         config = config.model_copy(update={"heads": {task: config.heads[task] for task in tasks}})
-        dropped = tuple(f"heads.{task}." for task in weights.config.heads if task not in tasks)
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(dropped)}
+        tensors = _of_tasks(weights, tasks, source)
     model = Model(config)
+    if tasks is not None:
+        # A head that served two tasks has more than the one needs that is left.
+        known = model.state_dict()
+        tensors = {name: tensor for name, tensor in tensors.items() if name in known}
     if weights.fused:
         model.fuse()
     _fill(model, tensors, source)
     return model.to(device).eval()
 
 
-def init_from(model: Model, source: str | Path) -> str:
+def init_from(model: Model, source: str | Path, parts: Collection[str] | None = None) -> str:
     """Start a model from other weights: everything whose name and shape fit, classes by their names.
+
+    ``parts``: only these of it, ``backbone`` or ``neck``.
 
     Returns:
         One line that says what was taken and what stays new.
@@ -116,7 +122,7 @@ def init_from(model: Model, source: str | Path) -> str:
         raise UserError(
             f"weights {source}: fused for inference, no training can start from them; take the unfused ones"
         )
-    return f"weights {source}: {transfer(model, weights.config, weights.tensors, str(source))}"
+    return f"weights {source}: {transfer(model, weights.config, weights.tensors, str(source), parts)}"
 
 
 def read_weights(source: str | Path) -> Weights:
@@ -233,6 +239,24 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> N
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise UserError(f"weights {source}: they {kind} {names[0]}{more}")
+
+
+def _of_tasks(weights: Weights, tasks: Sequence[str], source: str | Path) -> dict[str, Tensor]:
+    """The tensors of backbone, neck and the heads that serve these tasks, by their names without the rest."""
+    kept = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("heads.")}
+    for task in tasks:
+        before, after = serving_task(task, weights.config.heads), serving_task(task, tasks)
+        if before != after and not head_class(before).separable(weights.config.heads[before]):
+            raise UserError(
+                f"weights {source}: {task} is a part of {before} in them and cannot do without it; keep both"
+            )
+        start = f"heads.{before}."
+        kept |= {
+            f"heads.{after}.{name.removeprefix(start)}": tensor
+            for name, tensor in weights.tensors.items()
+            if name.startswith(start)
+        }
+    return kept
 
 
 def _is_fused(model: nn.Module) -> bool:

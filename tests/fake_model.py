@@ -48,6 +48,11 @@ class FakeModel(nn.Module):
         assert len(outputs) == len(sizes)
         return [find_rectangles(image, size, threshold) for image, size in zip(outputs.cpu().numpy(), sizes)]
 
+    def results(
+        self, outputs: Tensor, sizes: Sequence[tuple[int, int]], threshold: float
+    ) -> dict[str, list[Instances]]:
+        return {"detection": self.postprocess(outputs, sizes, threshold)}
+
 
 def find_rectangles(image: np.ndarray, size: tuple[int, int], threshold: float) -> Instances:
     boxes, labels, scores = [], [], []

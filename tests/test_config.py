@@ -105,8 +105,23 @@ def test_tasks_are_those_asked_for_or_those_of_the_file(tmp_path: Path) -> None:
     assert head["instance-seg"].num_layers == load_config("small").model.heads["detection"].num_layers
     own.write_text("base: small\n")
     assert list(load_config(file=own).model.heads) == ["detection"]
-    with pytest.raises(UserError, match="tasks detection and instance-seg: a model has one task in this version"):
-        load_config("tiny", tasks=["detection", "instance-seg"])
+    assert list(load_config("tiny", tasks=["keypoints", "detection"]).model.heads) == ["keypoints", "detection"]
+
+
+def test_settings_for_one_task_alone(tmp_path: Path) -> None:
+    base, own = tmp_path / "base.yaml", tmp_path / "own.yaml"
+    base.write_text(
+        "model: {image_size: 64}\ntrain: {lr: 0.1}\ntasks: {keypoints: {model: {image_size: 96}, train: {lr: 0.2}}}\n"
+    )
+    own.write_text("base: base.yaml\ntrain: {lr: 0.3}\n")
+    for tasks, side in ((["keypoints"], 96), (["detection"], 64), (["detection", "keypoints"], 64)):
+        config = load_config(file=own, tasks=tasks)
+        assert config.model.image_size == (side, side)
+        assert config.train.lr == 0.3  # what lies above wins
+    assert load_config(file=base, tasks=["keypoints"], overrides={"train.lr": 0.4}).train.lr == 0.4
+    base.write_text("tasks: {keypoints: {train: {lrr: 0.2}}}\n")
+    with pytest.raises(UserError, match=r"base.yaml: unknown key 'train.lrr'"):
+        load_config(file=base, tasks=["detection"])
 
 
 def test_a_timm_backbone_is_a_model() -> None:

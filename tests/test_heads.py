@@ -21,6 +21,7 @@ SMALL = {
     "detection": QUERIES,
     "instance-seg": {**QUERIES, "pixel_dim": 16, "mask_dim": 8, "mask_points": 64, "pixel_stride": 8},
     "keypoints": {"embed_dim": 16, "num_instances": 12},
+    "semantic-seg": {"pyramid_dim": 16, "embed_dim": 32, "dropout": 0.0},
 }
 
 

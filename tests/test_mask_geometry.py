@@ -87,6 +87,11 @@ class Oracle(nn.Module):
     ) -> list[Instances]:
         return self.mask_head.postprocess(outputs, sizes, threshold)
 
+    def results(
+        self, outputs: dict[str, Tensor], sizes: list[tuple[int, int]], threshold: float
+    ) -> dict[str, list[Instances]]:
+        return {"instance-seg": self.postprocess(outputs, sizes, threshold)}
+
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / (a | b).sum())

@@ -199,7 +199,7 @@ def _nan(outputs):
 
 def test_early_stop(squares, tmp_path, monkeypatch):
     figures = iter([0.5, 0.4, 0.3, 0.2, 0.5])
-    monkeypatch.setattr("mvision.engine.train.evaluate", lambda *args, **kwargs: {"detection": _ap(next(figures))})
+    monkeypatch.setattr("mvision.engine.train.evaluate_all", lambda *args, **kwargs: {"detection": _ap(next(figures))})
     run = run_in_process(squares, tmp_path / "run", train__epochs=9, train__patience=3)
     assert len(steps_of(run)) == 4
 

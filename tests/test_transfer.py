@@ -107,8 +107,7 @@ def test_layers_are_taken_whole_or_not_at_all(source: Path) -> None:
 def test_a_head_of_another_task_lends_its_layers(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mvision.heads
 
-    for module in ("mvision.config", "mvision.model"):
-        monkeypatch.setattr(f"{module}.head_class", lambda task: mvision.heads.HEADS["detection"])
+    monkeypatch.setitem(mvision.heads.HEADS, "other", mvision.heads.HEADS["detection"])
     config = make_model().config
     model = Model(config.model_copy(update={"heads": {"other": config.heads["detection"]}}))
     line = init_from(model, source)

@@ -168,8 +168,7 @@ def test_keeping_some_heads(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="there is no head 'keypoints', only detection"):
         load(run, tasks=["keypoints"])
     # A second head under a name of its own.
-    monkeypatch.setattr("mvision.config.head_class", lambda task: mvision.heads.HEADS["detection"])
-    monkeypatch.setattr("mvision.model.head_class", lambda task: mvision.heads.HEADS["detection"])
+    monkeypatch.setitem(mvision.heads.HEADS, "second", mvision.heads.HEADS["detection"])
     config = make_model().config
     config = config.model_copy(update={"heads": {**config.heads, "second": config.heads["detection"]}})
     joint = Model(config).eval()

@@ -4,6 +4,8 @@ Public:
     find_layout(root) -> Layout                 recognise a folder; ``layout.split("train", tasks) -> Split``
     CocoSplit(split, fields)                    read and check: ``categories``, ``records``, ``problems``, ``coco_dict``
     same_categories(train, val)                 labels of two splits mean the same, or UserError
+    read_parts(config, tasks, seed, say)        the data sets of a run: ``[Part(name, tasks, train, val, weight)]``
+    read_validation(config, split, tasks)       the same for an evaluation
     build_train_loader(split, config, ...)      Loader: ``for batch in loader.epoch(n)``, ``len(loader)``, ``close()``
     build_eval_loader(split, config, ...)       Loader: ``for batch in loader``
     Batch                                       images (B, 3, H, W) uint8, targets, crowds, skipped
@@ -32,6 +34,8 @@ _LAZY = {
     "build_train_loader": "mvision.data.loader",
     "find_layout": "mvision.data.layouts",
     "read_image": "mvision.data.images",
+    "read_parts": "mvision.data.parts",
+    "read_validation": "mvision.data.parts",
     "resize_image": "mvision.data.images",
     "same_categories": "mvision.data.coco",
 }
@@ -49,6 +53,8 @@ __all__ = [
     "contact_sheet",
     "find_layout",
     "read_image",
+    "read_parts",
+    "read_validation",
     "resize_image",
     "same_categories",
     "write_image",
@@ -61,6 +67,7 @@ if TYPE_CHECKING:
     from mvision.data.images import BadImage, read_image, resize_image
     from mvision.data.layouts import Layout, Split, find_layout
     from mvision.data.loader import Loader, build_eval_loader, build_train_loader
+    from mvision.data.parts import read_parts, read_validation
 
 
 def __getattr__(name: str) -> Any:

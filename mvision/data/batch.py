@@ -49,8 +49,9 @@ class Batch:
 class PackedBatch:
     """A batch in few tensors: each tensor that leaves a worker costs a file descriptor and two system calls.
 
-    ``boxes``, ``labels``, ``areas``, ``keypoints`` and ``crowds`` hold all objects one image after the other, ``masks``
-    those of the images that have masks; ``counts`` says how many belong to each image.
+    ``boxes``, ``labels``, ``areas`` and ``crowds`` hold all objects one image after the other, ``masks`` and
+    ``keypoints`` those of the images that have some; ``counts`` says how many belong to each image, with None in
+    ``mask_counts`` and ``keypoint_counts`` for the others. ``known`` has a row per image.
     """
 
     images: Tensor
@@ -60,11 +61,14 @@ class PackedBatch:
     crowds: Tensor
     masks: Tensor | None
     keypoints: Tensor | None
+    known: Tensor | None
     counts: list[int]
     mask_counts: list[int | None]
+    keypoint_counts: list[int | None]
     crowd_counts: list[int]
     ids: list[int]
     sizes: list[tuple[int, int]]
+    tasks: list[frozenset[str] | None]
     skipped: list[tuple[str, str]]
 
     def pin_memory(self) -> PackedBatch:
@@ -77,20 +81,19 @@ class PackedBatch:
     def unpack(self) -> Batch:
         """One ``Targets`` per image; its tensors are views, nothing is copied."""
         boxes, labels, areas = (t.split(self.counts) for t in (self.boxes, self.labels, self.areas))
-        keypoints = None if self.keypoints is None else self.keypoints.split(self.counts)
-        masks: list[Tensor | None] = [None] * len(self.counts)
-        if self.masks is not None:
-            pieces = iter(self.masks.split([count for count in self.mask_counts if count is not None]))
-            masks = [None if count is None else next(pieces) for count in self.mask_counts]
+        masks = _split_some(self.masks, self.mask_counts)
+        keypoints = _split_some(self.keypoints, self.keypoint_counts)
         targets = [
             Targets(
                 boxes=boxes[i],
                 labels=labels[i],
                 areas=areas[i],
                 masks=masks[i],
-                keypoints=None if keypoints is None else keypoints[i],
+                keypoints=keypoints[i],
                 image_id=self.ids[i],
                 size=self.sizes[i],
+                known=None if self.known is None or self.known[i].all() else self.known[i],
+                tasks=self.tasks[i],
             )
             for i in range(len(self.counts))
         ]
@@ -116,10 +119,29 @@ def pack(samples: Sequence[Sample]) -> PackedBatch | list[tuple[str, str]]:
         crowds=torch.cat([crowds for _, _, crowds in good]),
         masks=torch.cat(masks) if masks else None,
         keypoints=torch.cat(keypoints) if keypoints else None,
+        known=_known(targets),
         counts=[len(target) for target in targets],
         mask_counts=[None if target.masks is None else len(target) for target in targets],
+        keypoint_counts=[None if target.keypoints is None else len(target) for target in targets],
         crowd_counts=[len(crowds) for _, _, crowds in good],
         ids=[target.image_id for target in targets],
         sizes=[target.size for target in targets],
+        tasks=[target.tasks for target in targets],
         skipped=skipped,
     )
+
+
+def _known(targets: list[Targets]) -> Tensor | None:
+    """(B, C) bool, None where everything is known in every image."""
+    given = next((target.known for target in targets if target.known is not None), None)
+    if given is None:
+        return None
+    return torch.stack([torch.ones_like(given) if target.known is None else target.known for target in targets])
+
+
+def _split_some(values: Tensor | None, counts: list[int | None]) -> list[Tensor | None]:
+    """The rows of every image, None for the images that have none to have."""
+    if values is None:
+        return [None] * len(counts)
+    pieces = iter(values.split([count for count in counts if count is not None]))
+    return [None if count is None else next(pieces) for count in counts]

@@ -48,10 +48,10 @@ class ImageCache:
         return flat.reshape(self.shapes[index])
 
 
-def make_cache(records: Sequence[ImageRecord]) -> ImageCache | None:
-    """A cache, where all decoded images take at most a quarter of the free memory; else None."""
+def make_cache(records: Sequence[ImageRecord], caches: int = 1) -> ImageCache | None:
+    """A cache, where all decoded images take at most a quarter of the free memory, or its part of it; else None."""
     needed = sum(record.height * record.width * 3 for record in records)
-    return ImageCache(records) if needed <= _budget() else None
+    return ImageCache(records) if needed <= _budget() // caches else None
 
 
 def _budget() -> int:

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from mvision.data.images import BadImage, image_size
 from mvision.data.objects import CleanObject, Objects, clean_object, pack_objects
 from mvision.data.points import add_sigmas_and_pairs, describe_keypoints, skeleton
@@ -49,18 +51,22 @@ class CocoSplit:
         folder: the folder that the records' ``file`` are relative to.
         fields: what was asked for: a subset of ``boxes``, ``masks``, ``keypoints``.
         available: what the annotations offer, whether asked for or not.
-        categories: by rising id, gaps or not; labels are the positions in this list.
+        categories: by rising id, gaps or not, or those given; labels are the positions in this list.
+        own: those of the file, by rising id.
         records: the images, in the file's order.
         objects: the labelled objects, image by image.
         problems: what was left out or mended.
     """
 
-    def __init__(self, split: Split, fields: Iterable[str] = ("boxes",)) -> None:
+    def __init__(
+        self, split: Split, fields: Iterable[str] = ("boxes",), categories: list[Category] | None = None
+    ) -> None:
         """Read and check the file.
 
         Args:
             split: from ``find_layout(root).split(name)``.
             fields: names of ``Targets`` fields that are needed; masks and keypoints cost time and memory.
+            categories: of several data sets, those of this one among them by their names; None: its own.
 
         Raises:
             UserError: see the module's first lines.
@@ -70,7 +76,8 @@ class CocoSplit:
         self.problems = Problems()
         where = str(split.annotations)
         raw = split.load()
-        self.categories = _categories(raw, where)
+        self.own = _categories(raw, where)
+        self.categories = self.own if categories is None else categories
         self.folder, self.records = _images(raw, split, self.problems)
         kept = self._clean(raw, where)
         self.available = _available(raw, self.categories)
@@ -107,8 +114,17 @@ class CocoSplit:
                 for record in self.records
             ],
             "annotations": annotations,
-            "categories": [_coco_category(category) for category in self.categories],
+            "categories": [_coco_category(category) for category in self.categories if self._is_own(category)],
         }
+
+    @property
+    def known(self) -> np.ndarray | None:
+        """(C,) bool: which of the categories this data set has; None where it has all."""
+        known = np.array([self._is_own(category) for category in self.categories])
+        return None if known.all() else known
+
+    def _is_own(self, category: Category) -> bool:
+        return any(category.name == own.name for own in self.own)
 
     def _clean(
         self, raw: dict[str, Any], where: str, problems: Problems | None = None
@@ -116,7 +132,8 @@ class CocoSplit:
         """Usable annotations with the position of their image."""
         problems = self.problems if problems is None else problems
         position_of = {record.id: position for position, record in enumerate(self.records)}
-        label_of = {category.id: label for label, category in enumerate(self.categories)}
+        by_name = {category.name: label for label, category in enumerate(self.categories)}
+        label_of = {category.id: by_name[category.name] for category in self.own}
         kept = []
         for number, annotation in enumerate(raw["annotations"]):
             if not isinstance(annotation, dict):
@@ -128,7 +145,7 @@ class CocoSplit:
                 raise UserError(f"{where}: {name} has image_id {annotation.get('image_id')!r}, which no image has")
             label = None if category_id is None else label_of.get(category_id)
             if label is None:
-                known = ", ".join(str(category.id) for category in self.categories[:20])
+                known = ", ".join(str(category.id) for category in self.own[:20])
                 raise UserError(
                     f"{where}: {name} has category_id {annotation.get('category_id')!r}; the categories are {known}"
                 )
@@ -208,11 +225,11 @@ def same_categories(train: CocoSplit, val: CocoSplit) -> None:
     Raises:
         UserError: ids or names differ.
     """
-    if [(c.id, c.name) for c in train.categories] == [(c.id, c.name) for c in val.categories]:
+    if [(c.id, c.name) for c in train.own] == [(c.id, c.name) for c in val.own]:
         return
     raise UserError(
         f"{val.split.annotations}: its categories differ from those of {train.split.annotations}: "
-        f"{_difference(val.categories, train.categories)}"
+        f"{_difference(val.own, train.own)}"
     )
 
 

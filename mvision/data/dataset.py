@@ -1,8 +1,12 @@
-"""Samples: what happens to one is a function of (seed, epoch, index) alone, whoever loads it and in whatever order."""
+"""Samples: what happens to one is a function of (seed, epoch, index) alone, whoever loads it and in whatever order.
+
+Where an epoch shows an image several times, also of how often it did before.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -27,12 +31,17 @@ ASPECT_TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What a sampler asks the data set for. ``resting``: without mosaic, mixup and zoom-out (the end of a run)."""
+    """What a sampler asks the data set for.
+
+    ``resting``: without mosaic, mixup and zoom-out (the end of a run). ``repeat``: how often the epoch showed the image
+    before.
+    """
 
     epoch: int
     index: int
     image_size: tuple[int, int]
     resting: bool = False
+    repeat: int = 0
 
 
 @dataclass
@@ -71,6 +80,7 @@ class Dataset(data.Dataset[Sample]):
         mask_stride: int | None = 1,
         cache: ImageCache | None = None,
         validate: bool = True,
+        tasks: Collection[str] | None = None,
     ) -> None:
         """Prepare the samples of a split.
 
@@ -81,6 +91,7 @@ class Dataset(data.Dataset[Sample]):
             mask_stride: masks are drawn at 1 / stride of the input size; None leaves them out of the targets.
             cache: keeps decoded images in memory between epochs.
             validate: insist that the annotations have what was asked for; off for looking at a data set.
+            tasks: what the labels are used for, see ``Targets.tasks``; None: all for which there are some.
 
         Raises:
             UserError: masks or keypoints are asked for, and the annotations have none.
@@ -91,6 +102,8 @@ class Dataset(data.Dataset[Sample]):
         self.objects = split.objects
         self.folder = split.folder
         self.categories = split.categories
+        self.known = split.known
+        self.tasks = None if tasks is None else frozenset(tasks)
         self.seed = seed
         self.mask_stride = mask_stride
         self.cache = cache
@@ -113,7 +126,8 @@ class Dataset(data.Dataset[Sample]):
         for attempt in range(ATTEMPTS if self.augmented else 1):
             # Where many files are damaged, a mosaic of four is unlikely to succeed: the later half goes without.
             transform = self.resting if key.resting or attempt >= ATTEMPTS // 2 else self.transform
-            rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt))
+            more = (key.repeat,) if key.repeat else ()
+            rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt, *more))
             try:
                 image, labels = transform(self, index, key.image_size, rng)
             except BadImage as error:
@@ -232,8 +246,27 @@ class Dataset(data.Dataset[Sample]):
             keypoints=keypoints,
             image_id=record.id,
             size=(record.height, record.width),
+            known=None if self.known is None else torch.from_numpy(self.known),
+            tasks=self.tasks,
         )
         return targets, boxes[crowd]
+
+
+class MixedDataset(data.Dataset[Sample]):
+    """The samples of several data sets, one after the other. Mosaic and mixup take the images of one."""
+
+    def __init__(self, parts: Sequence[Dataset]) -> None:
+        self.parts = list(parts)
+        self.start = np.cumsum([0, *map(len, parts)])
+        self.augmented = all(part.augmented for part in parts)
+
+    def __len__(self) -> int:
+        return int(self.start[-1])
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """The sample of a key, whose index counts through all parts."""
+        number = int(np.searchsorted(self.start, key.index, side="right")) - 1
+        return self.parts[number][replace(key, index=key.index - int(self.start[number]))]
 
 
 def require_fields(split: CocoSplit) -> None:
@@ -242,10 +275,13 @@ def require_fields(split: CocoSplit) -> None:
     Raises:
         UserError: they are not.
     """
-    words = {"masks": ("a segmentation", "instance-seg"), "keypoints": ("keypoints", "keypoints")}
+    words = {
+        "masks": ("a segmentation", "tasks instance-seg and semantic-seg need"),
+        "keypoints": ("keypoints", "task keypoints needs"),
+    }
     for name in sorted(split.fields - split.available):
-        what, task = words[name]
-        raise UserError(f"{split.split.annotations}: no object in it has {what}, which the task {task} needs")
+        what, who = words[name]
+        raise UserError(f"{split.split.annotations}: no object in it has {what}, which the {who}")
 
 
 def _masks(labels: Labels, size: tuple[int, int]) -> Masks:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from mvision.data.coco import read_json
@@ -32,6 +33,7 @@ class Split:
         annotations: the COCO file, or the YOLO ``data.yaml``.
         keypoints: a second COCO file whose keypoints belong to the same annotation ids (COCO's own layout has two).
         yolo: set where the annotations are YOLO's and are converted when read.
+        fraction, seed: only this share of the images, drawn with this seed; a smaller share is part of a larger one.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Split:
     annotations: Path
     keypoints: Path | None = None
     yolo: YoloSet | None = None
+    fraction: float = 1.0
+    seed: int = 0
 
     def load(self) -> dict[str, Any]:
         """The annotations as a COCO dictionary.
@@ -46,6 +50,10 @@ class Split:
         Raises:
             UserError: a file that is missing, malformed or no COCO (or YOLO) file.
         """
+        raw = self._load()
+        return raw if self.fraction >= 1 else _some_images(raw, self.fraction, self.seed)
+
+    def _load(self) -> dict[str, Any]:
         if self.yolo is not None:
             return read_yolo_split(self.yolo, self.name)
         raw = read_json(self.annotations)
@@ -222,3 +230,18 @@ def _not_recognised(root: Path) -> str:
         f"--data {root}: no data set recognised (found: {found}); expected images/ + annotations/{{train,val}}.json, "
         f"COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, or a YOLO data.yaml{hint}"
     )
+
+
+def _some_images(raw: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
+    """The annotations of a share of the images, at least one of them, in their order."""
+    count = len(raw["images"])
+    chosen = np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))]
+    images = [raw["images"][index] for index in sorted(chosen.tolist())]
+    # What is no annotation of an image left out, broken ones too: whoever reads them next reports those.
+    everywhere, kept = ({image.get("id") for image in of if isinstance(image, dict)} for of in (raw["images"], images))
+    annotations = [
+        entry
+        for entry in raw["annotations"]
+        if not isinstance(entry, dict) or entry.get("image_id") not in everywhere - kept
+    ]
+    return {**raw, "images": images, "annotations": annotations}

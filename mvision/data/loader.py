@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -22,7 +22,8 @@ from mvision.config import DataConfig
 from mvision.data.batch import Batch, PackedBatch, pack
 from mvision.data.cache import make_cache
 from mvision.data.coco import CocoSplit
-from mvision.data.dataset import Dataset
+from mvision.data.dataset import Dataset, MixedDataset
+from mvision.data.parts import Part
 from mvision.data.samplers import EvalBatches, TrainBatches
 from mvision.errors import UserError
 
@@ -37,7 +38,11 @@ class Loader:
     """
 
     def __init__(
-        self, dataset: Dataset, batches: TrainBatches | EvalBatches, workers: int, pin_memory: bool = False
+        self,
+        dataset: Dataset | MixedDataset,
+        batches: TrainBatches | EvalBatches,
+        workers: int,
+        pin_memory: bool = False,
     ) -> None:
         self.dataset = dataset
         self.batches = batches
@@ -116,7 +121,7 @@ class Loader:
 
 
 def build_train_loader(
-    split: CocoSplit,
+    split: CocoSplit | Sequence[Part],
     config: DataConfig,
     *,
     batch_size: int,
@@ -131,7 +136,7 @@ def build_train_loader(
     """Shuffled, augmented batches.
 
     Args:
-        split: read with the fields that the heads need.
+        split: read with the fields that the heads need; or the parts of a run with several data sets.
         config: augmentation and number of workers.
         batch_size: total over all processes.
         image_size: (height, width) of the model's input.
@@ -144,9 +149,27 @@ def build_train_loader(
     Raises:
         UserError: the annotations lack masks or keypoints that were asked for.
     """
-    dataset = Dataset(split, config.augment, seed, mask_stride, make_cache(split.records))
+    dataset: Dataset | MixedDataset
+    images: int | list[tuple[int, float]]
+    if isinstance(split, CocoSplit):
+        dataset = Dataset(split, config.augment, seed, mask_stride, make_cache(split.records))
+        images = len(dataset)
+    else:
+        of_parts = [
+            Dataset(
+                part.train,
+                config.augment,
+                seed,
+                mask_stride,
+                make_cache(part.train.records, len(split)),
+                tasks=part.tasks,
+            )
+            for part in split
+        ]
+        dataset = MixedDataset(of_parts)
+        images = [(len(one), part.weight) for one, part in zip(of_parts, split)]
     batches = TrainBatches(
-        len(dataset),
+        images,
         batch_size,
         image_size,
         seed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -19,12 +19,12 @@ class TrainBatches:
     The permutation of all images is cut into batches of the total batch size, and each process takes its part of every
     batch: one process and eight see the same batches. What does not fill a batch waits for the next epoch's shuffle. A
     data set smaller than a batch makes one batch of what there is; with fewer images in a batch than processes some are
-    seen twice, so that no process is left without work.
+    seen twice, so that no process is left without work. Of several data sets each gives its share to the permutation.
     """
 
     def __init__(
         self,
-        num_images: int,
+        num_images: int | Sequence[tuple[int, float]],
         batch_size: int,
         image_size: tuple[int, int],
         seed: int = 0,
@@ -34,8 +34,13 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """``batch_size`` is the total over processes; ``epochs`` and ``last_epochs`` say when augmentation rests."""
-        self.num_images, self.batch_size, self.image_size = num_images, batch_size, image_size
+        """``batch_size`` is the total over processes; ``epochs`` and ``last_epochs`` say when augmentation rests.
+
+        ``num_images``: of one data set, or for each of several the number and how often an epoch shows each image.
+        """
+        self.parts = [(num_images, 1.0)] if isinstance(num_images, int) else list(num_images)
+        self.drawn = [max(1, round(count * weight)) for count, weight in self.parts]
+        self.num_images, self.batch_size, self.image_size = sum(self.drawn), batch_size, image_size
         self.seed, self.multi_scale = seed, multi_scale
         self.rank, self.world_size = rank, world_size
         self.resting_from = math.inf if epochs is None else epochs - round(epochs * last_epochs)
@@ -45,13 +50,33 @@ class TrainBatches:
         return max(self.num_images // self.batch_size, 1)
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
-        order = np.random.default_rng((self.seed, self.epoch, SHUFFLE)).permutation(self.num_images)
+        order = self._order()
         resting = self.epoch >= self.resting_from
         for number in range(len(self)):
             members = order[number * self.batch_size : (number + 1) * self.batch_size]
-            members = np.resize(members, max(len(members), self.world_size))
+            members = members[np.arange(max(len(members), self.world_size)) % len(members)]
             size = self._size(number)
-            yield [SampleKey(self.epoch, int(index), size, resting) for index in members[self.rank :: self.world_size]]
+            own = members[self.rank :: self.world_size].tolist()
+            yield [SampleKey(self.epoch, index, size, resting, repeat) for index, repeat in own]
+
+    def _order(self) -> np.ndarray:
+        """(n, 2) images of this epoch, and how often each was shown in it before.
+
+        Whole passes over each data set, and a part of one where its weight is uneven.
+        """
+        rng = np.random.default_rng((self.seed, self.epoch, SHUFFLE))
+        if self.drawn == [count for count, _ in self.parts]:
+            images = rng.permutation(self.num_images)
+            return np.stack((images, np.zeros_like(images)), axis=1)
+        chosen, start = [], 0
+        for (count, _), drawn in zip(self.parts, self.drawn):
+            passes = [
+                np.stack((start + rng.permutation(count), np.full(count, repeat)), axis=1)
+                for repeat in range(-(-drawn // count))
+            ]
+            chosen.append(np.concatenate(passes)[:drawn])
+            start += count
+        return rng.permutation(np.concatenate(chosen))
 
     def _size(self, number: int) -> tuple[int, int]:
         """Height and width of a batch: whole steps of the longer side, the shorter one in proportion."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from mvision.engine.metrics import CocoMetric
+from mvision.engine.semantic import SemanticMetric
+from mvision.heads import head_class
 from mvision.inference.predict import eval_mode
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from mvision.data import Batch
+    from mvision.data import Batch, Loader
     from mvision.model import Model
 
 
@@ -25,32 +28,64 @@ class Annotated(Protocol):
     def coco_dict(self) -> dict[str, Any]: ...
 
 
-Metrics = dict[str, list[CocoMetric]]
+Metrics = dict[str, list[CocoMetric | SemanticMetric]]
 """By task: the metric of its head, then those that are reported beside it."""
 
 
-def make_metrics(model: Model, split: Annotated) -> Metrics:
-    """The metrics of every head of the model on the annotations of a split; made once, used at every evaluation.
+@dataclass
+class Validation:
+    """A data set that a model is evaluated on, with the metrics of the tasks that it is used for."""
+
+    name: str
+    loader: Loader
+    metrics: Metrics
+
+
+def make_metrics(model: Model, split: Annotated, tasks: Sequence[str] | None = None) -> Metrics:
+    """The metrics of the model's tasks (or of these) on the annotations of a split; made once, used every time.
 
     A head is asked for the classes that it can find alone: one that finds keypoints, not for the boxes of classes that
     have none.
     """
     annotations = split.coco_dict
-    heads = {task: model.head(task) for task in model.tasks}
-    return {
-        task: [CocoMetric(annotations, head.classes, kind) for kind in (head.metric, *head.also)]
-        for task, head in heads.items()
-    }
+    metrics: Metrics = {}
+    for task in model.tasks if tasks is None else tasks:
+        cls, classes = head_class(task), model.head(task).classes
+        # What an included task reports need not be said twice.
+        elsewhere = {head_class(other).metric for other in cls.includes if other in model.tasks}
+        kinds = [kind for kind in (cls.metric, *cls.also) if kind not in elsewhere]
+        metrics[task] = [
+            SemanticMetric(annotations, classes) if kind == "semantic" else CocoMetric(annotations, classes, kind)
+            for kind in kinds
+        ]
+    return metrics
 
 
-def tables(metrics: Metrics) -> list[str]:
+def tables(validation: Sequence[Validation]) -> list[str]:
     """COCO's table of every metric, for a terminal; with a heading where there are several."""
-    several = sum(map(len, metrics.values())) > 1
-    return [
-        f"{task}, {metric.metric}\n{metric.table()}" if several else metric.table()
-        for task, of_task in metrics.items()
+    found = [
+        (f"{part.name}, " if len(validation) > 1 else "", task, metric)
+        for part in validation
+        for task, of_task in part.metrics.items()
         for metric in of_task
     ]
+    if len(found) == 1:
+        return [found[0][2].table()]
+    return [f"{name}{task}, {metric.metric}\n{metric.table()}" for name, task, metric in found]
+
+
+def evaluate_all(
+    model: Model, validation: Sequence[Validation], *, accelerator: Accelerator | None = None
+) -> dict[str, dict[str, float]]:
+    """``evaluate`` on every data set. Figures of a task on a second one have that one's name before theirs."""
+    figures: dict[str, dict[str, float]] = {}
+    for part in validation:
+        for task, found in evaluate(model, part.loader, part.metrics, accelerator=accelerator).items():
+            if task not in figures:
+                figures[task] = found
+            else:
+                figures[task] |= {f"{part.name}/{name}": value for name, value in found.items()}
+    return {task: figures[task] for task in model.tasks}
 
 
 def evaluate(
@@ -85,7 +120,7 @@ def evaluate(
             for file, reason in batch.skipped:
                 tqdm.write(f"skipped {file}: {reason}")
             if batch.targets:
-                _evaluate_batch(model, batch, every, accelerator)
+                _evaluate_batch(model, batch, metrics, accelerator)
     if accelerator is not None and accelerator.num_processes > 1:
         for states in gather_object([[metric.state() for metric in every]]):
             for metric, state in zip(every, states):
@@ -98,15 +133,18 @@ def evaluate(
     return figures
 
 
-def _evaluate_batch(model: Model, batch: Batch, metrics: list[CocoMetric], accelerator: Accelerator | None) -> None:
+def _evaluate_batch(model: Model, batch: Batch, metrics: Metrics, accelerator: Accelerator | None) -> None:
+    """Every head's own results, with its own scores: linking them is for who looks at objects, not at tasks."""
     images = batch.images.to(model.device, non_blocking=True)
     if accelerator is None:
         outputs = model(images)
     else:
         with accelerator.autocast():
             outputs = model(images)
-    found = model.postprocess(outputs, [target.size for target in batch.targets], threshold=0.0)
+    sizes = [target.size for target in batch.targets]
     image_ids = [target.image_id for target in batch.targets]
-    results = [entry for image_id, instances in zip(image_ids, found) for entry in instances.to_coco(image_id)]
-    for metric in metrics:
-        metric.update(results, image_ids)
+    found = model.results(outputs, sizes, threshold=0.0)
+    for task, of_task in metrics.items():
+        results = [entry for image_id, each in zip(image_ids, found[task]) for entry in each.to_coco(image_id)]
+        for metric in of_task:
+            metric.update(results, image_ids)

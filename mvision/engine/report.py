@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mvision.data import Dataset
+from mvision.heads import head_class
 from mvision.model import Model
 
 
@@ -23,14 +24,17 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
     losses.set(xlabel="epoch", ylabel="loss (weighted terms, mean of the epoch)", yscale="log")
     evaluated = [record for record in records if "metrics" in record]
     for task in evaluated[0]["metrics"] if evaluated else []:
-        for figure_name, style in (("AP", "-"), ("AP50", "--")):
+        for figure_name, style in ((head_class(task).figure, "-"), ("AP50", "--")):
+            if figure_name not in evaluated[0]["metrics"][task]:
+                continue
             values = [record["metrics"][task][figure_name] for record in evaluated]
             scores.plot([r["epoch"] + 1 for r in evaluated], values, style, label=f"{task} {figure_name}")
-    scores.set(xlabel="epoch", ylabel="validation AP", ylim=(0, 1))
+    scores.set(xlabel="epoch", ylabel="validation AP or mIoU", ylim=(0, 1))
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, frameon=False)
+        if entries := len(axes.get_legend_handles_labels()[0]):
+            # Joint models have dozens of terms.
+            axes.legend(fontsize=8 if entries <= 16 else 4.5, ncols=1 + entries // 17, frameon=False)
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png", dpi=110)
     temporary.replace(path)

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from mvision.backbone import freeze
 from mvision.config import Config
-from mvision.data import CocoSplit, Loader, build_eval_loader, build_train_loader, find_layout, same_categories
-from mvision.engine.evaluate import evaluate, make_metrics, tables
+from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_parts
+from mvision.engine.evaluate import Validation, evaluate_all, make_metrics, tables
 from mvision.engine.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.report import plot_run, write_prediction_grid
@@ -78,6 +78,7 @@ def train(
     *,
     output: Path | None = None,
     init: str | None = None,
+    init_parts: Collection[str] | None = None,
     resume: Path | None = None,
     device: str | None = None,
 ) -> Path:
@@ -87,6 +88,7 @@ def train(
         config: everything that is configured; categories come from the data set.
         output: the run's folder; None takes the next number under ``runs/TASK``.
         init: weights to start from, see ``mvision.weights.init_from``.
+        init_parts: of these weights, ``backbone`` and ``neck``; None takes all that fits.
         resume: a run folder to continue; ``config`` is then the run's own.
 
     Returns:
@@ -98,13 +100,13 @@ def train(
     keep_freed_memory()
     accelerator = _accelerator(config, device)
     say = accelerator.print
-    train_split, val_split = _read_splits(config, say)
-    config.model.categories = train_split.categories
+    parts = read_parts(config.data, list(config.model.heads), config.train.seed, say)
+    config.model.categories = parts[0].train.categories
 
     set_seed(config.train.seed)
     model = Model(config.model)
     if init is not None:
-        say(init_from(model, init))
+        say(init_from(model, init, init_parts))
     elif resume is None:
         _warn_of_slow_backbone(config, say)
     for part in config.train.freeze:
@@ -119,10 +121,21 @@ def train(
         "device": accelerator.device,
     }
     train_loader = build_train_loader(
-        train_split, config.data, seed=config.train.seed, epochs=config.train.epochs, **sizes, **place
+        parts if len(parts) > 1 else parts[0].train,
+        config.data,
+        seed=config.train.seed,
+        epochs=config.train.epochs,
+        **sizes,
+        **place,
     )
-    val_loader = build_eval_loader(val_split, config.data, **sizes, **place)
-    metrics = make_metrics(model, val_split)
+    validation = [
+        Validation(
+            part.name,
+            build_eval_loader(part.val, config.data, **sizes, **place),
+            make_metrics(model, part.val, part.tasks),
+        )
+        for part in parts
+    ]
 
     model = model.to(accelerator.device)
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
@@ -136,7 +149,8 @@ def train(
     trainer = Trainer(config, accelerator, wrapped, optimizer, ema, steps_per_epoch * config.train.epochs)
 
     run = _open_run(trainer, output, resume)
-    say(f"run {run.path}: {_describe(trainer, len(train_split), len(val_split))}")
+    images = [sum(len(getattr(part, split)) for part in parts) for split in ("train", "val")]
+    say(f"run {run.path}: {_describe(trainer, *images)}")
     accelerator.init_trackers("mvision", config=_flat(config.model_dump(mode="json")))
 
     for epoch in range(trainer.progress.epoch, config.train.epochs):
@@ -145,9 +159,9 @@ def train(
         record: dict[str, Any] = {"epoch": epoch, "step": trainer.progress.step, "loss": losses}
         last = epoch + 1 == config.train.epochs
         if last or (epoch + 1) % config.train.val_interval == 0:
-            record["metrics"] = evaluate(trainer.eval_model, val_loader, metrics, accelerator=accelerator)
+            record["metrics"] = evaluate_all(trainer.eval_model, validation, accelerator=accelerator)
             _keep_best(trainer, run, record["metrics"], epoch)
-            found = ", ".join(f"{task} AP {figures['AP']:.3f}" for task, figures in record["metrics"].items())
+            found = ", ".join(f"{task} {name} {value:.3f}" for task, name, value in _main_figures(record["metrics"]))
             say(f"epoch {epoch + 1}: loss {sum(losses.values()):.2f}, {found}")
         trainer.progress.epoch = epoch + 1
         trainer.progress.seconds += time.monotonic() - epoch_start
@@ -157,7 +171,7 @@ def train(
             say(f"stopped early: no better AP in {config.train.patience} evaluations")
             break
 
-    _finish_run(trainer, run, val_loader, metrics)
+    _finish_run(trainer, run, validation)
     accelerator.end_training()
     return run.path
 
@@ -220,22 +234,6 @@ def _optimize(trainer: Trainer) -> None:
     progress.step += 1
 
 
-def _read_splits(config: Config, say: Callable[[str], None]) -> tuple[CocoSplit, CocoSplit]:
-    """The annotations to train and to evaluate on, with what the heads need; says what was found and what was wrong."""
-    layout = find_layout(config.data.root)
-    say(layout.description)
-    fields = frozenset[str]().union(*(head_class(task).needs for task in config.model.heads))
-    tasks = list(config.model.heads)
-    train_split, val_split = (
-        CocoSplit(layout.split(name, tasks), fields) for name in (config.data.train, config.data.val)
-    )
-    for split in (train_split, val_split):
-        if len(split.problems):
-            say(f"{split.problems}")
-    same_categories(train_split, val_split)
-    return train_split, val_split
-
-
 def _warn_of_slow_backbone(config: Config, say: Callable[[str], None]) -> None:
     """A rate meant for pretrained backbones teaches a random one next to nothing."""
     settings = config.train
@@ -293,13 +291,19 @@ def _open_run(trainer: Trainer, output: Path | None, resume: Path | None) -> Run
 
 
 def _keep_best(trainer: Trainer, run: RunFolder, metrics: dict[str, dict[str, float]], epoch: int) -> None:
-    """Save the weights if this evaluation is the best so far (mean AP over the tasks)."""
-    score = sum(figures["AP"] for figures in metrics.values()) / len(metrics)
+    """Save the weights if this evaluation is the best so far (mean of the tasks' main figures)."""
+    score = sum(value for _, _, value in _main_figures(metrics)) / len(metrics)
     progress = trainer.progress
     if score > progress.best or progress.best_epoch < 0:
         progress.best, progress.best_epoch = score, epoch
         if trainer.accelerator.is_main_process:
             save_weights(trainer.eval_model, run.path / BEST, extra={"epoch": epoch + 1, "metrics": metrics})
+
+
+def _main_figures(metrics: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:
+    """Task, name and value of the figure that each task is judged by."""
+    names = {task: head_class(task).figure for task in metrics}
+    return [(task, names[task], figures[names[task]]) for task, figures in metrics.items()]
 
 
 def _finish_epoch(trainer: Trainer, run: RunFolder, record: dict[str, Any]) -> None:
@@ -318,15 +322,17 @@ def _finish_epoch(trainer: Trainer, run: RunFolder, record: dict[str, Any]) -> N
     accelerator.wait_for_everyone()
 
 
-def _finish_run(trainer: Trainer, run: RunFolder, loader: Any, metrics: dict[str, Any]) -> None:
+def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) -> None:
     """Evaluate the best weights once more, as a user would load them, and leave figures and pictures."""
     accelerator = trainer.accelerator
     best = load(str(run.path / BEST)).to(accelerator.device)
-    figures = evaluate(best, loader, metrics, accelerator=accelerator)
+    figures = evaluate_all(best, validation, accelerator=accelerator)
     if accelerator.is_main_process:
         run.write_text("metrics.json", json.dumps(figures, indent=2) + "\n")
-        accelerator.print("\n\n".join(tables(metrics)))
-        write_prediction_grid(best, loader.dataset, run.path / "predictions.jpg")
+        accelerator.print("\n\n".join(tables(validation)))
+        dataset = validation[0].loader.dataset
+        assert isinstance(dataset, Dataset)
+        write_prediction_grid(best, dataset, run.path / "predictions.jpg")
         accelerator.print(f"best weights (epoch {trainer.progress.best_epoch + 1}): {run.path / BEST}")
 
 

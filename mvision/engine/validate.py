@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mvision.config import DataConfig, config_of_run
-from mvision.data import CocoSplit, build_eval_loader, find_layout
-from mvision.engine.evaluate import evaluate, make_metrics, tables
+from mvision.data import build_eval_loader, read_validation
+from mvision.engine.evaluate import Validation, evaluate_all, make_metrics, tables
 from mvision.engine.machine import keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.run import RunFolder
 from mvision.errors import UserError
@@ -22,6 +24,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def validate(
     weights: str,
     *,
+    tasks: Sequence[str] = (),
     data: str | None = None,
     split: str | None = None,
     output: Path | None = None,
@@ -33,6 +36,7 @@ def validate(
 
     Args:
         weights: any source that ``mvision.load`` takes.
+        tasks: which of its tasks; none: all of them.
         data: a data folder; None: the one of the weights' run, where there is one, else the built-in data set.
         split: which of its parts; None: the one that the run was validated on, else ``val``.
         output: a folder for ``metrics.json``.
@@ -47,28 +51,26 @@ def validate(
         _make(output)  # before the work, not after it
     keep_freed_memory()
     chosen = resolve_device(device)
-    model = load(weights).to(chosen)
+    model = load(weights, tasks=list(tasks) or None).to(chosen)
     run = config_of_run(weights)
     default = run.data if run is not None and data is None else DataConfig(root=data)
-    layout = find_layout(default.root)
-    fields = frozenset[str]().union(*(model.head(task).needs for task in model.tasks))
-    part = CocoSplit(layout.split(split or default.val, model.tasks), fields)
-    metrics = make_metrics(model, part)
-    loader = build_eval_loader(
-        part,
-        DataConfig(workers=workers),
-        batch_size=batch_size or 16,
-        image_size=model.config.image_size,
-        device=chosen,
-    )
+    said, parts = read_validation(default, split, model.tasks)
+    sizes: dict[str, Any] = {"batch_size": batch_size or 16, "image_size": model.config.image_size, "device": chosen}
+    validation = [
+        Validation(
+            name,
+            build_eval_loader(part, DataConfig(workers=workers), **sizes),
+            make_metrics(model, part, used_for),
+        )
+        for name, used_for, part in parts
+    ]
     # The run's own precision, so that the figures are those that training ended with.
     precision = resolve_precision(run.train.precision if run is not None else "auto", chosen)
     with torch.autocast(chosen.type, DTYPES[precision], enabled=precision != "fp32"):
-        figures = evaluate(model, loader, metrics)
+        figures = evaluate_all(model, validation)
     if output is not None:
         RunFolder(output).write_text(METRICS, json.dumps(figures, indent=2) + "\n")
-    problems = [f"{part.problems}"] if len(part.problems) else []
-    return "\n".join([layout.description, *problems, *tables(metrics)])
+    return "\n".join([*said, *tables(validation)])
 
 
 def _make(folder: Path) -> None:

@@ -85,6 +85,8 @@ def draw_instances(
         (H, W, 3) uint8 RGB.
     """
     canvas = np.ascontiguousarray(image).copy()
+    if instances.regions is not None and instances.masks is None:
+        _draw_masks(canvas, instances.regions, _colours(instances.regions), Style.of(*canvas.shape[:2]))
     if not len(instances):
         return canvas
     style = Style.of(*canvas.shape[:2])

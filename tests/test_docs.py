@@ -1,0 +1,48 @@
+"""The code in the pages under docs/ runs as it is written there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from mvision.weights import save_weights
+from tests.test_weights import make_model
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "neck.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), flags=re.S)
+
+
+def test_every_recipe_is_tried() -> None:
+    assert len(BLOCKS) == 3
+
+
+def test_the_neck_on_a_bare_timm_model() -> None:
+    names: dict = {}
+    exec(BLOCKS[0], names)
+    assert [tuple(names[p].shape) for p in ("p3", "p4", "p5")] == [(1, 192, 32, 40), (1, 192, 16, 20), (1, 192, 8, 10)]
+
+
+def test_the_neck_as_a_decoder_of_smp() -> None:
+    names: dict = {}
+    exec(BLOCKS[1], names)
+    assert names["logits"].shape == (2, 3, 128, 160)
+    gradients = [parameter.grad for parameter in names["model"].decoder.neck.parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+
+
+def test_a_trained_neck_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    trained = make_model()
+    save_weights(trained, tmp_path / "runs" / "detection" / "1" / "best.safetensors")
+    names: dict = {}
+    exec(BLOCKS[2], names)
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 192, 192)
+    with torch.no_grad():
+        expected = trained.neck(trained.backbone(images))
+        for found, other in zip(names["neck"](names["backbone"](images)), expected):
+            torch.testing.assert_close(found, other, atol=1e-4, rtol=1e-4)
+    assert set(torch.load(tmp_path / "neck.pt")) == set(names["neck"].state_dict())

@@ -1,0 +1,185 @@
+"""Semantic segmentation: what is taught, what comes out, and mean IoU over pixels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mvision import UserError, load
+from mvision.boxes import xyxy_to_cxcywh
+from mvision.config import load_config
+from mvision.engine.semantic import SemanticMetric
+from mvision.engine.train import train
+from mvision.heads.semantic import UNKNOWN, SemanticHead, class_map, likeliest_class
+from mvision.structures import Category, Targets
+from mvision.weights import load as load_weights
+from tests.test_heads import make_features, make_head
+
+CATEGORIES = [Category(id=3, name="cat"), Category(id=7, name="dog")]
+
+
+def make_target(*boxes: tuple[float, float, float, float], masked: list[bool] | None = None) -> Targets:
+    """Objects of labels 0, 1, ... whose masks fill their boxes, on a grid of 16 x 16."""
+    corners = torch.tensor(boxes).reshape(-1, 4)
+    masks = torch.zeros(len(boxes), 16, 16, dtype=torch.uint8)
+    for index, (left, top, right, bottom) in enumerate((corners * 16).int().tolist()):
+        if masked is None or masked[index]:
+            masks[index, top:bottom, left:right] = 1
+    return Targets(xyxy_to_cxcywh(corners), torch.arange(len(boxes)), corners.prod(-1), masks=masks)
+
+
+def test_smaller_objects_lie_on_larger_ones() -> None:
+    truth = class_map(make_target((0.25, 0.25, 0.5, 0.5), (0.0, 0.0, 1.0, 1.0)), (8, 8))
+    assert truth[3, 3] == 1
+    assert truth[6, 6] == 2
+    assert class_map(make_target(), (8, 8)).eq(0).all()
+
+
+def test_the_box_of_an_object_without_mask_teaches_nothing() -> None:
+    target = make_target((0.0, 0.0, 0.5, 0.5), (0.25, 0.25, 1.0, 1.0), masked=[False, True])
+    truth = class_map(target, (8, 8))
+    assert truth[0, 0] == UNKNOWN
+    assert truth[3, 3] == 2  # another object's mask is known there
+    assert truth[0, 7] == 0
+    target.masks = None
+    assert class_map(target, (8, 8)).eq(UNKNOWN).all()
+
+
+def test_unknown_pixels_have_no_gradient() -> None:
+    head = make_head("semantic-seg")
+    logits = torch.randn(1, 4, 8, 8, requires_grad=True)
+    target = make_target((0.0, 0.0, 0.5, 0.5), masked=[False])
+    torch.stack(list(head.loss({"logits": logits}, [target]).values())).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad[..., :4, :4].eq(0).all()
+    assert logits.grad[..., 5:, 5:].ne(0).all()
+
+
+def test_regions_are_the_likeliest_class_of_every_pixel() -> None:
+    head = make_head("semantic-seg")
+    logits = torch.zeros(1, 4, 8, 8)
+    logits[0, 0] = 5
+    logits[0, 2, :4] = 9  # dog above, with 0.98
+    logits[0, 3, 6:, 6:] = 6  # owl in a corner, with 0.73
+    (found,) = head.postprocess({"logits": logits}, [(80, 160)], threshold=0.0)
+    assert found.labels.tolist() == [1, 2]
+    assert found.scores.tolist() == pytest.approx([0.98178, 0.72842], abs=1e-4)
+    masks = np.asarray(found.masks)
+    assert not (masks[0] & masks[1]).any()
+    assert masks[0, :38].all()
+    assert not masks[0, 46:].any()
+    assert found.boxes[0].tolist()[:3] == [0, 0, 160]
+    assert len(head.postprocess({"logits": logits}, [(80, 160)], threshold=0.9)[0]) == 1
+    logits[0, 0] = 99
+    (nothing,) = head.postprocess({"logits": logits}, [(80, 160)], threshold=0.0)
+    assert len(nothing) == 0
+    assert nothing.to_coco(1) == []
+
+
+def test_class_by_class_is_the_same_as_all_at_once() -> None:
+    logits = torch.randn(5, 12, 9, generator=torch.Generator().manual_seed(0))
+    whole = torch.nn.functional.interpolate(logits[None], size=(100, 77), mode="bilinear", align_corners=False)[0]
+    assert np.array_equal(likeliest_class(logits, range(5), (100, 77)), whole.argmax(0).numpy())
+
+
+def test_other_strides_are_refused() -> None:
+    with pytest.raises(
+        UserError, match="semantic-seg: made for maps of the strides 8, 16 and 32, this model has 16, 32"
+    ):
+        SemanticHead(SemanticHead.Config(), [16, 16], [16, 32], CATEGORIES)
+
+
+def test_a_lateral_takes_the_place_of_the_enlarged_map() -> None:
+    head = SemanticHead(SemanticHead.Config(embed_dim=32), [8, 16, 16, 16], [4, 8, 16, 32], CATEGORIES, lateral=True)
+    outputs = head([torch.randn(2, 8, 24, 16), *make_features()])
+    assert outputs["logits"].shape == (2, 3, 24, 16)
+
+
+def rectangle(left: int, top: int, right: int, bottom: int) -> list[list[float]]:
+    return [[left, top, right, top, right, bottom, left, bottom]]
+
+
+def annotation(number: int, category: int, left: int, top: int, right: int, bottom: int, **more: object) -> dict:
+    box = [left, top, right - left, bottom - top]
+    return {
+        "id": number, "image_id": 5, "category_id": category, "bbox": box, "iscrowd": 0,
+        "segmentation": rectangle(left, top, right, bottom), **more,
+    }  # fmt: skip
+
+
+def test_iou_over_pixels() -> None:
+    from mvision.masks import encode_mask
+
+    data = {
+        "images": [{"id": 5, "width": 10, "height": 10}],
+        "annotations": [
+            annotation(1, 3, 0, 0, 10, 4),
+            annotation(2, 7, 0, 0, 2, 2),  # on top of the first
+            annotation(3, 7, 0, 8, 10, 10, segmentation=[]),  # a box alone: nothing counts there
+        ],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+    }
+    metric = SemanticMetric(data, CATEGORIES)
+    cat = np.zeros((10, 10), dtype=bool)
+    cat[:5] = True  # one row too many, and where the dog is
+    dog = np.zeros((10, 10), dtype=bool)
+    dog[9] = True  # in the box alone
+    results = [
+        {"image_id": 5, "category_id": category, "score": 0.5, "segmentation": encode_mask(mask)}
+        for category, mask in ((3, cat), (7, dog))
+    ]
+    metric.update(results, [5])
+    metric.update([], [5])  # seen before
+    figures = metric.compute()
+    assert figures["IoU/cat"] == pytest.approx(36 / 50)
+    assert figures["IoU/dog"] == 0
+    assert figures["mIoU"] == pytest.approx(0.36)
+    assert figures["accuracy"] == pytest.approx((36 + 30) / 80)
+    assert "cat" in metric.table()
+    other = SemanticMetric(data, [*CATEGORIES, Category(id=9, name="owl")])
+    other.merge(metric.state())
+    assert other.notes == []
+    empty = SemanticMetric(data, [*CATEGORIES, Category(id=9, name="owl")])
+    empty.update([], [5])
+    assert empty.compute()["IoU/owl"] == -1
+    assert empty.compute()["mIoU"] == 0
+
+
+def test_train_evaluate_and_predict(squares: Path, tmp_path: Path) -> None:
+    options = {
+        "train.epochs": 1, "train.batch_size": 2, "train.precision": "fp32", "data.workers": 0,
+        "data.root": str(squares), "model.image_size": 64, "model.neck.embed_dim": 32,
+    }  # fmt: skip
+    config = load_config("tiny", tasks=["semantic-seg"], overrides=options)
+    run = train(config, output=tmp_path / "run", device="cpu")
+    figures = json.loads((run / "metrics.json").read_text())["semantic-seg"]
+    assert {"mIoU", "IoU/blue", "IoU/red", "accuracy"} <= set(figures)
+    assert (run / "predictions.jpg").is_file()
+    (found,) = load(run).predict(str(squares / "images" / "val_0.jpg"), threshold=0.0)
+    found.draw(np.zeros((*found.size, 3), np.uint8))
+
+
+def test_regions_stay_apart_from_objects(squares: Path, tmp_path: Path) -> None:
+    options = {
+        "train.epochs": 1, "train.batch_size": 2, "train.precision": "fp32", "data.workers": 0,
+        "data.root": str(squares), "model.image_size": 64, "model.neck.embed_dim": 32,
+        "model.heads.detection": {"embed_dim": 32, "num_queries": 10, "num_layers": 1, "num_heads": 4, "ffn_dim": 32},
+    }  # fmt: skip
+    config = load_config("tiny", tasks=["detection", "semantic-seg"], overrides=options)
+    run = train(config, output=tmp_path / "run", device="cpu")
+    assert sorted(json.loads((run / "metrics.json").read_text())) == ["detection", "semantic-seg"]
+    model = load_weights(run)
+    with torch.no_grad():
+        model.head("semantic-seg").classify.bias[1] = 99  # blue everywhere
+    (found,) = model.predict(str(squares / "images" / "val_0.jpg"), threshold=0.0)
+    assert found.regions is not None
+    assert found.regions.labels.tolist() == [0]
+    entries = found.to_coco(1)
+    assert [entry.get("region", False) for entry in entries] == [False] * len(found) + [True]
+    assert found.masks is None
+    drawn = found.draw(np.zeros((*found.size, 3), np.uint8))
+    assert (drawn.any(-1)).mean() > 0.9
