@@ -15,6 +15,7 @@ import click
 
 from mvision import __version__
 from mvision.cli.data import data
+from mvision.cli.export import export
 from mvision.cli.info import info
 from mvision.cli.options import SuggestingGroup
 from mvision.cli.predict import predict
@@ -50,7 +51,7 @@ def cli() -> None:
     """
 
 
-for _command in (train, val, predict, transfer, data, info):
+for _command in (train, val, predict, export, transfer, data, info):
     cli.add_command(_command)
 
 

@@ -212,6 +212,10 @@ class TrainConfig(Settings):
         val_interval: epochs between evaluations (the last epoch is always evaluated).
         patience: evaluations without a better AP before the run stops early; 0 never stops.
         channels_last: memory format of images and weights; faster on most machines.
+        task_weights: of a joint model's tasks in the loss, by name; 1 where none is given. One head that does two tasks
+            has its own name's: instance-seg also for the boxes.
+        task_balance: ``fixed`` adds the tasks' losses with these weights, ``log`` their logarithms: every task then
+            pulls alike, however large its loss is.
         trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
     """
 
@@ -234,6 +238,8 @@ class TrainConfig(Settings):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     channels_last: bool = True
     freeze: list[Literal["backbone", "neck"]] = []
+    task_weights: dict[str, float] = {}
+    task_balance: Literal["fixed", "log"] = "fixed"
     seed: int = Field(0, ge=0)
     trackers: list[str] = []
 

@@ -28,6 +28,7 @@ ROOMS = {
     "mvision.transfer": MODEL,
     "mvision.weights": MODEL,
     "mvision.data": DATA,
+    "mvision.deploy": ENGINE,
     "mvision.engine": ENGINE,
     "mvision.inference": ENGINE,
     "mvision.info": ENGINE,

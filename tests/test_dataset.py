@@ -131,9 +131,9 @@ def test_an_image_without_objects_is_a_sample(tmp_path: Path) -> None:
 
 def test_what_was_asked_for_has_to_be_there(tmp_path: Path) -> None:
     write_set(tmp_path, coco([annotation()]))
-    for field, task in (("masks", "instance-seg"), ("keypoints", "keypoints")):
+    for field, needed in (("masks", "tasks instance-seg and semantic-seg need"), ("keypoints", "task keypoints needs")):
         split = CocoSplit(find_layout(tmp_path).split("train"), ("boxes", field))
-        with pytest.raises(UserError, match=f"train.json: no object in it has .* the task {task} needs"):
+        with pytest.raises(UserError, match=f"train.json: no object in it has .* the {needed}"):
             Dataset(split)
 
 

@@ -34,7 +34,7 @@ CATEGORIES = [
 
 
 def make_model(tasks: list[str], **more: dict) -> Model:
-    heads = {task: {**HEADS[task], **more.get(task, {})} for task in tasks}
+    heads = {task: {**HEADS.get(task, {}), **more.get(task, {})} for task in tasks}
     if "instance-seg" not in tasks and "detection" in tasks:
         heads["detection"] = QUERIES
     torch.manual_seed(0)
@@ -253,3 +253,30 @@ def test_train_evaluate_and_predict_with_half_of_the_labels_missing(squares: Pat
     assert result.keypoints is not None
     assert len(result.masks) == len(result.keypoints) == len(result)
     result.draw(np.zeros((*result.size, 3), np.uint8))
+
+
+def test_weights_and_balance_of_tasks(squares: Path, tmp_path: Path) -> None:
+    from mvision.engine.train import _total
+
+    def total(**settings: object) -> float:
+        config = load_config("tiny", overrides={f"train.{key}": value for key, value in settings.items()}).train
+        terms = {"a/x": torch.tensor(3.0), "a/y": torch.tensor(1.0), "b/x": torch.tensor(0.5)}
+        return _total(terms, config).item()
+
+    assert total() == 4.5
+    assert total(task_weights={"b": 2.0}) == 5.0
+    assert total(task_balance="log", task_weights={"a": 0.5}) == pytest.approx(0.5 * np.log(4) + np.log(0.5), abs=1e-5)
+    overrides = {"train.task_weights": {"detection": 2.0}, "data.root": str(squares)}
+    with pytest.raises(UserError, match="task_weights: there is no head detection in this model, only instance-seg"):
+        train(load_config("tiny", tasks=["detection", "instance-seg"], overrides=overrides), output=tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_task_without_labels_does_not_break_the_balance() -> None:
+    from mvision.engine.train import _total
+
+    value = torch.zeros((), requires_grad=True)
+    config = load_config("tiny", assignments=["train.task_balance=log"]).train
+    _total({"a/x": torch.tensor(2.0, requires_grad=True), "b/x": 0 * value}, config).backward()
+    assert value.grad is not None
+    assert value.grad.item() == 0

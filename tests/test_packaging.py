@@ -97,10 +97,13 @@ def test_commands_of_the_readme_parse(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_yaml_of_the_readme_is_a_config(tmp_path: Path) -> None:
     from mvision.config import load_config
 
-    (block,) = _blocks("yaml")
-    (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
-    config = load_config(file=tmp_path / "my.yaml", tasks=["detection"])
-    assert config.model.image_size == (480, 640)
+    configs = []
+    for block in _blocks("yaml"):
+        (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
+        configs.append(load_config(file=tmp_path / "my.yaml", tasks=["detection"]))
+    mixed, own = configs
+    assert own.model.image_size == (480, 640)
+    assert mixed.data.more[0].weight == 2.0
 
 
 def test_neck_of_the_readme_runs() -> None:

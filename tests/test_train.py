@@ -278,6 +278,34 @@ def test_keypoints_start_from_a_detection_run(squares, tmp_path, capsys):
     found.draw(np.zeros((*found.size, 3), np.uint8))
 
 
+def test_very_many_points_and_very_many_instances(tmp_path):
+    """One point and 133, sixty objects in one image and none in the next: trained, evaluated and drawn."""
+    root = write_squares(tmp_path / "data", images=2, objects=60, size=256)
+    for file in (root / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] == 1]
+        assert len(content["annotations"]) == 60
+        for category, count in zip(content["categories"], (1, 133)):
+            category["keypoints"] = [f"point {index}" for index in range(count)]
+        for entry in content["annotations"]:
+            x, y, side, _ = entry["bbox"]
+            count = 1 if entry["category_id"] == 2 else 133
+            entry["keypoints"] = [v for i in range(count) for v in (x + side * i / count, y + side / 2, 2)]
+        file.write_text(json.dumps(content))
+    options = {key: value for key, value in FAST.items() if key != "model.heads.detection"}
+    head = {"embed_dim": 16, "pixel_dim": 16, "map_dim": 8, "num_instances": 100}
+    options |= {"train.epochs": 1, "data.root": str(root), "model.image_size": 128, "model.heads.keypoints": head}
+    run = train(load_config("tiny", tasks=["keypoints"], overrides=options), output=tmp_path / "run", device="cpu")
+    figures = json.loads((run / "metrics.json").read_text())["keypoints"]
+    assert figures["AP/blue"] >= 0
+    assert figures["AP/red"] >= 0
+    crowded, empty = load(run).predict([str(root / "images" / f"val_{i}.jpg") for i in (0, 1)], threshold=0.0)
+    for found in (crowded, empty):
+        assert found.keypoints.shape == (100, 133, 3)
+        assert found.draw(np.zeros((*found.size, 3), np.uint8)).any()
+    assert crowded.filter(np.arange(0)).draw(np.zeros((256, 256, 3), np.uint8)).max() == 0
+
+
 def test_an_output_folder_in_use_is_refused(squares, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "file").write_text("")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from mvision.data import Batch, Loader
-    from mvision.model import Model
+    from mvision.deploy.runtime import AnyModel
 
 
 class Annotated(Protocol):
@@ -41,7 +41,7 @@ class Validation:
     metrics: Metrics
 
 
-def make_metrics(model: Model, split: Annotated, tasks: Sequence[str] | None = None) -> Metrics:
+def make_metrics(model: AnyModel, split: Annotated, tasks: Sequence[str] | None = None) -> Metrics:
     """The metrics of the model's tasks (or of these) on the annotations of a split; made once, used every time.
 
     A head is asked for the classes that it can find alone: one that finds keypoints, not for the boxes of classes that
@@ -75,7 +75,7 @@ def tables(validation: Sequence[Validation]) -> list[str]:
 
 
 def evaluate_all(
-    model: Model, validation: Sequence[Validation], *, accelerator: Accelerator | None = None
+    model: AnyModel, validation: Sequence[Validation], *, accelerator: Accelerator | None = None
 ) -> dict[str, dict[str, float]]:
     """``evaluate`` on every data set. Figures of a task on a second one have that one's name before theirs."""
     figures: dict[str, dict[str, float]] = {}
@@ -89,7 +89,7 @@ def evaluate_all(
 
 
 def evaluate(
-    model: Model,
+    model: AnyModel,
     loader: Iterable[Batch],
     metrics: Metrics,
     *,
@@ -133,7 +133,7 @@ def evaluate(
     return figures
 
 
-def _evaluate_batch(model: Model, batch: Batch, metrics: Metrics, accelerator: Accelerator | None) -> None:
+def _evaluate_batch(model: AnyModel, batch: Batch, metrics: Metrics, accelerator: Accelerator | None) -> None:
     """Every head's own results, with its own scores: linking them is for who looks at objects, not at tasks."""
     images = batch.images.to(model.device, non_blocking=True)
     if accelerator is None:

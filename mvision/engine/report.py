@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mvision.data import Dataset
 from mvision.heads import head_class
 from mvision.model import Model
@@ -41,12 +43,20 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def write_prediction_grid(model: Model, dataset: Dataset, path: Path, count: int = 8, threshold: float = 0.4) -> None:
-    """The first ``count`` validation images, each with ground truth (left) and predictions (right), as one JPEG."""
+    """The first ``count`` validation images, each with ground truth (left) and predictions (right), as one JPEG.
+
+    Of the ground truth the classes that the model finds: keypoints are not found on a class that has none.
+    """
     import cv2
 
     from mvision.inference.draw import grid, side_by_side
 
     images, truths = zip(*(dataset.truth(index) for index in range(min(count, len(dataset)))))
+    names = {category.name for task in model.tasks for category in model.head(task).classes}
+    truths = tuple(
+        truth.filter(np.array([truth.names[label] in names for label in truth.labels.tolist()], dtype=bool))
+        for truth in truths
+    )
     found = model.predict(images, threshold=threshold)
     picture = grid([side_by_side(*row) for row in zip(images, truths, found)])
     cv2.imwrite(str(path), picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])

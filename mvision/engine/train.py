@@ -20,7 +20,7 @@ from accelerate.utils import patch_environment, set_seed
 from tqdm import tqdm
 
 from mvision.backbone import freeze
-from mvision.config import Config
+from mvision.config import Config, TrainConfig
 from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_parts
 from mvision.engine.evaluate import Validation, evaluate_all, make_metrics, tables
 from mvision.engine.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
@@ -28,7 +28,7 @@ from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.report import plot_run, write_prediction_grid
 from mvision.engine.run import BEST, RunFolder
 from mvision.errors import UserError
-from mvision.heads import head_class
+from mvision.heads import head_class, serving_task
 from mvision.model import Model
 from mvision.weights import init_from, load, save_weights
 
@@ -97,6 +97,7 @@ def train(
     Raises:
         UserError: anything wrong with data, weights, device or folder.
     """
+    _check_tasks(config)
     keep_freed_memory()
     accelerator = _accelerator(config, device)
     say = accelerator.print
@@ -199,7 +200,7 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
             with accelerator.autocast():
                 outputs = trainer.model(batch.images, batch.targets)
             terms = trainer.bare_model.loss(outputs, batch.targets)
-            loss = torch.stack([value.float() for value in terms.values()]).sum()
+            loss = _total(terms, config)
             accelerator.backward(loss / config.accumulate)
         for name, value in terms.items():
             sums[_group(name)] += float(value.detach())
@@ -209,6 +210,22 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
             left = (time.monotonic() - clock) / count * ((config.epochs - epoch) * len(loader) - count)
             bar.set_postfix_str(_status(trainer, sums, count, left))
     return {name: value / max(1, count) for name, value in sums.items()}
+
+
+def _total(terms: dict[str, torch.Tensor], config: TrainConfig) -> torch.Tensor:
+    """One loss from the terms of all heads, named ``task/term``.
+
+    The sum of logarithms is that of impartial loss balancing (Liu et al., "Towards Impartial Multi-task Learning", ICLR
+    2021, section 3.2), and what weighting by learned uncertainty (Kendall et al., CVPR 2018) tends to.
+    """
+    losses: dict[str, torch.Tensor] = {}
+    for name, value in terms.items():
+        task = name.partition("/")[0]
+        losses[task] = losses.get(task, 0) + value.float()
+    if config.task_balance == "log":
+        # A batch without labels for a task has a loss of zero, and no gradient.
+        losses = {task: (value + 1e-6).log() for task, value in losses.items()}
+    return torch.stack([config.task_weights.get(task, 1.0) * value for task, value in losses.items()]).sum()
 
 
 def _optimize(trainer: Trainer) -> None:
@@ -232,6 +249,13 @@ def _optimize(trainer: Trainer) -> None:
     if trainer.ema is not None:
         trainer.ema.update(trainer.bare_model, step=progress.step)
     progress.step += 1
+
+
+def _check_tasks(config: Config) -> None:
+    heads = [task for task in config.model.heads if serving_task(task, config.model.heads) == task]
+    for task in config.train.task_weights:
+        if task not in heads:
+            raise UserError(f"train.task_weights: there is no head {task} in this model, only {', '.join(heads)}")
 
 
 def _warn_of_slow_backbone(config: Config, say: Callable[[str], None]) -> None:

@@ -11,11 +11,11 @@ import torch
 
 from mvision.config import DataConfig, config_of_run
 from mvision.data import build_eval_loader, read_validation
+from mvision.deploy.runtime import open_model
 from mvision.engine.evaluate import Validation, evaluate_all, make_metrics, tables
 from mvision.engine.machine import keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.run import RunFolder
 from mvision.errors import UserError
-from mvision.weights import load
 
 METRICS = "metrics.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +35,7 @@ def validate(
     """Evaluate weights and return what to print: the data, the COCO table and AP by class of every task.
 
     Args:
-        weights: any source that ``mvision.load`` takes.
+        weights: any source that ``mvision.load`` takes, or an exported model.
         tasks: which of its tasks; none: all of them.
         data: a data folder; None: the one of the weights' run, where there is one, else the built-in data set.
         split: which of its parts; None: the one that the run was validated on, else ``val``.
@@ -51,7 +51,7 @@ def validate(
         _make(output)  # before the work, not after it
     keep_freed_memory()
     chosen = resolve_device(device)
-    model = load(weights, tasks=list(tasks) or None).to(chosen)
+    model = open_model(weights, tasks, chosen)
     run = config_of_run(weights)
     default = run.data if run is not None and data is None else DataConfig(root=data)
     said, parts = read_validation(default, split, model.tasks)

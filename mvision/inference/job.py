@@ -7,13 +7,13 @@ from pathlib import Path
 
 from mvision.config import DataConfig, config_of_run
 from mvision.data import CocoSplit, find_layout
+from mvision.deploy.runtime import open_model
 from mvision.engine.machine import keep_freed_memory, resolve_device
 from mvision.engine.run import BEST
 from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.inference.output import Summary
 from mvision.inference.predict import predict_sources
-from mvision.weights import load
 
 SAMPLES = 8
 RUNS = Path("runs")
@@ -34,7 +34,7 @@ def predict_job(
         sources: see ``find_sources``; none: the first validation images of the data that the weights were trained on
             if they lie in a run's folder, else of the built-in data set.
         tasks: which heads of the weights; none: all of them.
-        weights: any source that ``mvision.load`` takes; None: the newest run of these tasks.
+        weights: any source that ``mvision.load`` takes, or an exported model; None: the newest run of these tasks.
         threshold: the least score, 0..1.
         output: a folder, ``predictions`` by default.
         device: None is the first GPU, else the CPU.
@@ -47,7 +47,7 @@ def predict_job(
     source = weights if weights is not None else str(newest_run(tasks))
     keep_freed_memory()
     chosen = resolve_device(device)
-    model = load(source, tasks=list(tasks) or None).to(chosen)
+    model = open_model(source, tasks, chosen)
     found = list(sources) or sample_images(source)
     return predict_sources(model, found, output or Path("predictions"), threshold=threshold)
 

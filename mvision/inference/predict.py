@@ -27,7 +27,7 @@ from mvision.inference.sources import Frame, Source, find_sources, read_frames
 from mvision.structures import Instances
 
 if TYPE_CHECKING:
-    from mvision.model import Model
+    from mvision.deploy.runtime import AnyModel
 
 WORKERS = 4
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def predict_images(
-    model: Model,
+    model: AnyModel,
     images: Sequence[str | Path | Image.Image | np.ndarray],
     threshold: float = 0.5,
     batch_size: int | None = None,
@@ -75,7 +75,7 @@ def predict_images(
 
 
 def predict_sources(
-    model: Model,
+    model: AnyModel,
     sources: Sequence[str | Path],
     output: Path,
     threshold: float = 0.5,
@@ -125,7 +125,7 @@ def predict_sources(
 
 
 def _run(
-    model: Model, found: list[Source], writer: Output, threshold: float, batch_size: int | None, progress: bool
+    model: AnyModel, found: list[Source], writer: Output, threshold: float, batch_size: int | None, progress: bool
 ) -> None:
     """Five stages: decode, resize, infer (here, in the caller's thread), draw and encode, put down in order."""
     frames = read_frames(found, ahead=WORKERS)
@@ -142,7 +142,7 @@ def _run(
 
 
 def _infer(
-    model: Model, prepared: Iterable[Prepared[T]], threshold: float, batch_size: int | None
+    model: AnyModel, prepared: Iterable[Prepared[T]], threshold: float, batch_size: int | None
 ) -> Generator[tuple[T, Instances | None], None, None]:
     """The model on batches; what has no input passes through in its place."""
     size = batch_size or (1 if model.device.type == "cpu" else 8)
@@ -155,7 +155,7 @@ def _infer(
     yield from _infer_batch(model, batch, threshold)
 
 
-def _infer_batch(model: Model, batch: list[Prepared[T]], threshold: float) -> Iterator[tuple[T, Instances | None]]:
+def _infer_batch(model: AnyModel, batch: list[Prepared[T]], threshold: float) -> Iterator[tuple[T, Instances | None]]:
     inputs = [image for _, image, _ in batch if image is not None]
     found: Iterator[Instances] = iter(())
     if inputs:

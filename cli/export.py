@@ -1,0 +1,46 @@
+"""``mvision export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mvision.cli.options import WEIGHTS, ImageSize, OneOf
+
+
+@click.command(short_help="Write a model for ONNX Runtime or OpenVINO, compared with PyTorch.")
+@click.option("--weights", required=True, metavar="W", help=f"What to export: {WEIGHTS}.")
+@click.option(
+    "--format",
+    type=OneOf(["onnx", "openvino"]),
+    default="onnx",
+    show_default=True,
+    metavar="F",
+    help="onnx or openvino.",
+)
+@click.option("--task", "tasks", multiple=True, metavar="T", help="Which tasks.  [default: all the weights do]")
+@click.option("--image-size", type=ImageSize(), metavar="N|HxW", help="Multiples of 32.  [default: the model's]")
+@click.option("--dynamic-size", is_flag=True, help="Take images of any size in multiples of 32.")
+@click.option("--output", type=click.Path(path_type=Path), metavar="FILE", help="Where.  [default: beside the weights]")
+def export(
+    weights: str,
+    format: str,
+    tasks: tuple[str, ...],
+    image_size: tuple[int, int] | None,
+    dynamic_size: bool,
+    output: Path | None,
+) -> None:
+    """Export a model from pixels to raw outputs, with a free batch, and run it beside PyTorch before it counts.
+
+    \b
+    Example:
+      mvision export --weights runs/detection/1 --format onnx
+    """
+    from mvision.deploy.export import export as export_model
+
+    click.echo(
+        export_model(
+            weights, format=format, tasks=tasks, image_size=image_size, dynamic_size=dynamic_size, output=output
+        )
+    )

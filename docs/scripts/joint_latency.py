@@ -1,0 +1,84 @@
+"""What one forward pass for three tasks costs beside the three models one after the other.
+
+    python docs/scripts/joint_latency.py
+
+Random weights, fused, one image; all models of a size alternate in one run; medians of the runs' ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+import time
+
+import torch
+
+from mvision import create_model
+from mvision.engine.machine import keep_freed_memory
+from mvision.model import Model
+from mvision.oks import COCO_SIGMAS
+from mvision.structures import Category
+
+TASKS = ("detection", "instance-seg", "keypoints")
+# The classes of the built-in set, one of which has keypoints.
+CATEGORIES = [
+    Category(id=1, name="person", keypoints=list(COCO_SIGMAS)),
+    *(Category(id=index, name=str(index)) for index in range(2, 9)),
+]
+
+
+def main() -> None:
+    """One row per model and precision."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--models", nargs="+", default=["tiny", "small", "base"])
+    options = parser.parse_args()
+    keep_freed_memory()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, one image\n")
+    print("| model | size | precision | detection | instance-seg | keypoints | joint | to the slowest | to all three |")
+    print(f"|{'---|' * 9}")
+    for name in options.models:
+        size = create_model(name, TASKS, categories=CATEGORIES).config.image_size
+        models = [build(name, tasks, size) for tasks in (*((task,) for task in TASKS), TASKS)]
+        for precision in (torch.float32, torch.bfloat16):
+            print(row(name, models, precision, options.repeats), flush=True)
+
+
+def build(name: str, tasks: tuple[str, ...], size: tuple[int, int]) -> Model:
+    """A model of a size that all share, ready for inference."""
+    torch.manual_seed(0)
+    model = create_model(name, tasks, categories=CATEGORIES, image_size=size)
+    # Norms of random weights have to see a batch: else activations fade to numbers that a CPU is slow with.
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = None
+    with torch.no_grad():
+        model.train()(torch.rand(2, 3, *size))
+    return model.eval().fuse()
+
+
+@torch.inference_mode()
+def row(name: str, models: list[Model], precision: torch.dtype, repeats: int) -> str:
+    """Seconds of every model in turn, ``repeats`` times."""
+    height, width = models[0].config.image_size
+    images = torch.rand(1, 3, height, width)
+    taken: list[list[float]] = [[] for _ in models]
+    with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+        for number in range(-2, repeats):
+            for model, seconds in zip(models, taken):
+                start = time.perf_counter()
+                model(images)
+                if number >= 0:
+                    seconds.append(time.perf_counter() - start)
+    medians = [1000 * statistics.median(seconds) for seconds in taken]
+    *singles, joint = taken
+    slowest = statistics.median(both / max(single) for both, *single in zip(joint, *singles))
+    together = statistics.median(both / sum(single) for both, *single in zip(joint, *singles))
+    cells = " | ".join(f"{value:.1f} ms" for value in medians)
+    kind = str(precision).removeprefix("torch.")
+    return f"| {name} | {width} x {height} | {kind} | {cells} | {slowest:.2f} | {together:.2f} |"
+
+
+if __name__ == "__main__":
+    main()

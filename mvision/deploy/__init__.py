@@ -1,0 +1,1 @@
+"""Models outside of PyTorch: exported, checked, and run."""
