@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from mvision import __version__
+from mvision.cli.benchmark import benchmark
 from mvision.cli.data import data
 from mvision.cli.export import export
 from mvision.cli.info import info
@@ -51,7 +52,7 @@ def cli() -> None:
     """
 
 
-for _command in (train, val, predict, export, transfer, data, info):
+for _command in (train, val, predict, export, benchmark, transfer, data, info):
     cli.add_command(_command)
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ class ExportedModel(nn.Module):
     Args:
         path: an ONNX file, or a folder of OpenVINO.
         tasks: which of its tasks; None: all.
+        precision: ``bf16`` lets OpenVINO compute in it; ONNX Runtime has fp32 alone on a CPU.
 
     Attributes:
         config: the model's description, from the file.
@@ -46,14 +47,16 @@ class ExportedModel(nn.Module):
         UserError: no such file, another program's, without one of the tasks, or its runtime is not installed.
     """
 
-    def __init__(self, path: str | Path, tasks: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, path: str | Path, tasks: Sequence[str] | None = None, precision: Literal["fp32", "bf16"] = "fp32"
+    ) -> None:
         super().__init__()
         path = Path(path)
         if path.suffix.lower() == ".xml":
             path = path.parent
         if not path.exists():
             raise UserError(f"weights {path}: no such file or folder")
-        description, names, self._run = _open_onnx(path) if path.is_file() else _open_openvino(path)
+        description, names, self._run = _open_onnx(path) if path.is_file() else _open_openvino(path, precision)
         self._outputs = [name.partition(".")[::2] for name in names]
         config = parse_model_config(json.loads(description)["model"])
         config.backbone.pretrained = False
@@ -149,7 +152,7 @@ def _open_onnx(path: Path) -> tuple[str, list[str], Run]:
     return description, names, run
 
 
-def _open_openvino(path: Path) -> tuple[str, list[str], Run]:
+def _open_openvino(path: Path, precision: Literal["fp32", "bf16"]) -> tuple[str, list[str], Run]:
     require("openvino")
     import openvino
 
@@ -161,7 +164,8 @@ def _open_openvino(path: Path) -> tuple[str, list[str], Run]:
         raise UserError(f"weights {path}: not exported by mvision (mvision export writes the classes into the file)")
     description = model.get_rt_info([DESCRIPTION]).astype(str)
     # Without the hint it computes in bf16 where the processor has it.
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
+    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
     names = [output.get_any_name() for output in compiled.outputs]
     request = compiled.create_infer_request()
 

@@ -1,0 +1,109 @@
+"""``mvision benchmark``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, SuggestingGroup, device_option
+
+SIZE, COUNT, ROUNDS = click.IntRange(min=64), click.IntRange(min=1), click.IntRange(min=3)
+output_option = click.option(
+    "--output", type=OUTPUT_FOLDER, default=Path("benchmark"), show_default=True, metavar="DIR", help="Where to write."
+)
+
+
+@click.group(cls=SuggestingGroup, short_help="Time and memory of the encoder, and of whole models.")
+def benchmark() -> None:
+    """Measure on this machine: everything in one run, in turn, so that ratios can be trusted."""
+
+
+@benchmark.command(short_help="The hybrid encoder beside those it replaces.")
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    type=click.IntRange(min=64),
+    metavar="N",
+    help="Image side.  [default: 320 to 1536]",
+)
+@click.option(
+    "--embed-dim",
+    type=click.IntRange(min=8),
+    default=256,
+    show_default=True,
+    metavar="N",
+    help="Channels.",
+)
+@click.option("--repeats", type=ROUNDS, default=10, show_default=True, metavar="N", help="Rounds.")
+@output_option
+@device_option
+def encoder(sizes: tuple[int, ...], embed_dim: int, repeats: int, output: Path, device: str | None) -> None:
+    """Compare the encoder with plain and deformable Transformer encoders: time, peak memory, parameters and FLOPs.
+
+    Leaves encoder.md, encoder.png and encoder.json.
+
+    \b
+    Example:
+      mvision benchmark encoder --size 640
+    """
+    from mvision.deploy.benchmark_encoder import SIZES, benchmark_encoder
+
+    text = benchmark_encoder(
+        sizes=sizes or SIZES, embed_dim=embed_dim, repeats=repeats, device=device, output=output, say=click.echo
+    )
+    click.echo(text)
+
+
+@benchmark.command(short_help="Where a model's time goes, and every way of running it.")
+@click.option("--model", metavar="NAME", help="A shipped model or any timm backbone.  [default: base]")
+@click.option("--weights", metavar="W", help=f"Instead: {WEIGHTS}.")
+@click.option("--task", "tasks", multiple=True, metavar="T", help="Which tasks.  [default: detection, or the weights']")
+@click.option(
+    "--batch",
+    "batches",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Per call.  [default: 1, 8]",
+)
+@click.option("--precision", "precisions", multiple=True, metavar="P", help="fp32, bf16.  [default: both]")
+@click.option("--road", "roads", multiple=True, metavar="R", help="eager, compiled, onnx, openvino.  [default: all]")
+@click.option("--repeats", type=ROUNDS, default=15, show_default=True, metavar="N", help="Rounds.")
+@output_option
+@device_option
+def model(
+    model: str | None,
+    weights: str | None,
+    tasks: tuple[str, ...],
+    batches: tuple[int, ...],
+    precisions: tuple[str, ...],
+    roads: tuple[str, ...],
+    repeats: int,
+    output: Path,
+    device: str | None,
+) -> None:
+    """Preparation, backbone, neck, heads and post-processing apart and together; eager, compiled and exported.
+
+    Leaves model.md and model.json.
+
+    \b
+    Example:
+      mvision benchmark model --model rtdetr_r18 --batch 1
+    """
+    from mvision.deploy.benchmark_model import ROADS, benchmark_model
+
+    text = benchmark_model(
+        model=model,
+        weights=weights,
+        tasks=tasks,
+        batches=batches or (1, 8),
+        precisions=precisions or ("fp32", "bf16"),
+        roads=roads or ROADS,
+        repeats=repeats,
+        device=device,
+        output=output,
+        say=click.echo,
+    )
+    click.echo(text)
