@@ -86,8 +86,10 @@ class DeformableAttention(nn.Module):
         locations = references[:, :, None, None, :2] + offsets.to(references.dtype) * scale
         if self.sampling == "discrete":
             sampled = _sample_nearest(value, locations, weights, shapes)
-        elif _gather_is_faster(value):
-            sampled = _sample_gather(value, locations, weights, shapes)
+        elif value.device.type == "cpu" and not torch.is_grad_enabled():
+            # Without gradients a CPU gathers faster than it grid-samples; the gather's backward is slower.
+            sample = _sample_lookup if torch.compiler.is_compiling() else _sample_gather
+            sampled = sample(value, locations, weights, shapes)
         elif _matrix_is_faster(value, locations):
             sampled = _sample_matrix(value, locations, weights, shapes)
         else:
@@ -95,19 +97,15 @@ class DeformableAttention(nn.Module):
         return self.output_proj(sampled)
 
 
-def _gather_is_faster(value: Tensor) -> bool:
-    """Without gradients a CPU gathers faster than it grid-samples; the gather's backward, and exports, are slower."""
-    return value.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
 def _matrix_is_faster(value: Tensor, locations: Tensor) -> bool:
     """In bf16 with gradients a CPU multiplies with an almost empty matrix faster than ``grid_sample`` goes back.
 
     The matrix is kept for the backward pass, hence the bound.
     """
+    if value.device.type != "cpu" or value.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False  # before the sizes are looked at: an export with a free batch may not depend on them
     batch, total, heads, _ = value.shape
-    fits = batch * heads * locations.shape[1] * total <= MATRIX_ELEMENTS
-    return fits and value.device.type == "cpu" and value.dtype == torch.bfloat16 and not torch.compiler.is_compiling()
+    return batch * heads * locations.shape[1] * total <= MATRIX_ELEMENTS
 
 
 def _sample_grid(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
@@ -140,6 +138,16 @@ def _sample_gather(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sh
     table = value.reshape(batch * total * heads, dim)
     bags = F.embedding_bag(index, table, mode="sum", per_sample_weights=share.to(value.dtype).view_as(index))
     return bags.view(batch, count, heads * dim)
+
+
+def _sample_lookup(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """The same as ``_sample_gather`` in operators that every runtime has: rows of a table, weighted and added."""
+    batch, total, heads, dim = value.shape
+    index, share = _corners(locations, weights, shapes)
+    offset = torch.arange(batch, device=index.device)[:, None, None, None] * (total * heads)
+    head = torch.arange(heads, device=index.device)[None, None, :, None]
+    rows = F.embedding(index.long() * heads + head + offset, value.reshape(batch * total * heads, dim))
+    return (share.to(value.dtype).unsqueeze(-2) @ rows).squeeze(-2).flatten(2)
 
 
 def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:

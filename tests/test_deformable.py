@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from mvision import deformable
-from mvision.deformable import DeformableAttention, _sample_gather, _sample_grid, _sample_matrix, _sample_nearest
+from mvision.deformable import (
+    DeformableAttention,
+    _sample_gather,
+    _sample_grid,
+    _sample_lookup,
+    _sample_matrix,
+    _sample_nearest,
+)
 
 SHAPES = [(5, 7), (3, 4)]
 CELLS = 5 * 7 + 3 * 4
@@ -36,7 +43,7 @@ def _bilinear_by_hand(value, locations, weights):
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("sample", [_sample_grid, _sample_gather, _sample_matrix])
+@pytest.mark.parametrize("sample", [_sample_grid, _sample_gather, _sample_lookup, _sample_matrix])
 def test_bilinear_sampling_equals_the_definition(sample):
     value, locations, weights = _inputs()
     expected = _bilinear_by_hand(value, locations, weights)
@@ -61,7 +68,7 @@ def test_training_in_bf16_takes_the_matrix_unless_it_is_too_large(monkeypatch):
     assert not deformable._matrix_is_faster(value.bfloat16(), locations)
 
 
-@pytest.mark.parametrize("sample", [_sample_gather, _sample_matrix])
+@pytest.mark.parametrize("sample", [_sample_gather, _sample_lookup, _sample_matrix])
 def test_sampling_in_bf16_is_finite_and_close(sample):
     value, locations, weights = _inputs(torch.float32)
     expected = _sample_grid(value, locations, weights, SHAPES)

@@ -104,7 +104,7 @@ def _write(model: Model, path: Path, format: str, dynamic_size: bool) -> Path:
         rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns"))
         shape |= {2: STEP * rows, 3: STEP * columns}
     file = path if format == "onnx" else path.with_name("model.onnx")
-    with warnings.catch_warnings(), _quiet():
+    with warnings.catch_warnings(), _quiet(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             _Flat(model, names).eval(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -156,8 +157,9 @@ def _open_openvino(path: Path, precision: Literal["fp32", "bf16"]) -> tuple[str,
     require("openvino")
     import openvino
 
+    core = openvino.Core()
     try:
-        model = openvino.Core().read_model(path / XML)
+        model = core.read_model(path / XML)
     except RuntimeError as error:
         raise UserError(f"weights {path}: OpenVINO cannot read it ({_first_line(error)})") from error
     if not model.has_rt_info([DESCRIPTION]):
@@ -165,12 +167,20 @@ def _open_openvino(path: Path, precision: Literal["fp32", "bf16"]) -> tuple[str,
     description = model.get_rt_info([DESCRIPTION]).astype(str)
     # Without the hint it computes in bf16 where the processor has it.
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
-    names = [output.get_any_name() for output in compiled.outputs]
-    request = compiled.create_infer_request()
+    names = [output.get_any_name() for output in model.outputs]
+
+    # With every size known beforehand it is a quarter faster; the shapes of a run are few.
+    @lru_cache(maxsize=4)
+    def request(shape: tuple[int, ...]) -> Any:
+        fixed = core.read_model(path / XML)
+        fixed.reshape({"images": list(shape)})
+        return core.compile_model(fixed, "CPU", {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
 
     def run(images: np.ndarray) -> list[np.ndarray]:
-        results: Any = request.infer({"images": images})
+        try:
+            results: Any = request(images.shape).infer({"images": images})
+        except RuntimeError as error:
+            raise UserError(f"{path}: does not run on images of shape {images.shape} ({_first_line(error)})") from error
         return [results[index].copy() for index in range(len(names))]
 
     return description, names, run
