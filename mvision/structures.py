@@ -150,7 +150,7 @@ class Instances:
 
         Each has image_id, category_id (the data set's, not the label), bbox as xywh in pixels, score, and where present
         segmentation (compressed run lengths of the whole image) and keypoints (x, y, score of one after another, as
-        many as the class has). Those of ``regions`` follow, marked by ``"region": True``.
+        many as the class has; none where it has none and others do). Those of ``regions`` follow, marked by ``"region": True``.
         """
         corners = self.boxes.astype(np.float64).reshape(-1, 4)
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1).tolist()
@@ -165,9 +165,10 @@ class Instances:
         if self.keypoints is not None:
             flat = self.keypoints.reshape(len(self), 3 * self.keypoints.shape[1])  # -1 is ambiguous without instances
             # Evaluators want as many points as the class has; here all classes have as many as the richest of them.
-            counts = [3 * len(category.keypoints) or None for category in self.categories]
+            counts = [3 * len(category.keypoints) for category in self.categories]
             for entry, label, points in zip(results, self.labels.tolist(), flat.tolist()):
-                entry["keypoints"] = points[: counts[label]]
+                if counts[label] or not any(counts):  # beside classes with keypoints, one without has none
+                    entry["keypoints"] = points[: counts[label] or None]
         if self.regions is not None:
             results += [{**entry, "region": True} for entry in self.regions.to_coco(image_id)]
         return results

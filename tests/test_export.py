@@ -36,9 +36,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def onnx(weights: Path) -> Path:
-    said = export(str(weights), dynamic_size=True)
-    assert said.count("largest difference from PyTorch") == 4
-    assert "batch 4, 64 x 96" in said
+    said: list[str] = []
+    export(str(weights), dynamic_size=True, say=said.append)
+    assert sum("largest difference from PyTorch" in line for line in said) == 4
+    assert any("batch 4, 64 x 96" in line for line in said)
     return weights.with_name("best.onnx")
 
 
@@ -62,8 +63,9 @@ def test_onnx_of_all_tasks_at_any_batch_and_size(onnx: Path, weights: Path) -> N
 @pytest.mark.parametrize("task", [*TASKS, "semantic-seg"])
 def test_openvino_of_every_task(weights: Path, tmp_path: Path, task: str) -> None:
     pytest.importorskip("openvino")
-    said = export(str(weights), format="openvino", tasks=[task], output=tmp_path / "made")
-    assert said.endswith(f"openvino: {tmp_path / 'made'}")
+    said: list[str] = []
+    export(str(weights), format="openvino", tasks=[task], output=tmp_path / "made", say=said.append)
+    assert said[-1] == f"openvino: {tmp_path / 'made'}"
     model = ExportedModel(tmp_path / "made")
     assert model.tasks == [task]
     assert is_exported(tmp_path / "made")
@@ -124,6 +126,7 @@ def test_differences_are_found() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"int8": True}, "--int8 with --format onnx: INT8 is made for openvino"),
         ({"format": "tflite"}, "--format tflite: choose one of onnx, openvino"),
         ({"tasks": ["keypoint"]}, "there is no head 'keypoint'"),
         ({"image_size": (100, 100)}, "image_size.*multiples of 32"),
@@ -144,3 +147,31 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     program.save(str(tmp_path / "z.onnx"))
     with pytest.raises(UserError, match=r"z.onnx: not exported by mvision"):
         ExportedModel(tmp_path / "z.onnx")
+
+
+def test_int8_is_measured_and_the_least_loss_is_kept(
+    weights: Path, squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    pytest.importorskip("nncf")
+    from mvision.deploy import quantise
+
+    for file in (squares / "annotations").iterdir():  # the classes of the model
+        file.write_text(file.read_text().replace('"blue"', '"dog"'))
+    losses = iter([0.5, 0.2, 0.3, 0.4])  # before, then three candidates
+    monkeypatch.setattr(quantise, "_figures", lambda *_: {"detection": next(losses)})
+    said: list[str] = []
+    options = {"tasks": ["detection"], "data": str(squares), "output": tmp_path / "int8", "say": said.append}
+    found = export(str(weights), format="openvino", int8=True, **options)
+    assert found is not None
+    assert (found.kept, found.after) == ("convolutions of the backbone and neck", {"detection": 0.4})
+    assert found.loss == pytest.approx(0.2)
+    assert sum(line.startswith("INT8, ") for line in said) == 3
+    graph = (tmp_path / "int8" / "model.xml").read_text()
+    assert graph.count('type="FakeQuantize"') > 20
+    model = ExportedModel(tmp_path / "int8")
+    assert model.tasks == ["detection"]
+    with torch.no_grad():
+        outputs = model(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
+    assert outputs["detection"]["boxes"].isfinite().all()
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "squares") == ["int8"]

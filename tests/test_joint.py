@@ -208,6 +208,7 @@ def test_a_pose_without_an_object_becomes_one_if_it_is_sure() -> None:
     entries = linked.to_coco(3)
     assert len(entries[0]["keypoints"]) == 9
     assert {"segmentation", "keypoints", "bbox"} <= set(entries[0])
+    assert "keypoints" not in entries[1]  # a dog has none
 
 
 @pytest.mark.parametrize(("objects", "of_poses"), [(0, 0), (0, 1), (1, 0)])

@@ -170,7 +170,7 @@ def _ways(
         path = folder / ("model.onnx" if road == "onnx" else "openvino")
         if road in ("onnx", "openvino"):
             save_weights(plain, folder / "model.safetensors")
-            say(export(str(folder / "model.safetensors"), format=road, output=path).replace(str(folder), ""))
+            export(str(folder / "model.safetensors"), format=road, output=path, say=say)
         for precision in precisions:
             if road == "onnx" and precision != "fp32":
                 continue

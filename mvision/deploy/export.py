@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import mvision
 from mvision.config import parse_model_config
 from mvision.deploy.compare import TOLERANCE, difference
+from mvision.deploy.quantise import Quantised, quantise
 from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, require
 from mvision.errors import UserError
 from mvision.model import Model
@@ -53,8 +54,11 @@ def export(
     tasks: Sequence[str] = (),
     image_size: tuple[int, int] | None = None,
     dynamic_size: bool = False,
+    int8: bool = False,
+    data: str | None = None,
     output: Path | None = None,
-) -> str:
+    say: Callable[[str], None] = print,
+) -> Quantised | None:
     """Write a model for another runtime; it is there only if what it gives is what PyTorch gives.
 
     Args:
@@ -63,34 +67,45 @@ def export(
         tasks: which of the weights' tasks; none: all.
         image_size: (height, width); None is the model's own.
         dynamic_size: any size of multiples of 32, not one alone.
+        int8: quantise the OpenVINO model, and measure what that costs.
+        data: to calibrate and measure with; None: the built-in data set.
         output: the file or folder; None: beside the weights, or in the working folder for those of the Hub.
+        say: gets what was written, and the largest difference from PyTorch for each shape that was tried.
 
     Returns:
-        What was written, and the largest difference from PyTorch for each shape that was tried.
+        What INT8 costs, where it was asked for.
 
     Raises:
         UserError: no such weights or format, a package is missing, the place cannot be written, or the outputs differ.
     """
     if format not in FORMATS:
         raise UserError(f"--format {format}: choose one of {', '.join(FORMATS)}")
-    require("onnxscript", "onnxruntime" if format == "onnx" else "openvino")
+    if int8 and format != "openvino":
+        raise UserError(f"--int8 with --format {format}: INT8 is made for openvino")
+    require("onnxscript", "onnxruntime" if format == "onnx" else "openvino", *(["nncf"] if int8 else []))
     model = load(weights, tasks=list(tasks) or None)
     if image_size is not None:
         described = {**model.config.model_dump(), "image_size": image_size}
         model.config.image_size = parse_model_config(described).image_size
     model.fuse()
-    target = output or _beside(weights, format)
+    target = output or _beside(weights, f"{format}_int8" if int8 else format)
+    quantised = None
     height, width = model.config.image_size
     sizes = [(height, width), (height + STEP, max(width - STEP, STEP))] if dynamic_size else [(height, width)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export") as folder:
             made = _write(model, Path(folder) / target.name, format, dynamic_size)
-            lines = _check(model, made, sizes)
+            for line in _check(model, made, sizes):
+                say(line)
+            if int8:
+                quantised = quantise(made, data, say)
+                say(f"kept: {quantised.kept}")
             _replace(made, target)
     except OSError as error:
         raise UserError(f"--output {target}: cannot be written ({error.strerror or error}); choose another") from error
-    return "\n".join([*lines, f"{format}: {target}"])
+    say(f"{format}: {target}")
+    return quantised
 
 
 def _write(model: Model, path: Path, format: str, dynamic_size: bool) -> Path:
@@ -153,7 +168,7 @@ def _beside(weights: str, format: str) -> Path:
     path = resolve_weights(weights)
     folder = path.parent if path.is_file() else path if Path(weights).is_dir() else Path()
     stem = path.stem if path.is_file() else "model"
-    return folder / (f"{stem}.onnx" if format == "onnx" else f"{stem}_openvino")
+    return folder / (f"{stem}.onnx" if format == "onnx" else f"{stem}_{format}")
 
 
 def _replace(made: Path, target: Path) -> None:

@@ -22,7 +22,7 @@ from mvision.weights import load
 
 DESCRIPTION = "mvision"  # key of the model's config in the file
 XML = "model.xml"
-PACKAGES = {"onnxruntime": "onnxruntime", "onnxscript": "onnx onnxscript", "openvino": "openvino"}
+PACKAGES = {"onnxruntime": "onnxruntime", "onnxscript": "onnx onnxscript", "openvino": "openvino", "nncf": "nncf"}
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
 

@@ -1,0 +1,124 @@
+"""INT8 for OpenVINO: calibrated on real images, and measured before it is called done.
+
+What must not be quantised differs from model to model: RT-DETR's decoder, whose boxes are sums of small corrections,
+loses nearly everything. So the candidates below are tried from the most to the least that is quantised, and the first
+whose loss of AP is small enough is kept; the best of them otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mvision.config import DataConfig
+from mvision.data import build_eval_loader, read_validation
+from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, require
+from mvision.engine.evaluate import Validation, evaluate_all, make_metrics
+from mvision.errors import UserError
+from mvision.heads import head_class
+
+IMAGES = 300  # to calibrate with, at most
+ALLOWED = 0.01  # relative loss of a task's main figure
+# What stays in floating point, by kinds of operations.
+CANDIDATES: dict[str, list[str]] = {
+    "everything": [],
+    "all but products of matrices": ["MatMul"],
+    "convolutions of the backbone and neck": ["MatMul", "Add", "Multiply", "Concat", "Interpolate", "GroupConvolution"],
+}
+
+
+@dataclass
+class Quantised:
+    """``before`` and ``after``: each task's main figure; ``kept``: the candidate's name; ``lines``: what was tried."""
+
+    kept: str
+    before: dict[str, float]
+    after: dict[str, float]
+    lines: list[str]
+
+    @property
+    def loss(self) -> float:
+        """The largest relative loss of a task."""
+        return _loss(self.before, self.after)
+
+
+def quantise(folder: Path, data: str | None, say: Callable[[str], None]) -> Quantised:
+    """Replace the OpenVINO model in ``folder`` by one in INT8.
+
+    Args:
+        data: a data folder: training images to calibrate with, validation images to measure on. None: the built-in set.
+        say: gets a line per candidate.
+
+    Raises:
+        UserError: nncf is missing, or anything wrong with the data.
+    """
+    require("nncf")
+    import nncf
+    import openvino
+
+    model = ExportedModel(folder)
+    _, parts = read_validation(DataConfig(root=data), None, model.tasks)
+    sizes: dict[str, Any] = {"batch_size": 16, "image_size": model.config.image_size}
+    validation = [
+        Validation(name, build_eval_loader(part, DataConfig(), **sizes), make_metrics(model, part, tasks))
+        for name, tasks, part in parts
+    ]
+    before = _figures(model, validation)
+    images = list(_calibration(data, model))
+    if not images:
+        raise UserError(f"--data {data}: no image to calibrate with")
+    source = openvino.Core().read_model(folder / XML)
+    description = source.get_rt_info([DESCRIPTION]).astype(str)
+    found: list[tuple[float, str, dict[str, float], Path]] = []
+    lines = []
+    for number, (name, floating) in enumerate(CANDIDATES.items()):
+        place = folder.with_name(f"{folder.name}.int8-{number}")
+        place.mkdir()
+        with redirect_stdout(StringIO()):
+            made = nncf.quantize(
+                source,
+                nncf.Dataset(images, lambda batch: {"images": batch}),
+                preset=nncf.QuantizationPreset.MIXED,
+                subset_size=len(images),
+                ignored_scope=nncf.IgnoredScope(types=floating, validate=False),
+            )
+        made.set_rt_info(description, [DESCRIPTION])
+        openvino.save_model(made, place / XML, compress_to_fp16=False)
+        after = _figures(ExportedModel(place), validation)
+        loss = _loss(before, after)
+        told = ", ".join(f"{task} {before[task]:.4f} -> {after[task]:.4f}" for task in before)
+        lines.append(f"INT8, {name}: {told} ({loss:+.2%} at most)")
+        say(lines[-1])
+        found.append((loss, name, after, place))
+        if loss <= ALLOWED:
+            break
+    _, kept, after, place = min(found)
+    for file in place.iterdir():
+        file.replace(folder / file.name)
+    return Quantised(kept, before, after, lines)
+
+
+def _figures(model: ExportedModel, validation: list[Validation]) -> dict[str, float]:
+    figures = evaluate_all(model, validation)
+    return {task: found[head_class(task).figure] for task, found in figures.items()}
+
+
+def _loss(before: dict[str, float], after: dict[str, float]) -> float:
+    return max((before[task] - after[task]) / max(before[task], 1e-9) for task in before)
+
+
+def _calibration(data: str | None, model: ExportedModel) -> Iterable[np.ndarray]:
+    """Training images as the model sees them, one at a time."""
+    _, parts = read_validation(DataConfig(root=data), "train", model.tasks)
+    for _, _, part in parts:
+        part.records = part.records[:: max(1, len(part.records) // IMAGES)][:IMAGES]
+        loader = build_eval_loader(part, DataConfig(workers=0), batch_size=1, image_size=model.config.image_size)
+        for batch in loader:
+            if len(batch):
+                yield batch.images.contiguous().numpy()
