@@ -128,6 +128,7 @@ class AugmentConfig(Settings):
 
     Attributes:
         photometric: brightness, contrast, saturation, hue.
+        photometric_strength: how far, by RT-DETR's strengths; more where the light will be another than in training.
         zoom_out: place the image on a larger canvas.
         crop: random crop that keeps objects (SSD's sampling of minimum overlaps).
         flip: left-right.
@@ -139,6 +140,7 @@ class AugmentConfig(Settings):
     """
 
     photometric: float = Field(0.5, ge=0, le=1)
+    photometric_strength: float = Field(1.0, gt=0, le=10)
     zoom_out: float = Field(0.3, ge=0, le=1)
     crop: float = Field(0.5, ge=0, le=1)
     flip: float = Field(0.5, ge=0, le=1)

@@ -150,7 +150,8 @@ class Instances:
 
         Each has image_id, category_id (the data set's, not the label), bbox as xywh in pixels, score, and where present
         segmentation (compressed run lengths of the whole image) and keypoints (x, y, score of one after another, as
-        many as the class has; none where it has none and others do). Those of ``regions`` follow, marked by ``"region": True``.
+        many as the class has; none where it has none and others do). Those of ``regions`` follow, marked by
+        ``"region": True``.
         """
         corners = self.boxes.astype(np.float64).reshape(-1, 4)
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1).tolist()

@@ -307,3 +307,16 @@ def test_paint_fills_only_its_window() -> None:
     assert (painted[16:] == 9).all()
     assert (painted[:, :32] == 9).all()
     assert fit((1.5, 0.0, 2.0, 1.0), (30, 30), (0, 0, 64, 64), (64, 64)) is None
+
+
+def test_colours_change_as_far_as_they_are_told() -> None:
+    picture = np.full((16, 16, 3), (180, 120, 40), dtype=np.uint8)
+    moved = {}
+    for strength in (0.1, 1.0, 3.0):
+        jitter = TrainTransform(AugmentConfig(photometric_strength=strength)).photometric
+        changes = []
+        for seed in range(20):
+            jitter.set_random_seed(seed)
+            changes.append(np.abs(jitter(image=picture)["image"].astype(int) - picture).mean())
+        moved[strength] = float(np.mean(changes))
+    assert 0 < moved[0.1] < 0.3 * moved[1.0] < 0.3 * moved[3.0]

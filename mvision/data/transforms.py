@@ -43,8 +43,10 @@ MOSAIC_CENTRES = (0.3, 0.7)
 MIXUP_WEIGHTS = (0.4, 0.6)  # about half and half: every object stays visible and keeps its full label
 GRID = 32  # mosaic tiles meet at multiples of the coarsest stride, so that no feature or mask cell sees two images
 
-# Strengths of RT-DETR's RandomPhotometricDistort.
-PHOTOMETRIC = {"brightness": (0.875, 1.125), "contrast": (0.5, 1.5), "saturation": (0.5, 1.5), "hue": (-0.05, 0.05)}
+# Deviations of RT-DETR's RandomPhotometricDistort: factors from 1, and parts of the colour wheel.
+PHOTOMETRIC = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5}
+HUE = 0.05
+DARKEST = 0.2  # factor, however strong
 
 
 class Source(Protocol):
@@ -82,7 +84,10 @@ class TrainTransform:
         """``swap``: see ``geometry.mirror_keypoints``."""
         self.config = config
         self.swap = swap
-        self.photometric = A.ColorJitter(**PHOTOMETRIC, p=1.0)
+        strength = config.photometric_strength
+        factors = {name: (max(1 - strength * d, DARKEST), 1 + strength * d) for name, d in PHOTOMETRIC.items()}
+        hue = min(strength * HUE, 0.5)
+        self.photometric = A.ColorJitter(**factors, hue=(-hue, hue), p=1.0)
 
     def resting(self) -> TrainTransform:
         """The same without mosaic, mixup and zoom-out, for the end of a run."""
