@@ -7,6 +7,7 @@ matter of thresholds and original sizes, stays outside. The model's config trave
 
 from __future__ import annotations
 
+import ast
 import json
 import logging
 import os
@@ -32,6 +33,7 @@ from mvision.weights import load, resolve_weights
 
 FORMATS = ("onnx", "openvino")
 BATCHES = (1, 4)
+SCOPES = "pkg.torch.onnx.name_scopes"  # where the exporter says which module a node comes from
 STEP = 32  # sizes are multiples of the coarsest stride
 
 
@@ -131,6 +133,7 @@ def _write(model: Model, path: Path, format: str, dynamic_size: bool) -> Path:
             verbose=False,
         )
     assert program is not None
+    _name_by_module(program.model.graph)
     description = json.dumps({"version": mvision.__version__, "model": model.config.model_dump(mode="json")})
     program.model.metadata_props[DESCRIPTION] = description
     program.save(str(file))
@@ -143,6 +146,14 @@ def _write(model: Model, path: Path, format: str, dynamic_size: bool) -> Path:
     path.mkdir()
     openvino.save_model(converted, path / XML, compress_to_fp16=False)
     return path
+
+
+def _name_by_module(graph: Any) -> None:
+    """Put the path of its module before every node's name: what is to stay in floating point is told by that."""
+    for node in graph:
+        scopes = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope.startswith("model.")), "")
+        node.name = f"{module}/{node.name}"
 
 
 def _check(model: Model, made: Path, sizes: Sequence[tuple[int, int]]) -> list[str]:

@@ -1,14 +1,15 @@
 """INT8 for OpenVINO: calibrated on real images, and measured before it is called done.
 
-What must not be quantised differs from model to model: RT-DETR's decoder, whose boxes are sums of small corrections,
-loses nearly everything. So the candidates below are tried from the most to the least that is quantised, and the first
-whose loss of AP is small enough is kept; the best of them otherwise.
+The heads stay in floating point: RT-DETR's decoder, whose boxes are sums of small corrections, loses nearly everything.
+What else must differs from model to model, so the candidates below are tried from the most to the least that is
+quantised, and the first whose loss of AP is small enough is kept; the best of them otherwise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import redirect_stdout
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -25,11 +26,11 @@ from mvision.heads import head_class
 
 IMAGES = 300  # to calibrate with, at most
 ALLOWED = 0.01  # relative loss of a task's main figure
-# What stays in floating point, by kinds of operations.
+# What stays in floating point: parts of the names of nodes, which begin with the path of their module.
 CANDIDATES: dict[str, list[str]] = {
-    "everything": [],
-    "all but products of matrices": ["MatMul"],
-    "convolutions of the backbone and neck": ["MatMul", "Add", "Multiply", "Concat", "Interpolate", "GroupConvolution"],
+    "backbone and neck": ["model.heads.*"],
+    "backbone and neck without their first layers": ["model.heads.*", "model.backbone/.*", "model.neck.projections.*"],
+    "backbone": ["model.heads.*", "model.neck.*", "model.backbone/.*"],
 }
 
 
@@ -80,13 +81,13 @@ def quantise(folder: Path, data: str | None, say: Callable[[str], None]) -> Quan
     for number, (name, floating) in enumerate(CANDIDATES.items()):
         place = folder.with_name(f"{folder.name}.int8-{number}")
         place.mkdir()
-        with redirect_stdout(StringIO()):
+        with _silence():
             made = nncf.quantize(
                 source,
                 nncf.Dataset(images, lambda batch: {"images": batch}),
                 preset=nncf.QuantizationPreset.MIXED,
                 subset_size=len(images),
-                ignored_scope=nncf.IgnoredScope(types=floating, validate=False),
+                ignored_scope=nncf.IgnoredScope(patterns=floating, validate=False),
             )
         made.set_rt_info(description, [DESCRIPTION])
         openvino.save_model(made, place / XML, compress_to_fp16=False)
@@ -102,6 +103,18 @@ def quantise(folder: Path, data: str | None, say: Callable[[str], None]) -> Quan
     for file in place.iterdir():
         file.replace(folder / file.name)
     return Quantised(kept, before, after, lines)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """nncf lists every node that it leaves alone, and draws bars."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _figures(model: ExportedModel, validation: list[Validation]) -> dict[str, float]:
