@@ -82,8 +82,8 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries).view(batch, count, heads, levels * points, 2)
         weights = self.attention_weights(queries).view(batch, count, heads, levels * points).softmax(-1)
         # Coordinates stay in the references' precision: bf16 has a step of two pixels at 640.
-        scale = references[:, :, None, None, 2:] * (self.offset_scale / points)
-        locations = references[:, :, None, None, :2] + offsets.to(references.dtype) * scale
+        boxes = references[:, :, None, None].unflatten(-1, (2, 2))
+        locations = boxes[..., 0, :] + offsets.to(references.dtype) * (boxes[..., 1, :] * (self.offset_scale / points))
         if self.sampling == "discrete":
             sampled = _sample_nearest(value, locations, weights, shapes)
         elif value.device.type == "cpu" and not torch.is_grad_enabled():
@@ -131,10 +131,7 @@ def _sample_gather(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sh
     batch, total, heads, dim = value.shape
     count = locations.shape[1]
     index, share = _corners(locations, weights, shapes)
-    index = index.int()
-    offset = torch.arange(batch, device=index.device, dtype=index.dtype)[:, None, None, None] * (total * heads)
-    head = torch.arange(heads, device=index.device, dtype=index.dtype)[None, None, :, None]
-    index = (index * heads + head + offset).view(batch * count * heads, -1)
+    index = _rows(index, total).view(batch * count * heads, -1)
     table = value.reshape(batch * total * heads, dim)
     bags = F.embedding_bag(index, table, mode="sum", per_sample_weights=share.to(value.dtype).view_as(index))
     return bags.view(batch, count, heads * dim)
@@ -144,10 +141,16 @@ def _sample_lookup(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sh
     """The same as ``_sample_gather`` in operators that every runtime has: rows of a table, weighted and added."""
     batch, total, heads, dim = value.shape
     index, share = _corners(locations, weights, shapes)
-    offset = torch.arange(batch, device=index.device)[:, None, None, None] * (total * heads)
-    head = torch.arange(heads, device=index.device)[None, None, :, None]
-    rows = F.embedding(index.long() * heads + head + offset, value.reshape(batch * total * heads, dim))
+    rows = F.embedding(_rows(index, total), value.reshape(batch * total * heads, dim))
     return (share.to(value.dtype).unsqueeze(-2) @ rows).squeeze(-2).flatten(2)
+
+
+def _rows(index: Tensor, total: int) -> Tensor:
+    """Where cells (B, Q, H, ...) of images of ``total`` cells are in a table of (B * total * H) rows."""
+    batch, _, heads, _ = index.shape
+    image = torch.arange(batch, device=index.device, dtype=index.dtype)[:, None, None, None]
+    head = torch.arange(heads, device=index.device, dtype=index.dtype)[None, None, :, None]
+    return index * heads + (image * (total * heads) + head)
 
 
 def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
@@ -165,26 +168,24 @@ def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sh
 def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
     """The four cells around every point and their weighted shares: two tensors (B, Q, H, L * P * 4).
 
-    Cells are numbered through all levels, as floats; a corner outside its map has a share of zero.
+    Cells are numbered through all levels; a corner outside its map has a share of zero. Numbers are integers from the
+    start: a runtime that computes in bf16 rounds floats, whatever they mean.
     """
     points = locations.shape[3] // len(shapes)
-    sizes = [size for size in shapes for _ in range(points)]
-    width = locations.new_tensor([w for _, w in sizes])
-    height = locations.new_tensor([h for h, _ in sizes])
-    start = locations.new_tensor([s for s in _starts(shapes) for _ in range(points)])
-    x, y = locations[..., 0] * width - 0.5, locations[..., 1] * height - 0.5
-    x0, y0 = x.floor(), y.floor()
-    right, down = x - x0, y - y0
-    rows, shares = [], []
-    for corner_x, share_x in ((x0, 1 - right), (x0 + 1, right)):
-        inside_x = (corner_x >= 0) & (corner_x < width)
-        column = corner_x.clamp(min=0).minimum(width - 1)
-        for corner_y, share_y in ((y0, 1 - down), (y0 + 1, down)):
-            inside = inside_x & (corner_y >= 0) & (corner_y < height)
-            rows.append(start + corner_y.clamp(min=0).minimum(height - 1) * width + column)
-            shares.append(share_x * share_y * inside)
-    index = torch.stack(rows, -1).detach().flatten(3)
-    return index, (torch.stack(shares, -1) * weights.unsqueeze(-1).to(locations.dtype)).flatten(3)
+    per_point = [(w, h, start) for (h, w), start in zip(shapes, _starts(shapes)) for _ in range(points)]
+    width, height, start = torch.tensor(per_point, dtype=torch.int32, device=locations.device)[..., None].unbind(1)
+    step_x, step_y = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]], dtype=torch.int32, device=locations.device)
+    locations = locations.unflatten(-1, (2, 1))
+    x, y = locations[..., 0, :] * width - 0.5, locations[..., 1, :] * height - 0.5
+    left, top = x.floor(), y.floor()
+    corner_x, corner_y = left.int() + step_x, top.int() + step_y
+    column = corner_x.clamp(min=0).minimum(width - 1)
+    row = corner_y.clamp(min=0).minimum(height - 1)
+    inside = (column == corner_x) & (row == corner_y)
+    # The share of a corner is the area opposite to it.
+    area = ((1 - step_x) - (x - left)).abs() * ((1 - step_y) - (y - top)).abs()
+    share = area * inside * weights.unsqueeze(-1).to(locations.dtype)
+    return (row * width + (column + start)).detach().flatten(3), share.flatten(3)
 
 
 def _sample_nearest(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 import mvision
 from mvision.config import parse_model_config
 from mvision.deploy.compare import TOLERANCE, difference
+from mvision.deploy.coordinates import coordinate_operators, mark
 from mvision.deploy.quantise import Quantised, quantise
 from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, require
 from mvision.errors import UserError
@@ -145,6 +146,7 @@ def _write(model: Model, path: Path, format: str, dynamic_size: bool) -> Path:
     converted.set_rt_info(description, [DESCRIPTION])
     path.mkdir()
     openvino.save_model(converted, path / XML, compress_to_fp16=False)
+    mark(path / XML, coordinate_operators(converted))
     return path
 
 
