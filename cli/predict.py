@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option, precision_option
 
 UNIT = click.FloatRange(0, 1)
 
@@ -17,6 +18,7 @@ UNIT = click.FloatRange(0, 1)
 @click.option("--weights", metavar="W", help=f"The model: {WEIGHTS}.  [default: the newest run of the task]")
 @click.option("--threshold", default=0.5, show_default=True, type=UNIT, metavar="X", help="Lowest score to keep.")
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
+@precision_option
 @device_option
 def predict(
     sources: tuple[str, ...],
@@ -24,6 +26,7 @@ def predict(
     weights: str | None,
     threshold: float,
     output: Path | None,
+    precision: Literal["auto", "fp32", "bf16"],
     device: str | None,
 ) -> None:
     """Find objects in every SOURCE: an image, a folder, a glob, a video or a camera's number.
@@ -37,5 +40,14 @@ def predict(
     """
     from mvision.inference.job import predict_job
 
-    summary = predict_job(sources, tasks=tasks, weights=weights, threshold=threshold, output=output, device=device)
+    summary = predict_job(
+        sources,
+        tasks=tasks,
+        weights=weights,
+        threshold=threshold,
+        output=output,
+        device=device,
+        precision=precision,
+        say=click.echo,
+    )
     click.echo(summary)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
 
 
 @click.command(short_help="Evaluate weights: the COCO table and AP by class.")
@@ -17,6 +18,12 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Also write metrics.json there.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images per step.  [default: 16]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
+@click.option(
+    "--precision",
+    type=OneOf(["auto", "fp32", "bf16"]),
+    metavar="P",
+    help="Compute as predict does: auto, fp32 or bf16.  [default: as in training]",
+)
 @device_option
 def val(
     weights: str,
@@ -26,6 +33,7 @@ def val(
     output: Path | None,
     batch_size: int | None,
     workers: int | None,
+    precision: Literal["auto", "fp32", "bf16"] | None,
     device: str | None,
 ) -> None:
     """Evaluate weights on a split of the data: the COCO table and AP of every class.
@@ -44,6 +52,7 @@ def val(
         output=output,
         batch_size=batch_size,
         workers=workers,
+        precision=precision,
         device=device,
     )
     click.echo(tables)

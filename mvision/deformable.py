@@ -82,7 +82,7 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries).view(batch, count, heads, levels * points, 2)
         weights = self.attention_weights(queries).view(batch, count, heads, levels * points).softmax(-1)
         # Coordinates stay in the references' precision: bf16 has a step of two pixels at 640.
-        boxes = references[:, :, None, None].unflatten(-1, (2, 2))
+        boxes = references.reshape(batch, count, 1, 1, 2, 2)
         locations = boxes[..., 0, :] + offsets.to(references.dtype) * (boxes[..., 1, :] * (self.offset_scale / points))
         if self.sampling == "discrete":
             sampled = _sample_nearest(value, locations, weights, shapes)

@@ -1,8 +1,7 @@
 """Coordinates of an OpenVINO model stay in float32, whatever precision the rest is computed in.
 
-bf16 has eight bits: of a place in 0..1 it keeps two pixels at 640, and of the number of a cell less. PyTorch's types say
-so in the code of the heads; OpenVINO has one precision for a whole model, but leaves single operators out that carry a
-mark.
+bf16 has eight bits: of a place in 0..1 it keeps two pixels at 640, and of the number of a cell less. In PyTorch the
+types in the heads' code see to it; OpenVINO has one precision for a whole model, but leaves out operators with a mark.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from mvision.config import parse_model_config
 from mvision.deploy.compare import TOLERANCE, difference
 from mvision.deploy.coordinates import coordinate_operators, mark
 from mvision.deploy.quantise import Quantised, quantise
-from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, require
+from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, place_beside, require
 from mvision.errors import UserError
 from mvision.model import Model
 from mvision.weights import load, resolve_weights
@@ -179,9 +179,9 @@ def _check(model: Model, made: Path, sizes: Sequence[tuple[int, int]]) -> list[s
 
 def _beside(weights: str, format: str) -> Path:
     path = resolve_weights(weights)
-    folder = path.parent if path.is_file() else path if Path(weights).is_dir() else Path()
-    stem = path.stem if path.is_file() else "model"
-    return folder / (f"{stem}.onnx" if format == "onnx" else f"{stem}_{format}")
+    if path.is_file():
+        return place_beside(path, format)
+    return place_beside((path if Path(weights).is_dir() else Path()) / "model", format)
 
 
 def _replace(made: Path, target: Path) -> None:

@@ -18,7 +18,6 @@ from mvision.errors import UserError
 from mvision.heads import Head
 from mvision.model import Model
 from mvision.structures import Category, Instances
-from mvision.weights import load
 
 DESCRIPTION = "mvision"  # key of the model's config in the file
 XML = "model.xml"
@@ -31,6 +30,11 @@ def is_exported(source: str | Path) -> bool:
     """Whether a source of weights is an ONNX file or an OpenVINO folder."""
     path = Path(source)
     return path.suffix.lower() == ".onnx" or path.suffix.lower() == ".xml" or (path / XML).is_file()
+
+
+def place_beside(file: Path, format: str) -> Path:
+    """Where the export of a weights file goes if nothing else is said: ``onnx``, ``openvino``, ``openvino_int8``."""
+    return file.with_suffix(".onnx") if format == "onnx" else file.with_name(f"{file.stem}_{format}")
 
 
 class ExportedModel(nn.Module):
@@ -115,13 +119,6 @@ class ExportedModel(nn.Module):
 
 AnyModel = Model | ExportedModel
 """What predicts and can be evaluated."""
-
-
-def open_model(source: str, tasks: Sequence[str], device: torch.device) -> AnyModel:
-    """The model of any source of weights: PyTorch's on a device, or an exported one in its own runtime."""
-    if is_exported(source):
-        return ExportedModel(source, list(tasks) or None)
-    return load(source, tasks=list(tasks) or None).to(device)
 
 
 def require(*packages: str) -> None:

@@ -11,11 +11,13 @@ import torch
 
 from mvision.config import DataConfig, config_of_run
 from mvision.data import build_eval_loader, read_validation
-from mvision.deploy.runtime import open_model
+from mvision.deploy.roads import Chosen, open_fastest
+from mvision.deploy.runtime import AnyModel, is_exported
 from mvision.engine.evaluate import Validation, evaluate_all, make_metrics, tables
 from mvision.engine.machine import keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.run import RunFolder
 from mvision.errors import UserError
+from mvision.weights import load
 
 METRICS = "metrics.json"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,6 +32,7 @@ def validate(
     output: Path | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
+    precision: Chosen | None = None,
     device: str | None = None,
 ) -> str:
     """Evaluate weights and return what to print: the data, the COCO table and AP by class of every task.
@@ -42,6 +45,8 @@ def validate(
         output: a folder for ``metrics.json``.
         batch_size: images per step, 16 by default.
         workers: loading processes; None picks by the number of cores.
+        precision: None computes as the run did, so that the figures are those that training ended with; otherwise the
+            model is opened as ``mvision predict`` does (``open_fastest``). An exported model always is.
         device: None is the first GPU, else the CPU.
 
     Raises:
@@ -51,7 +56,7 @@ def validate(
         _make(output)  # before the work, not after it
     keep_freed_memory()
     chosen = resolve_device(device)
-    model = open_model(weights, tasks, chosen)
+    model, road = _open(weights, tasks, chosen, precision)
     run = config_of_run(weights)
     default = run.data if run is not None and data is None else DataConfig(root=data)
     said, parts = read_validation(default, split, model.tasks)
@@ -64,13 +69,20 @@ def validate(
         )
         for name, used_for, part in parts
     ]
-    # The run's own precision, so that the figures are those that training ended with.
-    precision = resolve_precision(run.train.precision if run is not None else "auto", chosen)
-    with torch.autocast(chosen.type, DTYPES[precision], enabled=precision != "fp32"):
+    inside = resolve_precision(run.train.precision if run is not None else "auto", chosen) if road is None else "fp32"
+    with torch.autocast(chosen.type, DTYPES[inside], enabled=inside != "fp32"):
         figures = evaluate_all(model, validation)
     if output is not None:
         RunFolder(output).write_text(METRICS, json.dumps(figures, indent=2) + "\n")
-    return "\n".join([*said, *tables(validation)])
+    return "\n".join([*said, *([road] if road else []), *tables(validation)])
+
+
+def _open(
+    weights: str, tasks: Sequence[str], device: torch.device, precision: Chosen | None
+) -> tuple[AnyModel, str | None]:
+    if precision is not None or is_exported(weights):
+        return open_fastest(weights, tasks, device, precision or "auto")
+    return load(weights, tasks=list(tasks) or None).to(device), None
 
 
 def _make(folder: Path) -> None:

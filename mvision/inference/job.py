@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvision.config import DataConfig, config_of_run
 from mvision.data import CocoSplit, find_layout
-from mvision.deploy.runtime import open_model
+from mvision.deploy.roads import Chosen, open_fastest
 from mvision.engine.machine import keep_freed_memory, resolve_device
 from mvision.engine.run import BEST
 from mvision.errors import UserError
@@ -27,6 +27,8 @@ def predict_job(
     threshold: float = 0.5,
     output: Path | None = None,
     device: str | None = None,
+    precision: Chosen = "auto",
+    say: Callable[[str], None] = print,
 ) -> Summary:
     """Predict, and write pictures and ``predictions.json``.
 
@@ -38,6 +40,8 @@ def predict_job(
         threshold: the least score, 0..1.
         output: a folder, ``predictions`` by default.
         device: None is the first GPU, else the CPU.
+        precision: see ``open_fastest``.
+        say: gets the line that tells what the model runs in.
 
     Raises:
         UserError: no run to take the weights from, or anything wrong with sources, weights, device or folder.
@@ -47,7 +51,8 @@ def predict_job(
     source = weights if weights is not None else str(newest_run(tasks))
     keep_freed_memory()
     chosen = resolve_device(device)
-    model = open_model(source, tasks, chosen)
+    model, road = open_fastest(source, tasks, chosen, precision)
+    say(road)
     found = list(sources) or sample_images(source)
     return predict_sources(model, found, output or Path("predictions"), threshold=threshold)
 
