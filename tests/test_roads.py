@@ -17,7 +17,7 @@ from mvision.deploy.coordinates import coordinate_operators, mark
 from mvision.deploy.export import export
 from mvision.deploy.fast import prepare
 from mvision.deploy.roads import open_fastest
-from mvision.deploy.runtime import ExportedModel
+from mvision.deploy.runtime import ExportedModel, openvino_core
 from mvision.engine.machine import cpu_has_bf16
 from mvision.model import Model
 from mvision.weights import save_weights
@@ -123,7 +123,7 @@ def test_openvino_samples_the_right_cells_in_bf16(tmp_path: Path) -> None:
         openvino.save_model(model, path, compress_to_fp16=False)
         if marked:
             mark(path, operators)
-        compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+        compiled = openvino_core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
         found = torch.from_numpy(next(iter(compiled([x.numpy() for x in inputs]).values())))
         with torch.no_grad():
             error[marked] = (found - module(*inputs)).abs().mean().item()

@@ -3,8 +3,9 @@
     python docs/scripts/reference_speed.py [--models r18 r50] [--batches 1 8] [--training]
 
 Random weights that the reference saved and ``mvision.load`` read. Needs transformers, and openvino and onnxruntime for
-Random weights that the reference saved and ``mvision.load`` read. Needs transformers, and openvino and onnxruntime for
-its own (of the better quarter of the queries: probabilities and coordinates).
+their rows. ``PyTorch`` and ``openvino`` in bf16 are what ``mvision predict`` takes without and with an export. The last
+column is the largest difference from PyTorch in fp32 (of the better quarter of the queries: probabilities and
+coordinates); what bf16 costs is told by AP on trained weights, not by it.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import numpy as np
 
 from mvision.config import DataConfig
 from mvision.data import build_eval_loader, read_validation
-from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, require
+from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, openvino_core, require
 from mvision.engine.evaluate import Validation, evaluate_all, make_metrics
 from mvision.errors import UserError
 from mvision.heads import head_class
@@ -74,7 +74,7 @@ def quantise(folder: Path, data: str | None, say: Callable[[str], None]) -> Quan
     images = list(_calibration(data, model))
     if not images:
         raise UserError(f"--data {data}: no image to calibrate with")
-    source = openvino.Core().read_model(folder / XML)
+    source = openvino_core().read_model(folder / XML)
     description = source.get_rt_info([DESCRIPTION]).astype(str)
     found: list[tuple[float, str, dict[str, float], Path]] = []
     lines = []

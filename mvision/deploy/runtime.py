@@ -128,6 +128,19 @@ def require(*packages: str) -> None:
             raise UserError(f"this needs the package {package}: pip install {PACKAGES[package]}")
 
 
+@lru_cache(maxsize=1)
+def openvino_core() -> Any:
+    """The one ``openvino.Core`` of this process, kept to its end.
+
+    Each sets up a stack for signal handlers on CPUs with AMX, and puts back the one it found when it goes; of two that
+    go in the order in which they came, the second puts back a stack that is no more, and the next signal (a loading
+    process that ends) is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 def _open_onnx(path: Path) -> tuple[str, list[str], Run]:
     require("onnxruntime")
     import onnxruntime
@@ -152,9 +165,7 @@ def _open_onnx(path: Path) -> tuple[str, list[str], Run]:
 
 def _open_openvino(path: Path, precision: Literal["fp32", "bf16"]) -> tuple[str, list[str], Run]:
     require("openvino")
-    import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     try:
         model = core.read_model(path / XML)
     except RuntimeError as error:
