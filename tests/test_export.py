@@ -169,6 +169,7 @@ def test_int8_is_measured_and_the_least_loss_is_kept(
     assert sum(line.startswith("INT8, ") for line in said) == 3
     graph = (tmp_path / "int8" / "model.xml").read_text()
     assert graph.count('type="FakeQuantize"') > 20
+    assert graph.count('name="precise"') > 10  # coordinates
     model = ExportedModel(tmp_path / "int8")
     assert model.tasks == ["detection"]
     with torch.no_grad():

@@ -62,5 +62,6 @@ def mark(xml: Path, operators: set[str]) -> None:
                 info = ElementTree.Element("rt_info")
                 layer.insert(0 if layer.find("data") is None else 1, info)
             for attributes in MARKS:
-                ElementTree.SubElement(info, "attribute", attributes)
+                if info.find(f"attribute[@name='{attributes['name']}']") is None:
+                    ElementTree.SubElement(info, "attribute", attributes)
     tree.write(xml)

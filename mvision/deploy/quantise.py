@@ -19,8 +19,10 @@ import numpy as np
 
 from mvision.config import DataConfig
 from mvision.data import build_eval_loader, read_validation
+from mvision.deploy.coordinates import coordinate_operators, mark
 from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, openvino_core, require
 from mvision.engine.evaluate import Validation, evaluate_all, make_metrics
+from mvision.engine.machine import cpu_has_bf16
 from mvision.errors import UserError
 from mvision.heads import head_class
 
@@ -91,7 +93,9 @@ def quantise(folder: Path, data: str | None, say: Callable[[str], None]) -> Quan
             )
         made.set_rt_info(description, [DESCRIPTION])
         openvino.save_model(made, place / XML, compress_to_fp16=False)
-        after = _figures(ExportedModel(place), validation)
+        mark(place / XML, coordinate_operators(made))
+        # What is left in floating point is computed as predict does.
+        after = _figures(ExportedModel(place, precision="bf16" if cpu_has_bf16() else "fp32"), validation)
         loss = _loss(before, after)
         told = ", ".join(f"{task} {before[task]:.4f} -> {after[task]:.4f}" for task in before)
         lines.append(f"INT8, {name}: {told} ({loss:+.2%} at most)")
