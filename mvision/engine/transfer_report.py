@@ -95,6 +95,7 @@ def plot(records: Sequence[Record], path: Path) -> None:
                 ylabel=f"validation {_figure(records, task)}",
                 ylim=(0, None),
             )
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
     rows[0][0].legend(fontsize=8, frameon=False)
     temporary = path.with_name(f".{path.name}.tmp")
