@@ -216,8 +216,6 @@ class TrainConfig(Settings):
         channels_last: memory format of images and weights; faster on most machines.
         task_weights: of a joint model's tasks in the loss, by name; 1 where none is given. One head that does two tasks
             has its own name's: instance-seg also for the boxes.
-        task_balance: ``fixed`` adds the tasks' losses with these weights, ``log`` their logarithms: every task then
-            pulls alike, however large its loss is.
         trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
     """
 
@@ -241,7 +239,6 @@ class TrainConfig(Settings):
     channels_last: bool = True
     freeze: list[Literal["backbone", "neck"]] = []
     task_weights: dict[str, float] = {}
-    task_balance: Literal["fixed", "log"] = "fixed"
     seed: int = Field(0, ge=0)
     trackers: list[str] = []
 

@@ -215,16 +215,13 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
 def _total(terms: dict[str, torch.Tensor], config: TrainConfig) -> torch.Tensor:
     """One loss from the terms of all heads, named ``task/term``.
 
-    The sum of logarithms is that of impartial loss balancing (Liu et al., "Towards Impartial Multi-task Learning", ICLR
-    2021, section 3.2), and what weighting by learned uncertainty (Kendall et al., CVPR 2018) tends to.
+    Fixed weights: adding the logarithms (Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, section 3.2)
+    was measured and is no better, see docs/measurements.md.
     """
     losses: dict[str, torch.Tensor] = {}
     for name, value in terms.items():
         task = name.partition("/")[0]
         losses[task] = losses.get(task, 0) + value.float()
-    if config.task_balance == "log":
-        # A batch without labels for a task has a loss of zero, and no gradient.
-        losses = {task: (value + 1e-6).log() for task, value in losses.items()}
     return torch.stack([config.task_weights.get(task, 1.0) * value for task, value in losses.items()]).sum()
 
 
