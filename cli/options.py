@@ -88,18 +88,6 @@ def device_option(command: Decorated) -> Decorated:
     )(command)
 
 
-def precision_option(command: Decorated) -> Decorated:
-    """``--precision`` of the commands that run a finished model."""
-    return click.option(
-        "--precision",
-        type=OneOf(["auto", "fp32", "bf16"]),
-        default="auto",
-        show_default=True,
-        metavar="P",
-        help="fp32, bf16, or auto: bf16 where the hardware has it.",
-    )(command)
-
-
 def assignments_option(command: Decorated) -> Decorated:
     """``-o key.sub=value``, any number of times."""
     return click.option(

@@ -7,7 +7,7 @@ from typing import Literal
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, device_option, precision_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
 
 UNIT = click.FloatRange(0, 1)
 
@@ -18,7 +18,14 @@ UNIT = click.FloatRange(0, 1)
 @click.option("--weights", metavar="W", help=f"The model: {WEIGHTS}.  [default: the newest run of the task]")
 @click.option("--threshold", default=0.5, show_default=True, type=UNIT, metavar="X", help="Lowest score to keep.")
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
-@precision_option
+@click.option(
+    "--precision",
+    type=OneOf(["auto", "fp32", "bf16"]),
+    default="auto",
+    show_default=True,
+    metavar="P",
+    help="fp32, bf16, or auto: bf16 where the hardware has it.",
+)
 @device_option
 def predict(
     sources: tuple[str, ...],

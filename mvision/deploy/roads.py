@@ -25,8 +25,8 @@ def open_fastest(
     """A model that is ready to predict, and what it runs in.
 
     A run's folder that holds an OpenVINO export of its weights is run by that on a CPU; whoever names a file gets that
-    file. bf16 is taken where the hardware computes in it. On the CPU of docs/measurements.md it is within the noise of
-    AP; coordinates stay in float32 in either runtime.
+    file. bf16 is taken where the hardware computes in it; its price is in docs/measurements.md, 0.15 points of AP;
+    coordinates stay in float32 in either runtime.
 
     Args:
         source: any source of weights, or an exported model.
