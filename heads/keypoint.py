@@ -188,9 +188,9 @@ class KeypointHead(Head[KeypointConfig]):
     def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
         """``class``, ``box``, ``giou``, ``oks``, ``point`` and ``visible``, each followed by ``_one`` and ``_many``.
 
-        Besides these ``map_one``, where there are maps. They are divided by the number of cells that learn an object,
-        over all processes. ``predict: points`` has no terms of boxes, and no ``visible``: there the score of a point is
-        its own similarity.
+        Besides these ``map_one``, where there are maps. They are divided by the number of cells that learn an object
+        (those of points: an object that has points), over all processes. ``predict: points`` has no terms of boxes, and
+        no ``visible``: there the score of a point is its own similarity.
         """
         config = self.config
         terms = {}
@@ -291,8 +291,9 @@ class KeypointHead(Head[KeypointConfig]):
         # Of a class that has no points, the box is all there is to score.
         plain = ~taught.exists.any(-1)
         scored = chosen & (truth.labelled | plain)[:, None]
-        counts = torch.stack((chosen.sum(), of_points.sum(), scored.sum())).to(truth.areas)
-        num_boxes, num_points, num_scores = mean_over_processes(counts).clamp(min=1)
+        # Objects without labelled points count too: what one label weighs does not depend on how many are missing.
+        counts = torch.stack((chosen.sum(), (chosen & ~plain[:, None]).sum())).to(truth.areas)
+        num_objects, num_posed = mean_over_processes(counts).clamp(min=1)
         row, column = scored.nonzero(as_tuple=True)
         cell = (truth.image[row], taught.near.cells[row, column])
         ignored = ignored_cells(taught.near.inside & ~plain[:, None], truth)
@@ -304,18 +305,18 @@ class KeypointHead(Head[KeypointConfig]):
             where = (cell[0][pair], cell[1][pair], point)
             logits = self.one.visibility(raw)
             terms["class"] = self._score_term(logits, where, quality, ignored, taught.known) / self.num_points
-            return {name: value / num_points for name, value in terms.items()}
+            return {name: value / num_posed for name, value in terms.items()}
         terms = point_terms(found, compared, truth, of_points, taught.exists)
-        terms = {name: value / num_points for name, value in terms.items()}
+        terms = {name: value / num_posed for name, value in terms.items()}
         # With maps, the OKS to expect of them is counted afterwards, in post-processing.
         by_box = compared.overlap.detach()
         quality = by_box if self.maps is not None else score_target(compared.near, by_box)
         quality = torch.where(plain[:, None], by_box, quality)[row, column]
         where = (*cell, truth.classes[row])
         logits = self.one.score_logits(raw)
-        terms["class"] = self._score_term(logits, where, quality, ignored, taught.known) / num_scores
+        terms["class"] = self._score_term(logits, where, quality, ignored, taught.known) / num_objects
         boxes = box_terms(found, compared, truth, chosen)
-        return terms | {name: value / num_boxes for name, value in boxes.items()}
+        return terms | {name: value / num_objects for name, value in boxes.items()}
 
     def _score_term(
         self, logits: Tensor, where: tuple[Tensor, ...], quality: Tensor, ignored: Tensor, known: Tensor | None

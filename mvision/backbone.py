@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mvision.errors import UserError
 from mvision.feature_nets import SMP, build_pretrained, plan_network, pyramid_of, rehearse, smp_names
+from mvision.folding import fold_norms
 
 if TYPE_CHECKING:
     from mvision.config import BackboneConfig
@@ -88,6 +89,15 @@ class Backbone(nn.Module):
         if self._channels_last:
             return [maps[index].permute(0, 3, 1, 2) for index in self._keep]
         return [maps[index] for index in self._keep]
+
+    def fuse(self) -> Backbone:
+        """Re-parameterise what timm can, and fold norms into convolutions, in place: the same maps in eval mode."""
+        from timm.utils.model import reparameterize_model
+
+        size = [-(-side // self._multiple) * self._multiple for side in self.image_size]
+        self.net = reparameterize_model(self.net, inplace=True)
+        fold_norms(self.net, lambda net: net(torch.empty(1, 3, *size, device="meta")))
+        return self
 
     def set_normalization(self, mean: Tensor | None, std: Tensor | None) -> None:
         """Normalise as other weights were trained: (3, 1, 1) each, or None to leave images in 0..1."""

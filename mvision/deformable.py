@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvision.layers import without_autocast
+
 Shapes = list[tuple[int, int]]
 MATRIX_ELEMENTS = 2**26
 """Up to this size the sampling matrix of a layer pays (128 MiB in bf16)."""
@@ -117,7 +119,7 @@ def _sample_grid(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shap
     grid = (2 * locations - 1).transpose(1, 2).reshape(batch * heads, count, len(shapes), points, 2).to(dtype)
     maps = value.to(dtype).permute(0, 2, 3, 1).reshape(batch * heads, dim, -1)
     samples, start = [], 0
-    with torch.autocast(value.device.type, enabled=False):
+    with without_autocast(value):
         for level, (height, width) in enumerate(shapes):
             plane = maps[:, :, start : start + height * width].unflatten(2, (height, width)).contiguous()
             samples.append(F.grid_sample(plane, grid[:, :, level], align_corners=False))

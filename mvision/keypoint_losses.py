@@ -156,14 +156,15 @@ def ignored_cells(inside: Tensor, truth: KeypointTruth) -> Tensor:
 
 
 def map_term(maps: PointMaps, pixels: Tensor, tokens: Tensor, taught: Assigned) -> Tensor:
-    """The loss of the maps that every object's best cells make, a mean over those cells.
+    """The loss of the maps that every object's best cells make, a mean over those cells, labelled or not.
 
     Args:
         pixels, tokens: (B, d, h, w) pixel features and (B, S, width) cells.
     """
     truth = taught.truth
     values, column = taught.values.topk(min(MAP_CELLS, taught.values.shape[1]), dim=1)
-    row, rank = ((values > 0) & truth.labelled[:, None]).nonzero(as_tuple=True)
+    teaching = (values > 0) & taught.exists.any(-1)[:, None]
+    row, rank = (teaching & truth.labelled[:, None]).nonzero(as_tuple=True)
     column = column[row, rank]
     image, true_boxes, points = truth.image[row], truth.boxes[row], truth.points[row]
     sides = true_boxes[:, 2:]
@@ -182,7 +183,7 @@ def map_term(maps: PointMaps, pixels: Tensor, tokens: Tensor, taught: Assigned) 
     deviation = (sigmas * truth.areas[row].clamp(min=SMALLEST**2).sqrt()[:, None])[..., None]
     loss = map_loss(logits, boxes, points[..., :2], deviation / truth.scale[row][:, None])
     there = (points[..., 2] > 0) & in_window(boxes, points[..., :2])
-    total = mean_over_processes(torch.tensor(float(len(row)), device=loss.device)).clamp(min=1)
+    total = mean_over_processes(teaching.sum().to(loss)).clamp(min=1)
     # Keeps every parameter in the graph when no object has points: distributed training waits for all of them.
     return labelled_mean(loss, there.to(loss)).sum() / total + 0 * (pixels.sum() + maps.embed.bias.sum()).float()
 

@@ -10,6 +10,7 @@ Needs torch alone.
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from itertools import pairwise
 from typing import TypeVar
 
@@ -296,6 +297,11 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
             f"embed_dim={embed_dim} is not a multiple of num_heads={num_heads}; change one of the two, "
             f"e.g. embed_dim={max(1, round(embed_dim / max(1, num_heads))) * max(1, num_heads)}"
         )
+
+
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
+    """Around operators that reduced precision is too coarse for. Tensors without data (meta) have no autocast."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def fuse_modules(module: Module) -> Module:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvision.layers import without_autocast
 from mvision.structures import Targets
 
 OVERSAMPLE = 3
@@ -85,7 +86,7 @@ def read_masks(masks: Tensor, points: Tensor) -> Tensor:
 def read_features(features: Tensor, points: Tensor) -> Tensor:
     """(B, d, P) float32: maps (B, d, h, w) at points (B, P, 2) in 0..1, bilinear as masks are enlarged."""
     grid = (2 * points - 1).unsqueeze(1)
-    with torch.autocast(features.device.type, enabled=False):  # bf16 is too coarse for it, and wrong on some CPUs
+    with without_autocast(features):  # bf16 is too coarse for it, and wrong on some CPUs
         found = F.grid_sample(features.float().contiguous(), grid, padding_mode="border", align_corners=False)
     return found.squeeze(2)
 

@@ -158,6 +158,7 @@ class Model(nn.Module):
 
     def fuse(self) -> Model:
         """Re-parameterise for inference, in place: same outputs, fewer operations, no more training."""
+        self.backbone.fuse()
         fuse_modules(self)
         return self
 

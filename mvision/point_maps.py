@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvision.layers import without_autocast
 from mvision.pixel_features import PixelFeatures
 
 GRID = 24  # places along each side of a window
@@ -76,7 +77,7 @@ class PointMaps(nn.Module):
         shape = (*boxes.shape[:2], GRID, GRID)
         places = torch.stack((x[..., None, :].expand(shape), y[..., None].expand(shape)), -1)
         # float32, contiguous: grid_sample is wrong on strided bf16 views on CPU.
-        with torch.autocast(pixels.device.type, enabled=False):
+        with without_autocast(pixels):
             at = F.grid_sample(
                 pixels.float().contiguous(),
                 2 * places.flatten(1, 2).float() - 1,
@@ -97,7 +98,7 @@ class PointMaps(nn.Module):
         Returns:
             (..., K, GRID, GRID) float32.
         """
-        with torch.autocast(at.device.type, enabled=False):
+        with without_autocast(at):
             embedded = self.embed(cells.to(self.embed.weight.dtype)).unflatten(-1, (self.num_points, self.dim + 1))
             product = (embedded[..., :-1].float() / math.sqrt(self.dim)) @ at.flatten(-2)
             low, high = map(math.log, SPREADS)

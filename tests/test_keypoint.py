@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from mvision import keypoint_losses
 from mvision.boxes import cxcywh_to_xyxy
 from mvision.config import load_config
 from mvision.engine.evaluate import make_metrics
 from mvision.errors import UserError
+from mvision.heads import keypoint
 from mvision.heads.keypoint import KeypointConfig, KeypointHead
 from mvision.keypoint_losses import score_target
 from mvision.layers import fuse_modules
@@ -144,6 +146,27 @@ def test_objects_without_points_teach_their_box_and_no_score():
     pull = outputs["many_logits"].grad[0, :, 0]
     assert (pull[inside] == 0).all()
     assert (pull[~inside] > 0).all()
+
+
+def test_what_a_label_weighs_does_not_depend_on_how_many_are_missing(monkeypatch):
+    """Else half of the poses, missing, would make noise of the others that every task suffers from."""
+    monkeypatch.setattr(keypoint_losses, "PRIOR_NOISE", 0.0)
+    monkeypatch.setattr(keypoint_losses, "WINDOW_NOISE", 0.0)
+    # Which cells learn an object depends on its points; here on the places of the cells alone.
+    monkeypatch.setattr(keypoint, "cell_values", lambda closeness, *_: closeness)
+    head = new_head(5)
+    outputs = head(make_features(2), [objects(head)] * 2)
+
+    def terms(*labelled):
+        return head.loss(outputs, [objects(head, visible=2.0 * known) for known in labelled])
+
+    both, first, second = terms(True, True), terms(True, False), terms(False, True)
+    for name in (
+        "map_one",
+        *(f"{term}_{branch}" for term in ("oks", "point", "visible") for branch in ("one", "many")),
+    ):
+        assert first[name] > 0
+        torch.testing.assert_close(first[name] + second[name], both[name])
 
 
 def test_classes_without_keypoints_teach_the_neck_and_are_background_to_predictions():

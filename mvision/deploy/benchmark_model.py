@@ -6,8 +6,7 @@ import copy
 import json
 import statistics
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor
 from mvision.config import load_config
 from mvision.data.images import resize_image
 from mvision.deploy.export import export
+from mvision.deploy.fast import Precision, prepare
 from mvision.deploy.runtime import ExportedModel
 from mvision.deploy.timing import alternate, median_ratio
 from mvision.engine.machine import keep_freed_memory, resolve_device
@@ -32,7 +32,7 @@ from mvision.weights import load, save_weights
 PICTURE = (480, 640)  # height and width of the pictures that are prepared
 ROADS = ("eager", "compiled", "onnx", "openvino")
 REFERENCE = ("eager", "fp32")
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def benchmark_model(
@@ -73,12 +73,13 @@ def benchmark_model(
     chosen = resolve_device(device)
     plain = load(weights, list(tasks) or None) if weights is not None else _random(model or "base", tasks)
     say(f"{', '.join(plain.tasks)} of {weights or model or 'base'} at {_size(plain)}")
-    fused = copy.deepcopy(plain).fuse().to(chosen)
-    parts = [_parts(fused, batch, precision, repeats) for batch in batches for precision in precisions]
+    ready = {precision: prepare(copy.deepcopy(plain).to(chosen), precision) for precision in PRECISIONS}
+    asked = [precision for precision in PRECISIONS if precision in precisions]
+    parts = [{"precision": p, **_parts(ready[p], batch, repeats)} for batch in batches for p in asked]
     say("parts: done")
     with tempfile.TemporaryDirectory() as folder:
-        ways = _ways(plain, fused, roads, precisions, Path(folder), say)
-        totals = [_totals(ways, fused, batch, repeats) for batch in batches]
+        ways = _ways(plain, ready, roads, asked, Path(folder), say)
+        totals = [_totals(ways, ready["fp32"], batch, repeats) for batch in batches]
     where = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else cpu_name()
     machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     document = {
@@ -112,18 +113,18 @@ def _random(name: str, tasks: Sequence[str]) -> Model:
     return model.eval()
 
 
-def _parts(model: Model, batch: int, precision: str, repeats: int) -> dict[str, Any]:
+def _parts(model: Model, batch: int, repeats: int) -> dict[str, Any]:
     """Milliseconds of every stage of one batch, stage after stage in every round."""
     size = model.config.image_size
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (*PICTURE, 3), dtype=np.uint8) for _ in range(batch)]
 
-    def prepare() -> Tensor:
+    def read() -> Tensor:
         stacked = np.stack([resize_image(picture, size) for picture in pictures])
         return torch.from_numpy(stacked).to(model.device).permute(0, 3, 1, 2)
 
-    images = prepare()
-    with torch.no_grad(), _autocast(model, precision):
+    images = read()
+    with torch.no_grad():
         maps = model.backbone(images)
         laterals = dict(zip(model.backbone.laterals, maps))
         features = model.neck(maps[len(laterals) :])
@@ -134,18 +135,17 @@ def _parts(model: Model, batch: int, precision: str, repeats: int) -> dict[str, 
         return model.heads[task](features if lateral is None else [lateral, *features])
 
     stages: dict[str, Callable[[], Any]] = {
-        "preparation": prepare,
+        "preparation": read,
         "backbone": lambda: model.backbone(images),
         "neck": lambda: model.neck(maps[len(laterals) :]),
         **{f"head {task}": partial(head, task) for task in model.heads},
         "post-processing": lambda: model.postprocess(outputs, [PICTURE] * batch, 0.5),
-        "all of it": lambda: model.postprocess(model(prepare()), [PICTURE] * batch, 0.5),
+        "all of it": lambda: model.postprocess(model(read()), [PICTURE] * batch, 0.5),
     }
-    with torch.no_grad(), _autocast(model, precision):
+    with torch.no_grad():
         taken = alternate(list(stages.values()), model.device, repeats, seconds=120)
     return {
         "batch": batch,
-        "precision": precision,
         "milliseconds": {name: 1000 * statistics.median(times) for name, times in zip(stages, taken)},
     }
 
@@ -155,17 +155,17 @@ Way = tuple[str, str, Callable[[Tensor], Any]]
 
 def _ways(
     plain: Model,
-    fused: Model,
+    ready: Mapping[Precision, Model],
     roads: Sequence[str],
-    precisions: Sequence[str],
+    precisions: Sequence[Precision],
     folder: Path,
     say: Callable[[str], None],
 ) -> list[Way]:
     """Road, precision and call of everything that is compared."""
     ways: list[Way] = []
-    on_cpu = fused.device.type == "cpu"
+    device = ready["fp32"].device
     for road in dict.fromkeys(("eager", *roads)):
-        if road in ("onnx", "openvino") and not on_cpu:
+        if road in ("onnx", "openvino") and device.type != "cpu":
             continue
         path = folder / ("model.onnx" if road == "onnx" else "openvino")
         if road in ("onnx", "openvino"):
@@ -175,16 +175,17 @@ def _ways(
             if road == "onnx" and precision != "fp32":
                 continue
             if road in ("onnx", "openvino"):
-                call: Callable[[Tensor], Any] = ExportedModel(path, precision=precision)  # type: ignore[arg-type]
+                call: Callable[[Tensor], Any] = ExportedModel(path, precision=precision)
+            elif road == "compiled":
+                call = partial(_run, torch.compile(prepare(copy.deepcopy(plain).to(device), precision, packed=False)))
             else:
-                module = torch.compile(copy.deepcopy(fused)) if road == "compiled" else fused
-                call = partial(_run, module, fused, precision)
+                call = partial(_run, ready[precision])
             ways.append((road, precision, call))
     return ways
 
 
-def _run(module: Any, model: Model, precision: str, images: Tensor) -> Any:
-    with torch.no_grad(), _autocast(model, precision):
+def _run(module: Any, images: Tensor) -> Any:
+    with torch.no_grad():
         return module(images)
 
 
@@ -207,12 +208,6 @@ def _totals(ways: Sequence[Way], model: Model, batch: int, repeats: int) -> list
     ]
 
 
-def _autocast(model: Model, precision: str) -> AbstractContextManager[Any]:
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(model.device.type, PRECISIONS[precision])
-
-
 def _size(model: Model) -> str:
     height, width = model.config.image_size
     return f"{width} x {height}"
@@ -223,7 +218,7 @@ def _page(document: dict[str, Any]) -> str:
     lines = [
         f"# {document['model']}: {', '.join(document['tasks'])} at {width} x {height}",
         "",
-        f"One run, in turn, medians; RepBlocks and norms fused. {document['machine']}.",
+        f"One run, in turn, medians; as predict runs it. {document['machine']}.",
         "",
         "| eager | " + " | ".join(f"batch {p['batch']}, {p['precision']}" for p in document["parts"]) + " |",
         "|---" * (1 + len(document["parts"])) + "|",

@@ -10,11 +10,11 @@ from typing import Literal
 import torch
 
 from mvision.deploy.fast import prepare
-from mvision.deploy.runtime import AnyModel, ExportedModel, is_exported, place_beside
+from mvision.deploy.runtime import AnyModel, ExportedModel, exported_config, is_exported, place_beside
 from mvision.engine.machine import cpu_has_bf16, resolve_precision
 from mvision.engine.run import BEST
 from mvision.errors import UserError
-from mvision.weights import load
+from mvision.weights import load, read_weights
 
 Chosen = Literal["auto", "fp32", "bf16"]
 
@@ -69,8 +69,8 @@ def _export_of(source: str, tasks: Sequence[str], device: torch.device) -> Path 
         return None
     if exported.stat().st_mtime < best.stat().st_mtime:
         return None
-    known = ExportedModel(exported).tasks
-    return exported if set(tasks or load(source).tasks) <= set(known) else None
+    wanted = tasks or read_weights(best).config.heads
+    return exported if set(wanted) <= set(exported_config(exported).heads) else None
 
 
 def _is_run(source: str, device: torch.device) -> bool:

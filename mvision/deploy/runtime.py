@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvision.config import parse_model_config
+from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
 from mvision.heads import Head
 from mvision.model import Model
@@ -59,12 +59,8 @@ class ExportedModel(nn.Module):
         path = Path(path)
         if path.suffix.lower() == ".xml":
             path = path.parent
-        if not path.exists():
-            raise UserError(f"weights {path}: no such file or folder")
-        description, names, self._run = _open_onnx(path) if path.is_file() else _open_openvino(path, precision)
+        config, names, self._run = _open(path, precision)
         self._outputs = [name.partition(".")[::2] for name in names]
-        config = parse_model_config(json.loads(description)["model"])
-        config.backbone.pretrained = False
         missing = [task for task in tasks or () if task not in config.heads]
         if missing:
             raise UserError(f"weights {path}: there is no head '{', '.join(missing)}', only {', '.join(config.heads)}")
@@ -117,6 +113,11 @@ class ExportedModel(nn.Module):
         return self._model.results(outputs, sizes, threshold)
 
 
+def exported_config(path: Path) -> ModelConfig:
+    """What an exported model is, without making it ready to run. Raises as ``ExportedModel`` does."""
+    return _open(path, "fp32")[0]
+
+
 AnyModel = Model | ExportedModel
 """What predicts and can be evaluated."""
 
@@ -139,6 +140,16 @@ def openvino_core() -> Any:
     import openvino
 
     return openvino.Core()
+
+
+def _open(path: Path, precision: Literal["fp32", "bf16"]) -> tuple[ModelConfig, list[str], Run]:
+    """The model's description, the names of its outputs, and what runs it (compiled at the first call)."""
+    if not path.exists():
+        raise UserError(f"weights {path}: no such file or folder")
+    description, names, run = _open_onnx(path) if path.is_file() else _open_openvino(path, precision)
+    config = parse_model_config(json.loads(description)["model"])
+    config.backbone.pretrained = False  # the weights are in the file: nothing is to be downloaded
+    return config, names, run
 
 
 def _open_onnx(path: Path) -> tuple[str, list[str], Run]:

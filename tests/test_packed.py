@@ -1,0 +1,66 @@
+"""A model made ready to predict gives what it gave before, with fewer passes over its maps."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from mvision.deploy.compare import difference
+from mvision.deploy.fast import prepare
+from mvision.deploy.packed import ACTIVATIONS, PackedConv2d, can_pack
+from mvision.model import Model
+from tests.test_joint import TASKS, make_model
+
+pytestmark = pytest.mark.skipif(not can_pack(), reason="not a build of PyTorch with oneDNN's operators")
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    """All tasks, with norms that have seen something."""
+    torch.manual_seed(0)
+    made = make_model([*TASKS, "semantic-seg"])
+    with torch.no_grad():
+        made.train()(torch.rand(4, 3, 64, 96))
+    return made.eval()
+
+
+def test_packed_convolutions_give_the_same_outputs(model: Model) -> None:
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    ready = prepare(copy.deepcopy(model))
+    plain = prepare(copy.deepcopy(model), packed=False)
+    assert not any(isinstance(module, nn.Conv2d | nn.BatchNorm2d) for module in ready.modules())
+    with torch.no_grad():
+        for other in (ready, plain):
+            found, where = difference(model(images), other(images))
+            assert found < 1e-4, where
+    # Other sizes and numbers of images than the weights were laid out with.
+    images = torch.randint(0, 256, (3, 3, 96, 160), dtype=torch.uint8)
+    with torch.no_grad():
+        assert difference(plain(images), ready(images))[0] < 1e-4
+
+
+def test_activations_go_into_the_convolutions_before_them(model: Model) -> None:
+    ready = prepare(copy.deepcopy(model))
+    packed = {name: module for name, module in ready.named_modules() if isinstance(module, PackedConv2d)}
+    assert {module.activation for module in packed.values()} == {"none", "relu", "swish"}
+    assert packed["neck.top_down.0.blocks.0.conv"].activation == "swish"
+    left = [name for name, module in ready.named_modules() if type(module) in ACTIVATIONS]
+    # After sums and linear layers there is no convolution to go into.
+    assert not [name for name in left if "layer" not in name and "decoder" not in name and "embed" not in name]
+
+
+@pytest.mark.parametrize("activation", ["none", "relu", "swish", "hardswish"])
+def test_a_packed_convolution_is_the_convolution_and_its_activation(activation: str) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(6, 8, 3, stride=2, padding=1, dilation=1, groups=2, bias=activation != "none")
+    kinds = {name: kind for kind, name in ACTIVATIONS.items()}
+    after = nn.Identity() if activation == "none" else kinds[activation]()
+    x = torch.randn(2, 6, 9, 12)
+    with torch.no_grad():
+        expected = after(conv(x))
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            found = PackedConv2d(conv, activation)(x.to(memory_format=memory_format))
+            torch.testing.assert_close(found, expected)
