@@ -29,7 +29,6 @@ from mvision.mask_losses import (
     undecided_points,
 )
 from mvision.masks import Masks, encode_logits
-from mvision.matching import mean_over_processes
 from mvision.pixel_features import PixelFeatures
 from mvision.structures import Category, Instances, Targets
 
@@ -137,7 +136,8 @@ class MaskHead(QueryHead[MaskConfig]):
     def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
         """The terms of ``QueryHead.loss``, and ``mask`` and ``dice`` for the same layers.
 
-        The masks' sums are divided by the number of objects with a mask, over all processes.
+        All sums are divided by the number of objects, with a mask or not, over all processes: what one mask weighs does
+        not depend on how many others are missing.
         """
         config = self.config
         truth = self.truth(outputs, targets)
@@ -147,14 +147,13 @@ class MaskHead(QueryHead[MaskConfig]):
         embeddings = outputs["mask_embeddings"]
         assigned = self.match(outputs, truth, self._mask_costs(embeddings, boxes, pixels, at))
         terms = self.query_terms(outputs, truth, assigned)
-        total = mean_over_processes(at.valid.sum().float()).clamp(min=1).item()
         terms |= self.named(
-            self._mask_losses(embeddings, boxes, assigned, pixels, at, total), self.layer_names(outputs)
+            self._mask_losses(embeddings, boxes, assigned, pixels, at, truth.total), self.layer_names(outputs)
         )
         if "denoising_mask_embeddings" in outputs:
             embeddings, boxes = outputs["denoising_mask_embeddings"], outputs["denoising_boxes"]
             assigned = outputs["denoising_assigned"].expand(len(embeddings), -1, -1)
-            total = total * outputs["denoising_groups"].item()
+            total = truth.total * outputs["denoising_groups"].item()
             losses = self._mask_losses(embeddings, boxes, assigned, pixels, at, total)
             terms |= self.named(losses, [f"_denoising_{index}" for index in range(len(embeddings))])
         return terms

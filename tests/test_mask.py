@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,6 @@ from mvision.boxes import cxcywh_to_xyxy
 from mvision.config import load_config
 from mvision.heads.mask import MaskHead, boxes_of_masks, mask_at_points, mask_grid
 from mvision.mask_losses import read_features
-from mvision.matching import pad_targets
 from mvision.model import Model
 from tests.test_heads import CATEGORIES, SMALL, filled_boxes, make_features, make_head, make_targets, total
 
@@ -218,16 +219,32 @@ def test_shipped_models_describe_the_task() -> None:
         assert shared.items() <= config.model.heads[TASK].model_dump().items() or name == "rtmaskformer_r50"
 
 
-def test_matching_takes_the_global_number_of_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With two processes of which the other has three times as many masks, the terms are half as large."""
+def test_masks_are_divided_by_the_objects_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two processes of which the other has three times as many objects, the terms are half as large."""
     head, features, targets = make_head(TASK, num_denoising=0), make_features(), make_targets(2, 2)
     outputs = head(features, targets)
     torch.manual_seed(7)
     alone = head.loss(outputs, targets)
-    monkeypatch.setattr("mvision.heads.mask.mean_over_processes", lambda value: 2 * value)
+    monkeypatch.setattr("mvision.matching.mean_over_processes", lambda value: 2 * value)
     torch.manual_seed(7)
     shared = head.loss(outputs, targets)
     torch.testing.assert_close(alone["dice"], 2 * shared["dice"])
     torch.testing.assert_close(alone["mask"], 2 * shared["mask"])
-    assert isinstance(head, MaskHead)
-    assert pad_targets(targets, torch.device("cpu")).total == 4
+
+
+def test_what_a_mask_weighs_does_not_depend_on_how_many_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, features = make_head(TASK), make_features()
+    targets = make_targets(2, 3)
+    outputs = head(features, targets)
+    # Masks decide the matching too; here boxes and classes alone.
+    monkeypatch.setattr(MaskHead, "_mask_costs", lambda *_: None)
+
+    def terms(*labelled: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        some = [target if known else replace(target, masks=None) for target, known in zip(targets, labelled)]
+        return head.loss(outputs, some)
+
+    both, first, second = terms(True, True), terms(True, False), terms(False, True)
+    for name in (name for name in both if name.startswith(("mask", "dice"))):
+        assert first[name] > 0
+        torch.testing.assert_close(first[name] + second[name], both[name])
