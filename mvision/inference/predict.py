@@ -10,13 +10,14 @@ from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from mvision.data.images import BadImage, read_image, resize_image, to_rgb
@@ -127,7 +128,7 @@ def predict_sources(
 def _run(
     model: AnyModel, found: list[Source], writer: Output, threshold: float, batch_size: int | None, progress: bool
 ) -> None:
-    """Five stages: decode, resize, infer (here, in the caller's thread), draw and encode, put down in order."""
+    """Six stages: decode, resize, infer (here, in the caller's thread), post-process, draw and encode, put down."""
     frames = read_frames(found, ahead=WORKERS)
     prepared = ordered_map(partial(_prepare_frame, model.config.image_size), frames, workers=2, ahead=2)
     inferred = _infer(model, prepared, threshold, batch_size)
@@ -144,27 +145,34 @@ def _run(
 def _infer(
     model: AnyModel, prepared: Iterable[Prepared[T]], threshold: float, batch_size: int | None
 ) -> Generator[tuple[T, Instances | None], None, None]:
-    """The model on batches; what has no input passes through in its place."""
+    """The model on batches; what has no input passes through in its place. Post-processing is another thread's."""
+    found = ordered_map(partial(_postprocess, model, threshold), _outputs(model, prepared, batch_size), 1, ahead=1)
+    with closing(found) as batches:
+        for batch in batches:
+            yield from batch
+
+
+def _outputs(
+    model: AnyModel, prepared: Iterable[Prepared[T]], batch_size: int | None
+) -> Iterator[tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]]:
+    """Batches with the model's raw outputs for those of their images that have an input."""
     size = batch_size or (1 if model.device.type == "cpu" else 8)
-    batch: list[Prepared[T]] = []
-    for item in prepared:
-        batch.append(item)
-        if len(batch) == size:
-            yield from _infer_batch(model, batch, threshold)
-            batch = []
-    yield from _infer_batch(model, batch, threshold)
-
-
-def _infer_batch(model: AnyModel, batch: list[Prepared[T]], threshold: float) -> Iterator[tuple[T, Instances | None]]:
-    inputs = [image for _, image, _ in batch if image is not None]
-    found: Iterator[Instances] = iter(())
-    if inputs:
+    items = iter(prepared)
+    while batch := list(islice(items, size)):
+        inputs = [image for _, image, _ in batch if image is not None]
         # The permutation is a view in channels_last, the memory format that convolutions prefer.
-        images = torch.from_numpy(np.stack(inputs)).to(model.device).permute(0, 3, 1, 2)
-        sizes = [size for _, image, size in batch if image is not None]
-        found = iter(model.postprocess(model(images), sizes, threshold))
-    for carried, image, _ in batch:
-        yield carried, None if image is None else next(found)
+        images = torch.from_numpy(np.stack(inputs)).to(model.device).permute(0, 3, 1, 2) if inputs else None
+        yield batch, {} if images is None else model(images)
+
+
+def _postprocess(
+    model: AnyModel, threshold: float, raw: tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]
+) -> list[tuple[T, Instances | None]]:
+    batch, outputs = raw
+    sizes = [size for _, image, size in batch if image is not None]
+    with torch.no_grad():  # every thread has a setting of its own
+        found = iter(model.postprocess(outputs, sizes, threshold) if sizes else [])
+    return [(carried, None if image is None else next(found)) for carried, image, _ in batch]
 
 
 def _prepare_frame(size: tuple[int, int], frame: Frame) -> Prepared[Frame]:
