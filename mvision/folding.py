@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ def fold_norms(net: nn.Module, call: Callable[[nn.Module], Any]) -> nn.Module:
     Args:
         call: runs a module of this kind on inputs without data (the meta device).
     """
-    for name, follower in followers(net, call).items():
+    for name, follower in watch(net, call).followers.items():
         conv, norm = net.get_submodule(name), net.get_submodule(follower)
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             continue
@@ -36,12 +37,23 @@ def fold_norms(net: nn.Module, call: Callable[[nn.Module], Any]) -> nn.Module:
     return net
 
 
-def followers(net: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, str]:
-    """By the name of a convolution the name of the one module that reads it, where nothing else does.
+@dataclass
+class Seen:
+    """What a call shows of a network's convolutions, by their names.
 
-    Either of them runs once in a call, and the convolution's weights are used as they are (some networks standardise
-    them first). Identities are looked through. Empty where the network does not run without data.
+    Attributes:
+        followers: the name of the one module that reads it, where nothing else does. Either of them runs once, and the
+            convolution's weights are used as they are (some networks standardise them first). Identities are looked
+            through.
+        shapes: of its input, (B, C, H, W).
     """
+
+    followers: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+
+
+def watch(net: nn.Module, call: Callable[[nn.Module], Any]) -> Seen:
+    """What ``call`` shows of a copy of the network without data; nothing where it does not run without."""
     watched = copy.deepcopy(net).to("meta").eval()
     # timm's norms hold an activation, and are read from as a whole.
     leaves = {n: m for n, m in watched.named_modules() if isinstance(m, nn.BatchNorm2d) or not any(m.children())}
@@ -49,12 +61,15 @@ def followers(net: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, str
     made: dict[str, int] = {}
     read: dict[int, list[str]] = {}
     uses = _Uses()
+    seen = Seen()
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             runs[name] += 1
             for tensor in _tensors(inputs):
                 read.setdefault(id(tensor), []).append(name)
+                if isinstance(module, nn.Conv2d):
+                    seen.shapes[name] = list(tensor.shape)
 
         return hook
 
@@ -75,9 +90,8 @@ def followers(net: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, str
         with torch.no_grad(), uses:
             results = call(watched)
     except (NotImplementedError, RuntimeError):
-        return {}
+        return Seen()
     returned = {id(tensor) for tensor in _tensors([results])}
-    found = {}
     for name, module in leaves.items():
         output = made.get(name, 0)
         readers = read.get(output, [])
@@ -85,8 +99,8 @@ def followers(net: nn.Module, call: Callable[[nn.Module], Any]) -> dict[str, str
             continue
         once = runs[name] == runs[readers[0]] == len(uses.of(output)) == 1
         if once and uses.of(id(module.weight)) == ["conv2d"]:
-            found[name] = readers[0]
-    return found
+            seen.followers[name] = readers[0]
+    return seen
 
 
 class _Uses(TorchFunctionMode):

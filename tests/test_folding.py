@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mvision.backbone import Backbone
 from mvision.config import BackboneConfig
-from mvision.folding import fold_norms, followers
+from mvision.folding import Seen, fold_norms, watch
 
 SIZE = (64, 96)
 
@@ -92,13 +92,13 @@ def test_only_a_norm_that_alone_reads_a_convolution_is_folded(kind: str) -> None
     image = torch.rand(1, 3, 8, 8)
     with torch.no_grad():
         expected = net(image)
-        assert followers(net, call) == ({"conv": "norm"} if kind == "plain" else {})
+        assert watch(net, call).followers == ({"conv": "norm"} if kind == "plain" else {})
         found = fold_norms(net, call)(image)
     assert norms(net) == (kind != "plain")
     for a, b in zip(expected, found):
         torch.testing.assert_close(a, b)
     if kind == "plain":
-        assert followers(net, call) == {"conv": "act"}
+        assert watch(net, call) == Seen({"conv": "act"}, {"conv": [1, 3, 8, 8]})
 
 
 def test_a_network_that_needs_data_stays_as_it_is() -> None:
@@ -108,5 +108,5 @@ def test_a_network_that_needs_data_stays_as_it_is() -> None:
             return self.norm(self.conv(x))
 
     net = stir(Looks("plain"))
-    assert followers(net, call) == {}
+    assert watch(net, call) == Seen()
     assert norms(fold_norms(net, call)) == 1

@@ -62,5 +62,5 @@ def test_a_packed_convolution_is_the_convolution_and_its_activation(activation: 
     with torch.no_grad():
         expected = after(conv(x))
         for memory_format in (torch.contiguous_format, torch.channels_last):
-            found = PackedConv2d(conv, activation)(x.to(memory_format=memory_format))
+            found = PackedConv2d(conv, [1, 6, 20, 20], activation)(x.to(memory_format=memory_format))
             torch.testing.assert_close(found, expected)

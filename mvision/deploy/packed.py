@@ -11,20 +11,25 @@ import platform
 import torch
 from torch import Tensor, nn
 
-from mvision.folding import followers
+from mvision.folding import watch
 from mvision.model import Model
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
 
 
 class PackedConv2d(nn.Module):
-    """A convolution for prediction alone, with the activation that follows it."""
+    """A convolution for prediction alone, with the activation that follows it.
 
-    def __init__(self, conv: nn.Conv2d, activation: str = "none") -> None:
+    Args:
+        shape: (B, C, H, W) of the inputs that it is made for; it takes others as well. Weights that were laid out for
+            another size can be slower than those that were not laid out at all.
+    """
+
+    def __init__(self, conv: nn.Conv2d, shape: list[int], activation: str = "none") -> None:
         super().__init__()
         self.settings = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.activation = activation
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.settings)
+        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.settings, shape)
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         self.bias = nn.Parameter(bias, requires_grad=False)
 
@@ -41,17 +46,17 @@ def can_pack() -> bool:
 
 
 def pack(model: Model) -> Model:
-    """Replace every convolution of a fused model on a CPU, in place; outputs stay the same to rounding."""
-    like = next(model.parameters())
-    size = (1, 3, *model.config.image_size)
-    following = followers(model, lambda watched: watched(torch.empty(size, dtype=like.dtype, device="meta")))
-    for name, conv in list(model.named_modules()):
+    """Replace the convolutions of a fused model on a CPU, in place; outputs stay the same to rounding."""
+    size, dtype = (1, 3, *model.config.image_size), next(model.parameters()).dtype
+    seen = watch(model, lambda watched: watched(torch.empty(size, dtype=dtype, device="meta")))
+    for name, shape in seen.shapes.items():
+        conv = model.get_submodule(name)
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
         activation = "none"
-        follower = following.get(name)
+        follower = seen.followers.get(name)
         if follower is not None and type(model.get_submodule(follower)) in ACTIVATIONS:
             activation = ACTIVATIONS[type(model.get_submodule(follower))]
             model.set_submodule(follower, nn.Identity())
-        model.set_submodule(name, PackedConv2d(conv, activation))
+        model.set_submodule(name, PackedConv2d(conv, shape, activation))
     return model
