@@ -1,41 +1,48 @@
 """Every way of running RT-DETR here beside ``transformers``: the same weights, the same images, in turn.
 
-    python docs/scripts/reference_speed.py [--models r18 r50] [--batches 1 8] [--training]
+    python docs/scripts/reference_speed.py [--models r18 r50] [--batches 1 8] [--training] [--our-allocator]
 
 Random weights that the reference saved and ``mvision.load`` read. Needs transformers, and openvino and onnxruntime for
 their rows. ``PyTorch`` and ``openvino`` in bf16 are what ``mvision predict`` takes without and with an export. The last
 column is the largest difference from PyTorch in fp32 (of the better quarter of the queries: probabilities and
 coordinates); what bf16 costs is told by AP on trained weights, not by it.
+
+The reference runs in a process of its own, with memory as it is by default; ``mvision`` tells glibc to keep what is
+freed (``keep_freed_memory``), and with ``--our-allocator`` so does the reference's process.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import multiprocessing
 import sys
 import tempfile
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import RTDetrForObjectDetection
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from mvision import Model
+from mvision import Model, load
 from mvision.deploy.compare import difference
 from mvision.deploy.export import export
-from mvision.deploy.fast import prepare
+from mvision.deploy.fast import PRECISIONS, prepare
 from mvision.deploy.runtime import ExportedModel
 from mvision.deploy.timing import alternate, median_ratio
 from mvision.engine.machine import keep_freed_memory
-from tests.comparison import Pair, make_pair
-from tests.reference import as_labels, random_images, random_targets
+from tests.reference import as_labels, build_reference, random_images, random_targets, save_reference
 
 CPU = torch.device("cpu")
 Call = Callable[[Tensor], Any]
+OBJECTS, BATCH, SIDE = 8, 4, 320  # of the training step
+RATE, CURVE = 1e-4, (0, 5, 10, 15, 20)  # learning rate, and the steps whose loss is told
 
 
 def main() -> None:
@@ -46,87 +53,150 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--training", action="store_true", help="the training step instead")
+    parser.add_argument("--our-allocator", action="store_true", help="for the reference as well")
     options = parser.parse_args()
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
     keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     for name in options.models:
-        with tempfile.TemporaryDirectory() as folder:
-            pair = make_pair(Path(folder) / "reference", name)
-            if options.training:
-                training(name, pair, options.repeats)
-                continue
-            ways = roads(pair, Path(folder))
-            for batch in options.batches:
-                inference(name, pair, ways, batch, options.size, options.repeats)
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            saved = save_reference(build_reference(name), folder / "reference")
+            with Reference(saved, options.our_allocator) as reference:
+                if options.training:
+                    training(name, reference, load(saved), options.repeats)
+                    continue
+                ways = roads(saved, folder)
+                for batch in options.batches:
+                    inference(name, reference, ways, batch, options.size, options.repeats)
 
 
-def roads(pair: Pair, folder: Path) -> dict[str, Call]:
+class Reference:
+    """The reference's model in another process, which does what it is asked and nothing in between."""
+
+    def __init__(self, saved: Path, our_allocator: bool) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.connection, other = context.Pipe()
+        arguments = (other, saved, torch.get_num_threads(), our_allocator)
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """What the function of this name gives there."""
+        self.connection.send((name, *arguments))
+        return self.connection.recv()
+
+    def __enter__(self) -> Reference:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.terminate()
+        self.process.join()
+
+
+def _serve(connection: Connection, saved: Path, threads: int, our_allocator: bool) -> None:
+    torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    if our_allocator:
+        keep_freed_memory()
+    model = RTDetrForObjectDetection.from_pretrained(saved).eval()
+    step: Callable[[], float] | None = None
+    images = torch.empty(0)
+    while True:
+        name, *arguments = connection.recv()
+        answer = None
+        if name == "images":
+            images = random_images(*arguments)
+        elif name == "predict":
+            with torch.no_grad():
+                model(images)
+        elif name == "step":
+            step = step or _reference_step(model)
+            answer = step()
+        connection.send(answer)
+
+
+def _reference_step(model: nn.Module) -> Callable[[], float]:
+    images, targets = random_images(BATCH, SIDE, SIDE), random_targets([OBJECTS] * BATCH, 80, torch.float32)
+    labels = as_labels(targets)
+    model.train()
+    return stepper(model, lambda: model(images, labels=labels).loss)
+
+
+def roads(saved: Path, folder: Path) -> dict[str, Call]:
     """By name: from uint8 images (B, 3, H, W) to raw outputs."""
-    ways: dict[str, Call] = {}
-    for precision in ("fp32", "bf16"):
-        ways[f"PyTorch {precision}"] = prepare(copy.deepcopy(pair.ours), precision)
+    ways: dict[str, Call] = {f"PyTorch {precision}": prepare(load(saved), precision) for precision in PRECISIONS}
     for format in ("onnx", "openvino"):
-        export(str(folder / "reference"), format=format, output=folder / format)
-        for precision in ("fp32", "bf16") if format == "openvino" else ("fp32",):
+        export(str(saved), format=format, output=folder / format, say=lambda line: None)
+        for precision in PRECISIONS if format == "openvino" else PRECISIONS[:1]:
             ways[f"{format} {precision}"] = ExportedModel(folder / format, precision=precision)
     return ways
 
 
-def inference(name: str, pair: Pair, ways: dict[str, Call], batch: int, size: int, repeats: int) -> None:
+def inference(name: str, reference: Reference, ways: dict[str, Call], batch: int, size: int, repeats: int) -> None:
     """A table."""
     pixels = (255 * random_images(batch, size, size)).to(torch.uint8)
     pixels = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as predict makes them
-    images = pixels.float().contiguous() / 255
-    theirs: nn.Module = pair.theirs
+    reference.ask("images", batch, size, size)
     with torch.no_grad():
-        expected = pair.ours(pixels)
-        calls = [lambda: theirs(images), *(lambda call=call: call(pixels) for call in ways.values())]
+        expected = ways["PyTorch fp32"](pixels)
+        calls = [lambda: reference.ask("predict"), *(lambda call=call: call(pixels) for call in ways.values())]
         taken = alternate(calls, CPU, repeats, warmups=2, seconds=240)
         print(f"| {name}, batch {batch}, {size} x {size} | milliseconds | of the reference | largest difference |")
         print("|---|---|---|---|")
-        print(f"| transformers fp32 | {1000 * sorted(taken[0])[len(taken[0]) // 2]:.0f} | 1.00 | |")
+        print(f"| transformers fp32 | {_milliseconds(taken[0])} | 1.00 | |")
         for (way, call), times in zip(ways.items(), taken[1:]):
             found, where = difference(expected, call(pixels))
-            middle = 1000 * sorted(times)[len(times) // 2]
-            print(f"| {way} | {middle:.0f} | {median_ratio(times, taken[0]):.2f} | {found:.1e} ({where}) |", flush=True)
+            ratio = median_ratio(times, taken[0])
+            print(f"| {way} | {_milliseconds(times)} | {ratio:.2f} | {found:.1e} ({where}) |", flush=True)
     print()
 
 
-def training(name: str, pair: Pair, repeats: int) -> None:
+def training(name: str, reference: Reference, model: Model, repeats: int) -> None:
     """Forward, loss, backward and optimiser on four images of 320 x 320 with eight objects each."""
-    images, targets = random_images(4, 320, 320), random_targets([8] * 4, 80, torch.float32)
+    images, targets = random_images(BATCH, SIDE, SIDE), random_targets([OBJECTS] * BATCH, 80, torch.float32)
+    images = images.contiguous(memory_format=torch.channels_last)
 
-    def step(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(model.parameters(), 1e-6, fused=True)
+    def ours(precision: str) -> Callable[[], float]:
+        copied = copy.deepcopy(model).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-        def run() -> None:
-            loss().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-        return run
-
-    def ours(model: Model, pixels: Tensor, precision: str) -> Callable[[], Tensor]:
         def loss() -> Tensor:
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-                outputs = model(pixels, targets)
-            return torch.stack([value.float() for value in model.loss(outputs, targets).values()]).sum()
+                outputs = copied(images, targets)
+            return torch.stack([value.float() for value in copied.loss(outputs, targets).values()]).sum()
 
-        return loss
+        return stepper(copied, loss)
 
-    last = images.contiguous(memory_format=torch.channels_last)
-    theirs = pair.theirs.train()
-    calls = {"transformers fp32": step(theirs, lambda: theirs(images, labels=as_labels(targets)).loss)}
-    for precision in ("fp32", "bf16"):
-        model = copy.deepcopy(pair.ours).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        calls[f"mvision {precision}"] = step(model, ours(model, last, precision))
-    taken = alternate(list(calls.values()), CPU, repeats, warmups=2)
-    print(f"| {name}, training step | milliseconds | of the reference |\n|---|---|---|")
-    for way, times in zip(calls, taken):
-        print(f"| {way} | {1000 * sorted(times)[len(times) // 2]:.0f} | {median_ratio(times, taken[0]):.2f} |")
+    losses: dict[str, list[float]] = {"transformers fp32": [], "mvision fp32": [], "mvision bf16": []}
+    steps = [lambda: reference.ask("step"), ours("fp32"), ours("bf16")]
+    calls = [lambda step=step, curve=curve: curve.append(step()) for step, curve in zip(steps, losses.values())]
+    rounds = max(repeats, CURVE[-1] + 1)
+    taken = alternate(calls, CPU, rounds - 2, warmups=2)
+    told = " | ".join(f"step {step}" for step in CURVE)
+    print(f"| {name}, training step | milliseconds | of the reference | loss at {told} |")
+    print("|---" * (3 + len(CURVE)) + "|")
+    for (way, curve), times in zip(losses.items(), taken):
+        values = " | ".join(f"{curve[step]:.2f}" for step in CURVE)
+        print(f"| {way} | {_milliseconds(times)} | {median_ratio(times, taken[0]):.2f} | {values} |")
     print(flush=True)
+
+
+def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
+    """A training step that gives the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
+
+    def step() -> float:
+        value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return value.item()
+
+    return step
+
+
+def _milliseconds(times: list[float]) -> str:
+    return f"{1000 * sorted(times)[len(times) // 2]:.0f}"
 
 
 if __name__ == "__main__":

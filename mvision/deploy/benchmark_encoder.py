@@ -232,7 +232,7 @@ def _plot(records: list[dict[str, Any]], names: Sequence[str], path: Path) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, key, factor, label in zip(
         figure.subplots(1, 2), ("seconds", "memory"), (1000.0, 2.0**-20), ("milliseconds", "peak memory, MiB")
@@ -248,5 +248,6 @@ def _plot(records: list[dict[str, Any]], names: Sequence[str], path: Path) -> No
         axes.set_xticks(sizes, [str(size) for size in sizes])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7, frameon=False)
+    lines, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(lines, labels, loc="outside right upper", fontsize=8, frameon=False)
     figure.savefig(path, format="png", dpi=110)

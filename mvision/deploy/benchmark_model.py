@@ -18,7 +18,7 @@ from torch import Tensor
 from mvision.config import load_config
 from mvision.data.images import resize_image
 from mvision.deploy.export import export
-from mvision.deploy.fast import Precision, prepare
+from mvision.deploy.fast import PRECISIONS, Precision, prepare
 from mvision.deploy.runtime import ExportedModel
 from mvision.deploy.timing import alternate, median_ratio
 from mvision.engine.machine import keep_freed_memory, resolve_device
@@ -32,7 +32,6 @@ from mvision.weights import load, save_weights
 PICTURE = (480, 640)  # height and width of the pictures that are prepared
 ROADS = ("eager", "compiled", "onnx", "openvino")
 REFERENCE = ("eager", "fp32")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def benchmark_model(

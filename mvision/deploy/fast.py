@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -10,6 +10,7 @@ from mvision.deploy.packed import can_pack, pack
 from mvision.model import Model
 
 Precision = Literal["fp32", "bf16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def prepare(model: Model, precision: Precision = "fp32", packed: bool = True) -> Model:
