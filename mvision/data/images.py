@@ -82,9 +82,11 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.shape[:2] == tuple(size):
         return np.ascontiguousarray(image)
-    tensor = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    # The batch dimension comes first: added after the permutation it would hide from torch that channels are last, and
+    # the kernel would take a slower road and give planes that have to be interleaved again.
+    tensor = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     resized = F.interpolate(tensor, size=size, mode="bilinear", antialias=True)
-    return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
+    return np.ascontiguousarray(resized.permute(0, 2, 3, 1)[0].numpy())
 
 
 def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rotate: bool) -> np.ndarray | None:
