@@ -29,7 +29,7 @@ def fold_norms(net: nn.Module, call: Callable[[nn.Module], Any]) -> nn.Module:
         conv, norm = net.get_submodule(name), net.get_submodule(follower)
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             continue
-        fused = fuse_conv_bn_eval(conv, norm)
+        fused = fuse_conv_bn_eval(conv.eval(), norm.eval())
         fused.requires_grad_(conv.weight.requires_grad)
         net.set_submodule(name, fused)
         rest = [part for part in (getattr(norm, "drop", None), getattr(norm, "act", None)) if part is not None]
