@@ -72,8 +72,9 @@ def benchmark_model(
     chosen = resolve_device(device)
     plain = load(weights, list(tasks) or None) if weights is not None else _random(model or "base", tasks)
     say(f"{', '.join(plain.tasks)} of {weights or model or 'base'} at {_size(plain)}")
-    ready = {precision: prepare(copy.deepcopy(plain).to(chosen), precision) for precision in PRECISIONS}
     asked = [precision for precision in PRECISIONS if precision in precisions]
+    needed = [precision for precision in PRECISIONS if precision in (*asked, REFERENCE[1])]
+    ready = {precision: prepare(copy.deepcopy(plain).to(chosen), precision) for precision in needed}
     parts = [{"precision": p, **_parts(ready[p], batch, repeats)} for batch in batches for p in asked]
     say("parts: done")
     with tempfile.TemporaryDirectory() as folder:
