@@ -48,7 +48,7 @@ def encoder(sizes: tuple[int, ...], embed_dim: int, repeats: int, output: Path, 
     Example:
       mvision benchmark encoder --size 640
     """
-    from mvision.deploy.benchmark_encoder import SIZES, benchmark_encoder
+    from mvision.commands.benchmark_encoder import SIZES, benchmark_encoder
 
     text = benchmark_encoder(
         sizes=sizes or SIZES, embed_dim=embed_dim, repeats=repeats, device=device, output=output, say=click.echo
@@ -92,7 +92,7 @@ def model(
     Example:
       mvision benchmark model --model rtdetr_r18 --batch 1
     """
-    from mvision.deploy.benchmark_model import ROADS, benchmark_model
+    from mvision.commands.benchmark_model import ROADS, benchmark_model
 
     text = benchmark_model(
         model=model,

@@ -31,7 +31,7 @@ def check(context: click.Context, folder: str | None, splits: tuple[str, ...], q
       mvision data check my_data
     """
     from mvision.data import find_layout
-    from mvision.data.check import check as check_layout
+    from mvision.data.tools.check import check as check_layout
 
     layout = find_layout(folder)
     with image_counter("reading") as progress:
@@ -59,7 +59,7 @@ def show(folder: str | None, split: str, count: int, augmented: bool, seed: int,
     """
     from mvision.config import AugmentConfig
     from mvision.data import find_layout
-    from mvision.data.show import contact_sheet, write_image
+    from mvision.data.tools.show import contact_sheet, write_image
 
     layout = find_layout(folder)
     augment = AugmentConfig() if augmented else None
@@ -79,7 +79,7 @@ def convert(folder: str, destination: Path, splits: tuple[str, ...]) -> None:
       mvision data convert yolo_export/data.yaml my_data
     """
     from mvision.data import find_layout
-    from mvision.data.convert import convert as convert_layout
+    from mvision.data.tools.convert import convert as convert_layout
 
     layout = find_layout(folder)
     with image_counter("copying") as progress:

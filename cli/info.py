@@ -17,6 +17,6 @@ def info(model: str | None, weights: str | None) -> None:
     Example:
       mvision info --model rtdetr_r18
     """
-    from mvision.info import info_text
+    from mvision.commands.info import info_text
 
     click.echo(info_text(model, weights))

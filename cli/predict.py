@@ -45,7 +45,7 @@ def predict(
     Example:
       mvision predict --task detection photos/ --weights runs/detection/1 --output found
     """
-    from mvision.inference.job import predict_job
+    from mvision.commands.predict import predict_job
 
     summary = predict_job(
         sources,

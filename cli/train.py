@@ -76,7 +76,7 @@ def train(
     Example:
       mvision train --task detection --data my_data --model small --epochs 50
     """
-    from mvision.engine.setup import run_config
+    from mvision.commands.train import run_config
     from mvision.engine.train import train as train_model
 
     options = {

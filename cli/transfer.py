@@ -67,7 +67,7 @@ def transfer(
     Example:
       mvision transfer --init runs/detection/1 --task keypoints --seeds 1
     """
-    from mvision.engine.transfer_matrix import transfer_matrix
+    from mvision.commands.transfer import transfer_matrix
 
     text = transfer_matrix(
         weights,

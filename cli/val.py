@@ -42,7 +42,7 @@ def val(
     Example:
       mvision val --weights runs/detection/1 --data my_data
     """
-    from mvision.engine.validate import validate
+    from mvision.commands.val import validate
 
     tables = validate(
         weights,

@@ -8,8 +8,8 @@ from importlib.metadata import entry_points
 from mvision.errors import UserError
 from mvision.heads.base import Head
 from mvision.heads.detection import DetectionHead
-from mvision.heads.keypoint import KeypointHead
-from mvision.heads.mask import MaskHead
+from mvision.heads.instance_seg.head import MaskHead
+from mvision.heads.keypoints.head import KeypointHead
 from mvision.heads.semantic import SemanticHead
 
 HEADS: dict[str, type[Head]] = {

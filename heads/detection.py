@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mvision.heads.query import QueryConfig, QueryHead
+from mvision.heads.query.head import QueryConfig, QueryHead
 from mvision.structures import Targets
 
 

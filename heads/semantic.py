@@ -12,12 +12,12 @@ from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
 from segmentation_models_pytorch.losses import MULTICLASS_MODE, DiceLoss, FocalLoss
 from torch import Tensor, nn
 
-from mvision.boxes import cxcywh_to_xyxy
 from mvision.errors import UserError
 from mvision.heads.base import Head
-from mvision.masks import Masks, encode_mask
 from mvision.settings import Settings
 from mvision.structures import Category, Instances, Targets
+from mvision.structures.boxes import cxcywh_to_xyxy
+from mvision.structures.masks import Masks, encode_mask
 
 STRIDE = 4  # of the decoder's result
 STRIDES = (8, 16, 32)  # of the neck's maps that the decoder is made for

@@ -13,9 +13,9 @@ from mvision.backbone import Backbone
 from mvision.config import ModelConfig, load_config
 from mvision.errors import UserError
 from mvision.heads import Head, head_class, serving_task
-from mvision.layers import fuse_modules
-from mvision.linking import link_poses
+from mvision.heads.linking import link_poses
 from mvision.neck import HybridEncoder
+from mvision.neck.layers import fuse_modules
 from mvision.structures import Category, Instances, Targets
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Model(nn.Module):
         """What was found in every image, in pixels of images of these (height, width).
 
         The heads of a joint model see the same objects. Poses are linked to what the first head of objects found (see
-        ``mvision.linking``), regions are in ``Instances.regions``.
+        ``mvision.heads.linking``), regions are in ``Instances.regions``.
         """
         order = ("objects", "poses", "regions")
         tasks = sorted(self.heads, key=lambda task: order.index(self.head(task).kind))

@@ -15,12 +15,12 @@ import transformers.models.rt_detr.modeling_rt_detr as reference_v1
 import transformers.models.rt_detr_v2.modeling_rt_detr_v2 as reference_v2
 from torch import Tensor, nn
 
-import mvision.heads.query
+import mvision.heads.query.head
 from mvision import Model, load
-from mvision.boxes import inverse_sigmoid
-from mvision.denoising import Denoising
-from mvision.published import our_name
+from mvision.heads.query.denoising import Denoising
 from mvision.structures import Targets
+from mvision.structures.boxes import inverse_sigmoid
+from mvision.weights.rtdetr import our_name
 from tests.reference import as_labels, build_reference, same_order, save_reference
 
 
@@ -119,7 +119,7 @@ def term_names(layers: int) -> dict[str, str]:
 def _same_denoising() -> Iterator[None]:
     """The reference gets the denoising queries that our model has just made."""
     made: list[Denoising] = []
-    make = mvision.heads.query.make_denoising
+    make = mvision.heads.query.head.make_denoising
 
     def record(*arguments: Any) -> Denoising | None:
         made.append(make(*arguments))
@@ -138,7 +138,7 @@ def _same_denoising() -> Iterator[None]:
 
     name = "get_contrastive_denoising_training_group"
     with (
-        mock.patch.object(mvision.heads.query, "make_denoising", record),
+        mock.patch.object(mvision.heads.query.head, "make_denoising", record),
         mock.patch.object(reference_v1, name, replay),
         mock.patch.object(reference_v2, name, replay),
     ):

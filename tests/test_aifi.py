@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvision.aifi import AIFI, LEARNED_GRID, LearnedPosition, SincosPosition, _window_index
+from mvision.neck.aifi import AIFI, LEARNED_GRID, LearnedPosition, SincosPosition, _window_index
 
 
 def make_aifi(num_layers: int = 2) -> AIFI:

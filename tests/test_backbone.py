@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from mvision import UserError, hub
+from mvision import UserError
 from mvision.backbone import Backbone, check_backbone_name, freeze
 from mvision.config import BackboneConfig
+from mvision.storage import hub
 
 SIZE = (64, 96)
 
@@ -141,7 +142,7 @@ def test_missing_stride_names_what_there_is() -> None:
 
 def test_the_deepest_map_of_a_stride_is_taken() -> None:
     """Dilated networks and some transformers have several."""
-    from mvision.feature_nets import _by_stride
+    from mvision.backbone.feature_nets import _by_stride
 
     assert _by_stride("net", [4, 8, 8, 16, 16], [8, 16]) == [2, 4]
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from mvision import UserError
-from mvision.deploy.baselines import DeformableEncoder, PlainEncoder
-from mvision.deploy.benchmark_encoder import benchmark_encoder, encoders
-from mvision.deploy.benchmark_model import benchmark_model
-from mvision.deploy.timing import alternate, median_ratio, peak_memory
+from mvision.commands.benchmark_baselines import DeformableEncoder, PlainEncoder
+from mvision.commands.benchmark_encoder import benchmark_encoder, encoders
+from mvision.commands.benchmark_model import benchmark_model
+from mvision.commands.benchmark_timing import alternate, median_ratio, peak_memory
 
 
 def maps(*shapes: tuple[int, int]) -> list[torch.Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torchvision.ops import box_iou, generalized_box_iou
 
-from mvision.boxes import cxcywh_to_xyxy, inverse_sigmoid, iou, xyxy_to_cxcywh
+from mvision.structures.boxes import cxcywh_to_xyxy, inverse_sigmoid, iou, xyxy_to_cxcywh
 
 
 def random_boxes(count: int, seed: int = 0) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 from pycocotools import mask as mask_utils
 from pycocotools.coco import COCO
 
-from mvision.data.builtin import (
+from mvision.builtin import (
     CATEGORY_IDS,
     drawing,
     ensure_builtin,
@@ -21,13 +21,13 @@ from mvision.data.builtin import (
     scene,
     store,
 )
-from mvision.data.builtin.annotate import encode_crowd, encode_keypoints, encode_mask
-from mvision.data.builtin.backdrop import Backdrop
-from mvision.data.builtin.canvas import Shape, overlap, paste, render
-from mvision.data.builtin.geometry import box, ellipse
-from mvision.data.builtin.person import person
-from mvision.data.builtin.scene import MIN_VISIBLE_AREA
-from mvision.data.builtin.skeleton import KEYPOINTS, sample_skeleton
+from mvision.builtin.annotate import encode_crowd, encode_keypoints, encode_mask
+from mvision.builtin.backdrop import Backdrop
+from mvision.builtin.canvas import Shape, overlap, paste, render
+from mvision.builtin.geometry import box, ellipse
+from mvision.builtin.person import person
+from mvision.builtin.scene import MIN_VISIBLE_AREA
+from mvision.builtin.skeleton import KEYPOINTS, sample_skeleton
 from mvision.errors import UserError
 
 LIGHT = (0.0, -1.0)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from mvision.config import AugmentConfig
-from mvision.data.check import check
-from mvision.data.coco import FIELDS, CocoSplit
-from mvision.data.convert import convert
-from mvision.data.layouts import find_layout
-from mvision.data.show import contact_sheet, write_image
+from mvision.data.formats.coco import FIELDS, CocoSplit
+from mvision.data.formats.layouts import find_layout
+from mvision.data.tools.check import check
+from mvision.data.tools.convert import convert
+from mvision.data.tools.show import contact_sheet, write_image
 from mvision.errors import UserError
 from tests.coco_files import CATEGORIES, annotation, coco, picture, write_picture, write_set
 

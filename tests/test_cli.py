@@ -355,7 +355,7 @@ class TestRun:
         assert all(float(row[2]) > 0 for row in [*parts, rows["total"]])
 
     def test_the_architecture_comes_with_init(self, data: Path, place: Path) -> None:
-        from mvision.engine.setup import run_config
+        from mvision.commands.train import run_config
 
         config = run_config(init="runs/detection/1", options={"train.epochs": 2})
         assert (config.model.backbone.name, config.model.neck.embed_dim) == ("test_resnet", 32)
@@ -364,7 +364,7 @@ class TestRun:
         assert run_config(init="runs/detection/1", model="tiny").model.neck.embed_dim != 32
 
     def test_resume_takes_the_config_of_the_run(self, place: Path) -> None:
-        from mvision.engine.setup import run_config
+        from mvision.commands.train import run_config
 
         config = run_config(resume=Path("runs/detection/1"), options={"train.epochs": 2})
         assert (config.model.backbone.name, config.train.epochs) == ("test_resnet", 2)
@@ -374,7 +374,7 @@ class TestRun:
 @pytest.mark.skipif(os.name != "posix", reason="sends a signal to a process group")
 def test_ctrl_c_ends_a_training_with_130_and_leaves_whole_files(data: Path, tmp_path: Path) -> None:
     from mvision import load
-    from mvision.engine.run import RunFolder
+    from mvision.storage.run_folder import RunFolder
 
     options = [option for option in SMALL if option != "--workers=0"]
     child = _process("train", "--data", str(data), *options, "--epochs=1000", cwd=tmp_path, start_new_session=True)

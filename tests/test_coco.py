@@ -9,9 +9,9 @@ import pytest
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
-from mvision.data.coco import CocoSplit, same_categories
-from mvision.data.layouts import find_layout
-from mvision.data.segmentation import rasterise
+from mvision.data.formats.coco import CocoSplit, same_categories
+from mvision.data.formats.layouts import find_layout
+from mvision.data.formats.segmentation import rasterise
 from mvision.errors import UserError
 from tests.coco_files import CATEGORIES, PEOPLE, annotation, coco, write_set
 

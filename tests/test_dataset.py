@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from mvision.config import AugmentConfig
-from mvision.data.cache import ImageCache, make_cache
-from mvision.data.coco import CocoSplit
-from mvision.data.dataset import Dataset, SampleKey
-from mvision.data.images import read_image, resize_image
-from mvision.data.layouts import find_layout
+from mvision.data.formats.coco import CocoSplit
+from mvision.data.formats.layouts import find_layout
+from mvision.data.loading.cache import ImageCache, make_cache
+from mvision.data.loading.dataset import Dataset, SampleKey
 from mvision.errors import UserError
+from mvision.structures.images import read_image, resize_image
 from tests.coco_files import PEOPLE, annotation, coco, picture, write_picture, write_set
 
 SQUARE = [[8.0, 8.0, 28.0, 8.0, 28.0, 24.0, 8.0, 24.0]]
@@ -231,11 +231,11 @@ def test_cache_gives_the_same_samples_and_spares_the_files(tmp_path: Path) -> No
 def test_cache_is_made_only_where_it_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     records = boxes_only(tmp_path).records
     needed = 4 * 48 * 64 * 3
-    monkeypatch.setattr("mvision.data.cache._budget", lambda: needed)
+    monkeypatch.setattr("mvision.data.loading.cache._budget", lambda: needed)
     cache = make_cache(records)
     assert cache is not None
     assert cache.get(0) is None
     cache.put(0, np.zeros((10, 10, 3), np.uint8))  # another size than annotated finds no room
     assert cache.get(0) is None
-    monkeypatch.setattr("mvision.data.cache._budget", lambda: needed - 1)
+    monkeypatch.setattr("mvision.data.loading.cache._budget", lambda: needed - 1)
     assert make_cache(records) is None

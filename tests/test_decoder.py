@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mvision.boxes import inverse_sigmoid
-from mvision.decoder import DecoderConfig, QueryDecoder, make_anchors
-from mvision.denoising import make_denoising
-from mvision.matching import pad_targets
+from mvision.heads.query.decoder import DecoderConfig, QueryDecoder, make_anchors
+from mvision.heads.query.denoising import make_denoising
+from mvision.heads.query.matching import pad_targets
+from mvision.structures.boxes import inverse_sigmoid
 from tests.test_matching import make_targets
 
 SMALL = DecoderConfig(embed_dim=32, num_queries=9, num_layers=2, num_heads=4, ffn_dim=48)

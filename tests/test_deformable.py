@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mvision import deformable
-from mvision.deformable import (
+from mvision.heads.query import deformable
+from mvision.heads.query.deformable import (
     DeformableAttention,
     _sample_gather,
     _sample_grid,

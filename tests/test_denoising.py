@@ -2,9 +2,9 @@
 
 import torch
 
-from mvision.boxes import cxcywh_to_xyxy
-from mvision.denoising import make_denoising
-from mvision.matching import pad_targets
+from mvision.heads.query.denoising import make_denoising
+from mvision.heads.query.matching import pad_targets
+from mvision.structures.boxes import cxcywh_to_xyxy
 from tests.test_matching import make_targets
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mvision.boxes import cxcywh_to_xyxy
+from mvision.structures.boxes import cxcywh_to_xyxy
 from tests.test_heads import make_features, make_head, make_targets, total
 
 

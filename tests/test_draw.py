@@ -6,8 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mvision.inference.draw import LEFT, PALETTE, RIGHT, class_colour, draw_instances, grid, side_by_side
-from mvision.inference.labels import LabelPainter, text_bitmap
+from mvision.drawing.draw import LEFT, PALETTE, RIGHT, class_colour, draw_instances, grid, side_by_side
+from mvision.drawing.labels import LabelPainter, text_bitmap
 from mvision.structures import Category, Instances
 
 CATEGORIES = [Category(id=1, name="cat"), Category(id=2, name="dog")]

@@ -15,8 +15,8 @@ import torch
 from torch import multiprocessing
 
 from mvision.data import Batch
-from mvision.engine.evaluate import evaluate, make_metrics
-from mvision.engine.metrics import CocoMetric
+from mvision.evaluation.coco import CocoMetric
+from mvision.evaluation.evaluate import evaluate, make_metrics
 from mvision.structures import Category, Instances, Targets
 from tests.fake_model import CATEGORIES, SIZE, FakeModel, paint
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mvision import UserError, load
+from mvision.commands.predict import predict_job
+from mvision.commands.val import validate
 from mvision.deploy import compare
 from mvision.deploy.compare import difference
 from mvision.deploy.export import export
-from mvision.deploy.runtime import ExportedModel, is_exported
-from mvision.engine.validate import validate
-from mvision.inference.job import predict_job
+from mvision.deploy.exported import ExportedModel, is_exported
 from mvision.weights import save_weights
 from tests.test_joint import TASKS, make_model
 

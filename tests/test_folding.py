@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvision.backbone import Backbone
+from mvision.backbone.folding import Seen, fold_norms, watch
 from mvision.config import BackboneConfig
-from mvision.folding import Seen, fold_norms, watch
 
 SIZE = (64, 96)
 

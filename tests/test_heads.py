@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from mvision.boxes import cxcywh_to_xyxy
 from mvision.errors import UserError
 from mvision.heads import HEADS, head_class
-from mvision.layers import fuse_modules
+from mvision.neck.layers import fuse_modules
 from mvision.structures import Category, Instances, Targets
+from mvision.structures.boxes import cxcywh_to_xyxy
 
 # Classes with more keypoints, with fewer, and without any.
 CATEGORIES = [

@@ -6,7 +6,7 @@ import socket
 
 import pytest
 
-from mvision import hub
+from mvision.storage import hub
 
 
 def test_unreachable_means_cache_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvision.data.images import BadImage, image_size, read_image, resize_image
+from mvision.structures.images import BadImage, image_size, read_image, resize_image
 from tests.coco_files import picture
 
 IMAGE = picture()

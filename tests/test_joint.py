@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mvision import Instances, Model, UserError, load
-from mvision.boxes import xyxy_to_cxcywh
+from mvision.commands.val import validate
 from mvision.config import load_config, parse_model_config
 from mvision.engine.train import train
-from mvision.engine.validate import validate
-from mvision.linking import link_poses
+from mvision.heads.linking import link_poses
 from mvision.structures import Category, Targets
+from mvision.structures.boxes import xyxy_to_cxcywh
 from mvision.weights import init_from, save_weights
 from tests.test_train import add_corners
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvision.layers import (
+from mvision.neck.layers import (
     MLP,
     ConvNorm,
     CSPRepLayer,

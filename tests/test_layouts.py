@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from mvision.data.coco import CocoSplit
-from mvision.data.layouts import find_layout
-from mvision.data.yolo import label_file
+from mvision.data.formats.coco import CocoSplit
+from mvision.data.formats.layouts import find_layout
+from mvision.data.formats.yolo import label_file
 from mvision.errors import UserError
 from tests.coco_files import CATEGORIES, PEOPLE, annotation, coco, picture, write_picture, write_set
 
@@ -189,5 +189,5 @@ def test_what_is_not_recognised_is_named(tmp_path: Path) -> None:
 
 def test_none_is_the_built_in_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path, coco([annotation()], CATEGORIES))
-    monkeypatch.setattr("mvision.data.builtin.ensure_builtin", lambda progress: tmp_path)
+    monkeypatch.setattr("mvision.builtin.ensure_builtin", lambda progress: tmp_path)
     assert find_layout(None).root == tmp_path

@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from mvision.config import AugmentConfig, DataConfig
-from mvision.data.batch import Batch
-from mvision.data.coco import CocoSplit
-from mvision.data.layouts import find_layout
-from mvision.data.loader import Loader, build_eval_loader, build_train_loader, pick_workers
-from mvision.data.samplers import EvalBatches, TrainBatches
+from mvision.data.formats.coco import CocoSplit
+from mvision.data.formats.layouts import find_layout
+from mvision.data.loading.batch import Batch
+from mvision.data.loading.loader import Loader, build_eval_loader, build_train_loader, pick_workers
+from mvision.data.loading.samplers import EvalBatches, TrainBatches
 from mvision.errors import UserError
 from tests.coco_files import PEOPLE, annotation, coco, write_set
 
@@ -278,7 +278,7 @@ def test_a_worker_is_silent_when_the_main_process_breaks_off() -> None:
     script = textwrap.dedent("""
         import socket, sys, time
         from multiprocessing import resource_sharer
-        from mvision.data.loader import init_worker
+        from mvision.data.loading.loader import init_worker
 
         if sys.argv[1] == "worker":
             init_worker(0)

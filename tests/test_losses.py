@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from mvision.losses import quality_focal, set_losses
-from mvision.matching import pad_targets
+from mvision.heads.query.losses import quality_focal, set_losses
+from mvision.heads.query.matching import pad_targets
 from mvision.structures import Targets
 
 TARGETS = [

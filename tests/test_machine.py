@@ -4,8 +4,8 @@ import pytest
 import timm
 import torch
 
-from mvision.engine.machine import channels_last_is_safe, resolve_device, resolve_precision
 from mvision.errors import UserError
+from mvision.machine import channels_last_is_safe, resolve_device, resolve_precision
 
 
 def test_an_unusable_device_is_one_line():
@@ -24,7 +24,7 @@ def test_precision_is_kept_where_it_was_chosen(monkeypatch):
     cpu = torch.device("cpu")
     assert resolve_precision("bf16", cpu) == "bf16"
     for has, expected in ((True, "bf16"), (False, "fp32")):
-        monkeypatch.setattr("mvision.engine.machine.cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr("mvision.machine.cpu_has_bf16", lambda has=has: has)
         assert resolve_precision("auto", cpu) == expected
 
 

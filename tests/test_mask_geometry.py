@@ -19,11 +19,11 @@ from torch import Tensor, nn
 
 from mvision.config import AugmentConfig, DataConfig
 from mvision.data import CocoSplit, Dataset, SampleKey, build_eval_loader, find_layout
-from mvision.engine.evaluate import evaluate, make_metrics
-from mvision.heads.mask import MaskConfig, MaskHead
+from mvision.evaluation.evaluate import evaluate, make_metrics
+from mvision.heads.instance_seg.head import MaskConfig, MaskHead
 from mvision.inference.predict import predict_images
-from mvision.masks import encode_mask
 from mvision.structures import Category, Instances
+from mvision.structures.masks import encode_mask
 from tests.coco_files import write_set
 
 CATEGORIES = [Category(id=2, name="red"), Category(id=4, name="green"), Category(id=9, name="blue")]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
-from mvision.masks import Masks, decode_mask, encode_logits, encode_mask, mask_polygons
+from mvision.structures.masks import Masks, decode_mask, encode_logits, encode_mask, mask_polygons
 
 
 def blobs(shape: tuple[int, int], seed: int = 0) -> np.ndarray:

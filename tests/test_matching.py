@@ -4,9 +4,9 @@ import itertools
 
 import torch
 
-from mvision.boxes import cxcywh_to_xyxy, iou
-from mvision.matching import MatchingCosts, anchor_assignment, hungarian, pad_targets
+from mvision.heads.query.matching import MatchingCosts, anchor_assignment, hungarian, pad_targets
 from mvision.structures import Targets
+from mvision.structures.boxes import cxcywh_to_xyxy, iou
 
 
 def make_targets(*counts, classes=3, seed=0):

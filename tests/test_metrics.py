@@ -10,10 +10,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mvision.engine.metrics import FIGURES, CocoMetric
 from mvision.errors import UserError
-from mvision.oks import COCO_SIGMAS
+from mvision.evaluation.coco import FIGURES, CocoMetric
 from mvision.structures import Category
+from mvision.structures.oks import COCO_SIGMAS
 
 BACKENDS = ["pycocotools", "hotcoco"]
 POINTS = list(COCO_SIGMAS)

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvision.aifi import AIFI
-from mvision.layers import RepBlock
-from mvision.neck import HybridEncoder, pyramid_strides
+from mvision.neck.aifi import AIFI
+from mvision.neck.hybrid_encoder import HybridEncoder, pyramid_strides
+from mvision.neck.layers import RepBlock
 
 CHANNELS, STRIDES = [12, 16, 24], [8, 16, 32]
 SMALL: dict[str, Any] = {"embed_dim": 16, "num_heads": 4, "ffn_dim": 24, "depth": 1}

@@ -6,8 +6,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mvision.oks import COCO_SIGMAS, DEFAULT_SIGMA, check_sigmas, keypoint_sigmas, oks, similarity
 from mvision.structures import Category
+from mvision.structures.oks import COCO_SIGMAS, DEFAULT_SIGMA, check_sigmas, keypoint_sigmas, oks, similarity
 
 
 def reference(found: np.ndarray, truth: np.ndarray, areas: np.ndarray, sigmas: np.ndarray) -> np.ndarray:

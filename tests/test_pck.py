@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mvision.engine.metrics import CocoMetric
-from mvision.engine.pck import correct_points
+from mvision.evaluation.coco import CocoMetric
+from mvision.evaluation.pck import correct_points
 from mvision.structures import Category
 
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from mvision.data import CocoSplit, find_layout
-from mvision.data.convert import convert
-from mvision.data.geometry import mirror_keypoints
-from mvision.engine.metrics import CocoMetric
+from mvision.data.augment.geometry import mirror_keypoints
+from mvision.data.tools.convert import convert
 from mvision.errors import UserError
+from mvision.evaluation.coco import CocoMetric
 from mvision.structures import Category
 from tests.coco_files import annotation, coco, write_set
 

@@ -16,13 +16,13 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from mvision.data.images import read_image
 from mvision.errors import UserError
 from mvision.inference import output as output_module
 from mvision.inference.predict import predict_images, predict_sources
 from mvision.structures import Instances
+from mvision.structures.images import read_image
 from tests.fake_model import FakeModel, paint
-from tests.test_sources import Camera, write_image, write_video
+from tests.test_inference_sources import Camera, write_image, write_video
 
 RED = (0, (30, 20, 60, 60))
 BLUE = (2, (70, 40, 110, 90))

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from mvision import UserError, load
-from mvision.boxes import xyxy_to_cxcywh
 from mvision.config import load_config
-from mvision.engine.semantic import SemanticMetric
 from mvision.engine.train import train
+from mvision.evaluation.semantic import SemanticMetric
 from mvision.heads.semantic import UNKNOWN, SemanticHead, class_map, likeliest_class
 from mvision.structures import Category, Targets
+from mvision.structures.boxes import xyxy_to_cxcywh
 from mvision.weights import load as load_weights
 from tests.test_heads import make_features, make_head
 
@@ -112,7 +112,7 @@ def annotation(number: int, category: int, left: int, top: int, right: int, bott
 
 
 def test_iou_over_pixels() -> None:
-    from mvision.masks import encode_mask
+    from mvision.structures.masks import encode_mask
 
     data = {
         "images": [{"id": 5, "width": 10, "height": 10}],

@@ -8,8 +8,8 @@ import torch
 from pycocotools import mask as coco_mask
 
 from mvision.errors import UserError
-from mvision.masks import encode_mask
 from mvision.structures import Category, Instances, Targets
+from mvision.structures.masks import encode_mask
 
 CATEGORIES = [Category(id=4, name="cat", keypoints=["a", "b"], skeleton=[(0, 1)]), Category(id=11, name="dog")]
 

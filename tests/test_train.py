@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from mvision.commands.train import run_config
 from mvision.config import load_config
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
-from mvision.engine.run import RunFolder
-from mvision.engine.setup import run_config
 from mvision.engine.train import train
 from mvision.errors import UserError
 from mvision.model import create_model
+from mvision.storage.run_folder import RunFolder
 from mvision.weights import load
 from tests.conftest import write_squares
 
@@ -81,8 +81,8 @@ def test_a_run_leaves_everything_it_promises(squares, tmp_path, capsys):
 
 
 def test_masks_are_trained_evaluated_and_predicted(squares, tmp_path, capsys):
-    from mvision.engine.validate import validate
-    from mvision.inference.job import predict_job
+    from mvision.commands.predict import predict_job
+    from mvision.commands.val import validate
 
     overrides = {**MASKS, "data.root": str(squares), "train.epochs": 2}
     config = load_config("tiny", tasks=["instance-seg"], overrides=overrides)
@@ -107,7 +107,7 @@ def test_masks_are_trained_evaluated_and_predicted(squares, tmp_path, capsys):
 
 
 def test_masks_start_from_detection(squares, tmp_path, capsys):
-    from mvision.engine.setup import run_config
+    from mvision.commands.train import run_config
 
     detection = run_in_process(squares, tmp_path / "detection", train__epochs=1)
     options = {"data.root": str(squares), "data.workers": 0, "train.epochs": 1, "train.precision": "fp32"}
@@ -352,7 +352,7 @@ def test_two_processes_train_and_agree_on_the_figures(squares, tmp_path):
         capture_output=True, text=True, timeout=240, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    from mvision.engine.validate import validate
+    from mvision.commands.val import validate
 
     validate(str(tmp_path / "run"), data=str(squares), output=tmp_path / "val", device="cpu")
     one = json.loads((tmp_path / "val" / "metrics.json").read_text())

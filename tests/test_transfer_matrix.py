@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mvision import UserError, load
-from mvision.engine import transfer_matrix as matrix
+from mvision.commands import transfer as matrix
+from mvision.commands.transfer_report import first_reach, page
 from mvision.engine.train import train
-from mvision.engine.transfer_report import first_reach, page
 from tests.test_train import fast_config
 
 OPTIONS = ["train.batch_size=2", "train.precision=fp32", "data.workers=0", "train.warmup_steps=2"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mvision.config import AugmentConfig
-from mvision.data.geometry import (
+from mvision.data.augment.geometry import (
     Labels,
     draw_masks,
     fit,
@@ -20,9 +20,9 @@ from mvision.data.geometry import (
     paint,
     place,
 )
-from mvision.data.images import resize_image
-from mvision.data.transforms import EvalTransform, TrainTransform, crop, zoom_out
+from mvision.data.augment.transforms import EvalTransform, TrainTransform, crop, zoom_out
 from mvision.structures import Category
+from mvision.structures.images import resize_image
 
 OFF = {"photometric": 0.0, "zoom_out": 0.0, "crop": 0.0, "flip": 0.0}
 HEIGHT, WIDTH = 240, 320

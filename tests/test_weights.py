@@ -14,8 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import mvision
-from mvision import Model, UserError, hub, load, weights
+from mvision import Model, UserError, load
 from mvision.config import parse_model_config
+from mvision.storage import hub
+from mvision.weights import files as weights
 from mvision.weights import init_from, read_weights, resolve_weights, save_weights
 
 NAMES = ["cat", "dog", "tv"]

@@ -15,10 +15,10 @@ import time
 import torch
 
 from mvision import create_model
-from mvision.engine.machine import keep_freed_memory
+from mvision.machine import keep_freed_memory
 from mvision.model import Model
-from mvision.oks import COCO_SIGMAS
 from mvision.structures import Category
+from mvision.structures.oks import COCO_SIGMAS
 
 TASKS = ("detection", "instance-seg", "keypoints")
 # The classes of the built-in set, one of which has keypoints.

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from mvision import create_model
-from mvision.engine.machine import keep_freed_memory
+from mvision.machine import keep_freed_memory
 from mvision.model import Model
-from mvision.oks import COCO_SIGMAS
 from mvision.structures import Category
+from mvision.structures.oks import COCO_SIGMAS
 
 PERSON = Category(id=1, name="person", keypoints=list(COCO_SIGMAS))
 

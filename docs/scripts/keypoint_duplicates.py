@@ -18,8 +18,8 @@ from torchvision.ops import batched_nms
 import mvision
 from mvision.config import load_config
 from mvision.data import CocoSplit, Loader, build_eval_loader, find_layout
-from mvision.engine.evaluate import make_metrics
-from mvision.heads.keypoint import KeypointHead
+from mvision.evaluation.evaluate import make_metrics
+from mvision.heads.keypoints.head import KeypointHead
 from mvision.structures import Instances
 
 NMS_IOUS = (0.5, 0.65, 0.8)

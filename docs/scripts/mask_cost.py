@@ -20,10 +20,10 @@ import psutil
 import torch
 
 from mvision import create_model
-from mvision.data.coco import CocoSplit
-from mvision.data.dataset import Dataset, SampleKey
-from mvision.data.layouts import find_layout
-from mvision.engine.machine import keep_freed_memory
+from mvision.data.formats.coco import CocoSplit
+from mvision.data.formats.layouts import find_layout
+from mvision.data.loading.dataset import Dataset, SampleKey
+from mvision.machine import keep_freed_memory
 from mvision.model import Model
 from mvision.structures import Targets
 

@@ -21,10 +21,10 @@ import torch
 
 from mvision.config import DataConfig
 from mvision.data import read_validation
-from mvision.data.images import read_image, resize_image
-from mvision.deploy.roads import open_fastest
-from mvision.engine.machine import keep_freed_memory, resolve_device
+from mvision.deploy.runtimes import open_fastest
 from mvision.inference.predict import eval_mode, predict_sources
+from mvision.machine import keep_freed_memory, resolve_device
+from mvision.structures.images import read_image, resize_image
 
 SETTLED = 50  # images after which memory has to be flat
 ALONE = 200  # images that the model alone is timed on, before and after

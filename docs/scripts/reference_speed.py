@@ -31,12 +31,12 @@ from transformers.utils import logging
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mvision import Model, load
+from mvision.commands.benchmark_timing import alternate, median_ratio
 from mvision.deploy.compare import difference
 from mvision.deploy.export import export
+from mvision.deploy.exported import ExportedModel
 from mvision.deploy.fast import PRECISIONS, prepare
-from mvision.deploy.runtime import ExportedModel
-from mvision.deploy.timing import alternate, median_ratio
-from mvision.engine.machine import keep_freed_memory
+from mvision.machine import keep_freed_memory
 from tests.reference import as_labels, build_reference, random_images, random_targets, save_reference
 
 CPU = torch.device("cpu")

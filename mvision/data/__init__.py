@@ -20,24 +20,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 _LAZY = {
-    "contact_sheet": "mvision.data.show",
-    "write_image": "mvision.data.show",
-    "Batch": "mvision.data.batch",
-    "BadImage": "mvision.data.images",
-    "CocoSplit": "mvision.data.coco",
-    "Dataset": "mvision.data.dataset",
-    "Layout": "mvision.data.layouts",
-    "Loader": "mvision.data.loader",
-    "SampleKey": "mvision.data.dataset",
-    "Split": "mvision.data.layouts",
-    "build_eval_loader": "mvision.data.loader",
-    "build_train_loader": "mvision.data.loader",
-    "find_layout": "mvision.data.layouts",
-    "read_image": "mvision.data.images",
-    "read_parts": "mvision.data.parts",
-    "read_validation": "mvision.data.parts",
-    "resize_image": "mvision.data.images",
-    "same_categories": "mvision.data.coco",
+    "contact_sheet": "mvision.data.tools.show",
+    "write_image": "mvision.data.tools.show",
+    "Batch": "mvision.data.loading.batch",
+    "BadImage": "mvision.structures.images",
+    "CocoSplit": "mvision.data.formats.coco",
+    "Dataset": "mvision.data.loading.dataset",
+    "Layout": "mvision.data.formats.layouts",
+    "Loader": "mvision.data.loading.loader",
+    "SampleKey": "mvision.data.loading.dataset",
+    "Split": "mvision.data.formats.layouts",
+    "build_eval_loader": "mvision.data.loading.loader",
+    "build_train_loader": "mvision.data.loading.loader",
+    "find_layout": "mvision.data.formats.layouts",
+    "read_image": "mvision.structures.images",
+    "read_parts": "mvision.data.loading.sources",
+    "read_validation": "mvision.data.loading.sources",
+    "resize_image": "mvision.structures.images",
+    "same_categories": "mvision.data.formats.coco",
 }
 __all__ = [
     "BadImage",
@@ -61,13 +61,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from mvision.data.batch import Batch
-    from mvision.data.coco import CocoSplit, same_categories
-    from mvision.data.dataset import Dataset, SampleKey
-    from mvision.data.images import BadImage, read_image, resize_image
-    from mvision.data.layouts import Layout, Split, find_layout
-    from mvision.data.loader import Loader, build_eval_loader, build_train_loader
-    from mvision.data.parts import read_parts, read_validation
+    from mvision.data.formats.coco import CocoSplit, same_categories
+    from mvision.data.formats.layouts import Layout, Split, find_layout
+    from mvision.data.loading.batch import Batch
+    from mvision.data.loading.dataset import Dataset, SampleKey
+    from mvision.data.loading.loader import Loader, build_eval_loader, build_train_loader
+    from mvision.data.loading.sources import read_parts, read_validation
+    from mvision.structures.images import BadImage, read_image, resize_image
 
 
 def __getattr__(name: str) -> Any:

@@ -26,8 +26,8 @@ import mvision
 from mvision.config import parse_model_config
 from mvision.deploy.compare import TOLERANCE, difference
 from mvision.deploy.coordinates import coordinate_operators, mark
+from mvision.deploy.exported import DESCRIPTION, XML, ExportedModel, place_beside, require
 from mvision.deploy.quantise import Quantised, quantise
-from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, place_beside, require
 from mvision.errors import UserError
 from mvision.model import Model
 from mvision.weights import load, resolve_weights

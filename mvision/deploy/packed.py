@@ -11,7 +11,7 @@ import platform
 import torch
 from torch import Tensor, nn
 
-from mvision.folding import watch
+from mvision.backbone.folding import watch
 from mvision.model import Model
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}

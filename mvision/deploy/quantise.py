@@ -20,11 +20,11 @@ import numpy as np
 from mvision.config import DataConfig
 from mvision.data import build_eval_loader, read_validation
 from mvision.deploy.coordinates import coordinate_operators, mark
-from mvision.deploy.runtime import DESCRIPTION, XML, ExportedModel, openvino_core, require
-from mvision.engine.evaluate import Validation, evaluate_all, make_metrics
-from mvision.engine.machine import cpu_has_bf16
+from mvision.deploy.exported import DESCRIPTION, XML, ExportedModel, openvino_core, require
 from mvision.errors import UserError
+from mvision.evaluation.evaluate import Validation, evaluate_all, make_metrics
 from mvision.heads import head_class
+from mvision.machine import cpu_has_bf16
 
 IMAGES = 300  # to calibrate with, at most
 ALLOWED = 0.01  # relative loss of a task's main figure

@@ -49,7 +49,7 @@ def write_prediction_grid(model: Model, dataset: Dataset, path: Path, count: int
     """
     import cv2
 
-    from mvision.inference.draw import grid, side_by_side
+    from mvision.drawing.draw import grid, side_by_side
 
     images, truths = zip(*(dataset.truth(index) for index in range(min(count, len(dataset)))))
     names = {category.name for task in model.tasks for category in model.head(task).classes}

@@ -22,14 +22,14 @@ from tqdm import tqdm
 from mvision.backbone import freeze
 from mvision.config import Config, TrainConfig
 from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_parts
-from mvision.engine.evaluate import Validation, evaluate_all, make_metrics, tables
-from mvision.engine.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.report import plot_run, write_prediction_grid
-from mvision.engine.run import BEST, RunFolder
 from mvision.errors import UserError
+from mvision.evaluation.evaluate import Validation, evaluate_all, make_metrics, tables
 from mvision.heads import head_class, serving_task
+from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.model import Model
+from mvision.storage.run_folder import BEST, RunFolder
 from mvision.weights import init_from, load, save_weights
 
 MAX_BAD_STEPS = 20

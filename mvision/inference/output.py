@@ -18,8 +18,8 @@ import av
 import cv2
 import numpy as np
 
+from mvision.drawing.draw import draw_instances
 from mvision.errors import UserError
-from mvision.inference.draw import draw_instances
 from mvision.inference.sources import Frame, Source
 from mvision.structures import Instances
 

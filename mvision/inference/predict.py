@@ -20,15 +20,15 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from mvision.data.images import BadImage, read_image, resize_image, to_rgb
 from mvision.errors import UserError
 from mvision.inference.output import Output, Summary
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.sources import Frame, Source, find_sources, read_frames
 from mvision.structures import Instances
+from mvision.structures.images import BadImage, read_image, resize_image, to_rgb
 
 if TYPE_CHECKING:
-    from mvision.deploy.runtime import AnyModel
+    from mvision.deploy.exported import AnyModel
 
 WORKERS = 4
 T = TypeVar("T")

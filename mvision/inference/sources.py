@@ -18,9 +18,9 @@ import av
 import cv2
 import numpy as np
 
-from mvision.data.images import IMAGE_SUFFIXES, BadImage, read_image
 from mvision.errors import UserError
 from mvision.inference.pipeline import background, ordered_map
+from mvision.structures.images import IMAGE_SUFFIXES, BadImage, read_image
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 DECODERS = 4

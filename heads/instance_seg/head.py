@@ -1,0 +1,250 @@
+"""Instance segmentation: every query of the decoder gives class, box and mask.
+
+A query's mask is the product of an embedding and pixel features (Mask2Former, Mask DINO), plus a prior from the
+query's own box: an ellipse whose weight the query chooses. The prior makes the mask of the first step an ellipse in the
+box, and tells objects of one look apart, for which a few prototypes are too few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from mvision.heads.instance_seg.losses import (
+    OVERSAMPLE,
+    MaskPoints,
+    mask_costs,
+    mask_losses,
+    read_features,
+    sample_mask_points,
+    undecided_points,
+)
+from mvision.heads.pixel_features import PixelFeatures
+from mvision.heads.query.head import Found, QueryConfig, QueryHead
+from mvision.neck.layers import MLP
+from mvision.structures import Category, Instances, Targets
+from mvision.structures.boxes import xyxy_to_cxcywh
+from mvision.structures.masks import Masks, encode_logits
+
+PRIOR_WEIGHT = 2.0  # of a new query: logit in the centre of its box
+PRIOR_LOWEST = -3.0  # far away, where the weight brings a probability of 0.002, which a wrong box can still overcome
+
+
+class MaskConfig(QueryConfig):
+    """The settings of ``QueryConfig`` and those of the masks.
+
+    Attributes:
+        pixel_stride: stride of the pixel features, and so of the masks before they are enlarged. 4 adds a lateral from
+            the backbone where it has a map of that stride (plain ViTs have none).
+        pixel_dim: width of the layers that make the pixel features.
+        mask_dim: length of a query's mask embedding.
+        mask_points: points per instance that the mask losses look at.
+        mask_weight, dice_weight: of cross-entropy and Dice, in the loss and in the matching costs.
+        boxes_from_masks: the first decoder layer starts from boxes around the masks of the selected cells (Mask DINO)
+            instead of the boxes predicted for them.
+    """
+
+    class_weight: float = Field(2.0, ge=0)
+    pixel_stride: Literal[4, 8] = 4
+    pixel_dim: int = Field(128, gt=0)
+    mask_dim: int = Field(32, gt=0)
+    mask_points: int = Field(12544, gt=0)
+    mask_weight: float = Field(5.0, ge=0)
+    dice_weight: float = Field(5.0, ge=0)
+    boxes_from_masks: bool = False
+
+
+class MaskHead(QueryHead[MaskConfig]):
+    """The query decoder with a mask for every query.
+
+    Outputs: ``logits`` (B, Q, C) before the sigmoid, ``boxes`` (B, Q, 4) cxcywh in 0..1, and ``masks`` (B, Q, h, w)
+    logits on a grid of ``pixel_stride`` over the whole image. In training, in place of the masks, what the loss makes
+    them from.
+    """
+
+    Config = MaskConfig
+    needs = frozenset({"boxes", "masks"})
+    metric = "segm"
+    also = ("bbox",)
+    includes = ("detection",)
+
+    def __init__(
+        self,
+        config: MaskConfig,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        categories: list[Category],
+        lateral: bool = False,
+    ) -> None:
+        super().__init__(config, channels[lateral:], strides[lateral:], categories)
+        self.lateral = lateral
+        self.pixels = PixelFeatures(
+            channels[lateral:],
+            strides[lateral:],
+            channels[0] if lateral else None,
+            config.pixel_stride,
+            config.pixel_dim,
+            config.mask_dim,
+        )
+        # One number more than the embedding: the weight of the prior.
+        self.mask_embed = MLP(config.embed_dim, config.embed_dim, config.mask_dim + 1, 3)
+        last = self.mask_embed.layers[-1]
+        assert isinstance(last, nn.Linear)
+        nn.init.constant_(last.bias[-1:], math.log(math.expm1(PRIOR_WEIGHT)))
+
+    @classmethod
+    def lateral_stride(cls, config: MaskConfig) -> int | None:
+        """Finer than the neck's finest map, the backbone's own."""
+        return config.pixel_stride
+
+    @classmethod
+    def separable(cls, config: MaskConfig) -> bool:
+        """Not where masks decide what boxes the decoder starts from."""
+        return not config.boxes_from_masks
+
+    @classmethod
+    def outputs_of(cls, task: str, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The queries without their masks."""
+        return {name: outputs[name] for name in ("logits", "boxes")}
+
+    def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
+        """Decode the neck's maps; with ``targets`` (training) denoising queries are made from them."""
+        maps = features[self.lateral :]
+        pixels = self.pixels(maps, features[0] if self.lateral else None)
+
+        def boxes_around(cells: Tensor, boxes: Tensor) -> Tensor:
+            return boxes_of_masks(mask_grid(self.mask_embed(cells), pixels, boxes), boxes)
+
+        decoded, noisy = self.decode(maps, targets, boxes_around if self.config.boxes_from_masks else None)
+        if targets is None:
+            embeddings, boxes = self.mask_embed(decoded.queries[-1]), decoded.boxes[-1]
+            return {"logits": decoded.logits[-1], "boxes": boxes, "masks": mask_grid(embeddings, pixels, boxes)}
+        outputs = self.training_outputs(decoded, noisy)
+        split = decoded.queries.shape[2] - decoded.encoder_queries.shape[1]
+        own = torch.cat((decoded.queries[:, :, split:], decoded.encoder_queries[None]))
+        outputs |= {"pixels": pixels, "mask_embeddings": self.mask_embed(own)}
+        if noisy:
+            outputs["denoising_mask_embeddings"] = self.mask_embed(decoded.queries[:, :, :split])
+        return outputs
+
+    def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+        """The terms of ``QueryHead.loss``, and ``mask`` and ``dice`` for the same layers.
+
+        All sums are divided by the number of objects, with a mask or not, over all processes: what one mask weighs does
+        not depend on how many others are missing.
+        """
+        config = self.config
+        truth = self.truth(outputs, targets)
+        at = sample_mask_points(targets, OVERSAMPLE * config.mask_points, outputs["logits"].device)
+        pixels = read_features(outputs["pixels"], at.points)
+        _, boxes = self._all_layers(outputs)
+        embeddings = outputs["mask_embeddings"]
+        assigned = self.match(outputs, truth, self._mask_costs(embeddings, boxes, pixels, at))
+        terms = self.query_terms(outputs, truth, assigned)
+        terms |= self.named(
+            self._mask_losses(embeddings, boxes, assigned, pixels, at, truth.total), self.layer_names(outputs)
+        )
+        if "denoising_mask_embeddings" in outputs:
+            embeddings, boxes = outputs["denoising_mask_embeddings"], outputs["denoising_boxes"]
+            assigned = outputs["denoising_assigned"].expand(len(embeddings), -1, -1)
+            total = truth.total * outputs["denoising_groups"].item()
+            losses = self._mask_losses(embeddings, boxes, assigned, pixels, at, total)
+            terms |= self.named(losses, [f"_denoising_{index}" for index in range(len(embeddings))])
+        return terms
+
+    def postprocess(
+        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
+    ) -> list[Instances]:
+        """The ``num_queries`` best (query, class) pairs of every image, with masks in pixels of the original images."""
+        found = self.select(outputs, threshold)
+        return [
+            self._with_masks(self.instances(kept, size), kept, masks, size)
+            for kept, masks, size in zip(found, outputs["masks"], sizes)
+        ]
+
+    def _with_masks(self, instances: Instances, kept: Found, masks: Tensor, size: tuple[int, int]) -> Instances:
+        """Enlarge the masks of the queries that were kept, one at a time: together they may not fit into memory."""
+        queries, index = kept.query.unique(return_inverse=True)
+        logits = masks[queries].float().cpu().numpy()
+        rles = [encode_logits(mask, size) for mask in logits]
+        instances.masks = Masks([rles[i] for i in index.tolist()], size)
+        return instances
+
+    @torch.no_grad()
+    def _mask_costs(self, embeddings: Tensor, boxes: Tensor, pixels: Tensor, at: MaskPoints) -> Tensor:
+        """(L, B, Q, T), weighted; zero for objects without a mask."""
+        count = self.config.mask_points
+        few = MaskPoints(at.points[:, :count], at.labels[..., :count], at.valid)
+        logits = mask_at_points(embeddings, pixels[..., :count], boxes, few.points)
+        cross_entropy, dice = mask_costs(logits, few.labels)
+        cost = self.config.mask_weight * cross_entropy + self.config.dice_weight * dice
+        return cost * few.valid[:, None]
+
+    def _mask_losses(
+        self, embeddings: Tensor, boxes: Tensor, assigned: Tensor, pixels: Tensor, at: MaskPoints, total: float
+    ) -> dict[str, Tensor]:
+        """``mask`` and ``dice``, each (L,): of the (L, B, N) queries that are assigned to an object with a mask."""
+        # Keeps every parameter in the graph when nothing is assigned: distributed training waits for all of them.
+        nothing = 0 * (embeddings.sum((1, 2, 3)) + pixels.sum()).float()
+        sums = {"mask": nothing, "dice": nothing.clone()}
+        for image in range(assigned.shape[1]):
+            objects = assigned[:, image]
+            chosen = objects >= 0
+            chosen[chosen.clone()] = at.valid[image][objects[chosen]]
+            layer, query = chosen.nonzero(as_tuple=True)
+            if not len(layer):
+                continue
+            logits = mask_at_points(
+                embeddings[layer, image, query], pixels[image], boxes[layer, image, query], at.points[image]
+            )
+            index = undecided_points(logits, self.config.mask_points)
+            labels = at.labels[image].index_select(0, objects[layer, query]).gather(1, index)
+            for name, values in zip(sums, mask_losses(logits.gather(1, index), labels)):
+                sums[name] = sums[name].index_add(0, layer, values)
+        return {name: value / total for name, value in sums.items()}
+
+
+def mask_grid(embeddings: Tensor, pixels: Tensor, boxes: Tensor) -> Tensor:
+    """Mask logits on the whole grid: (B, Q, d + 1), (B, d, h, w), (B, Q, 4) -> (B, Q, h, w) in float32 or better."""
+    height, width = pixels.shape[-2:]
+    y = (torch.arange(height, device=pixels.device, dtype=boxes.dtype) + 0.5) / height
+    x = (torch.arange(width, device=pixels.device, dtype=boxes.dtype) + 0.5) / width
+    product = (embeddings[..., :-1].to(boxes.dtype) @ pixels.to(boxes.dtype).flatten(2)).unflatten(2, (height, width))
+    weight = F.softplus(embeddings[..., -1].to(boxes.dtype))[..., None, None]
+    boxes = boxes.detach()[..., None, None, :]
+    return product + weight * _prior(x, y[:, None], boxes)
+
+
+def mask_at_points(embeddings: Tensor, pixels: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
+    """The same at points: (..., N, d + 1), (..., d, P), (..., N, 4), (..., P, 2) -> (..., N, P), all broadcast."""
+    product = embeddings[..., :-1].to(pixels.dtype) @ pixels
+    weight = F.softplus(embeddings[..., -1:].to(pixels.dtype))
+    boxes = boxes.detach()[..., None, :].to(pixels.dtype)
+    x, y = points[..., None, :, 0], points[..., None, :, 1]
+    return product + weight * _prior(x, y, boxes)
+
+
+def boxes_of_masks(masks: Tensor, boxes: Tensor) -> Tensor:
+    """(B, Q, 4) cxcywh in 0..1 around what is above zero in (B, Q, h, w); ``boxes`` where nothing is."""
+    sides = []
+    for inside in ((masks > 0).any(-2), (masks > 0).any(-1)):
+        cells = inside.shape[-1]
+        first = inside.to(torch.uint8).argmax(-1)
+        last = cells - inside.flip(-1).to(torch.uint8).argmax(-1)
+        sides.append((first / cells, last / cells))
+    corners = torch.stack((sides[0][0], sides[1][0], sides[0][1], sides[1][1]), -1).to(boxes.dtype)
+    return torch.where((masks > 0).flatten(2).any(-1, keepdim=True), xyxy_to_cxcywh(corners), boxes)
+
+
+def _prior(x: Tensor, y: Tensor, boxes: Tensor) -> Tensor:
+    """1 in the centre of boxes (..., 4), 0 on the ellipse that touches their sides, and down to ``PRIOR_LOWEST``."""
+    # Boxes narrower than a thousandth of the image would make numbers that reduced precision cannot hold.
+    scale = 2 / boxes[..., 2:].clamp(min=1e-3)
+    across, down = (x - boxes[..., 0]) * scale[..., 0], (y - boxes[..., 1]) * scale[..., 1]
+    return (1 - across.square() - down.square()).clamp(min=PRIOR_LOWEST)

@@ -1,0 +1,296 @@
+"""The RT-DETR query decoder: select the most promising cells of the encoder's memory, refine them layer by layer.
+
+Detection and mask heads share it. Source: Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024,
+sections 4.3 and 4.4; iterative refinement and two-stage selection are Deformable DETR's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mvision.heads.query.deformable import DeformableAttention, Shapes
+from mvision.heads.query.denoising import Denoising
+from mvision.neck.layers import MLP, ConvNorm, SelfAttention
+from mvision.settings import Settings
+from mvision.structures.boxes import inverse_sigmoid
+
+
+class DecoderConfig(Settings):
+    """Settings of the query decoder.
+
+    Attributes:
+        embed_dim: width of queries and memory.
+        num_queries: objects that can be found in an image; may be changed after training.
+        num_layers: decoder layers; at inference ``Head`` may stop earlier.
+        num_points: sampled points per head and level.
+        sampling, offset_scale: see ``DeformableAttention``.
+        learned_queries: query contents are learned vectors instead of the selected cells' features; fixes num_queries.
+        shared_class_head: one classifier for the encoder's cells and all layers, and layers that start as the identity:
+            what dense supervision teaches the cells then serves the decoder from the first step. Learns faster from
+            random weights; published weights have a classifier per layer.
+    """
+
+    embed_dim: int = Field(256, gt=0)
+    num_queries: int = Field(300, gt=0)
+    num_layers: int = Field(6, ge=1)
+    num_heads: int = Field(8, gt=0)
+    ffn_dim: int = Field(1024, gt=0)
+    num_points: int = Field(4, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    sampling: Literal["default", "discrete"] = "default"
+    offset_scale: float = Field(0.5, gt=0)
+    learned_queries: bool = False
+    shared_class_head: bool = False
+
+
+@dataclass
+class Dense:
+    """Predictions of every cell, for supervision: logits (B, S, C), boxes (B, S, 4), anchors (S, 4); cxcywh in 0..1."""
+
+    logits: Tensor
+    boxes: Tensor
+    anchors: Tensor
+
+
+@dataclass
+class Decoded:
+    """What the decoder computes; D denoising queries come first where there are any.
+
+    Attributes:
+        logits: (L, B, D + Q, C) of the layers asked for: all in training, the last otherwise.
+        boxes: (L, B, D + Q, 4) cxcywh in 0..1.
+        queries: (L, B, D + Q, embed_dim), the content that they were predicted from.
+        encoder_logits, encoder_boxes: (B, Q, C) and (B, Q, 4) of the selected cells.
+        encoder_queries: (B, Q, embed_dim), the features of the selected cells.
+        dense: of every cell, in training and where there are heads for it.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    queries: Tensor
+    encoder_logits: Tensor
+    encoder_boxes: Tensor
+    encoder_queries: Tensor
+    dense: Dense | None
+
+
+class QueryDecoder(nn.Module):
+    """Query selection and decoder layers on the neck's maps.
+
+    Args:
+        config: the settings.
+        in_channels: channels of the maps, finest first.
+        num_classes: C.
+        num_denoising: above 0 a class embedding for denoising queries is made.
+        dense: make a second pair of heads on the cells, for one-to-many supervision in training.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        in_channels: Sequence[int],
+        num_classes: int,
+        num_denoising: int = 0,
+        dense: bool = False,
+    ) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.config = config
+        self.num_classes = num_classes
+        self.input_proj = nn.ModuleList(ConvNorm(channels, dim, 1, act=None) for channels in in_channels)
+        self.memory_proj = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
+        self.memory_class = nn.Linear(dim, num_classes)
+        self.memory_box = MLP(dim, dim, 4, 3)
+        # Heads of their own: scores that are high for every cell of an object would select each object many times over.
+        self.dense_class = nn.Linear(dim, num_classes) if dense else None
+        self.dense_box = MLP(dim, dim, 4, 3) if dense else None
+        self.position = MLP(4, 2 * dim, dim, 2)
+        self.layers = nn.ModuleList(DecoderLayer(config, len(in_channels)) for _ in range(config.num_layers))
+        own_heads = 0 if config.shared_class_head else config.num_layers
+        self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(own_heads))
+        self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(config.num_layers))
+        self.query_embed = nn.Embedding(config.num_queries, dim) if config.learned_queries else None
+        # One row more than there are classes: padding.
+        self.label_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if num_denoising else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Scores start at 0.01 and boxes at their references, as in focal loss and Deformable DETR."""
+        for head in (self.memory_class, self.dense_class, *self.class_heads):
+            if isinstance(head, nn.Linear):
+                nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+        for mlp in (self.memory_box, self.dense_box, *self.box_heads):
+            if isinstance(mlp, MLP):
+                _zero(mlp.layers[-1])
+        if self.config.shared_class_head:
+            for layer in self.layers:
+                assert isinstance(layer, DecoderLayer)
+                layer.start_as_identity()
+        for linear in (self.memory_proj[0], *self.position.layers):
+            assert isinstance(linear, nn.Linear)
+            nn.init.xavier_uniform_(linear.weight)
+
+    def forward(
+        self,
+        maps: list[Tensor],
+        denoising: Denoising | None = None,
+        *,
+        every_layer: bool = False,
+        first_boxes: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ) -> Decoded:
+        """Decode.
+
+        Args:
+            maps: each (B, C_i, h_i, w_i), finest first.
+            denoising: queries that go before the selected ones.
+            every_layer: return predictions of all layers, and of all cells (training).
+            first_boxes: makes the boxes (B, Q, 4) that the first layer starts from of the selected cells' features and
+                boxes; None: their boxes themselves.
+        """
+        projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
+        shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
+        memory = torch.cat([feature.flatten(2).transpose(1, 2) for feature in projected], 1)
+        anchors, valid = make_anchors(shapes, memory.device, _box_dtype(memory))
+
+        features = self.memory_proj(memory * valid.to(memory.dtype))
+        scores = self.memory_class(features)
+        count = min(self.config.num_queries, memory.shape[1])
+        best = scores.max(-1).values.topk(count, dim=1).indices.unsqueeze(-1)
+        chosen = features.gather(1, best.expand(-1, -1, features.shape[-1]))
+        chosen_anchors = anchors.expand(memory.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
+        # Boxes of the selected cells alone: the others are thrown away.
+        encoder_boxes = (self.memory_box(chosen).to(anchors.dtype) + chosen_anchors).sigmoid()
+
+        queries = chosen.detach() if self.query_embed is None else self._learned(memory.shape[0], count)
+        references = encoder_boxes if first_boxes is None else first_boxes(chosen, encoder_boxes)
+        references = references.detach()
+        mask = None
+        if denoising is None and every_layer and self.label_embed is not None:
+            # A batch without objects has no denoising queries; distributed training still wants every parameter used.
+            queries = queries + 0 * self.label_embed.weight.sum()
+        if denoising is not None:
+            if self.label_embed is None:
+                raise ValueError("denoising queries need a decoder built with num_denoising > 0")
+            queries = torch.cat((self.label_embed(denoising.labels).to(queries.dtype), queries), 1)
+            noisy = inverse_sigmoid(denoising.boxes.to(references.dtype)).sigmoid()
+            references = torch.cat((noisy, references), 1)
+            mask = denoising.mask
+        logits, boxes, contents = self._refine(queries, references, memory, shapes, mask, every_layer)
+        return Decoded(
+            logits=logits,
+            boxes=boxes,
+            queries=contents,
+            encoder_logits=scores.gather(1, best.expand(-1, -1, self.num_classes)),
+            encoder_boxes=encoder_boxes,
+            encoder_queries=chosen,
+            dense=self._dense(features, anchors) if every_layer else None,
+        )
+
+    def _dense(self, features: Tensor, anchors: Tensor) -> Dense | None:
+        if self.dense_class is None or self.dense_box is None:
+            return None
+        boxes = (self.dense_box(features).to(anchors.dtype) + anchors).sigmoid()
+        return Dense(self.dense_class(features), boxes, anchors[0].sigmoid())
+
+    def _refine(
+        self, queries: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None, every: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logits, boxes, contents = [], [], []
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            position = self.position(references.to(queries.dtype))
+            queries = layer(queries, position, references, memory, shapes, mask)
+            refined = (self.box_heads[index](queries).to(references.dtype) + inverse_sigmoid(references)).sigmoid()
+            if every or index == last:
+                class_head = self.class_heads[index] if self.class_heads else self.memory_class
+                logits.append(class_head(queries))
+                boxes.append(refined)
+                contents.append(queries)
+            references = refined.detach()
+        return torch.stack(logits), torch.stack(boxes), torch.stack(contents)
+
+    def _learned(self, batch: int, count: int) -> Tensor:
+        assert self.query_embed is not None
+        return self.query_embed.weight[:count].expand(batch, -1, -1)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention between queries, deformable attention to the memory, feed-forward; normalised after each."""
+
+    def __init__(self, config: DecoderConfig, num_levels: int) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.self_attention = SelfAttention(dim, config.num_heads, config.dropout)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross_attention = DeformableAttention(
+            dim, config.num_heads, num_levels, config.num_points, config.sampling, config.offset_scale
+        )
+        self.norm2 = nn.LayerNorm(dim)
+        self.ffn = MLP(dim, config.ffn_dim, dim, 2, act="relu", dropout=config.dropout)
+        self.norm3 = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        queries: Tensor,
+        position: Tensor,
+        references: Tensor,
+        memory: Tensor,
+        shapes: Shapes,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """(B, Q, D) queries to (B, Q, D); ``references`` (B, Q, 4) cxcywh; ``mask`` (Q, Q) True where seen."""
+        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position, mask)))
+        seen = self.cross_attention(queries + position, references, memory, shapes)
+        queries = self.norm2(queries + self.dropout(seen))
+        return self.norm3(queries + self.dropout(self.ffn(queries)))
+
+    def start_as_identity(self) -> None:
+        """Let the layer pass its queries on unchanged (but for the norms) until it has learned something better."""
+        for branch in (self.self_attention.out_proj, self.cross_attention.output_proj, self.ffn.layers[-1]):
+            _zero(branch)
+
+
+def make_anchors(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits of one box per cell, 0.05 of the image wide on the finest level and doubling from there.
+
+    Returns:
+        (1, S, 4) logits of cxcywh, and (1, S, 1) bool: False where a coordinate leaves 0.01..0.99. Such cells are
+        switched off and their logits are the largest number there is (the reference's convention).
+    """
+    boxes = []
+    for level, (height, width) in enumerate(shapes):
+        centres = cell_centres([(height, width)], device, dtype)
+        boxes.append(torch.cat((centres, torch.full_like(centres, 0.05 * 2.0**level)), -1))
+    anchors = torch.cat(boxes).unsqueeze(0)
+    valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
+    return torch.where(valid, torch.log(anchors / (1 - anchors)), torch.finfo(dtype).max), valid
+
+
+def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(S, 2) x, y of every cell's centre in 0..1, level after level, row by row."""
+    centres = []
+    for height, width in shapes:
+        y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
+        x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
+        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
+        centres.append(torch.stack((grid_x, grid_y), -1).flatten(0, 1))
+    return torch.cat(centres)
+
+
+def _box_dtype(memory: Tensor) -> torch.dtype:
+    """Boxes are kept in float32 or better: bf16 has a step of two pixels at 640."""
+    return torch.promote_types(memory.dtype, torch.float32)
+
+
+def _zero(linear: nn.Module) -> None:
+    assert isinstance(linear, nn.Linear)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)

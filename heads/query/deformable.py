@@ -1,0 +1,215 @@
+"""Multi-scale deformable attention: every query looks at a few sampled points of every feature level.
+
+Source: Zhu et al., "Deformable DETR", ICLR 2021, section 4.1; the discrete form and the offset scale are RT-DETRv2's
+(Lv et al., 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvision.neck.layers import without_autocast
+
+Shapes = list[tuple[int, int]]
+MATRIX_ELEMENTS = 2**26
+"""Up to this size the sampling matrix of a layer pays (128 MiB in bf16)."""
+
+
+class DeformableAttention(nn.Module):
+    """Sample ``num_points`` values per head and level around each reference box, and mix them by learned weights.
+
+    Args:
+        embed_dim: width of queries and memory; a multiple of ``num_heads``.
+        sampling: ``default`` interpolates bilinearly; ``discrete`` takes the nearest cell (RT-DETRv2), which exports to
+            runtimes without grid sampling but gives no gradient to the locations.
+        offset_scale: offsets reach this fraction of the reference box's size.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_levels: int,
+        num_points: int,
+        sampling: Literal["default", "discrete"] = "default",
+        offset_scale: float = 0.5,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise ValueError(f"embed_dim {embed_dim} has to be a multiple of num_heads {num_heads}")
+        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        self.sampling, self.offset_scale = sampling, offset_scale
+        self.sampling_offsets = nn.Linear(embed_dim, num_heads * num_levels * num_points * 2)
+        self.attention_weights = nn.Linear(embed_dim, num_heads * num_levels * num_points)
+        self.value_proj = nn.Linear(embed_dim, embed_dim)
+        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Each head starts looking in a direction of its own, further out with each point (Deformable DETR, A.4)."""
+        nn.init.zeros_(self.sampling_offsets.weight)
+        angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        directions = torch.stack((angles.cos(), angles.sin()), -1)
+        directions = directions / directions.abs().max(-1, keepdim=True).values
+        reach = torch.arange(1, self.num_points + 1).view(1, 1, -1, 1)
+        offsets = directions.view(self.num_heads, 1, 1, 2).expand(-1, self.num_levels, self.num_points, -1) * reach
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_(offsets.reshape(-1))
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for layer in (self.value_proj, self.output_proj):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, queries: Tensor, references: Tensor, memory: Tensor, shapes: Shapes) -> Tensor:
+        """Attend.
+
+        Args:
+            queries: (B, Q, D), position embedding added.
+            references: (B, Q, 4) boxes cxcywh in 0..1.
+            memory: (B, S, D), the levels' cells one after the other, S = sum of h * w over ``shapes``.
+            shapes: (h, w) of each level.
+
+        Returns:
+            (B, Q, D).
+        """
+        batch, count, _ = queries.shape
+        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        value = self.value_proj(memory).unflatten(-1, (heads, -1))
+        offsets = self.sampling_offsets(queries).view(batch, count, heads, levels * points, 2)
+        weights = self.attention_weights(queries).view(batch, count, heads, levels * points).softmax(-1)
+        # Coordinates stay in the references' precision: bf16 has a step of two pixels at 640.
+        boxes = references.reshape(batch, count, 1, 1, 2, 2)
+        locations = boxes[..., 0, :] + offsets.to(references.dtype) * (boxes[..., 1, :] * (self.offset_scale / points))
+        if self.sampling == "discrete":
+            sampled = _sample_nearest(value, locations, weights, shapes)
+        elif value.device.type == "cpu" and not torch.is_grad_enabled():
+            # Without gradients a CPU gathers faster than it grid-samples; the gather's backward is slower.
+            sample = _sample_lookup if torch.compiler.is_compiling() else _sample_gather
+            sampled = sample(value, locations, weights, shapes)
+        elif _matrix_is_faster(value, locations):
+            sampled = _sample_matrix(value, locations, weights, shapes)
+        else:
+            sampled = _sample_grid(value, locations, weights, shapes)
+        return self.output_proj(sampled)
+
+
+def _matrix_is_faster(value: Tensor, locations: Tensor) -> bool:
+    """In bf16 with gradients a CPU multiplies with an almost empty matrix faster than ``grid_sample`` goes back.
+
+    The matrix is kept for the backward pass, hence the bound.
+    """
+    if value.device.type != "cpu" or value.dtype != torch.bfloat16 or torch.compiler.is_compiling():
+        return False  # before the sizes are looked at: an export with a free batch may not depend on them
+    batch, total, heads, _ = value.shape
+    return batch * heads * locations.shape[1] * total <= MATRIX_ELEMENTS
+
+
+def _sample_grid(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """Bilinear samples by ``grid_sample``: (B, S, H, d), (B, Q, H, L*P, 2), (B, Q, H, L*P) -> (B, Q, H*d)."""
+    batch, _, heads, dim = value.shape
+    count, points = locations.shape[1], locations.shape[3] // len(shapes)
+    # float32: grid_sample is the least precise operator in reduced precision, and wrong on strided bf16 views on CPU.
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    grid = (2 * locations - 1).transpose(1, 2).reshape(batch * heads, count, len(shapes), points, 2).to(dtype)
+    maps = value.to(dtype).permute(0, 2, 3, 1).reshape(batch * heads, dim, -1)
+    samples, start = [], 0
+    with without_autocast(value):
+        for level, (height, width) in enumerate(shapes):
+            plane = maps[:, :, start : start + height * width].unflatten(2, (height, width)).contiguous()
+            samples.append(F.grid_sample(plane, grid[:, :, level], align_corners=False))
+            start += height * width
+        mixed = torch.cat(samples, -1) * weights.to(dtype).transpose(1, 2).reshape(batch * heads, 1, count, -1)
+    return mixed.sum(-1).view(batch, heads * dim, count).transpose(1, 2).to(value.dtype)
+
+
+def _sample_gather(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """The same as ``_sample_grid`` as one weighted gather over the four corners of every point."""
+    batch, total, heads, dim = value.shape
+    count = locations.shape[1]
+    index, share = _corners(locations, weights, shapes)
+    index = _rows(index, total).view(batch * count * heads, -1)
+    table = value.reshape(batch * total * heads, dim)
+    bags = F.embedding_bag(index, table, mode="sum", per_sample_weights=share.to(value.dtype).view_as(index))
+    return bags.view(batch, count, heads * dim)
+
+
+def _sample_lookup(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """The same as ``_sample_gather`` in operators that every runtime has: rows of a table, weighted and added."""
+    batch, total, heads, dim = value.shape
+    index, share = _corners(locations, weights, shapes)
+    rows = F.embedding(_rows(index, total), value.reshape(batch * total * heads, dim))
+    return (share.to(value.dtype).unsqueeze(-2) @ rows).squeeze(-2).flatten(2)
+
+
+def _rows(index: Tensor, total: int) -> Tensor:
+    """Where cells (B, Q, H, ...) of images of ``total`` cells are in a table of (B * total * H) rows."""
+    batch, _, heads, _ = index.shape
+    image = torch.arange(batch, device=index.device, dtype=index.dtype)[:, None, None, None]
+    head = torch.arange(heads, device=index.device, dtype=index.dtype)[None, None, :, None]
+    return index * heads + (image * (total * heads) + head)
+
+
+def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """The same as ``_sample_grid`` as a product: the corners' shares in a matrix (B*H, Q, S), times the values."""
+    batch, total, heads, dim = value.shape
+    count = locations.shape[1]
+    index, share = (x.transpose(1, 2).reshape(batch * heads * count, -1) for x in _corners(locations, weights, shapes))
+    index = index.long() + torch.arange(len(index), device=index.device)[:, None] * total
+    # index_add_, since scatter_add_ takes a float32 copy of the whole matrix.
+    matrix = value.new_zeros(len(index) * total).index_add_(0, index.view(-1), share.to(value.dtype).view(-1))
+    mixed = matrix.view(batch * heads, count, total) @ value.transpose(1, 2).reshape(batch * heads, total, dim)
+    return mixed.view(batch, heads, count, dim).transpose(1, 2).flatten(2)
+
+
+def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+    """The four cells around every point and their weighted shares: two tensors (B, Q, H, L * P * 4).
+
+    Cells are numbered through all levels; a corner outside its map has a share of zero. Numbers are integers from the
+    start: a runtime that computes in bf16 rounds floats, whatever they mean.
+    """
+    points = locations.shape[3] // len(shapes)
+    per_point = [(w, h, start) for (h, w), start in zip(shapes, _starts(shapes)) for _ in range(points)]
+    width, height, start = torch.tensor(per_point, dtype=torch.int32, device=locations.device)[..., None].unbind(1)
+    step_x, step_y = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]], dtype=torch.int32, device=locations.device)
+    locations = locations.unflatten(-1, (2, 1))
+    x, y = locations[..., 0, :] * width - 0.5, locations[..., 1, :] * height - 0.5
+    left, top = x.floor(), y.floor()
+    corner_x, corner_y = left.int() + step_x, top.int() + step_y
+    column = corner_x.clamp(min=0).minimum(width - 1)
+    row = corner_y.clamp(min=0).minimum(height - 1)
+    inside = (column == corner_x) & (row == corner_y)
+    # The share of a corner is the area opposite to it.
+    area = ((1 - step_x) - (x - left)).abs() * ((1 - step_y) - (y - top)).abs()
+    share = area * inside * weights.unsqueeze(-1).to(locations.dtype)
+    return (row * width + (column + start)).detach().flatten(3), share.flatten(3)
+
+
+def _sample_nearest(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+    """The nearest cell of every point (RT-DETRv2's discrete sampling), clamped to the map."""
+    batch, _, heads, dim = value.shape
+    count, points = locations.shape[1], locations.shape[3] // len(shapes)
+    indices = []
+    for level, ((height, width), start) in enumerate(zip(shapes, _starts(shapes))):
+        at = locations[..., level * points : (level + 1) * points, :]
+        column = (at[..., 0] * width + 0.5).to(torch.int64).clamp(0, width - 1)
+        row = (at[..., 1] * height + 0.5).to(torch.int64).clamp(0, height - 1)
+        indices.append(start + row * width + column)
+    index = torch.cat(indices, -1).transpose(1, 2).reshape(batch, heads, -1, 1).expand(-1, -1, -1, dim)
+    samples = value.transpose(1, 2).gather(2, index).unflatten(2, (count, -1))
+    mixed = (samples * weights.transpose(1, 2).unsqueeze(-1)).sum(3)
+    return mixed.transpose(1, 2).flatten(2)
+
+
+def _starts(shapes: Shapes) -> list[int]:
+    """Index of each level's first cell in the flattened memory."""
+    starts, total = [], 0
+    for height, width in shapes:
+        starts.append(total)
+        total += height * width
+    return starts

@@ -1,0 +1,164 @@
+"""Backbones: images as they are in, NCHW maps of the wanted strides out, whatever the network and its library.
+
+What the libraries leave to their users happens here: input range and normalisation, layouts, side lengths that have to
+be multiples of a patch, and layers that nothing depends on.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvision.backbone.feature_nets import SMP, build_pretrained, plan_network, pyramid_of, rehearse, smp_names
+from mvision.backbone.folding import fold_norms
+from mvision.errors import UserError
+
+if TYPE_CHECKING:
+    from mvision.backbone.config import BackboneConfig
+
+
+class Backbone(nn.Module):
+    """A feature network of timm, or of segmentation-models-pytorch as ``smp:NAME``.
+
+    Args:
+        config: which network, which strides, which normalisation.
+        image_size: (height, width) that a network with a fixed input size is built for.
+        laterals: strides of maps that heads want besides those of ``config``; those that the network lacks, or that
+            are not finer than all others, are left out.
+
+    Attributes:
+        channels, strides: of the maps for the neck, finest first. The maps of a plain ViT all have its one stride.
+        laterals: stride -> channels of the maps for heads, finest first.
+        any_size: images of other sizes than ``image_size`` are accepted too.
+        mean, std: (3, 1, 1), saved with the weights that they belong to; None where images stay in 0..1.
+
+    Raises:
+        UserError: unknown network, strides that it does not have, a size that it cannot take, or pretrained weights
+            that are neither in the cache nor to be downloaded.
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(self, config: BackboneConfig, image_size: tuple[int, int], laterals: Iterable[int] = ()) -> None:
+        super().__init__()
+        check_backbone_name(config.name)
+        self.config, self.image_size = config, image_size
+        finer = {stride for stride in laterals if stride < min(config.strides) and stride in pyramid_of(config.name)}
+        strides = (*sorted(finer), *config.strides)
+        plan = plan_network(config.name, strides, image_size)
+        unused, self.any_size = rehearse(config.name, strides, image_size)
+        self.laterals = dict(zip(plan.strides, plan.channels[: len(finer)]))
+        self.channels, self.strides = plan.channels[len(finer) :], plan.strides[len(finer) :]
+        self._keep, self._multiple = plan.keep, plan.multiple
+        self.net = build_pretrained(plan, config.name) if config.pretrained else plan.build()
+        # Distributed training would wait for the gradients of layers that no map depends on.
+        for name in unused:
+            self.net.get_parameter(name).requires_grad_(False)
+        self._channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+        if config.stage1_shortcut:
+            _add_stage1_shortcut(self.net, config.name)
+        mean, std = plan.statistics(config.pretrained) if config.normalize == "auto" else (None, None)
+        for name, values in (("mean", mean), ("std", std)):
+            self.register_buffer(name, None if values is None else torch.tensor(values).view(3, 1, 1))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Maps (B, C, H / stride, W / stride), finest first: the laterals, then those for the neck.
+
+        Args:
+            images: (B, 3, H, W) RGB, float in 0..1 or uint8 in 0..255.
+        """
+        if not self.any_size and tuple(images.shape[-2:]) != self.image_size:
+            (height, width), (h, w) = self.image_size, images.shape[-2:]
+            raise UserError(
+                f"backbone {self.config.name} was built for images of {height}x{width} and cannot take {h}x{w}: "
+                f"set image_size, and no multi_scale, or choose another backbone"
+            )
+        if images.dtype == torch.uint8:
+            images = images.to(next(self.net.parameters()).dtype) / 255
+        if self.mean is not None and self.std is not None:
+            images = (images - self.mean) / self.std
+        if self._multiple > 1:
+            images = _to_multiple(images, self._multiple)
+        maps = self.net(images)
+        if self._channels_last:
+            return [maps[index].permute(0, 3, 1, 2) for index in self._keep]
+        return [maps[index] for index in self._keep]
+
+    def fuse(self) -> Backbone:
+        """Re-parameterise what timm can, and fold norms into convolutions, in place: the same maps in eval mode."""
+        from timm.utils.model import reparameterize_model
+
+        size = [-(-side // self._multiple) * self._multiple for side in self.image_size]
+        self.net = reparameterize_model(self.net, inplace=True)
+        fold_norms(self.net, lambda net: net(torch.empty(1, 3, *size, device="meta")))
+        return self
+
+    def set_normalization(self, mean: Tensor | None, std: Tensor | None) -> None:
+        """Normalise as other weights were trained: (3, 1, 1) each, or None to leave images in 0..1."""
+        like = next(self.net.parameters())
+        self.mean = None if mean is None else mean.to(like)
+        self.std = None if std is None else std.to(like)
+        self.config.normalize = "none" if mean is None else "auto"
+
+
+def check_backbone_name(name: str) -> None:
+    """Raise UserError, with the nearest names, unless timm or (``smp:NAME``) segmentation-models-pytorch knows it."""
+    if name.startswith(SMP):
+        known = [SMP + encoder for encoder in smp_names()]
+        if name not in known:
+            raise UserError(f"backbone '{name}' is unknown to segmentation-models-pytorch: {_nearest(name, known)}")
+        return
+    import timm
+
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        known = [*timm.list_models(), *(SMP + encoder for encoder in smp_names())]
+        raise UserError(f"backbone '{name}' is unknown to timm: {_nearest(base, known)}")
+    tags = timm.list_pretrained(f"{base}.*")
+    if tag and name not in tags:
+        raise UserError(f"backbone '{base}' has no weights called '{tag}': choose one of {', '.join([base, *tags])}")
+
+
+def freeze(module: nn.Module) -> None:
+    """Stop training a module for good: no gradients, and norms and dropout in eval mode whatever its parent is in."""
+    module.requires_grad_(False)
+    module.eval()
+    module.register_forward_pre_hook(_back_to_eval)
+
+
+def _back_to_eval(module: nn.Module, args: Any) -> None:
+    """A function of the module's, not a closure, so that frozen modules can be copied and pickled."""
+    if module.training:
+        module.eval()
+
+
+def _add_stage1_shortcut(net: nn.Module, name: str) -> None:
+    """The projection on the first shortcut of RT-DETR's ResNet-18/34 "vd", as the identity until weights are loaded."""
+    block = net.get_submodule("layer1.0") if hasattr(net, "layer1") else None
+    if block is None or getattr(block, "downsample", "absent") is not None:
+        raise UserError(f"model.backbone.stage1_shortcut is for resnet18d and resnet34d, not for {name}")
+    channels = block.get_submodule("conv1").in_channels
+    assert isinstance(channels, int)
+    conv = nn.Conv2d(channels, channels, 1, bias=False)
+    nn.init.dirac_(conv.weight)
+    block.downsample = nn.Sequential(nn.Identity(), conv, nn.BatchNorm2d(channels))  # indices as in the other stages
+
+
+def _to_multiple(images: Tensor, multiple: int) -> Tensor:
+    """Stretch to the next multiple (a ViT's patches have to fit): positions relative to the image stay the same."""
+    height, width = images.shape[-2:]
+    if height % multiple == 0 and width % multiple == 0:
+        return images
+    size = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
+    return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    return f"did you mean {', '.join(near)}?" if near else "no known name is like it"

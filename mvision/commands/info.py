@@ -1,0 +1,200 @@
+"""What ``mvision info`` tells: this machine, the installed versions, and what a model consists of."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from mvision import __version__
+from mvision.config import load_config, shipped_configs
+from mvision.errors import UserError
+from mvision.machine import resolve_device, resolve_precision
+from mvision.model import Model
+from mvision.structures import Category
+from mvision.structures.oks import COCO_SIGMAS
+from mvision.weights import load
+
+PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "albumentations", "hotcoco")
+COCO_CLASSES = 80
+"""A model by name alone has as many classes as COCO, the number that papers count with."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a model: layers (modules with parameters of their own), parameters, and FLOPs of one image."""
+
+    name: str
+    layers: int
+    parameters: int
+    flops: int
+
+
+def info_text(model: str | None = None, weights: str | None = None) -> str:
+    """The whole answer of ``mvision info``.
+
+    Args:
+        model: a shipped model or a timm backbone: its parts.
+        weights: any source that ``mvision.load`` takes: its parts. None of the two: machine and versions.
+
+    Raises:
+        UserError: both are given, or one is unknown.
+    """
+    if model is not None and weights is not None:
+        raise UserError("--model and --weights: give one of them")
+    if weights is not None:
+        return model_text(load(weights), weights)
+    if model is not None:
+        config = load_config(model).model
+        config.categories = config.categories or _coco_like_classes()
+        config.backbone.pretrained = False  # the figures do not depend on the weights, and need no network without
+        return model_text(Model(config), model)
+    return machine_text()
+
+
+def _coco_like_classes() -> list[Category]:
+    """As many as COCO has, the first with a person's keypoints."""
+    person, *others = range(COCO_CLASSES)
+    return [
+        Category(id=person, name=str(person), keypoints=list(COCO_SIGMAS)),
+        *(Category(id=number, name=str(number)) for number in others),
+    ]
+
+
+def machine_text() -> str:
+    """Machine, devices and versions, one fact a line."""
+    device = resolve_device(None)
+    rows = [
+        ("mvision", f"{__version__} in {Path(__file__).parent}"),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        *((name, _version(name)) for name in PACKAGES),
+        ("cpu", f"{cpu_name()}, {_cores()} cores, torch uses {torch.get_num_threads()}"),
+        ("cpu bf16", _cpu_bf16()),
+        ("cuda", _cuda()),
+        ("mps", "available" if torch.backends.mps.is_available() else "not available"),
+        ("default", f"--device {device.type} --precision {resolve_precision('auto', device)}"),
+        ("models", f"{', '.join(shipped_configs())}, or any timm feature backbone"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def model_text(model: Model, name: str) -> str:
+    """Layers, parameters and FLOPs by part, as trained and as fused for inference. ``model`` ends up fused."""
+    height, width = model.config.image_size
+    trained = count_parts(model)
+    fused = {part.name: part for part in count_parts(model.fuse())}
+    header = ("part", "layers", "parameters", "GFLOPs", "fused: parameters", "GFLOPs")
+    rows = [
+        (
+            part.name,
+            f"{part.layers:,}",
+            f"{part.parameters:,}",
+            f"{part.flops / 1e9:.4g}",
+            f"{fused[part.name].parameters:,}",
+            f"{fused[part.name].flops / 1e9:.4g}",
+        )
+        for part in trained
+    ]
+    backbone = model.backbone
+    maps = ", ".join(f"{channels} at 1/{stride}" for channels, stride in zip(backbone.channels, backbone.strides))
+    if backbone.laterals:
+        maps += "; for heads " + ", ".join(f"{channels} at 1/{s}" for s, channels in backbone.laterals.items())
+    config = model.config
+    return "\n".join(
+        [
+            f"{name}: {', '.join(model.tasks)}; {len(model.categories)} classes; images {height} high, {width} wide",
+            f"backbone {config.backbone.name}: channels {maps}; neck: {config.neck.embed_dim} channels on every scale",
+            "",
+            *_table([header, *rows]),
+            "",
+            "FLOPs of one image, a multiply-add counts as two; convolutions, linear layers and attention are counted.",
+        ]
+    )
+
+
+def count_parts(model: Model) -> list[Part]:
+    """Backbone, neck, every head and the total, on one image of the model's size."""
+    model.eval()
+    image = torch.zeros(1, 3, *model.config.image_size, device=model.device)
+    counter = FlopCounterMode(display=False)
+    # The fused attention kernels have no counting rule on every device; the plain one is made of matrix products.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(image)
+    counts = counter.get_flop_counts()
+    parts: list[tuple[str, nn.Module]] = [("backbone", model.backbone), ("neck", model.neck)]
+    parts += [(f"heads.{task}", model.head(task)) for task in model.heads]
+    root = type(model).__name__
+    found = [_part(name, module, sum(counts.get(f"{root}.{name}", {}).values())) for name, module in parts]
+    return [*found, _part("total", model, counter.get_total_flops())]
+
+
+def _part(name: str, module: nn.Module, flops: int) -> Part:
+    own = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
+    return Part(name, len(own), sum(parameter.numel() for parameter in module.parameters()), flops)
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The first column to the left, the others to the right, a rule under the header and above the total."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    rule = "-" * len(lines[0])
+    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cores() -> int:
+    """The cores this process may use, which a container limits."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_field(key: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; empty where there is no such file or field."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return ""
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def cpu_name() -> str:
+    return _cpu_field("model name") or platform.processor() or "unknown"
+
+
+def _cpu_bf16() -> str:
+    flags = set((_cpu_field("flags") or _cpu_field("Features")).split())
+    found = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}.items()
+    names = [name for flag, name in found if flag in flags]
+    return f"in hardware ({', '.join(names)})" if names else "no hardware support found"
+
+
+def _cuda() -> str:
+    if not torch.cuda.is_available():
+        return (
+            f"not available (torch is built for CUDA {torch.version.cuda})" if torch.version.cuda else "not available"
+        )
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    names = ", ".join(f"{d.name} {d.total_memory / 2**30:.0f} GiB" for d in devices)
+    return f"{torch.version.cuda}: {names}"

@@ -1,0 +1,228 @@
+"""The YAML schema: every key that can be configured, with its type, range and default."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from mvision.backbone.config import BackboneConfig
+from mvision.config.explain import explain
+from mvision.errors import UserError
+from mvision.heads import head_class, serving_task
+from mvision.settings import Settings
+from mvision.structures import Category
+
+
+class NeckConfig(Settings):
+    """Settings of ``mvision.neck.HybridEncoder``; see its docstring."""
+
+    embed_dim: int = Field(256, gt=0)
+    attention_levels: Literal["coarsest", "all"] | list[int] = "coarsest"
+    share_attention: bool = True
+    num_heads: int = Field(8, gt=0)
+    num_layers: int = Field(1, ge=1)
+    ffn_dim: int = Field(1024, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    position: Literal["sincos", "learned"] = "sincos"
+    attention: Literal["global", "window", "auto"] = "global"
+    window_size: int = Field(20, gt=0)
+    window_threshold: int = Field(1600, gt=0)
+    depth: int = Field(3, ge=0)
+    expansion: float = Field(1.0, gt=0)
+    rep_identity: bool = False
+
+
+class ModelConfig(Settings):
+    """Everything needed to build a model again: it travels in the weights file.
+
+    ``heads`` maps a task's name to the settings of its head; ``categories`` is filled in from the data set.
+    """
+
+    backbone: BackboneConfig = BackboneConfig()
+    neck: NeckConfig = NeckConfig()
+    heads: dict[str, SerializeAsAny[Settings]] = {}
+    categories: list[Category] = []
+    image_size: tuple[int, int] = (640, 640)
+
+    @field_validator("heads", mode="before")
+    @classmethod
+    def _typed_heads(cls, value: Any) -> Any:
+        """Validate each section with the schema of its own head."""
+        if not isinstance(value, dict):
+            return value
+        typed = {}
+        for task, settings in value.items():
+            schema = head_class(task).Config
+            try:
+                typed[task] = (
+                    settings
+                    if isinstance(settings, schema)
+                    else schema.model_validate({} if settings is None else settings)
+                )
+            except ValidationError as error:
+                raise UserError(explain(error, schema, f"model.heads.{task}")) from error
+        return typed
+
+    @model_validator(mode="after")
+    def _one_head_for_both(self) -> ModelConfig:
+        """A task that another includes has that one's settings, and must not ask for others."""
+        for task in self.heads:
+            serving = serving_task(task, self.heads)
+            if serving == task:
+                continue
+            own, other = self.heads[task], self.heads[serving]
+            shared = {name: getattr(other, name) for name in type(own).model_fields}
+            for name, value in shared.items():
+                if name in own.model_fields_set and getattr(own, name) != value:
+                    raise UserError(
+                        f"model.heads.{task}.{name} is {getattr(own, name)} and model.heads.{serving}.{name} {value}, "
+                        f"and one head does both; set that of {serving} alone"
+                    )
+            self.heads[task] = type(own).model_validate(shared)
+        return self
+
+    @field_validator("image_size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @field_validator("image_size")
+    @classmethod
+    def _multiple_of_32(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if any(side < 32 or side % 32 for side in value):
+            raise ValueError("height and width have to be multiples of 32")
+        return value
+
+
+class AugmentConfig(Settings):
+    """Training augmentation: probabilities in 0..1 unless said otherwise.
+
+    Attributes:
+        photometric: brightness, contrast, saturation, hue.
+        photometric_strength: how far, by RT-DETR's strengths; more where the light will be another than in training.
+        zoom_out: place the image on a larger canvas.
+        crop: random crop that keeps objects (SSD's sampling of minimum overlaps).
+        flip: left-right.
+        vertical_flip: up-down; for images without a natural "up" such as microscopy.
+        mosaic: four images in one.
+        mixup: blend of two images.
+        multi_scale: batches at random sizes within this fraction of ``image_size`` (0 switches it off).
+        last_epochs: mosaic, mixup and zoom-out rest for this share of the run's end, 0..1.
+    """
+
+    photometric: float = Field(0.5, ge=0, le=1)
+    photometric_strength: float = Field(1.0, gt=0, le=10)
+    zoom_out: float = Field(0.3, ge=0, le=1)
+    crop: float = Field(0.5, ge=0, le=1)
+    flip: float = Field(0.5, ge=0, le=1)
+    vertical_flip: float = Field(0.0, ge=0, le=1)
+    mosaic: float = Field(0.0, ge=0, le=1)
+    mixup: float = Field(0.0, ge=0, le=1)
+    multi_scale: float = Field(0.0, ge=0, lt=1)
+    last_epochs: float = Field(0.1, ge=0, le=1)
+
+
+class MoreDataConfig(Settings):
+    """A further data set to learn from.
+
+    Attributes:
+        root: its folder.
+        train, val: its splits.
+        tasks: what its labels are used for; empty: every task of the model for which it has labels.
+        weight: how often an epoch shows each of its images; may be below 1.
+    """
+
+    root: str
+    train: str = "train"
+    val: str = "val"
+    tasks: list[str] = []
+    weight: float = Field(1.0, gt=0)
+
+
+class DataConfig(Settings):
+    """Where the data lies and how it is loaded.
+
+    Attributes:
+        root: the folder; None is the built-in data set.
+        train, val: the splits to train and to evaluate on; any annotation file of the folder, by its stem.
+        tasks, weight: as in ``MoreDataConfig``.
+        more: further data sets. Classes are one where they have one name. What a data set has no class for, or no
+            labels, is not taken for absent in its images; a task is evaluated on every data set that is used for it.
+        fraction: share of the training images to use, drawn with the run's seed: how much do more labels help?
+        augment: what happens to training images.
+        workers: loading processes; None picks by the number of cores.
+    """
+
+    root: str | None = None
+    train: str = "train"
+    val: str = "val"
+    tasks: list[str] = []
+    weight: float = Field(1.0, gt=0)
+    more: list[MoreDataConfig] = []
+    fraction: float = Field(1.0, gt=0, le=1)
+    augment: AugmentConfig = AugmentConfig()
+    workers: int | None = Field(None, ge=0)
+
+
+class TrainConfig(Settings):
+    """The training run.
+
+    Attributes:
+        optimizer: ``adamw``, or ``muon`` (timm's): orthogonalised momentum for the weights of convolutions and linear
+            layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
+            embeddings and the last layers of classifiers get AdamW with Nesterov momentum.
+        lr: peak learning rate of neck and heads, for the whole batch as given.
+        backbone_lr: peak learning rate of the backbone; None: the same as ``lr``.
+        weight_decay: on weights of convolutions and linear layers; norms, biases and embeddings have none.
+        beta2: of AdamW.
+        warmup_steps: linear warm-up, in optimiser steps.
+        schedule: after the warm-up: ``cosine`` to ``final_lr``, ``linear`` to it, or ``constant``.
+        final_lr: fraction of the peak that the schedule ends at.
+        accumulate: batches per optimiser step.
+        clip_norm: largest gradient norm; 0 switches clipping off.
+        ema_decay: of the exponential moving average that is evaluated and saved; 0 switches it off.
+        ema_warmup: steps over which the decay rises to its value (decay * (1 - exp(-step / ema_warmup))).
+        val_interval: epochs between evaluations (the last epoch is always evaluated).
+        patience: evaluations without a better AP before the run stops early; 0 never stops.
+        channels_last: memory format of images and weights; faster on most machines.
+        task_weights: of a joint model's tasks in the loss, by name; 1 where none is given. One head that does two tasks
+            has its own name's: instance-seg also for the boxes.
+        trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
+    """
+
+    epochs: int = Field(72, ge=1)
+    batch_size: int = Field(16, ge=1)
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    lr: float = Field(1e-4, gt=0)
+    backbone_lr: float | None = Field(None, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    beta2: float = Field(0.999, gt=0, lt=1)
+    warmup_steps: int = Field(1000, ge=0)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_lr: float = Field(0.01, ge=0, le=1)
+    accumulate: int = Field(1, ge=1)
+    clip_norm: float = Field(0.1, ge=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    ema_warmup: int = Field(2000, ge=1)
+    val_interval: int = Field(1, ge=1)
+    patience: int = Field(0, ge=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    channels_last: bool = True
+    freeze: list[Literal["backbone", "neck"]] = []
+    task_weights: dict[str, float] = {}
+    seed: int = Field(0, ge=0)
+    trackers: list[str] = []
+
+
+class Config(Settings):
+    """The whole file."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+
+    def to_yaml(self) -> str:
+        """The complete file, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

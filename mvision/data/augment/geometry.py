@@ -1,0 +1,288 @@
+"""Where the pixels and labels of an image go: every geometric augmentation here is a stretch of a rectangle and a flip.
+
+Because nothing is rotated, crop, zoom-out, mosaic tile and final resize together are one ``Placement`` per image: the
+pixels are resampled once, and boxes, keypoints and outlines follow by the same two numbers per axis.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+
+from mvision.data.formats.segmentation import Outline, rasterise
+from mvision.structures import Category
+from mvision.structures.images import resize_image
+
+Rect = tuple[float, float, float, float]  # x0, y0, x1, y1
+PixelRect = tuple[int, int, int, int]
+
+WHOLE: Rect = (0.0, 0.0, 1.0, 1.0)
+FILL = 114  # grey around a zoomed-out image
+MIN_VISIBLE = 0.25  # share of an object's area that has to be left after a cut for it to stay labelled ...
+MIN_COVER = 0.1  # ... unless the rest still covers this share of the picture: half a face is a face
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The ``source`` rectangle of an image (in pixels of it) is stretched onto the ``target`` rectangle of a canvas."""
+
+    source: PixelRect
+    target: PixelRect
+    image_size: tuple[int, int]
+    canvas_size: tuple[int, int]
+
+    @property
+    def scale(self) -> np.ndarray:
+        """(2,) x, y: fractions of the image to fractions of the canvas, before ``offset`` is added."""
+        return (self._target[2:] - self._target[:2]) / (self._source[2:] - self._source[:2])
+
+    @property
+    def offset(self) -> np.ndarray:
+        """(2,) x, y in fractions of the canvas."""
+        return self._target[:2] - self._source[:2] * self.scale
+
+    @property
+    def _source(self) -> np.ndarray:
+        height, width = self.image_size
+        return np.array(self.source) / (width, height, width, height)
+
+    @property
+    def _target(self) -> np.ndarray:
+        height, width = self.canvas_size
+        return np.array(self.target) / (width, height, width, height)
+
+
+@dataclass
+class Labels:
+    """The objects of one picture on their way to ``Targets``; everything in fractions of the picture.
+
+    Attributes:
+        boxes: (N, 4) float64 xyxy.
+        labels: (N,) int64.
+        areas: (N,) float64.
+        crowd: (N,) bool.
+        cut: (N,) bool: part of the object was left outside.
+        windows: (N, 4) float64: the part of the picture in which the object's own image is seen.
+        scale, offset: (N, 2) float64: where points of ``outlines``, which stay as they were read, lie now.
+        keypoints: (N, K, 3) float64 or None.
+        outlines: N outlines (or None each), or None altogether.
+    """
+
+    boxes: np.ndarray
+    labels: np.ndarray
+    areas: np.ndarray
+    crowd: np.ndarray
+    cut: np.ndarray
+    windows: np.ndarray
+    scale: np.ndarray
+    offset: np.ndarray
+    keypoints: np.ndarray | None
+    outlines: np.ndarray | None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, keep: np.ndarray) -> Labels:
+        """The objects that ``keep`` (bool mask or indices) selects, in every field together."""
+        chosen: dict[str, Any] = {
+            f.name: None if (value := getattr(self, f.name)) is None else value[keep] for f in fields(self)
+        }
+        return Labels(**chosen)
+
+
+def new_labels(
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    areas: np.ndarray,
+    crowd: np.ndarray,
+    keypoints: np.ndarray | None,
+    outlines: Sequence[Outline | None] | None,
+) -> Labels:
+    """Labels of a picture as it was read."""
+    count = len(labels)
+    packed = None
+    if outlines is not None:
+        packed = np.empty(count, dtype=object)
+        packed[:] = outlines
+    return Labels(
+        boxes=boxes.astype(np.float64),
+        labels=labels,
+        areas=areas.astype(np.float64),
+        crowd=crowd,
+        cut=np.zeros(count, dtype=bool),
+        windows=np.tile(np.array(WHOLE), (count, 1)),
+        scale=np.ones((count, 2)),
+        offset=np.zeros((count, 2)),
+        keypoints=None if keypoints is None else keypoints.astype(np.float64),
+        outlines=packed,
+    )
+
+
+def join_labels(parts: Sequence[Labels]) -> Labels:
+    """All objects of several pictures that share one canvas."""
+
+    def joined(name: str) -> Any:
+        values = [getattr(part, name) for part in parts]
+        return None if values[0] is None else np.concatenate(values)
+
+    return Labels(**{f.name: joined(f.name) for f in fields(Labels)})
+
+
+def fit(view: Rect, image_size: tuple[int, int], window: PixelRect, canvas_size: tuple[int, int]) -> Placement | None:
+    """Show the ``view`` of an image in a ``window`` of a canvas, on whole pixels of both.
+
+    Args:
+        view: in fractions of the image; may reach beyond it, then part of the window stays empty.
+        image_size, canvas_size: (height, width) in pixels.
+        window: in pixels of the canvas.
+
+    Returns:
+        The placement, or None where nothing of the image is in view.
+    """
+    source, target = [0, 0, 0, 0], [0, 0, 0, 0]
+    for axis, extent in ((0, image_size[1]), (1, image_size[0])):
+        low, high = view[axis], view[axis + 2]
+        begin, end = max(low, 0.0), min(high, 1.0)
+        if end <= begin:
+            return None
+        first = min(int(begin * extent + 0.5), extent - 1)
+        last = max(int(end * extent + 0.5), first + 1)
+        room = window[axis + 2] - window[axis]
+        start = min(int((begin - low) / (high - low) * room + 0.5), room - 1)
+        stop = max(int((end - low) / (high - low) * room + 0.5), start + 1)
+        source[axis], source[axis + 2] = first, last
+        target[axis], target[axis + 2] = window[axis] + start, window[axis] + stop
+    return Placement((*source,), (*target,), image_size, canvas_size)  # type: ignore[arg-type]
+
+
+def paint(image: np.ndarray, placement: Placement, canvas: np.ndarray) -> np.ndarray:
+    """Draw the placed part of ``image`` (H, W, 3) on ``canvas`` (in place); returns it, or what covers it whole."""
+    x0, y0, x1, y1 = placement.source
+    left, top, right, bottom = placement.target
+    resized = resize_image(image[y0:y1, x0:x1], (bottom - top, right - left))
+    if resized.shape == canvas.shape:
+        return resized
+    canvas[top:bottom, left:right] = resized
+    return canvas
+
+
+def place(labels: Labels, placement: Placement, window: PixelRect | None = None) -> Labels:
+    """Labels of an image as they are on the canvas; what is cut to nearly nothing is gone.
+
+    ``window`` (pixels of the canvas) is where the image may be seen; None: anywhere.
+    """
+    height, width = placement.canvas_size
+    bounds = np.array(WHOLE) if window is None else np.array(window) / (width, height, width, height)
+    scale, offset = placement.scale, placement.offset
+    boxes = labels.boxes * np.tile(scale, 2) + np.tile(offset, 2)
+    clipped = np.concatenate((boxes[:, :2].clip(bounds[:2], bounds[2:]), boxes[:, 2:].clip(bounds[:2], bounds[2:])), 1)
+    visible = _extent(clipped) / np.maximum(_extent(boxes), 1e-12)
+    keypoints = labels.keypoints
+    if keypoints is not None:
+        keypoints = keypoints.copy()
+        points = keypoints[..., :2]
+        points *= scale
+        points += offset
+        inside = ((points >= bounds[:2]) & (points <= bounds[2:])).all(axis=-1)
+        keypoints[~inside | (keypoints[..., 2] <= 0)] = 0
+    moved = replace(
+        labels,
+        boxes=clipped,
+        areas=labels.areas * scale.prod() * visible,
+        cut=labels.cut | (visible < 1 - 1e-6),
+        windows=np.tile(bounds, (len(labels), 1)),
+        scale=labels.scale * scale,
+        offset=labels.offset * scale + offset,
+        keypoints=keypoints,
+    )
+    room = (bounds[2:] - bounds[:2]).prod()
+    gone = (visible < MIN_VISIBLE) & (_extent(clipped) < MIN_COVER * room)
+    return moved[~gone] if gone.any() else moved
+
+
+def flip(labels: Labels, axis: int, swap: np.ndarray | None = None) -> Labels:
+    """Mirror left-right (axis 0) or up-down (axis 1).
+
+    ``swap`` (classes, K): for each class the keypoint that each one becomes in a mirror (see ``mirror_keypoints``).
+    """
+    low, high = axis, axis + 2
+    boxes, windows = labels.boxes.copy(), labels.windows.copy()
+    boxes[:, [low, high]] = 1 - labels.boxes[:, [high, low]]
+    windows[:, [low, high]] = 1 - labels.windows[:, [high, low]]
+    scale, offset = labels.scale.copy(), labels.offset.copy()
+    scale[:, axis] *= -1
+    offset[:, axis] = 1 - offset[:, axis]
+    keypoints = labels.keypoints
+    if keypoints is not None:
+        keypoints = keypoints.copy()
+        keypoints[..., axis] = np.where(keypoints[..., 2] > 0, 1 - keypoints[..., axis], 0)
+        if swap is not None and len(labels):
+            keypoints = np.take_along_axis(keypoints, swap[labels.labels][..., None], axis=1)
+    return replace(labels, boxes=boxes, windows=windows, scale=scale, offset=offset, keypoints=keypoints)
+
+
+def mirror_keypoints(categories: Sequence[Category]) -> np.ndarray | None:
+    """(classes, K) index of the keypoint that each one becomes in a mirror; None where no class has keypoints.
+
+    From ``Category.flip_pairs``, or where the data set gives none by names such as ``left_eye``: ``left`` and ``right``
+    may stand anywhere in the name, in any case. A name without its counterpart stays.
+    """
+    count = max((len(category.keypoints) for category in categories), default=0)
+    if count == 0:
+        return None
+    swap = np.tile(np.arange(count), (len(categories), 1))
+    for row, category in enumerate(categories):
+        if category.flip_pairs is not None:
+            for a, b in category.flip_pairs:
+                swap[row, [a, b]] = b, a
+            continue
+        names = [name.lower() for name in category.keypoints]
+        for index, name in enumerate(names):
+            for side, other in (("left", "right"), ("right", "left")):
+                if side in name and name.replace(side, other) in names:
+                    swap[row, index] = names.index(name.replace(side, other))
+    return swap
+
+
+def draw_masks(labels: Labels, size: tuple[int, int], chosen: np.ndarray | None = None) -> np.ndarray:
+    """(N, height, width) uint8 masks of the objects (or the ``chosen`` ones); zeros where an object has no outline."""
+    height, width = size
+    indices = np.arange(len(labels)) if chosen is None else np.asarray(chosen)
+    masks = np.zeros((len(indices), height, width), dtype=np.uint8)
+    for row, index in enumerate(indices):
+        outline = None if labels.outlines is None else labels.outlines[index]
+        if outline is not None:
+            x0, y0, x1, y1 = (labels.windows[index] * (width, height, width, height)).round().astype(int).tolist()
+            masks[row] = rasterise(outline, labels.scale[index], labels.offset[index], (x0, y0, x1, y1), size)
+    return masks
+
+
+def tighten(labels: Labels, canvas_size: tuple[int, int]) -> Labels:
+    """Boxes and areas of objects that were cut, taken anew from what is left of their masks.
+
+    A cut-off arm makes a box smaller than clipping alone would. Objects of which next to nothing is left are gone.
+    """
+    if labels.outlines is None or not labels.cut.any():
+        return labels
+    chosen = np.array([i for i in np.flatnonzero(labels.cut) if labels.outlines[i] is not None], dtype=np.int64)
+    height, width = canvas_size
+    boxes, areas = labels.boxes.copy(), labels.areas.copy()
+    keep = np.ones(len(labels), dtype=bool)
+    for index, mask in zip(chosen, draw_masks(labels, canvas_size, chosen)):
+        rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+        if len(rows) == 0:
+            keep[index] = False
+            continue
+        extent = np.array((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)) / (width, height, width, height)
+        boxes[index, :2] = np.maximum(boxes[index, :2], extent[:2])
+        boxes[index, 2:] = np.minimum(boxes[index, 2:], extent[2:])
+        areas[index] = mask.sum() / mask.size
+        keep[index] = bool((boxes[index, 2:] > boxes[index, :2]).all())
+    return replace(labels, boxes=boxes, areas=areas)[keep]
+
+
+def _extent(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(axis=1)

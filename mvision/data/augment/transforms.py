@@ -1,0 +1,221 @@
+"""Training augmentation and the plain stretch of evaluation: which views of which images make up a sample.
+
+Geometry is our own (``geometry.py``: one resampling per image, labels in closed form). This is the only file that
+imports albumentations, which changes the colours.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import cv2
+import numpy as np
+
+from mvision.config import AugmentConfig
+from mvision.data.augment.geometry import (
+    FILL,
+    WHOLE,
+    Labels,
+    PixelRect,
+    Placement,
+    Rect,
+    fit,
+    flip,
+    join_labels,
+    paint,
+    place,
+    tighten,
+)
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the package index for news on import
+
+import albumentations as A
+
+ZOOM_OUT = (
+    2.0  # largest canvas side in image sides; RT-DETR takes 4, which leaves nothing of small objects at 320 pixels
+)
+CROP_SCALES = (0.3, 1.0)  # sides of a crop in sides of the image (SSD, section 2.2, as in torchvision's RandomIoUCrop)
+CROP_ASPECTS = (0.5, 2.0)
+CROP_OVERLAPS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+CROP_TRIALS = 40
+MOSAIC_CENTRES = (0.3, 0.7)
+MIXUP_WEIGHTS = (0.4, 0.6)  # about half and half: every object stays visible and keeps its full label
+GRID = 32  # mosaic tiles meet at multiples of the coarsest stride, so that no feature or mask cell sees two images
+
+# Deviations of RT-DETR's RandomPhotometricDistort: factors from 1, and parts of the colour wheel.
+PHOTOMETRIC = {"brightness": 0.125, "contrast": 0.5, "saturation": 0.5}
+HUE = 0.05
+DARKEST = 0.2  # factor, however strong
+
+
+class Source(Protocol):
+    """Where the transform finds images and labels; ``Dataset`` is one."""
+
+    def __len__(self) -> int: ...
+
+    def labels(self, index: int) -> Labels:
+        """Labels of an image, in fractions of it."""
+        ...
+
+    def image(self, index: int, at_least: tuple[int, int] | None = None) -> np.ndarray:
+        """(H, W, 3) uint8; ``at_least`` (height, width) allows a smaller decoding. Raises ``BadImage``."""
+        ...
+
+    def aspect(self, index: int) -> float:
+        """Width by height."""
+        ...
+
+
+class EvalTransform:
+    """The whole image stretched to the input size, as in prediction."""
+
+    def __call__(
+        self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[np.ndarray, Labels]:
+        """(h, w, 3) uint8 and the labels in fractions of it."""
+        return _view(source, index, WHOLE, size, at_least=None)
+
+
+class TrainTransform:
+    """Random views, flips and colours."""
+
+    def __init__(self, config: AugmentConfig, swap: np.ndarray | None = None) -> None:
+        """``swap``: see ``geometry.mirror_keypoints``."""
+        self.config = config
+        self.swap = swap
+        strength = config.photometric_strength
+        factors = {name: (max(1 - strength * d, DARKEST), 1 + strength * d) for name, d in PHOTOMETRIC.items()}
+        hue = min(strength * HUE, 0.5)
+        self.photometric = A.ColorJitter(**factors, hue=(-hue, hue), p=1.0)
+
+    def resting(self) -> TrainTransform:
+        """The same without mosaic, mixup and zoom-out, for the end of a run."""
+        calm = self.config.model_copy(update={"mosaic": 0.0, "mixup": 0.0, "zoom_out": 0.0})
+        return TrainTransform(calm, self.swap)
+
+    def __call__(
+        self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[np.ndarray, Labels]:
+        """One training sample: (h, w, 3) uint8 and its labels in fractions of it.
+
+        All chance comes from ``rng``. Objects cut to next to nothing, or smaller than a pixel, are gone.
+        """
+        image, labels = self._picture(source, index, size, rng)
+        if rng.random() < self.config.mixup:
+            other, more = self._picture(source, int(rng.integers(len(source))), size, rng)
+            image = _blend(image, other, rng.uniform(*MIXUP_WEIGHTS))
+            labels = join_labels((labels, more))
+        if rng.random() < self.config.flip:
+            image, labels = cv2.flip(image, 1), flip(labels, 0, self.swap)
+        if rng.random() < self.config.vertical_flip:
+            image, labels = cv2.flip(image, 0), flip(labels, 1, self.swap)
+        if rng.random() < self.config.photometric:
+            self.photometric.set_random_seed(int(rng.integers(2**31)))
+            image = self.photometric(image=image)["image"]
+        labels = tighten(labels, size)
+        sides = (labels.boxes[:, 2:] - labels.boxes[:, :2]) * (size[1], size[0])
+        return image, labels[sides.prod(axis=1) >= 1.0]
+
+    def _picture(
+        self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[np.ndarray, Labels]:
+        if rng.random() < self.config.mosaic:
+            return _mosaic(source, index, size, rng)
+        view = WHOLE
+        if rng.random() < self.config.zoom_out:
+            view = zoom_out(rng)
+        if rng.random() < self.config.crop:
+            view = crop(source.labels(index), view, source.aspect(index), rng)
+        return _view(source, index, view, size, at_least=size)
+
+
+def zoom_out(rng: np.random.Generator) -> Rect:
+    """A view larger than the image (SSD's "expansion"), the image anywhere in it."""
+    side = rng.uniform(1.0, ZOOM_OUT)
+    x, y = rng.uniform(0.0, side - 1.0, size=2)
+    return (-x, -y, side - x, side - y)
+
+
+def crop(labels: Labels, view: Rect, aspect: float, rng: np.random.Generator) -> Rect:
+    """A part of ``view`` with at least one object's centre in it (SSD's sampling).
+
+    A minimum share is drawn, and every object whose centre lies in the crop has to keep at least that share of its
+    area. The share is of the object, not SSD's overlap of object and crop, which small objects can never reach. Without
+    a crop that meets it, the view stays as it is; an image without objects is cropped anywhere.
+    """
+    overlap = rng.choice(CROP_OVERLAPS)
+    sides = rng.uniform(*CROP_SCALES, size=(CROP_TRIALS, 2))
+    corners = rng.random((CROP_TRIALS, 2)) * (1 - sides)
+    extent = np.array((view[2] - view[0], view[3] - view[1]))
+    low = np.array(view[:2]) + corners * extent
+    high = low + sides * extent
+    shape = (sides[:, 0] * extent[0] * aspect) / (sides[:, 1] * extent[1])
+    good = (shape >= CROP_ASPECTS[0] * min(aspect, 1.0)) & (shape <= CROP_ASPECTS[1] * max(aspect, 1.0))
+    boxes = labels.boxes[~labels.crowd]
+    if len(boxes):
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        inside = ((centres > low[:, None]) & (centres < high[:, None])).all(axis=-1)  # (trials, objects)
+        left = np.minimum(boxes[:, 2:], high[:, None]) - np.maximum(boxes[:, :2], low[:, None])
+        shares = left.clip(min=0).prod(axis=-1) / (boxes[:, 2:] - boxes[:, :2]).prod(axis=-1).clip(min=1e-12)
+        good &= inside.any(axis=1) & (~inside | (shares >= overlap)).all(axis=1)
+    found = np.flatnonzero(good)
+    if len(found) == 0:
+        return view
+    return (*low[found[0]].tolist(), *high[found[0]].tolist())
+
+
+def _view(
+    source: Source, index: int, view: Rect, size: tuple[int, int], at_least: tuple[int, int] | None
+) -> tuple[np.ndarray, Labels]:
+    """One view of one image on a canvas of its own."""
+    height, width = size
+    window = (0, 0, width, height)
+    canvas = np.full((height, width, 3), FILL, dtype=np.uint8)
+    image, placement = _placed(source, index, view, window, size, reduced=at_least is not None)
+    if placement is None:
+        return canvas, source.labels(index)[np.zeros(0, dtype=np.int64)]
+    return paint(image, placement, canvas), place(source.labels(index), placement)
+
+
+def _mosaic(source: Source, index: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, Labels]:
+    """Four images that meet in one point, each enlarged at random so that it fills its tile without a border."""
+    height, width = size
+    x, y = (_on_grid(side, rng) for side in (width, height))
+    tiles: list[PixelRect] = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
+    members = [index, *(int(member) for member in rng.integers(len(source), size=3))]
+    canvas = np.full((height, width, 3), FILL, dtype=np.uint8)
+    parts = []
+    for tile, member in zip(rng.permutation(4), members):
+        window = tiles[tile]
+        sides = np.array(((window[2] - window[0]) / width, (window[3] - window[1]) / height))
+        extent = sides / rng.uniform(sides.max(), 1.0)  # of the view in the image; both sides at most 1
+        corner = rng.random(2) * (1 - extent)
+        view = (*corner.tolist(), *(corner + extent).tolist())
+        image, placement = _placed(source, member, view, window, size, reduced=True)
+        if placement is not None:
+            canvas = paint(image, placement, canvas)
+            parts.append(place(source.labels(member), placement, window))
+    return canvas, join_labels(parts)
+
+
+def _placed(
+    source: Source, index: int, view: Rect, window: PixelRect, size: tuple[int, int], reduced: bool
+) -> tuple[np.ndarray, Placement | None]:
+    """The image, decoded no larger than the view asks for where ``reduced``, and where it goes."""
+    enough = None
+    if reduced:
+        rows, columns = window[3] - window[1], window[2] - window[0]
+        enough = (int(np.ceil(rows / (view[3] - view[1]))), int(np.ceil(columns / (view[2] - view[0]))))
+    image = source.image(index, enough)
+    return image, fit(view, (image.shape[0], image.shape[1]), window, size)
+
+
+def _on_grid(side: int, rng: np.random.Generator) -> int:
+    position = round(rng.uniform(*MOSAIC_CENTRES) * side / GRID) * GRID
+    return int(min(max(position, GRID), side - GRID)) if side >= 2 * GRID else side // 2
+
+
+def _blend(image: np.ndarray, other: np.ndarray, weight: float) -> np.ndarray:
+    mixed = image.astype(np.float32) * weight + other.astype(np.float32) * (1 - weight)
+    return mixed.round().astype(np.uint8)

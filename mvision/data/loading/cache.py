@@ -1,0 +1,65 @@
+"""Decoded images kept in shared memory, so that later epochs of a small data set skip the decoding."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from mvision.data.formats.coco import ImageRecord
+
+LARGEST = 2 << 30  # bytes
+SHARE_OF_MEMORY = 0.25  # of what is available when the cache is made
+CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+SHARED_MEMORY = Path("/dev/shm")  # torch's shared tensors live there; small in many containers, and full means a crash
+
+
+class ImageCache:
+    """Room for every image of a split; whichever process decodes one first keeps it for all.
+
+    Two processes that decode the same image at once write the same bytes.
+    """
+
+    def __init__(self, records: Sequence[ImageRecord]) -> None:
+        sizes = [record.height * record.width * 3 for record in records]
+        self.shapes = [(record.height, record.width, 3) for record in records]
+        self.start = np.cumsum([0, *sizes], dtype=np.int64)
+        self.pixels = torch.empty(int(self.start[-1]), dtype=torch.uint8).share_memory_()
+        self.ready = torch.zeros(len(records), dtype=torch.bool).share_memory_()
+
+    def get(self, index: int) -> np.ndarray | None:
+        """(H, W, 3) uint8, not to be written to, or None where it is not there yet."""
+        if not self.ready[index]:
+            return None
+        return self._room(index)
+
+    def put(self, index: int, image: np.ndarray) -> None:
+        """Keep an image; one whose size is not the one in its annotations finds no room and is left out."""
+        if image.shape == self.shapes[index]:
+            self._room(index)[:] = image
+            self.ready[index] = True
+
+    def _room(self, index: int) -> np.ndarray:
+        flat = self.pixels[int(self.start[index]) : int(self.start[index + 1])].numpy()
+        return flat.reshape(self.shapes[index])
+
+
+def make_cache(records: Sequence[ImageRecord], caches: int = 1) -> ImageCache | None:
+    """A cache, where all decoded images take at most a quarter of the free memory, or its part of it; else None."""
+    needed = sum(record.height * record.width * 3 for record in records)
+    return ImageCache(records) if needed <= _budget() // caches else None
+
+
+def _budget() -> int:
+    available = psutil.virtual_memory().available
+    if CGROUP_LIMIT.is_file():  # a container sees the memory of the whole machine, and may use this much of it
+        limit = CGROUP_LIMIT.read_text().strip()
+        available = min(available, int(limit)) if limit.isdigit() else available
+    free = min(available * SHARE_OF_MEMORY, LARGEST)
+    if SHARED_MEMORY.is_dir():
+        free = min(free, shutil.disk_usage(SHARED_MEMORY).free / 2)
+    return int(free)

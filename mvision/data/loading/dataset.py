@@ -1,0 +1,293 @@
+"""Samples: what happens to one is a function of (seed, epoch, index) alone, whoever loads it and in whatever order.
+
+Where an epoch shows an image several times, also of how often it did before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils import data
+
+from mvision.config import AugmentConfig
+from mvision.data.augment.geometry import Labels, draw_masks, mirror_keypoints, new_labels
+from mvision.data.augment.transforms import EvalTransform, TrainTransform
+from mvision.data.formats.coco import CocoSplit
+from mvision.data.loading.cache import ImageCache
+from mvision.errors import UserError
+from mvision.structures import Instances, Targets
+from mvision.structures.images import BadImage, read_image
+from mvision.structures.masks import Masks, encode_mask
+
+ATTEMPTS = 10  # images tried in place of a damaged one
+ASPECT_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True)
+class SampleKey:
+    """What a sampler asks the data set for.
+
+    ``resting``: without mosaic, mixup and zoom-out (the end of a run). ``repeat``: how often the epoch showed the image
+    before.
+    """
+
+    epoch: int
+    index: int
+    image_size: tuple[int, int]
+    resting: bool = False
+    repeat: int = 0
+
+
+@dataclass
+class Sample:
+    """One picture for the model, (h, w, 3) uint8 RGB, with its labels.
+
+    ``image`` is None where neither the picture nor a replacement could be read. ``skipped`` lists (file, reason) of
+    those that could not. ``crowds`` (M, 4) are cxcywh boxes in 0..1 of regions with many unlabelled objects.
+    """
+
+    image: np.ndarray | None
+    targets: Targets | None
+    crowds: Tensor
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Transform(Protocol):
+    """``EvalTransform`` and ``TrainTransform``."""
+
+    def __call__(
+        self, source: Dataset, index: int, size: tuple[int, int], rng: np.random.Generator
+    ) -> tuple[np.ndarray, Labels]: ...
+
+
+class Dataset(data.Dataset[Sample]):
+    """Images and labels of one split; ``dataset[SampleKey(...)]`` is a ``Sample``.
+
+    Without ``augment`` the whole image is stretched to the size asked for and nothing is left to chance.
+    """
+
+    def __init__(
+        self,
+        split: CocoSplit,
+        augment: AugmentConfig | None = None,
+        seed: int = 0,
+        mask_stride: int | None = 1,
+        cache: ImageCache | None = None,
+        validate: bool = True,
+        tasks: Collection[str] | None = None,
+    ) -> None:
+        """Prepare the samples of a split.
+
+        Args:
+            split: read with the ``fields`` that the targets shall have.
+            augment: training augmentation; None for evaluation.
+            seed: of all augmentation.
+            mask_stride: masks are drawn at 1 / stride of the input size; None leaves them out of the targets.
+            cache: keeps decoded images in memory between epochs.
+            validate: insist that the annotations have what was asked for; off for looking at a data set.
+            tasks: what the labels are used for, see ``Targets.tasks``; None: all for which there are some.
+
+        Raises:
+            UserError: masks or keypoints are asked for, and the annotations have none.
+        """
+        if validate:
+            require_fields(split)
+        self.records = split.records
+        self.objects = split.objects
+        self.folder = split.folder
+        self.categories = split.categories
+        self.known = split.known
+        self.tasks = None if tasks is None else frozenset(tasks)
+        self.seed = seed
+        self.mask_stride = mask_stride
+        self.cache = cache
+        self.augmented = augment is not None
+        self.transform: Transform
+        self.resting: Transform
+        if augment is None:
+            self.transform = self.resting = EvalTransform()
+        else:
+            train = TrainTransform(augment, mirror_keypoints(split.categories))
+            self.transform, self.resting = train, train.resting()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """The sample of a key; a damaged image of a training set is replaced by one drawn from the same numbers."""
+        skipped: list[tuple[str, str]] = []
+        index = key.index
+        for attempt in range(ATTEMPTS if self.augmented else 1):
+            # Where many files are damaged, a mosaic of four is unlikely to succeed: the later half goes without.
+            transform = self.resting if key.resting or attempt >= ATTEMPTS // 2 else self.transform
+            more = (key.repeat,) if key.repeat else ()
+            rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt, *more))
+            try:
+                image, labels = transform(self, index, key.image_size, rng)
+            except BadImage as error:
+                skipped.append((error.path, error.reason))
+                if error.path == str(self.path(index)):  # else it was another image of a mosaic
+                    index = int(rng.integers(len(self)))
+                continue
+            return Sample(image, *self._targets(labels, index, key.image_size), skipped)
+        return Sample(None, None, torch.zeros((0, 4)), skipped)
+
+    def labels(self, index: int) -> Labels:
+        """Labels of one image as it was read, crowd regions among them."""
+        rows, objects = self.objects.of(index), self.objects
+        outlines = None
+        if objects.outlines is not None:
+            outlines = [objects.outlines[row] for row in range(rows.start, rows.stop)]
+        return new_labels(
+            objects.boxes[rows],
+            objects.labels[rows],
+            objects.areas[rows],
+            objects.crowd[rows],
+            None if objects.keypoints is None else objects.keypoints[rows],
+            outlines,
+        )
+
+    def image(self, index: int, at_least: tuple[int, int] | None = None) -> np.ndarray:
+        """(H, W, 3) uint8 RGB of one image in the geometry that its annotations assume.
+
+        Raises:
+            BadImage: it cannot be read, or has another shape than its annotations say.
+        """
+        if self.cache is None:
+            return self._read(index, at_least)
+        image = self.cache.get(index)
+        if image is None:
+            image = self._read(index, None)
+            self.cache.put(index, image)
+        return image
+
+    def aspect(self, index: int) -> float:
+        """Width by height of one image."""
+        return self.records[index].width / self.records[index].height
+
+    def path(self, index: int) -> Path:
+        """File of one image."""
+        return self.folder / self.records[index].file
+
+    def truth(self, index: int) -> tuple[np.ndarray, Instances]:
+        """One image as it is, with what it is labelled with: for drawing. Pixels, score 1, crowd regions left out.
+
+        Raises:
+            BadImage: it cannot be read.
+        """
+        image, labels = self.image(index), self.labels(index)
+        return image, self.to_instances(labels[~labels.crowd], image.shape[:2], str(self.path(index)))
+
+    def truths(self, count: int) -> list[tuple[np.ndarray, Instances]]:
+        """``truth`` of the first ``count`` images that can be read."""
+        found: list[tuple[np.ndarray, Instances]] = []
+        for index in range(len(self)):
+            if len(found) == count:
+                break
+            try:
+                found.append(self.truth(index))
+            except BadImage:
+                continue  # named when the split was evaluated
+        return found
+
+    def to_instances(self, labels: Labels, size: tuple[int, int], path: str | None = None) -> Instances:
+        """Labels in pixels of a picture of this (height, width)."""
+        height, width = size
+        keypoints = None
+        if labels.keypoints is not None:
+            keypoints = (labels.keypoints * (width, height, 1)).astype(np.float32)
+            keypoints[..., 2] = keypoints[..., 2] > 0
+        return Instances(
+            boxes=(labels.boxes * (width, height, width, height)).astype(np.float32),
+            scores=np.ones(len(labels), dtype=np.float32),
+            labels=labels.labels,
+            size=(height, width),
+            categories=self.categories,
+            masks=None if labels.outlines is None else _masks(labels, (height, width)),
+            keypoints=keypoints,
+            path=path,
+        )
+
+    def _read(self, index: int, at_least: tuple[int, int] | None) -> np.ndarray:
+        path, record = self.path(index), self.records[index]
+        image = read_image(path, at_least)
+        aspect = image.shape[1] / image.shape[0]
+        if abs(aspect / self.aspect(index) - 1) > ASPECT_TOLERANCE:
+            # Some tools label the picture as stored and ignore the camera's orientation.
+            turned = read_image(path, at_least, rotate=False)
+            if abs(turned.shape[1] / turned.shape[0] / self.aspect(index) - 1) > ASPECT_TOLERANCE:
+                height, width = image.shape[:2]
+                raise BadImage(path, f"is {width} x {height}, its annotations are for {record.width} x {record.height}")
+            return turned
+        return image
+
+    def _targets(self, labels: Labels, index: int, size: tuple[int, int]) -> tuple[Targets, Tensor]:
+        boxes = torch.from_numpy(_cxcywh(labels.boxes))
+        crowd = torch.from_numpy(labels.crowd)
+        labels = labels[~labels.crowd] if labels.crowd.any() else labels
+        record = self.records[index]
+        masks = None
+        outlines, stride = labels.outlines, self.mask_stride
+        labelled = outlines is not None and (len(outlines) == 0 or any(outline is not None for outline in outlines))
+        if labelled and stride is not None:
+            masks = torch.from_numpy(draw_masks(labels, (-(-size[0] // stride), -(-size[1] // stride))))
+        keypoints = None if labels.keypoints is None else torch.from_numpy(labels.keypoints.astype(np.float32))
+        targets = Targets(
+            boxes=boxes[~crowd],
+            labels=torch.from_numpy(labels.labels.astype(np.int64)),
+            areas=torch.from_numpy(labels.areas.astype(np.float32)),
+            masks=masks,
+            keypoints=keypoints,
+            image_id=record.id,
+            size=(record.height, record.width),
+            known=None if self.known is None else torch.from_numpy(self.known),
+            tasks=self.tasks,
+        )
+        return targets, boxes[crowd]
+
+
+class MixedDataset(data.Dataset[Sample]):
+    """The samples of several data sets, one after the other. Mosaic and mixup take the images of one."""
+
+    def __init__(self, parts: Sequence[Dataset]) -> None:
+        self.parts = list(parts)
+        self.start = np.cumsum([0, *map(len, parts)])
+        self.augmented = all(part.augmented for part in parts)
+
+    def __len__(self) -> int:
+        return int(self.start[-1])
+
+    def __getitem__(self, key: SampleKey) -> Sample:
+        """The sample of a key, whose index counts through all parts."""
+        number = int(np.searchsorted(self.start, key.index, side="right")) - 1
+        return self.parts[number][replace(key, index=key.index - int(self.start[number]))]
+
+
+def require_fields(split: CocoSplit) -> None:
+    """Masks and keypoints that were asked for have to be in the annotations.
+
+    Raises:
+        UserError: they are not.
+    """
+    words = {
+        "masks": ("a segmentation", "tasks instance-seg and semantic-seg need"),
+        "keypoints": ("keypoints", "task keypoints needs"),
+    }
+    for name in sorted(split.fields - split.available):
+        what, who = words[name]
+        raise UserError(f"{split.split.annotations}: no object in it has {what}, which the {who}")
+
+
+def _masks(labels: Labels, size: tuple[int, int]) -> Masks:
+    """Drawn one at a time: together they would fill the memory on large images."""
+    return Masks((encode_mask(draw_masks(labels, size, np.array([index]))[0]) for index in range(len(labels))), size)
+
+
+def _cxcywh(boxes: np.ndarray) -> np.ndarray:
+    return np.concatenate(((boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]), axis=1).astype(np.float32)

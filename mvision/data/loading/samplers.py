@@ -1,0 +1,109 @@
+"""Which images make up which batch: functions of (seed, epoch), the same for any number of processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from mvision.data.loading.dataset import SampleKey
+
+SHUFFLE, SCALE = 1, 2  # keep the two uses of (seed, epoch) apart from each other and from the samples' own numbers
+STEP = 32  # image sizes are multiples of the coarsest stride
+
+
+class TrainBatches:
+    """Batches of one epoch, shuffled; set ``epoch`` before iterating.
+
+    The permutation of all images is cut into batches of the total batch size, and each process takes its part of every
+    batch: one process and eight see the same batches. What does not fill a batch waits for the next epoch's shuffle. A
+    data set smaller than a batch makes one batch of what there is; with fewer images in a batch than processes some are
+    seen twice, so that no process is left without work. Of several data sets each gives its share to the permutation.
+    """
+
+    def __init__(
+        self,
+        num_images: int | Sequence[tuple[int, float]],
+        batch_size: int,
+        image_size: tuple[int, int],
+        seed: int = 0,
+        epochs: int | None = None,
+        last_epochs: float = 0.0,
+        multi_scale: float = 0.0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """``batch_size`` is the total over processes; ``epochs`` and ``last_epochs`` say when augmentation rests.
+
+        ``num_images``: of one data set, or for each of several the number and how often an epoch shows each image.
+        """
+        self.parts = [(num_images, 1.0)] if isinstance(num_images, int) else list(num_images)
+        self.drawn = [max(1, round(count * weight)) for count, weight in self.parts]
+        self.num_images, self.batch_size, self.image_size = sum(self.drawn), batch_size, image_size
+        self.seed, self.multi_scale = seed, multi_scale
+        self.rank, self.world_size = rank, world_size
+        self.resting_from = math.inf if epochs is None else epochs - round(epochs * last_epochs)
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return max(self.num_images // self.batch_size, 1)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        order = self._order()
+        resting = self.epoch >= self.resting_from
+        for number in range(len(self)):
+            members = order[number * self.batch_size : (number + 1) * self.batch_size]
+            members = members[np.arange(max(len(members), self.world_size)) % len(members)]
+            size = self._size(number)
+            own = members[self.rank :: self.world_size].tolist()
+            yield [SampleKey(self.epoch, index, size, resting, repeat) for index, repeat in own]
+
+    def _order(self) -> np.ndarray:
+        """(n, 2) images of this epoch, and how often each was shown in it before.
+
+        Whole passes over each data set, and a part of one where its weight is uneven.
+        """
+        rng = np.random.default_rng((self.seed, self.epoch, SHUFFLE))
+        if self.drawn == [count for count, _ in self.parts]:
+            images = rng.permutation(self.num_images)
+            return np.stack((images, np.zeros_like(images)), axis=1)
+        chosen, start = [], 0
+        for (count, _), drawn in zip(self.parts, self.drawn):
+            passes = [
+                np.stack((start + rng.permutation(count), np.full(count, repeat)), axis=1)
+                for repeat in range(-(-drawn // count))
+            ]
+            chosen.append(np.concatenate(passes)[:drawn])
+            start += count
+        return rng.permutation(np.concatenate(chosen))
+
+    def _size(self, number: int) -> tuple[int, int]:
+        """Height and width of a batch: whole steps of the longer side, the shorter one in proportion."""
+        height, width = self.image_size
+        longer = max(height, width)
+        steps = int(self.multi_scale * longer / STEP)
+        if steps == 0:
+            return self.image_size
+        rng = np.random.default_rng((self.seed, self.epoch, number, SCALE))
+        factor = 1 + int(rng.integers(-steps, steps + 1)) * STEP / longer
+        return tuple(max(round(side * factor / STEP) * STEP, STEP) for side in (height, width))  # type: ignore[return-value]
+
+
+class EvalBatches:
+    """Every image once, in order; process r of n takes the images r, r + n, r + 2n, ..."""
+
+    def __init__(
+        self, num_images: int, batch_size: int, image_size: tuple[int, int], rank: int = 0, world_size: int = 1
+    ) -> None:
+        """``batch_size`` is the total over processes."""
+        self.image_size = image_size
+        self.keys = [SampleKey(0, index, image_size) for index in range(rank, num_images, world_size)]
+        self.batch_size = max(batch_size // world_size, 1)
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.keys) / self.batch_size)
+
+    def __iter__(self) -> Iterator[list[SampleKey]]:
+        for start in range(0, len(self.keys), self.batch_size):
+            yield self.keys[start : start + self.batch_size]

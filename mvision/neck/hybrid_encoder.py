@@ -1,0 +1,283 @@
+"""The hybrid encoder of RT-DETR: attention inside a scale, convolutions across scales.
+
+Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024, section 4.2. Its two parts are AIFI
+(attention-based intra-scale feature interaction) and CCFM (CNN-based cross-scale feature fusion). The defaults compute
+what the published RT-DETR models compute.
+
+Needs torch alone, so that the neck can be used on any list of feature maps:
+
+    backbone = timm.create_model("convnext_tiny", features_only=True, out_indices=(1, 2, 3))
+    neck = HybridEncoder(backbone.feature_info.channels(), backbone.feature_info.reduction(), embed_dim=192)
+    p3, p4, p5 = neck(backbone(images))                     # each (B, 192, H / stride, W / stride), finest first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mvision.neck.aifi import AIFI, LearnedPosition, SincosPosition, is_static
+from mvision.neck.layers import ConvNorm, CSPRepLayer, check_heads, fuse_modules, get_activation
+
+AttentionMode = Literal["global", "window", "auto"]
+
+
+class HybridEncoder(nn.Module):
+    """Project every map to `embed_dim` channels, attend inside scales, fuse top-down, then bottom-up.
+
+    Any number of scales, channels, strides and map sizes: a fused map always has the size of the map it came from.
+    Maps that repeat a stride (a plain ViT's all do) are resampled into a pyramid first, see `pyramid_strides`.
+
+    Cost: the fusion is linear in the number of pixels, and so is attention in windows; global attention on a scale of n
+    tokens is O(n^2), which is small on the coarsest scale (n = 400 at 640 x 640).
+
+    Args:
+        in_channels: channels of every input map, finest first.
+        strides: stride of every input map relative to the image, finest first.
+        embed_dim: channels of every output map; a multiple of num_heads (and of 4 with "sincos" positions).
+        attention_levels: scales with attention: "coarsest" (the paper's choice), "all", or indices into the maps
+            (0 is the finest; [] for none).
+        share_attention: one set of attention weights for all these scales instead of one per scale.
+        num_layers: Transformer layers per scale.
+        ffn_dim, dropout, attention_act: of these layers.
+        position: "sincos" (fixed) or "learned" (a grid resized to the map, plus one vector per attended scale).
+        attention: "global", "window" (inside windows of at most window_size x window_size tokens), or "auto": windows
+            on maps of more than window_threshold tokens. The weights are the same, so the attribute may be changed
+            later. A graph exported with dynamic sizes has one form only: global for "auto", and for "window" the one
+            for maps larger than a window.
+        window_threshold: 1600 tokens are a 1280 x 1280 image at stride 32.
+        depth: RepBlocks in every fusion block.
+        expansion: width of the fusion blocks' inside relative to embed_dim.
+        rep_identity: give the RepBlocks RepVGG's identity branch (published RT-DETR weights come without).
+        conv_act: activation of all convolutions.
+        norm_eps: of all BatchNorms.
+
+    Attributes:
+        strides: stride of every output map, strictly increasing.
+        out_channels: embed_dim for every output map.
+
+    Raises:
+        ValueError: an argument is impossible, or the maps of a call do not fit in_channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        strides: Sequence[int],
+        embed_dim: int = 256,
+        *,
+        attention_levels: Literal["coarsest", "all"] | Sequence[int] = "coarsest",
+        share_attention: bool = True,
+        num_heads: int = 8,
+        num_layers: int = 1,
+        ffn_dim: int = 1024,
+        dropout: float = 0.0,
+        attention_act: str = "gelu",
+        position: Literal["sincos", "learned"] = "sincos",
+        attention: AttentionMode = "global",
+        window_size: int = 20,
+        window_threshold: int = 1600,
+        depth: int = 3,
+        expansion: float = 1.0,
+        rep_identity: bool = False,
+        conv_act: str = "silu",
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.in_channels, self.in_strides = list(in_channels), list(strides)
+        check_heads(embed_dim, num_heads)
+        _check_maps(self.in_channels, self.in_strides)
+        _check_choice("attention", attention, ("global", "window", "auto"))
+        if window_size < 1 or num_layers < 1:
+            raise ValueError(f"window_size={window_size} and num_layers={num_layers} must be at least 1")
+        num_levels = len(self.in_channels)
+        self.strides = pyramid_strides(self.in_strides)
+        self.out_channels = [embed_dim] * num_levels
+        self.embed_dim = embed_dim
+        self.attention_levels = _resolve_levels(attention_levels, num_levels)
+        self.attention: str = attention
+        self.window_size, self.window_threshold = window_size, window_threshold
+
+        conv = partial(ConvNorm, embed_dim, embed_dim, act=conv_act, eps=norm_eps)
+        fusion = partial(
+            CSPRepLayer,
+            2 * embed_dim,
+            embed_dim,
+            depth=depth,
+            expansion=expansion,
+            identity=rep_identity,
+            act=conv_act,
+            eps=norm_eps,
+        )
+        self.projections = nn.ModuleList(ConvNorm(c, embed_dim, act=None, eps=norm_eps) for c in self.in_channels)
+        self.resamplers = nn.ModuleList(
+            _resampler(embed_dim, a, b, conv_act, norm_eps) for a, b in zip(self.in_strides, self.strides)
+        )
+        num_scales = len(self.attention_levels)
+        self.position = _position(position, embed_dim, num_scales)
+        # Which attended scales each set of weights serves; nested lists so that TorchScript can unroll the outer one.
+        self.scale_groups = [list(range(num_scales))] if share_attention else [[i] for i in range(num_scales)]
+        self.aifi = nn.ModuleList(
+            AIFI(embed_dim, num_heads, num_layers, ffn_dim, dropout=dropout, act=attention_act)
+            for group in self.scale_groups
+            if group
+        )
+        steps = [max(1, round(b / a)) for a, b in zip(self.strides[:-1], self.strides[1:])]
+        # lateral_convs and top_down run from the coarsest scale, downsample_convs and bottom_up from the finest.
+        self.lateral_convs = nn.ModuleList(conv() for _ in steps)
+        self.top_down = nn.ModuleList(fusion() for _ in steps)
+        self.downsample_convs = nn.ModuleList(conv(kernel_size=_down_kernel(step), stride=step) for step in steps)
+        self.bottom_up = nn.ModuleList(fusion() for _ in steps)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """Maps (B, in_channels[i], H_i, W_i), finest first -> maps (B, embed_dim, H_i, W_i), finest first.
+
+        H_i and W_i of the output differ from the input only where `strides` differs from the strides given.
+        """
+        if not torch.jit.is_scripting():
+            self._check_features(features)
+        maps: list[Tensor] = []
+        for i, (projection, resampler) in enumerate(zip(self.projections, self.resamplers)):
+            maps.append(resampler(projection(features[i])))
+
+        for i, aifi in enumerate(self.aifi):
+            for scale in self.scale_groups[i]:
+                level = self.attention_levels[scale]
+                x = maps[level]
+                maps[level] = aifi(x, self.position(x, scale), self._window(x))
+
+        coarsest = len(maps) - 1
+        for i, (lateral_conv, block) in enumerate(zip(self.lateral_convs, self.top_down)):
+            coarse, fine = coarsest - i, coarsest - i - 1
+            maps[coarse] = lateral_conv(maps[coarse])
+            upsampled = F.interpolate(maps[coarse], size=maps[fine].shape[-2:], mode="nearest")
+            maps[fine] = block(torch.cat([upsampled, maps[fine]], dim=1))
+
+        for i, (downsample_conv, block) in enumerate(zip(self.downsample_convs, self.bottom_up)):
+            downsampled = _fit(downsample_conv(maps[i]), maps[i + 1])
+            maps[i + 1] = block(torch.cat([downsampled, maps[i + 1]], dim=1))
+        return maps
+
+    def fuse(self) -> HybridEncoder:
+        """Re-parameterise for inference, in place: fold every norm, merge every RepBlock; same outputs in eval mode."""
+        return fuse_modules(self)
+
+    def _window(self, x: Tensor) -> int:
+        """Window side for the attention on this map, 0 for global attention."""
+        if self.attention == "auto":
+            height, width = x.shape[-2:]
+            if _dynamic_export(height, width):
+                return 0
+            return self.window_size if height * width > self.window_threshold else 0
+        return self.window_size if self.attention == "window" else 0
+
+    def _check_features(self, features: list[Tensor]) -> None:
+        if torch.jit.is_tracing():  # sizes are tensors there, and every comparison of them warns
+            return
+        if len(features) != len(self.in_channels):
+            raise ValueError(
+                f"HybridEncoder was built for {len(self.in_channels)} maps (in_channels={self.in_channels}) "
+                f"and got {len(features)}"
+            )
+        for i, (x, channels) in enumerate(zip(features, self.in_channels)):
+            if x.ndim == 4 and x.shape[1] == channels:
+                continue
+            hint = ""
+            if x.ndim == 4 and x.shape[3] == channels:
+                hint = "; it looks channels-last (B, H, W, C): pass x.permute(0, 3, 1, 2)"
+            raise ValueError(f"map {i} must be (B, {channels}, H, W) and is {tuple(x.shape)}{hint}")
+
+
+def pyramid_strides(strides: Sequence[int]) -> list[int]:
+    """Strictly increasing output strides for input strides in which some repeat.
+
+    All alike, as in a plain ViT: a pyramid around that stride, as in ViTDet (Li et al., ECCV 2022): 16, 16, 16 becomes
+    8, 16, 32, and four maps become 4, 8, 16, 32. A stride is halved only as long as it stays a whole number. Else
+    every map that repeats a stride, as in dilated CNNs, is shrunk by twos until its stride exceeds the one before.
+    """
+    targets = list(strides)
+    if len(set(targets)) == 1:
+        for _ in range(len(targets) // 2):
+            if targets[0] % 2 == 0:
+                targets[0] //= 2
+        return [targets[0] * 2**i for i in range(len(targets))]
+    for i in range(1, len(targets)):
+        while targets[i] <= targets[i - 1]:
+            targets[i] *= 2
+    return targets
+
+
+def _resampler(dim: int, source: int, target: int, act: str, eps: float) -> nn.Module:
+    """From stride `source` to `target`, a power of two apart: 2x2 transposed convolutions up (ViTDet), 3x3 down."""
+    layers: list[nn.Module] = []
+    while source > target:
+        layers += [nn.ConvTranspose2d(dim, dim, kernel_size=2, stride=2), get_activation(act)]
+        source //= 2
+    while source < target:
+        layers.append(ConvNorm(dim, dim, 3, stride=2, act=act, eps=eps))
+        source *= 2
+    return nn.Sequential(*layers)
+
+
+def _position(position: str, embed_dim: int, num_scales: int) -> nn.Module:
+    _check_choice("position", position, ("sincos", "learned"))
+    if num_scales == 0:
+        return nn.Identity()
+    return SincosPosition(embed_dim) if position == "sincos" else LearnedPosition(embed_dim, num_scales)
+
+
+def _down_kernel(step: int) -> int:
+    """The smallest odd kernel >= 3 whose windows, `step` apart, miss no pixel: 3 for 2 (as in RT-DETR), 7 for 4."""
+    return max(3, 2 * step - 1)
+
+
+def _fit(x: Tensor, like: Tensor) -> Tensor:
+    """x (B, C, H, W) at the size of `like`, nearest neighbour.
+
+    Stride-2 convolutions round sizes up where many backbones round down; nearest from n + 1 to n drops the last row.
+    """
+    size = like.shape[-2:]
+    if is_static(size[0] * size[1]) and x.shape[-2:] == size:
+        return x
+    return F.interpolate(x, size=size, mode="nearest")
+
+
+def _dynamic_export(height: int, width: int) -> bool:
+    """Is a graph with a dynamic map size being exported? (torch.compile may look at sizes: it recompiles.)"""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # is_exporting: torch >= 2.7
+        return exporting() and not is_static(height * width)
+
+
+def _resolve_levels(levels: str | Sequence[int], num_levels: int) -> list[int]:
+    """Ascending indices of the attended maps."""
+    if isinstance(levels, str):
+        _check_choice("attention_levels", levels, ("coarsest", "all"))
+        return [num_levels - 1] if levels == "coarsest" else list(range(num_levels))
+    for level in levels:
+        if not -num_levels <= level < num_levels:
+            raise ValueError(f"attention_levels={list(levels)} names map {level}, but there are {num_levels} maps")
+    return sorted({level % num_levels for level in levels})
+
+
+def _check_maps(in_channels: list[int], strides: list[int]) -> None:
+    if not in_channels or len(in_channels) != len(strides):
+        raise ValueError(
+            f"in_channels={in_channels} and strides={strides} must have one number per map, and at least one"
+        )
+    if min(in_channels) < 1 or min(strides) < 1:
+        raise ValueError(f"in_channels={in_channels} and strides={strides} must be positive; leave empty maps out")
+    if strides != sorted(strides):
+        raise ValueError(f"strides={strides} must not decrease: give the maps finest first")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,250 @@
+"""The mask head: its terms, its pixel features, its prior, and its post-processing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from mvision import create_model
+from mvision.config import load_config
+from mvision.heads.instance_seg.head import MaskHead, boxes_of_masks, mask_at_points, mask_grid
+from mvision.heads.instance_seg.losses import read_features
+from mvision.model import Model
+from mvision.structures.boxes import cxcywh_to_xyxy
+from tests.test_heads import CATEGORIES, SMALL, filled_boxes, make_features, make_head, make_targets, total
+
+TASK = "instance-seg"
+
+
+def test_every_layer_has_mask_terms() -> None:
+    head = make_head(TASK, dense_weight=1.0)
+    targets = make_targets(2, 1)
+    terms = head.loss(head(make_features(), targets), targets)
+    places = ["", "_0", "_encoder", "_denoising_0", "_denoising_1"]
+    assert {name for name in terms if name.startswith(("mask", "dice"))} == {
+        f"{term}{place}" for term in ("mask", "dice") for place in places
+    }
+    assert {"class_dense", "box_dense", "giou_dense"} < set(terms)
+
+
+def test_an_image_without_objects_has_zero_mask_loss() -> None:
+    head = make_head(TASK)
+    for targets in (make_targets(0, 0), make_targets(0, 2)):
+        terms = head.loss(head(make_features(), targets), targets)
+        assert all(value.isfinite() for value in terms.values())
+        if not len(targets[1]):
+            assert {terms[name].item() for name in terms if name.startswith(("mask", "dice"))} == {0.0}
+
+
+def test_objects_without_masks_cost_nothing() -> None:
+    head, features = make_head(TASK, num_denoising=0), make_features()
+    targets = make_targets(2, 3)
+    partial = make_targets(2, 3)
+    partial[0].masks = None
+    partial[1].masks[1:] = 0
+    outputs = head(features, partial)
+    torch.manual_seed(5)
+    terms = head.loss(outputs, partial)
+    assert terms["mask"] > 0
+    (terms["mask"] + terms["dice"]).backward()
+    for target in partial:
+        target.masks = None
+    terms = head.loss(head(features, partial), partial)
+    assert terms["mask"].item() == terms["dice"].item() == 0
+    assert total(head.loss(head(features, targets), targets)).isfinite()
+
+
+def test_masks_decide_the_matching_where_boxes_cannot() -> None:
+    """Two objects with one box and one class, two queries with that box: the masks tell who is who."""
+    head = make_head(TASK, num_queries=2, num_layers=1, num_denoising=0)
+    (target,) = make_targets(2)
+    target.boxes = torch.tensor([[0.5, 0.5, 0.8, 0.8]] * 2)
+    target.labels = torch.zeros(2, dtype=torch.int64)
+    target.masks = torch.zeros(2, 40, 40, dtype=torch.uint8)
+    target.masks[0, :, :20] = target.masks[1, :, 20:] = 1
+    pixels = torch.zeros(1, 8, 8, 8)
+    pixels[0, 0] = torch.linspace(-20, 20, 8)  # dark left, bright right
+    embeddings = torch.zeros(2, 1, 2, 9)
+    for swapped in (False, True):
+        embeddings[:, 0, :, 0] = torch.tensor([1.0, -1.0]) if swapped else torch.tensor([-1.0, 1.0])
+        outputs = {
+            "logits": torch.zeros(1, 2, 3),
+            "boxes": target.boxes[None],
+            "layer_logits": torch.zeros(1, 1, 2, 3),
+            "layer_boxes": target.boxes[None, None],
+            "encoder_logits": torch.zeros(1, 2, 3),
+            "encoder_boxes": target.boxes[None],
+            "pixels": pixels,
+            "mask_embeddings": embeddings,
+        }
+        assert head.loss(outputs, [target])["dice"].item() < 5 * 0.25
+
+
+def test_the_masks_of_the_loss_are_those_of_the_prediction() -> None:
+    torch.manual_seed(3)
+    embeddings, pixels = torch.randn(2, 5, 9), torch.randn(2, 8, 12, 10)
+    boxes = torch.rand(2, 5, 4) * 0.3 + 0.3
+    grid = mask_grid(embeddings, pixels, boxes)
+    y, x = torch.meshgrid((torch.arange(12) + 0.5) / 12, (torch.arange(10) + 0.5) / 10, indexing="ij")
+    points = torch.stack((x, y), -1).flatten(0, 1).expand(2, -1, -1)
+    found = mask_at_points(embeddings, read_features(pixels, points), boxes, points)
+    torch.testing.assert_close(found.unflatten(-1, (12, 10)), grid, atol=1e-4, rtol=1e-4)
+
+
+def test_a_new_head_predicts_ellipses_in_its_boxes() -> None:
+    head = make_head(TASK).eval()
+    with torch.no_grad():
+        head.mask_embed.layers[-1].weight.zero_()
+        head.mask_embed.layers[-1].bias[:-1].zero_()
+        outputs = head(make_features(height=320, width=320))
+    inside = outputs["masks"][0] > 0
+    boxes = cxcywh_to_xyxy(outputs["boxes"][0]).clamp(0, 1)
+    large = ((outputs["boxes"][0, :, 2:] > 0.2) & (outputs["boxes"][0, :, 2:] < 0.4)).all(-1)
+    large &= (cxcywh_to_xyxy(outputs["boxes"][0]) == boxes).all(-1)
+    filled = filled_boxes(outputs["boxes"][0], *inside.shape[1:]).bool()
+    if large.any():
+        share = (inside & filled)[large].sum((1, 2)) / filled[large].sum((1, 2))
+        assert share.tolist() == pytest.approx([np.pi / 4] * int(large.sum()), abs=0.06)
+    assert not (inside & ~filled)[large].any()
+    assert ((inside & filled).sum() / inside.sum()).item() > 0.9
+
+
+def test_boxes_around_masks() -> None:
+    masks = torch.full((1, 3, 10, 20), -1.0)
+    masks[0, 0, 2:5, 4:14] = 1
+    masks[0, 1, 9, 19] = 1
+    boxes = boxes_of_masks(masks, torch.full((1, 3, 4), 0.3))
+    expected = [[0.45, 0.35, 0.5, 0.3], [0.975, 0.95, 0.05, 0.1], [0.3] * 4]
+    torch.testing.assert_close(boxes[0], torch.tensor(expected))
+
+
+def test_the_decoder_can_start_from_masks() -> None:
+    plain, option = make_head(TASK).eval(), make_head(TASK, boxes_from_masks=True).eval()
+    with torch.no_grad():
+        a, b = plain(make_features()), option(make_features())
+    assert not torch.equal(a["boxes"], b["boxes"])
+    targets = make_targets(2, 1)
+    assert total(option.loss(option(make_features(), targets), targets)).isfinite()
+
+
+def test_results_are_in_pixels_of_the_original() -> None:
+    head = make_head(TASK, num_queries=3)
+    logits = torch.full((1, 3, 3), -9.0)
+    logits[0, 1, 2], logits[0, 1, 0], logits[0, 2, 1] = 4.0, 1.0, 2.0
+    masks = torch.full((1, 3, 20, 30), -2.0)
+    masks[0, 1, :10, :15] = 2.0
+    masks[0, 2, 15:, 20:] = 2.0
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.25, 0.25, 0.5, 0.5], [0.8, 0.9, 0.3, 0.2]]])
+    outputs = {"logits": logits, "boxes": boxes, "masks": masks}
+    (found,) = head.postprocess(outputs, [(200, 600)], threshold=0.5)
+    assert found.labels.tolist() == [2, 1, 0]
+    assert found.masks.shape == (3, 200, 600)
+    expected = np.zeros((200, 600), bool)
+    expected[:100, :300] = True
+    assert (found.masks[0] & expected).sum() / (found.masks[0] | expected).sum() > 0.97
+    assert np.array_equal(found.masks[0], found.masks[2])  # the same query as another class
+    assert found.masks.areas[1] == pytest.approx(50 * 200, rel=0.06)
+    entry = found.to_coco(1)[0]
+    assert entry["segmentation"]["size"] == [200, 600]
+
+
+class TestLaterals:
+    def model(self, backbone: str, stride: int = 4) -> Model:
+        settings = {"heads__instance-seg": {**SMALL[TASK], "pixel_stride": stride}, "image_size": 64}
+        return create_model(
+            "tiny", [TASK], categories=CATEGORIES, backbone__name=backbone, neck__embed_dim=32, **settings
+        ).eval()
+
+    @pytest.mark.parametrize(
+        ("backbone", "stride", "laterals"),
+        [
+            ("test_resnet", 4, [4]),
+            ("test_resnet", 8, []),
+            ("test_convnext", 4, [4]),
+            ("test_vit", 4, []),
+            ("smp:mobilenet_v2", 4, [4]),
+        ],
+    )
+    def test_pixel_features_have_their_stride(self, backbone: str, stride: int, laterals: list[int]) -> None:
+        model = self.model(backbone, stride)
+        assert list(model.backbone.laterals) == laterals
+        assert model.head(TASK).lateral is bool(laterals)
+        with torch.no_grad():
+            outputs = model(torch.rand(2, 3, 64, 96) if backbone != "test_vit" else torch.rand(2, 3, 64, 64))
+        width = 96 if backbone != "test_vit" else 64
+        assert outputs[TASK]["masks"].shape == (2, 12, 64 // stride, width // stride)
+
+    def test_the_lateral_reaches_the_masks(self) -> None:
+        model = self.model("test_resnet")
+        images = torch.rand(1, 3, 64, 64)
+        with torch.no_grad():
+            before = model(images)[TASK]
+            model.head(TASK).pixels.lateral.norm.bias += 1
+            after = model(images)[TASK]
+        assert torch.equal(before["boxes"], after["boxes"])
+        assert not torch.equal(before["masks"], after["masks"])
+
+
+def kept_for_backward(head: MaskHead, scale: int) -> int:
+    """Bytes that the loss keeps, apart from the pixel features, with masks and features ``scale`` times as large."""
+    (target,) = make_targets(4)
+    target.masks = filled_boxes(target.boxes, 48 * scale, 32 * scale)
+    outputs = head(make_features(1, 96, 64), [target])
+    pixels = outputs["pixels"] = torch.randn(1, 8, 12 * scale, 8 * scale, requires_grad=True)
+    kept: list[int] = []
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(0 if tensor.shape == pixels.shape else tensor.numel() * tensor.element_size())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        head.loss(outputs, [target])
+    return sum(kept)
+
+
+def test_memory_does_not_grow_with_resolution() -> None:
+    head = make_head(TASK, num_denoising=0)
+    assert kept_for_backward(head, 4) < 1.1 * kept_for_backward(head, 1)
+
+
+def test_shipped_models_describe_the_task() -> None:
+    for name in ("tiny", "small", "base", "large", "rtmaskformer_r50"):
+        config = load_config(name, tasks=[TASK])
+        assert list(config.model.heads) == [TASK]
+        detection = load_config(name, tasks=["detection"]).model.heads["detection"]
+        shared = {key: value for key, value in detection.model_dump().items() if key != "class_weight"}
+        assert shared.items() <= config.model.heads[TASK].model_dump().items() or name == "rtmaskformer_r50"
+
+
+def test_masks_are_divided_by_the_objects_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With two processes of which the other has three times as many objects, the terms are half as large."""
+    head, features, targets = make_head(TASK, num_denoising=0), make_features(), make_targets(2, 2)
+    outputs = head(features, targets)
+    torch.manual_seed(7)
+    alone = head.loss(outputs, targets)
+    monkeypatch.setattr("mvision.heads.query.matching.mean_over_processes", lambda value: 2 * value)
+    torch.manual_seed(7)
+    shared = head.loss(outputs, targets)
+    torch.testing.assert_close(alone["dice"], 2 * shared["dice"])
+    torch.testing.assert_close(alone["mask"], 2 * shared["mask"])
+
+
+def test_what_a_mask_weighs_does_not_depend_on_how_many_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    head, features = make_head(TASK), make_features()
+    targets = make_targets(2, 3)
+    outputs = head(features, targets)
+    # Masks decide the matching too; here boxes and classes alone.
+    monkeypatch.setattr(MaskHead, "_mask_costs", lambda *_: None)
+
+    def terms(*labelled: bool) -> dict[str, torch.Tensor]:
+        torch.manual_seed(7)
+        some = [target if known else replace(target, masks=None) for target, known in zip(targets, labelled)]
+        return head.loss(outputs, some)
+
+    both, first, second = terms(True, True), terms(True, False), terms(False, True)
+    for name in (name for name in both if name.startswith(("mask", "dice"))):
+        assert first[name] > 0
+        torch.testing.assert_close(first[name] + second[name], both[name])
