@@ -51,7 +51,7 @@ def encoder(sizes: tuple[int, ...], embed_dim: int, repeats: int, output: Path, 
     from mvision.commands.benchmark_encoder import SIZES, benchmark_encoder
 
     text = benchmark_encoder(
-        sizes=sizes or SIZES, embed_dim=embed_dim, repeats=repeats, device=device, output=output, say=click.echo
+        sizes=sizes or SIZES, embed_dim=embed_dim, repeats=repeats, device=device, output=output, log=click.echo
     )
     click.echo(text)
 
@@ -104,6 +104,6 @@ def model(
         repeats=repeats,
         device=device,
         output=output,
-        say=click.echo,
+        log=click.echo,
     )
     click.echo(text)

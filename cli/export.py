@@ -56,7 +56,7 @@ def export(
         int8=int8,
         data=data,
         output=output,
-        say=click.echo,
+        log=click.echo,
     )
     if quantised is not None and quantised.loss > ALLOWED:
         click.secho(f"INT8 lost {quantised.loss:.1%} of AP, more than {ALLOWED:.0%}", fg="red", err=True)

@@ -55,6 +55,6 @@ def predict(
         output=output,
         device=device,
         precision=precision,
-        say=click.echo,
+        log=click.echo,
     )
     click.echo(summary)

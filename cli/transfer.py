@@ -79,6 +79,6 @@ def transfer(
         data=data,
         device=device,
         assignments=assignments,
-        say=click.echo,
+        log=click.echo,
     )
     click.echo(text)

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from mvision.heads.query.head import QueryConfig, QueryHead
+from mvision.evaluation import BoxMetric
+from mvision.heads.query.head import QueryConfig, QueryHead, QueryOutputs
 from mvision.structures import Targets
 
 
-class DetectionHead(QueryHead[QueryConfig]):
+class DetectionHead(QueryHead[QueryConfig, QueryOutputs]):
     """RT-DETR's decoder with its criterion and post-processing.
 
-    Outputs: ``logits`` (B, Q, C) before the sigmoid and ``boxes`` (B, Q, 4) cxcywh in 0..1; in training also what the
-    loss reads.
+    Outputs: ``logits`` (B, Q, C) before the sigmoid and ``boxes`` (B, Q, 4) cxcywh in 0..1; in training
+    ``QueryOutputs``.
     """
 
     Config = QueryConfig
     needs = frozenset({"boxes"})
-    metric = "bbox"
+    evaluator = BoxMetric
 
-    def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
+    ) -> dict[str, Tensor] | QueryOutputs:
         """Decode the neck's maps; with ``targets`` (training) denoising queries are made from them."""
-        decoded, noisy = self.decode(features, targets)
+        decoded, denoising = self.decode(maps, targets)
         if targets is None:
             return {"logits": decoded.logits[-1], "boxes": decoded.boxes[-1]}
-        return self.training_outputs(decoded, noisy)
+        return self.training_outputs(decoded, denoising)
+
+    def loss(self, outputs: QueryOutputs, targets: list[Targets]) -> dict[str, Tensor]:
+        """See ``QueryHead.query_terms``."""
+        truth = self.truth(outputs, targets)
+        return self.query_terms(outputs, truth, self.match(outputs, truth))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from segmentation_models_pytorch.losses import MULTICLASS_MODE, DiceLoss, FocalL
 from torch import Tensor, nn
 
 from mvision.errors import UserError
+from mvision.evaluation import SemanticMetric
 from mvision.heads.base import Head
 from mvision.settings import Settings
 from mvision.structures import Category, Instances, Targets
@@ -43,7 +45,13 @@ class SemanticConfig(Settings):
     gamma: float = Field(1.0, ge=0)
 
 
-class SemanticHead(Head[SemanticConfig]):
+class SemanticOutputs(NamedTuple):
+    """What the loss reads: ``logits`` (B, C + 1, h, w) before the softmax."""
+
+    logits: Tensor
+
+
+class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
     """A map of classes, the first of which is "nothing of these".
 
     Outputs: ``logits`` (B, C + 1, h, w) before the softmax, on a grid of stride 4. It learns from the masks of objects:
@@ -55,8 +63,8 @@ class SemanticHead(Head[SemanticConfig]):
 
     Config = SemanticConfig
     needs = frozenset({"boxes", "masks"})
-    metric = "semantic"
-    figure = "mIoU"
+    evaluator = SemanticMetric
+    primary_metric = "mIoU"
     kind = "regions"
 
     def __init__(
@@ -65,15 +73,14 @@ class SemanticHead(Head[SemanticConfig]):
         channels: Sequence[int],
         strides: Sequence[int],
         categories: list[Category],
-        lateral: bool = False,
+        lateral: int | None = None,
     ) -> None:
-        super().__init__(config, channels[lateral:], strides[lateral:], categories)
-        if tuple(strides[lateral:]) != STRIDES:
-            found = ", ".join(map(str, strides[lateral:]))
+        super().__init__(config, channels, strides, categories, lateral)
+        if tuple(strides) != STRIDES:
+            found = ", ".join(map(str, strides))
             raise UserError(f"semantic-seg: made for maps of the strides 8, 16 and 32, this model has {found}")
-        self.lateral = lateral
         # Without the backbone's map of stride 4 the finest of the neck's, enlarged, takes its place.
-        levels = list(channels) if lateral else [channels[0], *channels]
+        levels = [channels[0] if lateral is None else lateral, *channels]
         self.decoder = FPNDecoder(
             levels, pyramid_channels=config.pyramid_dim, segmentation_channels=config.embed_dim, dropout=config.dropout
         )
@@ -86,15 +93,18 @@ class SemanticHead(Head[SemanticConfig]):
         """The finest map of the decoder."""
         return STRIDE
 
-    def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
+    ) -> dict[str, Tensor] | SemanticOutputs:
         """Logits of every class and of none."""
-        if not self.lateral:
-            features = [F.interpolate(features[0], scale_factor=2.0, mode="nearest"), *features]
-        return {"logits": self.classify(self.decoder(features))}
+        if lateral is None:
+            lateral = F.interpolate(maps[0], scale_factor=2.0, mode="nearest")
+        logits = self.classify(self.decoder([lateral, *maps]))
+        return {"logits": logits} if targets is None else SemanticOutputs(logits)
 
-    def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
+    def loss(self, outputs: SemanticOutputs, targets: list[Targets]) -> dict[str, Tensor]:
         """``focal`` and ``dice``, zero where no pixel is labelled."""
-        logits = outputs["logits"].float()
+        logits = outputs.logits.float()
         truth = torch.stack([class_map(target, (logits.shape[-2], logits.shape[-1])) for target in targets])
         truth = truth.to(logits.device)
         if not (truth != UNKNOWN).any():
@@ -158,7 +168,7 @@ def likeliest_class(logits: Tensor, classes: Sequence[int], size: tuple[int, int
 def class_map(target: Targets, size: tuple[int, int]) -> Tensor:
     """(h, w) int64: 0 for no class, label + 1 for the pixels of objects, ``UNKNOWN`` where nothing is known."""
     # Where not all classes were looked for, what is not labelled may be one of the others.
-    beside = 0 if target.known is None or bool(target.known.all()) else UNKNOWN
+    beside = 0 if target.labelled_classes is None or bool(target.labelled_classes.all()) else UNKNOWN
     if target.masks is None or not len(target):
         return torch.full(size, UNKNOWN if len(target) else beside)
     truth = torch.full(size, beside)

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from mvision.backbone import Backbone
 from mvision.config import ModelConfig, load_config
 from mvision.errors import UserError
-from mvision.heads import Head, head_class, serving_task
+from mvision.evaluation import Metric
+from mvision.heads import head_class, serving_task
+from mvision.heads.base import Head
 from mvision.heads.linking import link_poses
+from mvision.inference.predict import predict_images
 from mvision.neck import HybridEncoder
 from mvision.neck.layers import fuse_modules
 from mvision.structures import Category, Instances, Targets
 
-if TYPE_CHECKING:
-    import numpy as np
-    from PIL.Image import Image
+
+class Features(NamedTuple):
+    """``maps``: the neck's, each (B, C, H/s, W/s), finest first; ``laterals``: the backbone's own by their stride."""
+
+    maps: list[Tensor]
+    laterals: dict[int, Tensor]
 
 
 class Model(nn.Module):
@@ -41,7 +49,7 @@ class Model(nn.Module):
             raise UserError("model.categories is empty: pass num_classes or categories, or train on a data set")
         self.config = config
         own = [task for task in config.heads if serving_task(task, config.heads) == task]
-        wanted = (head_class(task).lateral_stride(config.heads[task]) for task in own)
+        wanted = (self._class(task).lateral_stride(config.heads[task]) for task in own)
         self.backbone = Backbone(config.backbone, config.image_size, {stride for stride in wanted if stride})
         self.neck = HybridEncoder(
             in_channels=self.backbone.channels, strides=self.backbone.strides, **config.neck.model_dump()
@@ -50,13 +58,12 @@ class Model(nn.Module):
 
     def new_head(self, task: str, categories: list[Category]) -> Head:
         """A head with random weights, wired to this model's maps, for these classes."""
-        settings, cls = self.config.heads[task], head_class(task)
-        channels, strides = list(self.neck.out_channels), list(self.neck.strides)
-        lateral = cls.lateral_stride(settings)
-        if lateral not in self.backbone.laterals:
-            return cls(settings, channels, strides, categories)
-        channels, strides = [self.backbone.laterals[lateral], *channels], [lateral, *strides]
-        return cls(settings, channels, strides, categories, lateral=True)  # type: ignore[call-arg]
+        settings, cls = self.config.heads[task], self._class(task)
+        lateral = self.backbone.laterals.get(cls.lateral_stride(settings) or 0)
+        return cls(settings, self.neck.out_channels, self.neck.strides, categories, lateral)
+
+    def _class(self, task: str) -> type[Head]:
+        return head_class(task, self.config.heads[task])
 
     @property
     def categories(self) -> list[Category]:
@@ -79,28 +86,46 @@ class Model(nn.Module):
         assert isinstance(head, Head)
         return head
 
-    def forward(self, images: Tensor, targets: list[Targets] | None = None) -> dict[str, dict[str, Tensor]]:
-        """Raw outputs by task name; in training by the name of the head.
+    def evaluators(self, task: str) -> list[type[Metric]]:
+        """The metrics of a task, its main one first; none that another task of this model reports already."""
+        cls = self._class(task)
+        elsewhere = {self._class(other).evaluator for other in cls.includes if other in self.tasks}
+        return [metric for metric in (cls.evaluator, *cls.more_evaluators) if metric not in elsewhere]
+
+    def features(self, images: Tensor) -> Features:
+        """What the heads work on.
 
         Args:
             images: (B, 3, H, W), float in 0..1 or uint8; normalisation happens inside.
-            targets: in training only; the outputs then hold what ``loss`` needs.
         """
         maps = self.backbone(images)
         laterals = dict(zip(self.backbone.laterals, maps))
-        features = self.neck(maps[len(laterals) :])
-        outputs = {}
-        for task, head in self.heads.items():
-            lateral = laterals.get(self.head(task).lateral_stride(self.config.heads[task]) or 0)
-            labels = None if targets is None else self._labels_for(task, targets)
-            outputs[task] = head(features if lateral is None else [lateral, *features], labels)
+        return Features(self.neck(maps[len(laterals) :]), laterals)
+
+    def run_head(self, task: str, features: Features, targets: list[Targets] | None = None) -> Any:
+        """The raw outputs of the head ``task`` (a key of ``heads``), see ``Head.forward``."""
+        lateral = features.laterals.get(self._class(task).lateral_stride(self.config.heads[task]) or 0)
+        return self.heads[task](features.maps, lateral, targets)
+
+    def forward(self, images: Tensor, targets: list[Targets] | None = None) -> dict[str, Any]:
+        """Raw outputs by task name; in training by the name of the head.
+
+        Args:
+            images: (B, 3, H, W), float in 0..1 or uint8.
+            targets: in training only; the outputs then hold what ``loss`` needs.
+        """
+        features = self.features(images)
+        outputs = {
+            task: self.run_head(task, features, None if targets is None else self._labels_for(task, targets))
+            for task in self.heads
+        }
         if targets is None:
             for task in self.tasks:
                 if task not in outputs:
                     outputs[task] = self.head(task).outputs_of(task, outputs[serving_task(task, self.tasks)])
         return outputs
 
-    def loss(self, outputs: dict[str, dict[str, Tensor]], targets: list[Targets]) -> dict[str, Tensor]:
+    def loss(self, outputs: dict[str, Any], targets: list[Targets]) -> dict[str, Tensor]:
         """Named, weighted terms of all heads, as ``task/term``; their sum is the loss."""
         return {
             f"{task}/{name}": value
@@ -114,7 +139,7 @@ class Model(nn.Module):
         chosen = []
         for target in targets:
             if target.tasks is not None:
-                needs = [head_class(other).needs for other in served if other in target.tasks]
+                needs = [self._class(other).needs for other in served if other in target.tasks]
                 target = target.only(frozenset().union(*needs))
             chosen.append(target)
         return chosen
@@ -152,8 +177,6 @@ class Model(nn.Module):
         self, images: Sequence[str | Image | np.ndarray], threshold: float = 0.5, batch_size: int | None = None
     ) -> list[Instances]:
         """Find objects in files, PIL images or (H, W, 3) uint8 RGB arrays; scores >= ``threshold`` (0..1) are kept."""
-        from mvision.inference.predict import predict_images
-
         return predict_images(self, images, threshold=threshold, batch_size=batch_size)
 
     def fuse(self) -> Model:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mvision.evaluation import BoxMetric, Metric
 from mvision.structures import Category, Instances
 
 CATEGORIES = [Category(id=3, name="red"), Category(id=9, name="green"), Category(id=10, name="blue")]
@@ -33,7 +34,11 @@ class FakeModel(nn.Module):
 
     def head(self, task: str) -> SimpleNamespace:
         assert task == "detection"
-        return SimpleNamespace(metric="bbox", also=(), classes=self.categories)
+        return SimpleNamespace(classes=self.categories)
+
+    def evaluators(self, task: str) -> list[type[Metric]]:
+        assert task == "detection"
+        return [BoxMetric]
 
     def forward(self, images: Tensor) -> Tensor:
         assert not self.training

@@ -1,4 +1,4 @@
-"""Imports between the rooms go downwards only, and what promises to be light is light."""
+"""Imports between folders go downwards only, files and functions stay small, and what promises to be light is light."""
 
 from __future__ import annotations
 
@@ -14,32 +14,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"mvision": "mvision", "heads": "mvision.heads", "cli": "mvision.cli", "configs": "mvision.configs"}
 
-# From the ground up. A module of mvision/ that is named nowhere belongs to the pure modules.
-FOUNDATION, PURE, HEADS, MODEL, DATA, ENGINE, CLI = range(7)
-ROOMS = {
-    "mvision.errors": FOUNDATION,
-    "mvision.settings": FOUNDATION,
-    "mvision.config.explain": FOUNDATION,
-    "mvision.heads": HEADS,
-    "mvision.configs": MODEL,
-    "mvision.config": MODEL,
-    "mvision.model": MODEL,
-    "mvision.weights.rtdetr": MODEL,
-    "mvision.weights.transfer": MODEL,
-    "mvision.weights": MODEL,
-    "mvision.data": DATA,
-    "mvision.deploy": ENGINE,
-    "mvision.engine": ENGINE,
-    "mvision.inference": ENGINE,
-    "mvision.commands.info": ENGINE,
-    "mvision.cli": CLI,
-    "mvision.__main__": CLI,
+# From the ground up, a layer each: a folder imports those before it and no others.
+LAYERS = (
+    *("errors", "settings", "compat", "machine", "neck", "storage", "builtin", "drawing", "structures", "inference"),
+    *("evaluation", "backbone", "heads", "config", "model", "data", "weights", "engine", "deploy", "commands", "cli"),
+)
+# The same inside folders that are divided once more.
+LAYERS_INSIDE = {
+    "mvision.data": ("formats", "augment", "loading", "tools"),
+    "mvision.heads": (
+        *("base", "pixel_features", "query", "detection", "instance_seg", "keypoints", "semantic", "linking"),
+    ),
 }
-# Conveniences that a user finds on an object although the work is done upstairs; imported when called, never before.
-CALLED_UPWARDS = {
-    ("mvision.structures", "mvision.drawing.draw"),
-    ("mvision.model", "mvision.inference.predict"),
-}
+# What may stand above all layers: the package's own names (which load what is asked for), and ``python -m mvision``.
+FACADES = {"mvision", "mvision.__main__", "mvision.data", "mvision.heads"}
+MOST_LAYERS, MOST_LOOSE_MODULES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 22, 6, 400, 60
 
 
 def _modules() -> dict[str, Path]:
@@ -55,79 +44,111 @@ def _modules() -> dict[str, Path]:
 MODULES = _modules()
 
 
-def _room(module: str) -> int:
-    parts = module.split(".")
-    names = (".".join(parts[:length]) for length in range(len(parts), 1, -1))
-    return next((ROOMS[name] for name in names if name in ROOMS), PURE)
-
-
-def _is_type_checking(node: ast.AST) -> bool:
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def _imports(tree: ast.AST, inside_function: bool = False) -> Iterator[tuple[str, bool]]:
-    """(imported module, whether only when a function is called), without imports for type checkers alone."""
-    for node in ast.iter_child_nodes(tree):
-        if _is_type_checking(node):
-            continue
+def _imports(tree: ast.AST) -> Iterator[str]:
+    """The modules that a file imports anywhere: inside functions and for type checkers count as well."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            yield from ((alias.name, inside_function) for alias in node.names)
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"relative import in line {node.lineno}"
             for alias in node.names:
                 below = f"{node.module}.{alias.name}"
-                yield (below if below in MODULES else str(node.module)), inside_function
-        deeper = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        yield from _imports(node, inside_function or deeper)
+                yield below if below in MODULES else str(node.module)
 
 
-IMPORTS = {
-    name: set(_imports(ast.parse(path.read_text(encoding="utf-8"), filename=str(path))))
-    for name, path in MODULES.items()
-}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8"), filename=str(path)) for name, path in MODULES.items()}
+IMPORTS = {name: set(_imports(tree)) for name, tree in TREES.items()}
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_go_down(module: str) -> None:
-    upwards = {
-        (imported, deferred)
-        for imported, deferred in IMPORTS[module]
-        if imported.startswith("mvision.") and _room(imported) > _room(module)
-    }
-    allowed = {(imported, True) for caller, imported in CALLED_UPWARDS if caller == module}
-    assert upwards <= allowed, f"{module} imports from a room above it"
+def _below(module: str, package: str) -> str:
+    """The folder or module right below ``package`` that ``module`` is or lies in."""
+    return module.removeprefix(f"{package}.").partition(".")[0]
 
 
-def test_no_cycles() -> None:
-    graph = {name: {imported for imported, _ in IMPORTS[name] if imported in MODULES} for name in MODULES}
-    for caller, imported in CALLED_UPWARDS:
-        graph[caller].discard(imported)
-    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules
+def test_every_folder_has_a_layer() -> None:
+    folders = {_below(name, "mvision") for name in MODULES if name not in {"mvision", "mvision.__main__"}}
+    assert folders - {"configs"} == set(LAYERS)  # configs/ holds YAML alone
+    assert len(folders) <= MOST_LAYERS
+    for package, layers in LAYERS_INSIDE.items():
+        assert {_below(name, package) for name in MODULES if name.startswith(f"{package}.")} == set(layers)
+
+
+@pytest.mark.parametrize("package", ["mvision", *LAYERS_INSIDE])
+def test_imports_go_down(package: str) -> None:
+    layers = LAYERS_INSIDE.get(package, LAYERS)
+    wrong = [
+        f"{name} -> {imported}"
+        for name, imports in IMPORTS.items()
+        for imported in imports
+        if name.startswith(f"{package}.") and imported.startswith(f"{package}.") and name not in FACADES
+        if _below(name, package) != _below(imported, package)
+        if layers.index(_below(imported, package)) > layers.index(_below(name, package))
+    ]
+    assert not wrong
+
+
+def test_the_package_itself_is_not_imported_from_within() -> None:
+    """Its version apart, which it has before it loads anything."""
+    users = {name for name, imports in IMPORTS.items() if "mvision" in imports}
+    for name in users:
+        names = {
+            alias.name
+            for node in ast.walk(TREES[name])
+            if isinstance(node, ast.ImportFrom) and node.module == "mvision"
+            for alias in node.names
+        }
+        assert names <= {"__version__"}, name
+
+
+def test_no_cycles_between_modules() -> None:
+    graph = {name: {i for i in IMPORTS[name] if i in MODULES} for name in MODULES if name not in FACADES}
+    TopologicalSorter({name: needed - FACADES for name, needed in graph.items()}).prepare()  # raises CycleError
+
+
+def test_few_loose_modules() -> None:
+    loose = [path.name for path in (ROOT / "mvision").glob("*.py") if path.name != "__init__.py"]
+    assert len(loose) <= MOST_LOOSE_MODULES, loose
+
+
+def test_files_and_functions_are_small() -> None:
+    scripts = [*(ROOT / "docs").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    long = []
+    for path in [*MODULES.values(), *scripts]:
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > MOST_LINES:
+            long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                if lines > MOST_LINES_OF_A_FUNCTION:
+                    long.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {lines} lines")
+    assert not long
 
 
 def test_mapped_folders_are_imported_by_their_package_name() -> None:
     """``import heads`` would make second copies of every class."""
-    outside = {name.partition(".")[0] for imports in IMPORTS.values() for name, _ in imports}
+    outside = {name.partition(".")[0] for imports in IMPORTS.values() for name in imports}
     tests = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")]
-    outside |= {name.partition(".")[0] for tree in tests for name, _ in _imports(tree)}
+    outside |= {name.partition(".")[0] for tree in tests for name in _imports(tree)}
     assert not outside & {"heads", "cli", "configs"}
 
 
-def test_albumentations_has_one_door() -> None:
-    users = {name for name, imports in IMPORTS.items() if any(i.split(".")[0] == "albumentations" for i, _ in imports)}
+def test_albumentations_is_used_in_one_place() -> None:
+    users = {name for name, imports in IMPORTS.items() if any(i.split(".")[0] == "albumentations" for i in imports)}
     assert users <= {"mvision.data.augment.transforms"}
 
 
 def test_the_neck_needs_torch_alone() -> None:
-    """It and all that it stands on: a user may take these files away."""
+    """It and all that it stands on: a user may take the folder away."""
     needed, outside, queue = {"mvision.neck"}, set(), ["mvision.neck"]
     while queue:
-        for imported, _ in IMPORTS[queue.pop()]:
+        for imported in IMPORTS[queue.pop()]:
             if imported in MODULES and imported not in needed:
                 needed.add(imported)
                 queue.append(imported)
             outside.add(imported.split(".")[0])
     assert outside - sys.stdlib_module_names <= {"torch", "mvision"}
+    assert all(name.startswith("mvision.neck") for name in needed)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +157,7 @@ def test_the_neck_needs_torch_alone() -> None:
         ("mvision", "torch numpy timm pydantic"),
         ("mvision.cli.main", "torch numpy timm pydantic accelerate"),
         ("mvision.neck", "timm albumentations cv2 pydantic accelerate"),
+        ("mvision.heads", "torch numpy timm pydantic"),
     ],
 )
 def test_light_imports(imported: str, banned: str) -> None:

@@ -64,7 +64,7 @@ def test_peak_memory_sees_what_is_freed_again() -> None:
 def test_encoder_benchmark(tmp_path: Path) -> None:
     names = ["plain, 1 layer, fused", "deformable, 1 layer"]
     text = benchmark_encoder(
-        sizes=[64, 128], embed_dim=32, repeats=3, device="cpu", output=tmp_path, names=names, say=lambda _: None
+        sizes=[64, 128], embed_dim=32, repeats=3, device="cpu", output=tmp_path, names=names, log=lambda _: None
     )
     assert (tmp_path / "encoder.md").read_text() == text
     records = json.loads((tmp_path / "encoder.json").read_text())["records"]
@@ -86,7 +86,7 @@ def test_encoder_benchmark(tmp_path: Path) -> None:
 def test_model_benchmark(tmp_path: Path) -> None:
     text = benchmark_model(
         model="tiny", batches=[1, 2], precisions=["fp32"], roads=["eager"], repeats=3, device="cpu", output=tmp_path,
-        tasks=["detection", "keypoints"], say=lambda _: None,
+        tasks=["detection", "keypoints"], log=lambda _: None,
     )  # fmt: skip
     assert "| head keypoints |" in text
     document = json.loads((tmp_path / "model.json").read_text())

@@ -13,7 +13,7 @@ import torch
 from mvision import UserError
 from mvision.commands.val import validate
 from mvision.config import DataConfig, load_config
-from mvision.data import CocoSplit, build_train_loader, find_layout, read_parts
+from mvision.data import CocoSplit, build_train_loader, find_layout, read_data_sources
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import merge_categories
 from mvision.engine.train import train
@@ -70,8 +70,8 @@ def test_classes_of_one_name_are_one_class(boxes: Path, poses: Path) -> None:
     assert [(c.id, c.name, len(c.keypoints)) for c in merged] == [(2, "blue", 0), (5, "red", 4), (6, "green", 1)]
     read = CocoSplit(splits[1], ("boxes", "keypoints"), merged)
     assert set(read.objects.labels.tolist()) == {1, 2}
-    assert read.known is not None
-    assert read.known.tolist() == [False, True, True]
+    assert read.labelled_classes is not None
+    assert read.labelled_classes.tolist() == [False, True, True]
     alone = CocoSplit(splits[1], ("boxes", "keypoints"))
     names = [[alone.categories[label].name for label in alone.objects.labels]]
     assert names == [[merged[label].name for label in read.objects.labels]]
@@ -92,10 +92,10 @@ def test_one_class_with_two_kinds_of_keypoints_is_refused(boxes: Path, poses: Pa
 
 
 def test_every_data_set_is_used_for_its_tasks(boxes: Path, poses: Path) -> None:
-    first, second = read_parts(data(boxes, poses), TASKS, 0, silent)
+    first, second = read_data_sources(data(boxes, poses), TASKS, 0, silent)
     assert (first.name, first.tasks) == ("boxes", ["detection"])
     assert (second.name, second.tasks) == ("poses", TASKS)  # it has boxes as well
-    assert read_parts(data(boxes, poses, tasks=["keypoints"]), TASKS, 0, silent)[1].tasks == ["keypoints"]
+    assert read_data_sources(data(boxes, poses, tasks=["keypoints"]), TASKS, 0, silent)[1].tasks == ["keypoints"]
     assert [c.name for c in first.train.categories] == [c.name for c in second.val.categories]
 
 
@@ -113,12 +113,12 @@ def test_every_data_set_is_used_for_its_tasks(boxes: Path, poses: Path) -> None:
 )
 def test_bad_use(boxes: Path, poses: Path, tasks: list[str], more: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_parts(data(boxes, poses, **more), tasks, 0, silent)
+        read_data_sources(data(boxes, poses, **more), tasks, 0, silent)
 
 
 def test_samples_say_what_is_known(boxes: Path, poses: Path) -> None:
     config = data(boxes, poses, tasks=["keypoints"], weight=2.0)
-    parts = read_parts(config, TASKS, 0, silent)
+    parts = read_data_sources(config, TASKS, 0, silent)
     loader = build_train_loader(parts, config, batch_size=16, image_size=(64, 64))
     (batch,) = loader.epoch(0)
     assert len(batch) == 16  # 4 + 2 * 6
@@ -126,10 +126,10 @@ def test_samples_say_what_is_known(boxes: Path, poses: Path) -> None:
     assert by_tasks == {frozenset({"detection"}): 4, frozenset({"keypoints"}): 12}
     for target, image in zip(batch.targets, batch.images):
         if target.tasks == {"detection"}:
-            assert target.known.tolist() == [True, True, False]
+            assert target.labelled_classes.tolist() == [True, True, False]
             assert target.keypoints is None
         else:
-            assert target.known.tolist() == [False, True, True]
+            assert target.labelled_classes.tolist() == [False, True, True]
             assert target.keypoints is not None
             assert target.keypoints.shape == (len(target), 4, 3)
             twins = Counter(t.image_id for t in batch.targets if t.tasks == target.tasks)
@@ -154,8 +154,8 @@ def test_unknown_classes_are_no_negatives() -> None:
     boxes = torch.full((1, 2, 3, 4), 0.5)
     known = torch.tensor([True, False, True, False])
     box = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
-    target = Targets(box, torch.tensor([2]), torch.tensor([0.25]), known=known)
-    plain = replace(target, known=None)
+    target = Targets(box, torch.tensor([2]), torch.tensor([0.25]), labelled_classes=known)
+    plain = replace(target, labelled_classes=None)
     assigned = torch.tensor([[[-1, 0, -1], [-1, 0, -1]]])
     set_losses(logits, boxes, assigned, pad_targets([target, plain], torch.device("cpu")))["class"].sum().backward()
     assert logits.grad is not None
@@ -168,7 +168,7 @@ def test_unknown_classes_are_no_negatives() -> None:
 def test_heads_learn_nothing_where_nothing_is_known(task: str) -> None:
     head = make_head(task)
     targets = [target.only(()) for target in make_targets(3, 1)]
-    terms = head.loss(head(make_features(), targets), targets)
+    terms = head.loss(head(make_features(), targets=targets), targets)
     assert torch.stack(list(terms.values())).sum().item() == 0
     torch.stack(list(terms.values())).sum().backward()
     assert not [name for name, parameter in head.named_parameters() if parameter.grad is None]
@@ -176,9 +176,9 @@ def test_heads_learn_nothing_where_nothing_is_known(task: str) -> None:
 
 def test_keypoint_scores_of_unknown_classes_stay() -> None:
     head = make_head("keypoints")
-    targets = [replace(t, known=torch.tensor([True, True, False])) for t in make_targets(0, 0)]
+    targets = [replace(t, labelled_classes=torch.tensor([True, True, False])) for t in make_targets(0, 0)]
     targets = [replace(t, keypoints=torch.zeros(0, 3, 3)) for t in targets]
-    torch.stack(list(head.loss(head(make_features(), targets), targets).values())).sum().backward()
+    torch.stack(list(head.loss(head(make_features(), targets=targets), targets).values())).sum().backward()
     assert head.one.score.bias.grad.ne(0).tolist() == [True, False]  # cat and owl
     assert head.many.score.bias.grad.ne(0).tolist() == [True, True, False]
 

@@ -119,13 +119,6 @@ def test_every_parameter_gets_a_gradient_even_without_denoising_queries():
     assert not [name for name, parameter in decoder.named_parameters() if parameter.grad is None]
 
 
-def test_learned_queries_do_not_depend_on_the_image():
-    config = SMALL.model_copy(update={"learned_queries": True})
-    decoder = _decoder(config)
-    decoder(_maps())
-    assert decoder.query_embed.weight.shape == (9, 32)
-
-
 def test_boxes_stay_in_float32_under_autocast():
     decoder = _decoder().eval()
     maps = _maps()

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from mvision.heads.query.head import QueryOutputs
 from mvision.structures.boxes import cxcywh_to_xyxy
 from tests.test_heads import make_features, make_head, make_targets, total
 
@@ -11,7 +12,7 @@ from tests.test_heads import make_features, make_head, make_targets, total
 def test_loss_names_say_where_each_term_comes_from():
     head = make_head("detection", dense_weight=1.0)
     targets = make_targets(2, 1)
-    terms = head.loss(head(make_features(), targets), targets)
+    terms = head.loss(head(make_features(), targets=targets), targets)
     places = ["", "_0", "_encoder", "_denoising_0", "_denoising_1", "_dense"]
     assert set(terms) == {f"{term}{place}" for term in ("class", "box", "giou") for place in places}
 
@@ -20,7 +21,7 @@ def test_weights_scale_their_terms():
     targets, features = make_targets(2, 1), make_features()
     plain = make_head("detection", num_denoising=0)
     double = make_head("detection", num_denoising=0, class_weight=2.0, giou_weight=2.0, box_weight=5.0)
-    first, second = (head.loss(head(features, targets), targets) for head in (plain, double))
+    first, second = (head.loss(head(features, targets=targets), targets) for head in (plain, double))
     torch.testing.assert_close(second["class"], 2 * first["class"])
     torch.testing.assert_close(second["giou"], first["giou"])
 
@@ -32,14 +33,7 @@ def test_a_perfect_prediction_costs_nothing_but_confidence():
     boxes[0, 0, :2] = targets[0].boxes
     logits = torch.full((1, 1, 12, 3), -20.0)
     logits[0, 0, [0, 1], targets[0].labels] = 20.0
-    outputs = {
-        "logits": logits[0],
-        "boxes": boxes[0],
-        "layer_logits": logits,
-        "layer_boxes": boxes,
-        "encoder_logits": logits[0],
-        "encoder_boxes": boxes[0],
-    }
+    outputs = QueryOutputs(logits, boxes, logits[0], boxes[0], dense=None, denoising=None)
     assert total(head.loss(outputs, targets)).item() == pytest.approx(0, abs=1e-4)
 
 
@@ -70,7 +64,7 @@ def test_duplicates_can_be_dropped():
 def test_all_objects_of_a_crowded_image_can_be_found():
     head = make_head("detection", num_queries=400, num_denoising=30)
     targets = make_targets(350, 0)
-    outputs = head(make_features(2, 256, 256), targets)
+    outputs = head(make_features(2, 256, 256), targets=targets)
     terms = head.loss(outputs, targets)
-    assert outputs["logits"].shape[1] == 400
+    assert outputs.logits.shape[2] == 400
     assert total(terms).isfinite()

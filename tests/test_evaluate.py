@@ -15,7 +15,7 @@ import torch
 from torch import multiprocessing
 
 from mvision.data import Batch
-from mvision.evaluation.coco import CocoMetric
+from mvision.evaluation import BoxMetric
 from mvision.evaluation.evaluate import evaluate, make_metrics
 from mvision.structures import Category, Instances, Targets
 from tests.fake_model import CATEGORIES, SIZE, FakeModel, paint
@@ -73,7 +73,7 @@ def figures(data: Data, batches: Iterator[Batch], **options) -> dict[str, float]
 
 def test_figures_are_those_of_the_results() -> None:
     data = Data()
-    expected = CocoMetric(data.coco_dict, CATEGORIES)
+    expected = BoxMetric(data.coco_dict, CATEGORIES)
     model = FakeModel().eval()
     with torch.no_grad():
         for batch in data.batches(size=COUNT):
@@ -129,7 +129,7 @@ def test_conversion_keeps_up_with_many_boxes() -> None:
         "annotations": [{"image_id": i, "category_id": 3, "bbox": [9, 9, 50, 50], "id": i} for i in range(72)],
         "categories": [{"id": c.id, "name": c.name} for c in CATEGORIES],
     }
-    metric = CocoMetric(coco_dict, CATEGORIES)
+    metric = BoxMetric(coco_dict, CATEGORIES)
     started = time.perf_counter()
     for image_id in range(72):
         metric.update(found.to_coco(image_id), [image_id])
@@ -167,5 +167,5 @@ def test_metrics_follow_the_heads() -> None:
     model.categories = [*CATEGORIES, Category(id=99, name="unseen")]
     metrics = make_metrics(model, data)
     assert list(metrics) == ["detection"]
-    assert metrics["detection"][0].metric == "bbox"
+    assert metrics["detection"][0].name == "bbox"
     assert metrics["detection"][0].compute()["AP/unseen"] == -1

@@ -36,10 +36,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def onnx(weights: Path) -> Path:
-    said: list[str] = []
-    export(str(weights), dynamic_size=True, say=said.append)
-    assert sum("largest difference from PyTorch" in line for line in said) == 4
-    assert any("batch 4, 64 x 96" in line for line in said)
+    messages: list[str] = []
+    export(str(weights), dynamic_size=True, log=messages.append)
+    assert sum("largest difference from PyTorch" in line for line in messages) == 4
+    assert any("batch 4, 64 x 96" in line for line in messages)
     return weights.with_name("best.onnx")
 
 
@@ -63,9 +63,9 @@ def test_onnx_of_all_tasks_at_any_batch_and_size(onnx: Path, weights: Path) -> N
 @pytest.mark.parametrize("task", [*TASKS, "semantic-seg"])
 def test_openvino_of_every_task(weights: Path, tmp_path: Path, task: str) -> None:
     pytest.importorskip("openvino")
-    said: list[str] = []
-    export(str(weights), format="openvino", tasks=[task], output=tmp_path / "made", say=said.append)
-    assert said[-1] == f"openvino: {tmp_path / 'made'}"
+    messages: list[str] = []
+    export(str(weights), format="openvino", tasks=[task], output=tmp_path / "made", log=messages.append)
+    assert messages[-1] == f"openvino: {tmp_path / 'made'}"
     model = ExportedModel(tmp_path / "made")
     assert model.tasks == [task]
     assert is_exported(tmp_path / "made")
@@ -160,13 +160,13 @@ def test_int8_is_measured_and_the_least_loss_is_kept(
         file.write_text(file.read_text().replace('"blue"', '"dog"'))
     losses = iter([0.5, 0.2, 0.3, 0.4])  # before, then three candidates
     monkeypatch.setattr(quantise, "_figures", lambda *_: {"detection": next(losses)})
-    said: list[str] = []
-    options = {"tasks": ["detection"], "data": str(squares), "output": tmp_path / "int8", "say": said.append}
+    messages: list[str] = []
+    options = {"tasks": ["detection"], "data": str(squares), "output": tmp_path / "int8", "log": messages.append}
     found = export(str(weights), format="openvino", int8=True, **options)
     assert found is not None
     assert (found.kept, found.after) == ("backbone", {"detection": 0.4})
     assert found.loss == pytest.approx(0.2)
-    assert sum(line.startswith("INT8, ") for line in said) == 3
+    assert sum(line.startswith("INT8, ") for line in messages) == 3
     graph = (tmp_path / "int8" / "model.xml").read_text()
     assert graph.count('type="FakeQuantize"') > 20
     assert graph.count('name="precise"') > 10  # coordinates

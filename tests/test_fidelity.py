@@ -82,17 +82,17 @@ def test_every_loss_term(small_pair: Pair) -> None:
     ours = copy.deepcopy(small_pair.ours).train()
     outputs = ours(random_images(3, *SIZE, dtype=torch.float64), targets)
     found = outputs["detection"]
-    layers = [{"logits": a, "pred_boxes": b} for a, b in zip(found["layer_logits"], found["layer_boxes"])]
-    encoder = {"logits": found["encoder_logits"], "pred_boxes": found["encoder_boxes"]}
-    noisy = zip(found["denoising_logits"], found["denoising_boxes"])
+    layers = [{"logits": a, "pred_boxes": b} for a, b in zip(found.logits, found.boxes)]
+    encoder = {"logits": found.encoder_logits, "pred_boxes": found.encoder_boxes}
+    noisy = zip(found.denoising.logits, found.denoising.boxes)
     theirs = RTDetrLoss(small_pair.theirs.config)(
         {
             **layers[-1],
             "auxiliary_outputs": [*layers[:-1], encoder],
             "dn_auxiliary_outputs": [{"logits": a, "pred_boxes": b} for a, b in noisy],
             "denoising_meta_values": {
-                "dn_positive_idx": [row.nonzero()[:, 0] for row in found["denoising_assigned"] >= 0],
-                "dn_num_group": int(found["denoising_groups"]),
+                "dn_positive_idx": [row.nonzero()[:, 0] for row in found.denoising.assigned >= 0],
+                "dn_num_group": found.denoising.groups,
             },
         },
         as_labels(targets),

@@ -76,7 +76,7 @@ def task(request):
 def test_every_parameter_gets_a_finite_gradient(task):
     head = make_head(task)
     targets = make_targets(3, 1)
-    total(head.loss(head(make_features(), targets), targets)).backward()
+    total(head.loss(head(make_features(), targets=targets), targets)).backward()
     assert not [name for name, parameter in head.named_parameters() if parameter.grad is None]
     assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
 
@@ -86,7 +86,7 @@ def test_a_batch_without_objects_trains(task, precision):
     head = make_head(task)
     targets = make_targets(0, 0)
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == torch.bfloat16):
-        outputs = head(make_features(), targets)
+        outputs = head(make_features(), targets=targets)
     terms = head.loss(outputs, targets)
     assert all(value.isfinite() for value in terms.values())
     total(terms).backward()
@@ -100,7 +100,7 @@ def test_terms_are_scalars_and_fall_when_trained(task):
     optimizer = torch.optim.AdamW(head.parameters(), lr=3e-3)
     losses = []
     for _ in range(60):
-        terms = head.loss(head(features, targets), targets)
+        terms = head.loss(head(features, targets=targets), targets)
         assert all(value.ndim == 0 for value in terms.values())
         loss = total(terms)
         optimizer.zero_grad()

@@ -10,8 +10,9 @@ import torch
 
 from mvision import create_model
 from mvision.config import load_config
-from mvision.heads.instance_seg.head import MaskHead, boxes_of_masks, mask_at_points, mask_grid
+from mvision.heads.instance_seg.head import MaskHead, MaskOutputs, mask_at_points, mask_grid
 from mvision.heads.instance_seg.losses import read_features
+from mvision.heads.query.head import QueryOutputs
 from mvision.model import Model
 from mvision.structures.boxes import cxcywh_to_xyxy
 from tests.test_heads import CATEGORIES, SMALL, filled_boxes, make_features, make_head, make_targets, total
@@ -22,7 +23,7 @@ TASK = "instance-seg"
 def test_every_layer_has_mask_terms() -> None:
     head = make_head(TASK, dense_weight=1.0)
     targets = make_targets(2, 1)
-    terms = head.loss(head(make_features(), targets), targets)
+    terms = head.loss(head(make_features(), targets=targets), targets)
     places = ["", "_0", "_encoder", "_denoising_0", "_denoising_1"]
     assert {name for name in terms if name.startswith(("mask", "dice"))} == {
         f"{term}{place}" for term in ("mask", "dice") for place in places
@@ -33,7 +34,7 @@ def test_every_layer_has_mask_terms() -> None:
 def test_an_image_without_objects_has_zero_mask_loss() -> None:
     head = make_head(TASK)
     for targets in (make_targets(0, 0), make_targets(0, 2)):
-        terms = head.loss(head(make_features(), targets), targets)
+        terms = head.loss(head(make_features(), targets=targets), targets)
         assert all(value.isfinite() for value in terms.values())
         if not len(targets[1]):
             assert {terms[name].item() for name in terms if name.startswith(("mask", "dice"))} == {0.0}
@@ -45,16 +46,16 @@ def test_objects_without_masks_cost_nothing() -> None:
     partial = make_targets(2, 3)
     partial[0].masks = None
     partial[1].masks[1:] = 0
-    outputs = head(features, partial)
+    outputs = head(features, targets=partial)
     torch.manual_seed(5)
     terms = head.loss(outputs, partial)
     assert terms["mask"] > 0
     (terms["mask"] + terms["dice"]).backward()
     for target in partial:
         target.masks = None
-    terms = head.loss(head(features, partial), partial)
+    terms = head.loss(head(features, targets=partial), partial)
     assert terms["mask"].item() == terms["dice"].item() == 0
-    assert total(head.loss(head(features, targets), targets)).isfinite()
+    assert total(head.loss(head(features, targets=targets), targets)).isfinite()
 
 
 def test_masks_decide_the_matching_where_boxes_cannot() -> None:
@@ -70,17 +71,9 @@ def test_masks_decide_the_matching_where_boxes_cannot() -> None:
     embeddings = torch.zeros(2, 1, 2, 9)
     for swapped in (False, True):
         embeddings[:, 0, :, 0] = torch.tensor([1.0, -1.0]) if swapped else torch.tensor([-1.0, 1.0])
-        outputs = {
-            "logits": torch.zeros(1, 2, 3),
-            "boxes": target.boxes[None],
-            "layer_logits": torch.zeros(1, 1, 2, 3),
-            "layer_boxes": target.boxes[None, None],
-            "encoder_logits": torch.zeros(1, 2, 3),
-            "encoder_boxes": target.boxes[None],
-            "pixels": pixels,
-            "mask_embeddings": embeddings,
-        }
-        assert head.loss(outputs, [target])["dice"].item() < 5 * 0.25
+        boxes, logits = target.boxes[None], torch.zeros(1, 2, 3)
+        queries = QueryOutputs(logits[None], boxes[None], logits, boxes, dense=None, denoising=None)
+        assert head.loss(MaskOutputs(queries, pixels, embeddings, None), [target])["dice"].item() < 5 * 0.25
 
 
 def test_the_masks_of_the_loss_are_those_of_the_prediction() -> None:
@@ -110,24 +103,6 @@ def test_a_new_head_predicts_ellipses_in_its_boxes() -> None:
         assert share.tolist() == pytest.approx([np.pi / 4] * int(large.sum()), abs=0.06)
     assert not (inside & ~filled)[large].any()
     assert ((inside & filled).sum() / inside.sum()).item() > 0.9
-
-
-def test_boxes_around_masks() -> None:
-    masks = torch.full((1, 3, 10, 20), -1.0)
-    masks[0, 0, 2:5, 4:14] = 1
-    masks[0, 1, 9, 19] = 1
-    boxes = boxes_of_masks(masks, torch.full((1, 3, 4), 0.3))
-    expected = [[0.45, 0.35, 0.5, 0.3], [0.975, 0.95, 0.05, 0.1], [0.3] * 4]
-    torch.testing.assert_close(boxes[0], torch.tensor(expected))
-
-
-def test_the_decoder_can_start_from_masks() -> None:
-    plain, option = make_head(TASK).eval(), make_head(TASK, boxes_from_masks=True).eval()
-    with torch.no_grad():
-        a, b = plain(make_features()), option(make_features())
-    assert not torch.equal(a["boxes"], b["boxes"])
-    targets = make_targets(2, 1)
-    assert total(option.loss(option(make_features(), targets), targets)).isfinite()
 
 
 def test_results_are_in_pixels_of_the_original() -> None:
@@ -171,7 +146,7 @@ class TestLaterals:
     def test_pixel_features_have_their_stride(self, backbone: str, stride: int, laterals: list[int]) -> None:
         model = self.model(backbone, stride)
         assert list(model.backbone.laterals) == laterals
-        assert model.head(TASK).lateral is bool(laterals)
+        assert (model.head(TASK).pixels.lateral is not None) == bool(laterals)
         with torch.no_grad():
             outputs = model(torch.rand(2, 3, 64, 96) if backbone != "test_vit" else torch.rand(2, 3, 64, 64))
         width = 96 if backbone != "test_vit" else 64
@@ -192,8 +167,8 @@ def kept_for_backward(head: MaskHead, scale: int) -> int:
     """Bytes that the loss keeps, apart from the pixel features, with masks and features ``scale`` times as large."""
     (target,) = make_targets(4)
     target.masks = filled_boxes(target.boxes, 48 * scale, 32 * scale)
-    outputs = head(make_features(1, 96, 64), [target])
-    pixels = outputs["pixels"] = torch.randn(1, 8, 12 * scale, 8 * scale, requires_grad=True)
+    pixels = torch.randn(1, 8, 12 * scale, 8 * scale, requires_grad=True)
+    outputs = head(make_features(1, 96, 64), targets=[target])._replace(pixels=pixels)
     kept: list[int] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
@@ -222,7 +197,7 @@ def test_shipped_models_describe_the_task() -> None:
 def test_masks_are_divided_by_the_objects_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """With two processes of which the other has three times as many objects, the terms are half as large."""
     head, features, targets = make_head(TASK, num_denoising=0), make_features(), make_targets(2, 2)
-    outputs = head(features, targets)
+    outputs = head(features, targets=targets)
     torch.manual_seed(7)
     alone = head.loss(outputs, targets)
     monkeypatch.setattr("mvision.heads.query.matching.mean_over_processes", lambda value: 2 * value)
@@ -235,7 +210,7 @@ def test_masks_are_divided_by_the_objects_of_all_processes(monkeypatch: pytest.M
 def test_what_a_mask_weighs_does_not_depend_on_how_many_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     head, features = make_head(TASK), make_features()
     targets = make_targets(2, 3)
-    outputs = head(features, targets)
+    outputs = head(features, targets=targets)
     # Masks decide the matching too; here boxes and classes alone.
     monkeypatch.setattr(MaskHead, "_mask_costs", lambda *_: None)
 

@@ -113,13 +113,6 @@ def test_dropping_tasks_leaves_the_others_bit_identical(joint: Model, file: Path
         )
 
 
-def test_boxes_that_come_from_masks_cannot_do_without_them(tmp_path: Path) -> None:
-    save_weights(make_model(TASKS, **{"instance-seg": {"boxes_from_masks": True}}), tmp_path / "a.safetensors")
-    with pytest.raises(UserError, match="detection is a part of instance-seg in them and cannot do without it"):
-        load(tmp_path / "a.safetensors", tasks=["detection"])
-    assert load(tmp_path / "a.safetensors", tasks=["detection", "instance-seg"]).tasks == ["detection", "instance-seg"]
-
-
 def test_settings_of_an_included_task_follow_or_are_refused(tmp_path: Path) -> None:
     heads = load_config("base", tasks=TASKS, assignments=["model.heads.instance-seg.num_queries=77"]).model.heads
     assert heads["detection"].num_queries == 77

@@ -59,7 +59,7 @@ def train(head, targets, steps=150):
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
-        loss = total(head.loss(head(features, targets), targets))
+        loss = total(head.loss(head(features, targets=targets), targets))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -68,7 +68,7 @@ def train(head, targets, steps=150):
 
 def perfect_outputs(head, targets):
     """Training outputs of a head whose cells all predict the (one) object of their image."""
-    outputs = head(make_features(len(targets)), targets)
+    outputs = head(make_features(len(targets)), targets=targets)
     cells = outputs["centres"][None], outputs["sizes"][None, :, None]
     box = torch.stack([target.boxes[0] for target in targets])[:, None]
     points = torch.stack([target.keypoints[0] for target in targets])[:, None]
@@ -83,7 +83,7 @@ def perfect_outputs(head, targets):
 def test_two_branches_teach_and_one_predicts():
     head = make_head("keypoints")
     targets = make_targets(3, 1)
-    assert set(head.loss(head(make_features(), targets), targets)) == {
+    assert set(head.loss(head(make_features(), targets=targets), targets)) == {
         "map_one",
         *(f"{t}_{b}" for t in TERMS for b in ("one", "many")),
     }
@@ -98,7 +98,7 @@ def test_two_branches_teach_and_one_predicts():
 
 def test_without_one_to_many_there_are_no_layers_for_it():
     head = new_head(3, many_weight=0.0)
-    terms = head.loss(head(make_features(1), [objects(head)]), [objects(head)])
+    terms = head.loss(head(make_features(1), targets=[objects(head)]), [objects(head)])
     assert set(terms) == {"map_one", *(f"{term}_one" for term in TERMS)}
     assert head.many is None
 
@@ -133,7 +133,7 @@ def test_scores_are_taught_the_oks_and_a_fitting_box_where_it_says_nothing():
 def test_objects_without_points_teach_their_box_and_no_score():
     head = new_head(5)
     targets = [objects(head, 1, visible=0.0)]
-    outputs = head(make_features(1), targets)
+    outputs = head(make_features(1), targets=targets)
     for branch in ("one", "many"):
         outputs[f"{branch}_logits"] = outputs[f"{branch}_logits"].detach().requires_grad_()
     terms = head.loss(outputs, targets)
@@ -155,7 +155,7 @@ def test_what_a_label_weighs_does_not_depend_on_how_many_are_missing(monkeypatch
     # Which cells learn an object depends on its points; here on the places of the cells alone.
     monkeypatch.setattr(keypoint, "cell_values", lambda closeness, *_: closeness)
     head = new_head(5)
-    outputs = head(make_features(2), [objects(head)] * 2)
+    outputs = head(make_features(2), targets=[objects(head)] * 2)
 
     def terms(*labelled):
         return head.loss(outputs, [objects(head, visible=2.0 * known) for known in labelled])
@@ -174,7 +174,7 @@ def test_classes_without_keypoints_teach_the_neck_and_are_background_to_predicti
     (target,) = make_targets(1)
     target.labels[:] = 1  # the dog, which has none
     target.keypoints[:] = 0
-    outputs = head(make_features(1), [target])
+    outputs = head(make_features(1), targets=[target])
     for branch in ("one", "many"):
         outputs[f"{branch}_logits"] = outputs[f"{branch}_logits"].detach().requires_grad_()
     terms = head.loss(outputs, [target])
@@ -231,7 +231,7 @@ def test_points_form_learns_and_draws_boxes_around_points():
     head = new_head(4, predict="points", levels="finest", depth=1)
     target = objects(head)
     features = train(head, [target, target])
-    terms = head.loss(head(features, [target, target]), [target, target])
+    terms = head.loss(head(features, targets=[target, target]), [target, target])
     assert set(terms) == {f"{term}_{branch}" for term in ("class", "oks", "point") for branch in ("one", "many")}
     found = predict(head, features, threshold=0.3)[0]
     assert len(found) == 2
@@ -275,7 +275,7 @@ def test_the_evaluator_asks_for_what_the_head_finds_by_the_same_sigmas():
     split = SimpleNamespace(coco_dict={**data, "categories": [{"id": c.id, "name": c.name} for c in categories]})
     settings = {"categories": categories, "image_size": 64, "heads__keypoints__sigmas": [0.3, 0.4]}
     points, boxes = make_metrics(create_model("tiny", ["keypoints"], **settings), split)["keypoints"]
-    assert (points.metric, boxes.metric) == ("keypoints", "bbox")
+    assert (points.name, boxes.name) == ("keypoints", "bbox")
     assert points.truth.groups == [([1], [0.3, 0.4])]
     assert [category.name for category in boxes.categories] == ["tube"]
     assert boxes.truth.counts([1]) == [1]

@@ -11,7 +11,8 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mvision.errors import UserError
-from mvision.evaluation.coco import FIGURES, CocoMetric
+from mvision.evaluation import BoxMetric, CocoMetric, KeypointMetric, MaskMetric
+from mvision.evaluation.coco import FIGURES
 from mvision.structures import Category
 from mvision.structures.oks import COCO_SIGMAS
 
@@ -102,8 +103,11 @@ def reference(coco_dict: dict, results: list[dict], metric: str) -> tuple[np.nda
     return evaluator.stats, np.array(per_class)
 
 
+METRICS = {"bbox": BoxMetric, "segm": MaskMetric, "keypoints": KeypointMetric}
+
+
 def evaluated(coco_dict: dict, results: list[dict], backend: str, metric: str = "bbox", **options) -> CocoMetric:
-    metric_object = CocoMetric(coco_dict, CATEGORIES, metric, backend=backend, **options)
+    metric_object = METRICS[metric](coco_dict, CATEGORIES, backend=backend, **options)
     metric_object.update(results, [image["id"] for image in coco_dict["images"]])
     return metric_object
 
@@ -138,7 +142,7 @@ def test_no_annotations(backend: str) -> None:
 
 
 def test_no_images(backend: str) -> None:
-    metric = CocoMetric({"images": [], "annotations": [], "categories": []}, CATEGORIES, backend=backend)
+    metric = BoxMetric({"images": [], "annotations": [], "categories": []}, CATEGORIES, backend=backend)
     assert set(metric.compute().values()) == {-1.0}
     assert "  -  " in metric.table()
 
@@ -216,7 +220,7 @@ def test_images_are_counted_once_and_only_when_seen(backend: str) -> None:
     coco_dict, results = random_data()
     ids = [image["id"] for image in coco_dict["images"]]
     whole = evaluated(coco_dict, results, backend)
-    halves = [CocoMetric(coco_dict, CATEGORIES, backend=backend) for _ in range(2)]
+    halves = [BoxMetric(coco_dict, CATEGORIES, backend=backend) for _ in range(2)]
     for half, seen in zip(halves, (ids[1::2] + ids[:1], ids[::2])):  # the first image in both
         found = [r for r in results if r["image_id"] in seen]
         half.update(found, seen)
@@ -225,7 +229,7 @@ def test_images_are_counted_once_and_only_when_seen(backend: str) -> None:
     halves[0].merge(halves[1].state())
     assert halves[0].compute() == whole.compute()
     few = [i for i in ids if i in ids[:5]]
-    subset = CocoMetric(coco_dict, CATEGORIES, backend=backend)
+    subset = BoxMetric(coco_dict, CATEGORIES, backend=backend)
     subset.update([r for r in results if r["image_id"] in few], few)
     cut = {**coco_dict, "images": coco_dict["images"][:5]}
     cut["annotations"] = [a for a in coco_dict["annotations"] if a["image_id"] in few]
@@ -237,7 +241,7 @@ def test_images_are_counted_once_and_only_when_seen(backend: str) -> None:
 
 def test_results_of_unknown_images_are_refused() -> None:
     coco_dict, results = random_data()
-    metric = CocoMetric(coco_dict, CATEGORIES)
+    metric = BoxMetric(coco_dict, CATEGORIES)
     with pytest.raises(ValueError, match="999"):
         metric.update([], [999])
     with pytest.raises(ValueError, match="not in image_ids"):
@@ -262,7 +266,7 @@ def test_sigmas_of_the_data_are_used(backend: str) -> None:
     data, results, categories = keypoint_data(5, list("abcde"), 10)
 
     def ap(**options) -> tuple[float, list[str]]:
-        metric = CocoMetric(data, categories, "keypoints", backend=backend, **options)
+        metric = KeypointMetric(data, categories, backend=backend, **options)
         metric.update(results, [1])
         return metric.compute()["AP"], metric.notes
 
@@ -283,16 +287,16 @@ def test_classes_with_different_keypoints(backend: str) -> None:
     data["annotations"] += [{**other["annotations"][0], "category_id": 2}]
     data["categories"] += [{"id": 2, "name": "other"}, {"id": 3, "name": "plain"}]
     categories += [more_categories[0].model_copy(update={"id": 2, "name": "other"}), Category(id=3, name="plain")]
-    metric = CocoMetric(data, categories, "keypoints", backend=backend)
+    metric = KeypointMetric(data, categories, backend=backend)
     metric.update([*results, {**more[0], "category_id": 2}], [1])
     figures = metric.compute()
     assert [figures[k] for k in ("AP", "AP/thing", "AP/other")] == pytest.approx([1, 1, 1])
     assert figures["AP/plain"] == -1
     data["annotations"][1]["keypoints"] = [1, 2, 2]
     with pytest.raises(UserError, match="'other' has 3 points"):
-        CocoMetric(data, categories, "keypoints")
+        KeypointMetric(data, categories)
     with pytest.raises(UserError, match="no class"):
-        CocoMetric({**data, "annotations": []}, [Category(id=3, name="plain")], "keypoints")
+        KeypointMetric({**data, "annotations": []}, [Category(id=3, name="plain")])
 
 
 def test_table(backend: str) -> None:

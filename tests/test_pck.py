@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mvision.evaluation.coco import CocoMetric
+from mvision.evaluation import BoxMetric, KeypointMetric
 from mvision.evaluation.pck import correct_points
 from mvision.structures import Category
 
@@ -49,8 +49,8 @@ def test_it_is_among_the_figures():
     category = Category(id=7, name="tube", keypoints=["top", "end"])
     entry = {"id": 1, "image_id": 3, **make_object(0, 0, category_id=7)}
     data = {"images": [{"id": n, "height": 50, "width": 50} for n in (3, 4)], "annotations": [entry]}
-    metric = CocoMetric({**data, "categories": [{"id": 7, "name": "tube"}]}, [category], "keypoints")
+    metric = KeypointMetric({**data, "categories": [{"id": 7, "name": "tube"}]}, [category])
     metric.update([{"image_id": 3, "category_id": 7, "score": 0.5, "keypoints": result(0, 0, (0, 5))}], [3, 4])
     assert metric.compute()["PCK@0.1"] == 0.5
     assert any("PCK" in line and line.endswith("0.500") for line in metric.table().splitlines())
-    assert "PCK@0.1" not in CocoMetric({**data, "categories": [{"id": 7, "name": "tube"}]}, [category]).compute()
+    assert "PCK@0.1" not in BoxMetric({**data, "categories": [{"id": 7, "name": "tube"}]}, [category]).compute()

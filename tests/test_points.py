@@ -12,7 +12,7 @@ from mvision.data import CocoSplit, find_layout
 from mvision.data.augment.geometry import mirror_keypoints
 from mvision.data.tools.convert import convert
 from mvision.errors import UserError
-from mvision.evaluation.coco import CocoMetric
+from mvision.evaluation import KeypointMetric
 from mvision.structures import Category
 from tests.coco_files import annotation, coco, write_set
 
@@ -38,10 +38,10 @@ def test_sigmas_of_a_category_win_over_those_of_info(tmp_path: Path) -> None:
 
 def test_the_evaluator_takes_the_same_sigmas(tmp_path: Path) -> None:
     split = read(tmp_path, [{**DOG, "sigmas": [0.1, 0.2, 0.3]}])
-    assert CocoMetric(split.coco_dict, split.categories, "keypoints").truth.groups == [([1], [0.1, 0.2, 0.3])]
+    assert KeypointMetric(split.coco_dict, split.categories).truth.groups == [([1], [0.1, 0.2, 0.3])]
     # A model that knows none, such as one that was trained elsewhere: those of the data it is evaluated on.
     plain = [Category(id=3, name="dog", keypoints=LEGS)]
-    assert CocoMetric(split.coco_dict, plain, "keypoints").truth.groups == [([1], [0.1, 0.2, 0.3])]
+    assert KeypointMetric(split.coco_dict, plain).truth.groups == [([1], [0.1, 0.2, 0.3])]
 
 
 def test_flip_pairs_replace_names(tmp_path: Path) -> None:

@@ -35,21 +35,21 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model.train()(torch.rand(4, 3, 64, 96))
     save_weights(model.eval(), folder / "best.safetensors")
     if pytest.importorskip("openvino") and pytest.importorskip("onnxscript"):
-        export(str(folder), format="openvino", tasks=[TASKS[0]], say=lambda line: None)
+        export(str(folder), format="openvino", tasks=[TASKS[0]], log=lambda line: None)
     return folder
 
 
 def test_the_export_in_a_run_is_taken_where_it_can_be(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roads, "cpu_has_bf16", lambda: True)
     made = run / "best_openvino"
-    model, said = open_fastest(str(run), [TASKS[0]], CPU, "fp32")
+    model, messages = open_fastest(str(run), [TASKS[0]], CPU, "fp32")
     assert isinstance(model, ExportedModel)
-    assert said == f"OpenVINO on cpu in fp32: {made}"
+    assert messages == f"OpenVINO on cpu in fp32: {made}"
     for source, tasks in ((run, []), (run, [TASKS[1]]), (run / "best.safetensors", [TASKS[0]])):
-        model, said = open_fastest(str(source), tasks, CPU, "fp32")
+        model, messages = open_fastest(str(source), tasks, CPU, "fp32")
         assert isinstance(model, Model)
-        assert said.startswith("PyTorch on cpu in fp32")
-        assert ("faster after mvision export" in said) == (source == run)
+        assert messages.startswith("PyTorch on cpu in fp32")
+        assert ("faster after mvision export" in messages) == (source == run)
     newer = made.stat().st_mtime + 10
     os.utime(run / "best.safetensors", (newer, newer))
     assert isinstance(open_fastest(str(run), [TASKS[0]], CPU, "fp32")[0], Model)
@@ -60,9 +60,9 @@ def test_bf16_is_taken_where_the_hardware_has_it(run: Path, monkeypatch: pytest.
     for has in (True, False):
         monkeypatch.setattr(roads, "cpu_has_bf16", lambda has=has: has)
         monkeypatch.setattr("mvision.machine.cpu_has_bf16", lambda has=has: has)
-        model, said = open_fastest(weights, [], CPU)
+        model, messages = open_fastest(weights, [], CPU)
         assert next(model.parameters()).dtype == (torch.bfloat16 if has else torch.float32)
-        assert said == f"PyTorch on cpu in {'bf16' if has else 'fp32'}"
+        assert messages == f"PyTorch on cpu in {'bf16' if has else 'fp32'}"
     with pytest.raises(UserError, match="--precision bf16: this CPU does not compute in bf16"):
         open_fastest(weights, [], CPU, "bf16")
     with pytest.raises(UserError, match="--precision bf16: ONNX Runtime has fp32 alone"):

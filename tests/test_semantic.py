@@ -13,7 +13,7 @@ from mvision import UserError, load
 from mvision.config import load_config
 from mvision.engine.train import train
 from mvision.evaluation.semantic import SemanticMetric
-from mvision.heads.semantic import UNKNOWN, SemanticHead, class_map, likeliest_class
+from mvision.heads.semantic import UNKNOWN, SemanticHead, SemanticOutputs, class_map, likeliest_class
 from mvision.structures import Category, Targets
 from mvision.structures.boxes import xyxy_to_cxcywh
 from mvision.weights import load as load_weights
@@ -53,7 +53,7 @@ def test_unknown_pixels_have_no_gradient() -> None:
     head = make_head("semantic-seg")
     logits = torch.randn(1, 4, 8, 8, requires_grad=True)
     target = make_target((0.0, 0.0, 0.5, 0.5), masked=[False])
-    torch.stack(list(head.loss({"logits": logits}, [target]).values())).sum().backward()
+    torch.stack(list(head.loss(SemanticOutputs(logits), [target]).values())).sum().backward()
     assert logits.grad is not None
     assert logits.grad[..., :4, :4].eq(0).all()
     assert logits.grad[..., 5:, 5:].ne(0).all()
@@ -94,8 +94,8 @@ def test_other_strides_are_refused() -> None:
 
 
 def test_a_lateral_takes_the_place_of_the_enlarged_map() -> None:
-    head = SemanticHead(SemanticHead.Config(embed_dim=32), [8, 16, 16, 16], [4, 8, 16, 32], CATEGORIES, lateral=True)
-    outputs = head([torch.randn(2, 8, 24, 16), *make_features()])
+    head = SemanticHead(SemanticHead.Config(embed_dim=32), [16, 16, 16], [8, 16, 32], CATEGORIES, lateral=8)
+    outputs = head(make_features(), torch.randn(2, 8, 24, 16))
     assert outputs["logits"].shape == (2, 3, 24, 16)
 
 

@@ -1,7 +1,5 @@
 """Targets and Instances, and what they are turned into."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -96,12 +94,6 @@ def test_to_supervision() -> None:
     assert len(instances(count=0).to_supervision()) == 0
     with pytest.raises(UserError, match="no keypoints"):
         instances(keypoints=False).to_supervision_keypoints()
-
-
-def test_to_supervision_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "supervision", None)
-    with pytest.raises(UserError, match="pip install supervision"):
-        instances().to_supervision()
 
 
 def test_targets_move_with_all_their_tensors() -> None:

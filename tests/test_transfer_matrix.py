@@ -24,9 +24,15 @@ def source(squares: Path, tmp_path: Path) -> Path:
 
 def run(source: Path, squares: Path, output: Path, **more: object) -> str:
     settings: dict = {"tasks": ["detection"], "seeds": 1, "epochs": 1, "fractions": (1.0, 0.5), **more}
-    said: list[str] = []
+    messages: list[str] = []
     return matrix.transfer_matrix(
-        str(source), output=output, data=str(squares), device="cpu", assignments=OPTIONS, say=said.append, **settings
+        str(source),
+        output=output,
+        data=str(squares),
+        device="cpu",
+        assignments=OPTIONS,
+        log=messages.append,
+        **settings,
     )
 
 

@@ -127,7 +127,7 @@ def roads(saved: Path, folder: Path) -> dict[str, Call]:
     """By name: from uint8 images (B, 3, H, W) to raw outputs."""
     ways: dict[str, Call] = {f"PyTorch {precision}": prepare(load(saved), precision) for precision in PRECISIONS}
     for format in ("onnx", "openvino"):
-        export(str(saved), format=format, output=folder / format, say=lambda line: None)
+        export(str(saved), format=format, output=folder / format, log=lambda line: None)
         for precision in PRECISIONS if format == "openvino" else PRECISIONS[:1]:
             ways[f"{format} {precision}"] = ExportedModel(folder / format, precision=precision)
     return ways

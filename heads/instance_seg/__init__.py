@@ -1,0 +1,5 @@
+"""Instance segmentation."""
+
+from mvision.heads.instance_seg.head import MaskConfig, MaskHead
+
+__all__ = ["MaskConfig", "MaskHead"]

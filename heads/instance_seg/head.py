@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from mvision.evaluation import BoxMetric, MaskMetric
 from mvision.heads.instance_seg.losses import (
     OVERSAMPLE,
     MaskPoints,
@@ -26,10 +27,9 @@ from mvision.heads.instance_seg.losses import (
     undecided_points,
 )
 from mvision.heads.pixel_features import PixelFeatures
-from mvision.heads.query.head import Found, QueryConfig, QueryHead
+from mvision.heads.query.head import Found, QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
 from mvision.structures import Category, Instances, Targets
-from mvision.structures.boxes import xyxy_to_cxcywh
 from mvision.structures.masks import Masks, encode_logits
 
 PRIOR_WEIGHT = 2.0  # of a new query: logit in the centre of its box
@@ -46,8 +46,6 @@ class MaskConfig(QueryConfig):
         mask_dim: length of a query's mask embedding.
         mask_points: points per instance that the mask losses look at.
         mask_weight, dice_weight: of cross-entropy and Dice, in the loss and in the matching costs.
-        boxes_from_masks: the first decoder layer starts from boxes around the masks of the selected cells (Mask DINO)
-            instead of the boxes predicted for them.
     """
 
     class_weight: float = Field(2.0, ge=0)
@@ -57,21 +55,33 @@ class MaskConfig(QueryConfig):
     mask_points: int = Field(12544, gt=0)
     mask_weight: float = Field(5.0, ge=0)
     dice_weight: float = Field(5.0, ge=0)
-    boxes_from_masks: bool = False
 
 
-class MaskHead(QueryHead[MaskConfig]):
+class MaskOutputs(NamedTuple):
+    """What the loss reads.
+
+    ``queries``: of classes and boxes; ``pixels`` (B, d, h, w) pixel features; ``embeddings``
+    (L + 1, B, Q, d + 1) of the queries of every layer and, last, of the selected tokens; ``denoising_embeddings``
+    (L, B, D, d + 1), where there are denoising queries.
+    """
+
+    queries: QueryOutputs
+    pixels: Tensor
+    embeddings: Tensor
+    denoising_embeddings: Tensor | None
+
+
+class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
     """The query decoder with a mask for every query.
 
     Outputs: ``logits`` (B, Q, C) before the sigmoid, ``boxes`` (B, Q, 4) cxcywh in 0..1, and ``masks`` (B, Q, h, w)
-    logits on a grid of ``pixel_stride`` over the whole image. In training, in place of the masks, what the loss makes
-    them from.
+    logits on a grid of ``pixel_stride`` over the whole image; in training ``MaskOutputs``.
     """
 
     Config = MaskConfig
     needs = frozenset({"boxes", "masks"})
-    metric = "segm"
-    also = ("bbox",)
+    evaluator = MaskMetric
+    more_evaluators = (BoxMetric,)
     includes = ("detection",)
 
     def __init__(
@@ -80,18 +90,10 @@ class MaskHead(QueryHead[MaskConfig]):
         channels: Sequence[int],
         strides: Sequence[int],
         categories: list[Category],
-        lateral: bool = False,
+        lateral: int | None = None,
     ) -> None:
-        super().__init__(config, channels[lateral:], strides[lateral:], categories)
-        self.lateral = lateral
-        self.pixels = PixelFeatures(
-            channels[lateral:],
-            strides[lateral:],
-            channels[0] if lateral else None,
-            config.pixel_stride,
-            config.pixel_dim,
-            config.mask_dim,
-        )
+        super().__init__(config, channels, strides, categories, lateral)
+        self.pixels = PixelFeatures(channels, strides, lateral, config.pixel_stride, config.pixel_dim, config.mask_dim)
         # One number more than the embedding: the weight of the prior.
         self.mask_embed = MLP(config.embed_dim, config.embed_dim, config.mask_dim + 1, 3)
         last = self.mask_embed.layers[-1]
@@ -104,57 +106,48 @@ class MaskHead(QueryHead[MaskConfig]):
         return config.pixel_stride
 
     @classmethod
-    def separable(cls, config: MaskConfig) -> bool:
-        """Not where masks decide what boxes the decoder starts from."""
-        return not config.boxes_from_masks
-
-    @classmethod
     def outputs_of(cls, task: str, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The queries without their masks."""
         return {name: outputs[name] for name in ("logits", "boxes")}
 
-    def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
+    ) -> dict[str, Tensor] | MaskOutputs:
         """Decode the neck's maps; with ``targets`` (training) denoising queries are made from them."""
-        maps = features[self.lateral :]
-        pixels = self.pixels(maps, features[0] if self.lateral else None)
-
-        def boxes_around(cells: Tensor, boxes: Tensor) -> Tensor:
-            return boxes_of_masks(mask_grid(self.mask_embed(cells), pixels, boxes), boxes)
-
-        decoded, noisy = self.decode(maps, targets, boxes_around if self.config.boxes_from_masks else None)
+        pixels = self.pixels(maps, lateral)
+        decoded, denoising = self.decode(maps, targets)
         if targets is None:
             embeddings, boxes = self.mask_embed(decoded.queries[-1]), decoded.boxes[-1]
             return {"logits": decoded.logits[-1], "boxes": boxes, "masks": mask_grid(embeddings, pixels, boxes)}
-        outputs = self.training_outputs(decoded, noisy)
         split = decoded.queries.shape[2] - decoded.encoder_queries.shape[1]
         own = torch.cat((decoded.queries[:, :, split:], decoded.encoder_queries[None]))
-        outputs |= {"pixels": pixels, "mask_embeddings": self.mask_embed(own)}
-        if noisy:
-            outputs["denoising_mask_embeddings"] = self.mask_embed(decoded.queries[:, :, :split])
-        return outputs
+        return MaskOutputs(
+            queries=self.training_outputs(decoded, denoising),
+            pixels=pixels,
+            embeddings=self.mask_embed(own),
+            denoising_embeddings=self.mask_embed(decoded.queries[:, :, :split]) if denoising else None,
+        )
 
-    def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
-        """The terms of ``QueryHead.loss``, and ``mask`` and ``dice`` for the same layers.
+    def loss(self, outputs: MaskOutputs, targets: list[Targets]) -> dict[str, Tensor]:
+        """The terms of ``QueryHead.query_terms``, and ``mask`` and ``dice`` for the same layers.
 
         All sums are divided by the number of objects, with a mask or not, over all processes: what one mask weighs does
         not depend on how many others are missing.
         """
-        config = self.config
-        truth = self.truth(outputs, targets)
-        at = sample_mask_points(targets, OVERSAMPLE * config.mask_points, outputs["logits"].device)
-        pixels = read_features(outputs["pixels"], at.points)
-        _, boxes = self._all_layers(outputs)
-        embeddings = outputs["mask_embeddings"]
-        assigned = self.match(outputs, truth, self._mask_costs(embeddings, boxes, pixels, at))
-        terms = self.query_terms(outputs, truth, assigned)
-        terms |= self.named(
-            self._mask_losses(embeddings, boxes, assigned, pixels, at, truth.total), self.layer_names(outputs)
-        )
-        if "denoising_mask_embeddings" in outputs:
-            embeddings, boxes = outputs["denoising_mask_embeddings"], outputs["denoising_boxes"]
-            assigned = outputs["denoising_assigned"].expand(len(embeddings), -1, -1)
-            total = truth.total * outputs["denoising_groups"].item()
-            losses = self._mask_losses(embeddings, boxes, assigned, pixels, at, total)
+        queries = outputs.queries
+        truth = self.truth(queries, targets)
+        at = sample_mask_points(targets, OVERSAMPLE * self.config.mask_points, queries.logits.device)
+        pixels = read_features(outputs.pixels, at.points)
+        _, boxes = self.all_layers(queries)
+        assigned = self.match(queries, truth, self._mask_costs(outputs.embeddings, boxes, pixels, at))
+        terms = self.query_terms(queries, truth, assigned)
+        losses = self._mask_losses(outputs.embeddings, boxes, assigned, pixels, at, truth.total)
+        terms |= self.named(losses, self.layer_names(queries))
+        denoising, embeddings = queries.denoising, outputs.denoising_embeddings
+        if denoising is not None and embeddings is not None:
+            assigned = denoising.assigned.expand(len(embeddings), -1, -1)
+            total = truth.total * denoising.groups
+            losses = self._mask_losses(embeddings, denoising.boxes, assigned, pixels, at, total)
             terms |= self.named(losses, [f"_denoising_{index}" for index in range(len(embeddings))])
         return terms
 
@@ -228,18 +221,6 @@ def mask_at_points(embeddings: Tensor, pixels: Tensor, boxes: Tensor, points: Te
     boxes = boxes.detach()[..., None, :].to(pixels.dtype)
     x, y = points[..., None, :, 0], points[..., None, :, 1]
     return product + weight * _prior(x, y, boxes)
-
-
-def boxes_of_masks(masks: Tensor, boxes: Tensor) -> Tensor:
-    """(B, Q, 4) cxcywh in 0..1 around what is above zero in (B, Q, h, w); ``boxes`` where nothing is."""
-    sides = []
-    for inside in ((masks > 0).any(-2), (masks > 0).any(-1)):
-        cells = inside.shape[-1]
-        first = inside.to(torch.uint8).argmax(-1)
-        last = cells - inside.flip(-1).to(torch.uint8).argmax(-1)
-        sides.append((first / cells, last / cells))
-    corners = torch.stack((sides[0][0], sides[1][0], sides[0][1], sides[1][1]), -1).to(boxes.dtype)
-    return torch.where((masks > 0).flatten(2).any(-1, keepdim=True), xyxy_to_cxcywh(corners), boxes)
 
 
 def _prior(x: Tensor, y: Tensor, boxes: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mvision.heads.query.matching import known_classes
+from mvision.heads.query.matching import labelled_classes
 from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 
@@ -36,7 +36,7 @@ class KeypointTruth:
         areas: (M,) fraction of the image.
         scale: (M, 2) makes of fractions of width and height lengths in an image whose area is 1, whatever its shape.
         unlabelled: (B,) bool: images whose annotations say nothing about keypoints.
-        known: (B, categories) or (B, 1) bool: the labels that were looked for in each image; None: all.
+        labelled_classes: (B, categories) or (B, 1) bool: the labels that were looked for in each image; None: all.
     """
 
     image: Tensor
@@ -46,7 +46,7 @@ class KeypointTruth:
     areas: Tensor
     scale: Tensor
     unlabelled: Tensor
-    known: Tensor | None
+    labelled_classes: Tensor | None
 
     @property
     def labelled(self) -> Tensor:
@@ -87,7 +87,7 @@ def keypoint_truth(
         areas=torch.cat([target.areas for target in targets]).to(device, dtype)[keep],
         scale=torch.stack((aspect, 1 / aspect), -1).to(device)[image],
         unlabelled=torch.tensor([target.keypoints is None for target in targets], device=device),
-        known=known_classes(targets, device),
+        labelled_classes=labelled_classes(targets, device),
     )
 
 

@@ -16,6 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from mvision.errors import UserError
+from mvision.evaluation import BoxMetric, KeypointMetric
 from mvision.heads.base import Head
 from mvision.heads.keypoints.assignment import candidates, cell_values, keypoint_truth, many_cells, one_cell
 from mvision.heads.keypoints.grid import CellLayers, Cells, make_cells
@@ -82,7 +83,7 @@ class KeypointConfig(Settings):
     map_weight: float = Field(8.0, ge=0)
 
 
-class KeypointHead(Head[KeypointConfig]):
+class KeypointHead(Head[KeypointConfig, dict[str, Tensor]]):
     """RepBlocks and 1x1 convolutions on the neck's maps, for any classes with any numbers of keypoints.
 
     K is the largest number of points that a class has; of one with fewer, the first count. Classes without keypoints
@@ -99,8 +100,8 @@ class KeypointHead(Head[KeypointConfig]):
 
     Config = KeypointConfig
     needs = frozenset({"boxes", "keypoints"})
-    metric = "keypoints"
-    also = ("bbox",)
+    evaluator = KeypointMetric
+    more_evaluators = (BoxMetric,)
     kind = "poses"
 
     def __init__(
@@ -109,12 +110,9 @@ class KeypointHead(Head[KeypointConfig]):
         channels: Sequence[int],
         strides: Sequence[int],
         categories: list[Category],
-        lateral: bool = False,
+        lateral: int | None = None,
     ) -> None:
-        super().__init__(config, channels[lateral:], strides[lateral:], _with_sigmas(categories, config))
-        self.has_lateral = lateral
-        beside = channels[0] if lateral else None
-        channels, strides = channels[lateral:], strides[lateral:]
+        super().__init__(config, channels, strides, _with_sigmas(categories, config), lateral)
         classes = self.classes
         self.num_points = max(len(category.keypoints) for category in classes)
         levels = 1 if config.levels == "finest" else len(channels)
@@ -131,7 +129,7 @@ class KeypointHead(Head[KeypointConfig]):
         self.maps: PointMaps | None = None
         if config.predict == "instances" and config.pixel_dim:
             sizes = (config.pixel_dim, config.map_dim, width, self.num_points)
-            self.maps = PointMaps(channels, strides, beside, *sizes)
+            self.maps = PointMaps(channels, strides, lateral, *sizes)
         self._describe_classes(classes)
 
     @classmethod
@@ -165,12 +163,12 @@ class KeypointHead(Head[KeypointConfig]):
         """The classes with keypoints."""
         return [category for category in categories if category.keypoints]
 
-    def forward(self, features: list[Tensor], targets: list[Targets] | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
+    ) -> dict[str, Tensor]:
         """The best cells of the neck's maps, or (with ``targets``, in training) all of them."""
-        beside = features[0] if self.has_lateral else None
-        features = features[self.has_lateral :]
-        pixels = None if self.maps is None else self.maps.pixels(features, beside)
-        maps = [tower(feature) for tower, feature in zip(self.towers, features)]
+        pixels = None if self.maps is None else self.maps.pixels(maps, lateral)
+        maps = [tower(x) for tower, x in zip(self.towers, maps)]
         cells = make_cells(maps)
         tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
         if targets is None:
@@ -281,8 +279,10 @@ class KeypointHead(Head[KeypointConfig]):
         values = cell_values(near.closeness, scores, compared.near, compared.overlap, truth.labelled)
         place = (values, near.cells, truth.image)
         chosen = many_cells(*place, len(cells.centres), self.config.top_k) if many else one_cell(*place)
-        known = truth.known if truth.known is None or truth.known.shape[1] == 1 else truth.known[:, labels]
-        return Assigned(truth, near, sigmas, exists, found, compared, values, chosen, known)
+        labelled_classes = truth.labelled_classes
+        if labelled_classes is not None and labelled_classes.shape[1] > 1:
+            labelled_classes = labelled_classes[:, labels]
+        return Assigned(truth, near, sigmas, exists, found, compared, values, chosen, labelled_classes)
 
     def _terms(self, raw: dict[str, Tensor], taught: Assigned) -> dict[str, Tensor]:
         """The loss of one set of last layers, unweighted."""
@@ -304,7 +304,9 @@ class KeypointHead(Head[KeypointConfig]):
             quality = score_target(compared.each, compared.overlap[..., None])[row, column][pair, point]
             where = (cell[0][pair], cell[1][pair], point)
             logits = self.one.visibility(raw)
-            terms["class"] = self._score_term(logits, where, quality, ignored, taught.known) / self.num_points
+            terms["class"] = (
+                self._score_term(logits, where, quality, ignored, taught.labelled_classes) / self.num_points
+            )
             return {name: value / num_posed for name, value in terms.items()}
         terms = point_terms(found, compared, truth, of_points, taught.exists)
         terms = {name: value / num_posed for name, value in terms.items()}
@@ -314,15 +316,21 @@ class KeypointHead(Head[KeypointConfig]):
         quality = torch.where(plain[:, None], by_box, quality)[row, column]
         where = (*cell, truth.classes[row])
         logits = self.one.score_logits(raw)
-        terms["class"] = self._score_term(logits, where, quality, ignored, taught.known) / num_objects
+        terms["class"] = self._score_term(logits, where, quality, ignored, taught.labelled_classes) / num_objects
         boxes = box_terms(found, compared, truth, chosen)
         return terms | {name: value / num_objects for name, value in boxes.items()}
 
     def _score_term(
-        self, logits: Tensor, where: tuple[Tensor, ...], quality: Tensor, ignored: Tensor, known: Tensor | None
+        self,
+        logits: Tensor,
+        where: tuple[Tensor, ...],
+        quality: Tensor,
+        ignored: Tensor,
+        labelled_classes: Tensor | None,
     ) -> Tensor:
         config = self.config
-        return score_term(logits, where, quality, ignored, config.class_loss, config.alpha, config.gamma, known)
+        settings = config.class_loss, config.alpha, config.gamma
+        return score_term(logits, where, quality, ignored, *settings, labelled_classes)
 
 
 def _with_sigmas(categories: list[Category], config: KeypointConfig) -> list[Category]:

@@ -53,7 +53,7 @@ class Assigned:
         sigmas, exists: (M, K) of the objects' classes: the tolerance of each point, and which of the K they have.
         values: (M, n), see ``cell_values``.
         chosen: (M, n) bool: cells that learn the object.
-        known: (B, C) or (B, 1) bool: which of the classes were looked for in each image; None: all.
+        labelled_classes: (B, C) or (B, 1) bool: which of the classes were looked for in each image; None: all.
     """
 
     truth: KeypointTruth
@@ -64,7 +64,7 @@ class Assigned:
     compared: Compared
     values: Tensor
     chosen: Tensor
-    known: Tensor | None = None
+    labelled_classes: Tensor | None = None
 
 
 def compare(found: FoundPoints, truth: KeypointTruth, sigmas: Tensor) -> Compared:
@@ -119,7 +119,7 @@ def score_term(
     kind: Literal["vfl", "mal"],
     alpha: float,
     gamma: float,
-    known: Tensor | None = None,
+    labelled_classes: Tensor | None = None,
 ) -> Tensor:
     """Sum of the score's loss over all cells.
 
@@ -128,7 +128,8 @@ def score_term(
         where: image, cell and class of the P positives, each (P,).
         quality: (P,) in 0..1, their targets.
         ignored: (B, S) bool: cells that are neither positive nor negative, unless they are in ``where``.
-        known: (B, C) bool, see ``Targets.known``: of other classes a cell is no negative; None: all are known.
+        labelled_classes: (B, C) bool, see ``Targets.labelled_classes``: of other classes a cell is no negative; None:
+            all are labelled.
     """
     target = torch.zeros_like(logits, dtype=quality.dtype)
     target[where] = quality
@@ -136,7 +137,7 @@ def score_term(
     hot[where] = True
     loss = quality_focal(logits, target, hot, kind, alpha, gamma)
     loss = torch.where(ignored[..., None] & ~hot.any(-1, keepdim=True), 0, loss)
-    return (loss if known is None else torch.where(known[:, None] | hot, loss, 0)).sum()
+    return (loss if labelled_classes is None else torch.where(labelled_classes[:, None] | hot, loss, 0)).sum()
 
 
 @torch.no_grad()

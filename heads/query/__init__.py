@@ -1,0 +1,1 @@
+"""The query decoder: selection, refinement, matching and losses of classes and boxes."""

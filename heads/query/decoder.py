@@ -7,9 +7,9 @@ sections 4.3 and 4.4; iterative refinement and two-stage selection are Deformabl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -31,7 +31,6 @@ class DecoderConfig(Settings):
         num_layers: decoder layers; at inference ``Head`` may stop earlier.
         num_points: sampled points per head and level.
         sampling, offset_scale: see ``DeformableAttention``.
-        learned_queries: query contents are learned vectors instead of the selected cells' features; fixes num_queries.
         shared_class_head: one classifier for the encoder's cells and all layers, and layers that start as the identity:
             what dense supervision teaches the cells then serves the decoder from the first step. Learns faster from
             random weights; published weights have a classifier per layer.
@@ -46,12 +45,10 @@ class DecoderConfig(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
     sampling: Literal["default", "discrete"] = "default"
     offset_scale: float = Field(0.5, gt=0)
-    learned_queries: bool = False
     shared_class_head: bool = False
 
 
-@dataclass
-class Dense:
+class Dense(NamedTuple):
     """Predictions of every cell, for supervision: logits (B, S, C), boxes (B, S, 4), anchors (S, 4); cxcywh in 0..1."""
 
     logits: Tensor
@@ -116,7 +113,6 @@ class QueryDecoder(nn.Module):
         own_heads = 0 if config.shared_class_head else config.num_layers
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(own_heads))
         self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(config.num_layers))
-        self.query_embed = nn.Embedding(config.num_queries, dim) if config.learned_queries else None
         # One row more than there are classes: padding.
         self.label_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if num_denoising else None
         self.reset_parameters()
@@ -143,7 +139,6 @@ class QueryDecoder(nn.Module):
         denoising: Denoising | None = None,
         *,
         every_layer: bool = False,
-        first_boxes: Callable[[Tensor, Tensor], Tensor] | None = None,
     ) -> Decoded:
         """Decode.
 
@@ -151,8 +146,6 @@ class QueryDecoder(nn.Module):
             maps: each (B, C_i, h_i, w_i), finest first.
             denoising: queries that go before the selected ones.
             every_layer: return predictions of all layers, and of all cells (training).
-            first_boxes: makes the boxes (B, Q, 4) that the first layer starts from of the selected cells' features and
-                boxes; None: their boxes themselves.
         """
         projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
         shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
@@ -168,9 +161,8 @@ class QueryDecoder(nn.Module):
         # Boxes of the selected cells alone: the others are thrown away.
         encoder_boxes = (self.memory_box(chosen).to(anchors.dtype) + chosen_anchors).sigmoid()
 
-        queries = chosen.detach() if self.query_embed is None else self._learned(memory.shape[0], count)
-        references = encoder_boxes if first_boxes is None else first_boxes(chosen, encoder_boxes)
-        references = references.detach()
+        queries = chosen.detach()
+        references = encoder_boxes.detach()
         mask = None
         if denoising is None and every_layer and self.label_embed is not None:
             # A batch without objects has no denoising queries; distributed training still wants every parameter used.
@@ -215,10 +207,6 @@ class QueryDecoder(nn.Module):
                 contents.append(queries)
             references = refined.detach()
         return torch.stack(logits), torch.stack(boxes), torch.stack(contents)
-
-    def _learned(self, batch: int, count: int) -> Tensor:
-        assert self.query_embed is not None
-        return self.query_embed.weight[:count].expand(batch, -1, -1)
 
 
 class DecoderLayer(nn.Module):

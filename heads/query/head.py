@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -10,8 +10,8 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from mvision.heads.base import Head
-from mvision.heads.query.decoder import Decoded, DecoderConfig, QueryDecoder
+from mvision.heads.base import Head, OutputsT
+from mvision.heads.query.decoder import Decoded, DecoderConfig, Dense, QueryDecoder
 from mvision.heads.query.denoising import Denoising, make_denoising
 from mvision.heads.query.losses import set_losses
 from mvision.heads.query.matching import (
@@ -54,6 +54,35 @@ class QueryConfig(DecoderConfig):
 ConfigT = TypeVar("ConfigT", bound=QueryConfig)
 
 
+class DenoisingOutputs(NamedTuple):
+    """Predictions of the D denoising queries.
+
+    ``logits`` (L, B, D, C) and ``boxes`` (L, B, D, 4) of every layer; ``assigned`` (B, D) int64, the object that each
+    has to restore, -1 for none; ``groups``: how many copies of the ground truth they are.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    assigned: Tensor
+    groups: int
+
+
+class QueryOutputs(NamedTuple):
+    """What the loss of classes and boxes reads.
+
+    ``logits`` (L, B, Q, C) and ``boxes`` (L, B, Q, 4) of every decoder layer; ``encoder_logits`` and ``encoder_boxes``
+    of the selected tokens, (B, Q, ...); ``dense``: of every token, where they are supervised; ``denoising``: None in a
+    batch without objects.
+    """
+
+    logits: Tensor
+    boxes: Tensor
+    encoder_logits: Tensor
+    encoder_boxes: Tensor
+    dense: Dense | None
+    denoising: DenoisingOutputs | None
+
+
 class Found(NamedTuple):
     """The predictions of one image that are kept, best first: ``query`` is where each comes from.
 
@@ -66,7 +95,7 @@ class Found(NamedTuple):
     query: Tensor
 
 
-class QueryHead(Head[ConfigT]):
+class QueryHead(Head[ConfigT, OutputsT]):
     """RT-DETR's decoder with its criterion and post-processing.
 
     Outputs: ``logits`` (B, Q, C) before the sigmoid and ``boxes`` (B, Q, 4) cxcywh in 0..1. In training also those of
@@ -74,21 +103,17 @@ class QueryHead(Head[ConfigT]):
     """
 
     def __init__(
-        self, config: ConfigT, channels: Sequence[int], strides: Sequence[int], categories: list[Category]
+        self,
+        config: ConfigT,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        categories: list[Category],
+        lateral: int | None = None,
     ) -> None:
-        super().__init__(config, channels, strides, categories)
+        super().__init__(config, channels, strides, categories, lateral)
         self.decoder = QueryDecoder(
             config, channels, len(categories), config.num_denoising, dense=config.dense_weight > 0
         )
-
-    def loss(self, outputs: dict[str, Tensor], targets: list[Targets]) -> dict[str, Tensor]:
-        """Terms named ``class``, ``box``, ``giou``: of the last layer plain, of the others with the layer's name.
-
-        ``_0``.. are the earlier decoder layers, ``_encoder`` the selected cells, ``_denoising_0``.. the denoising
-        queries, ``_dense`` the one-to-many supervision of all cells.
-        """
-        truth = self.truth(outputs, targets)
-        return self.query_terms(outputs, truth, self.match(outputs, truth))
 
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
@@ -96,43 +121,42 @@ class QueryHead(Head[ConfigT]):
         """The ``num_queries`` best (query, class) pairs of every image, in pixels of the original images."""
         return [self.instances(found, size) for found, size in zip(self.select(outputs, threshold), sizes)]
 
-    def decode(
-        self,
-        features: list[Tensor],
-        targets: list[Targets] | None,
-        first_boxes: Callable[[Tensor, Tensor], Tensor] | None = None,
-    ) -> tuple[Decoded, Denoising | None]:
+    def decode(self, maps: list[Tensor], targets: list[Targets] | None) -> tuple[Decoded, Denoising | None]:
         """Run the decoder; in training (``targets``) with denoising queries made from them, and all layers returned."""
         if targets is None:
-            return self.decoder(features, first_boxes=first_boxes), None
-        noisy = self._denoising(pad_targets(targets, features[0].device), features)
-        return self.decoder(features, noisy, every_layer=True, first_boxes=first_boxes), noisy
+            return self.decoder(maps), None
+        denoising = self._denoising(pad_targets(targets, maps[0].device), maps)
+        return self.decoder(maps, denoising, every_layer=True), denoising
 
-    def truth(self, outputs: dict[str, Tensor], targets: list[Targets]) -> PaddedTargets:
+    def truth(self, outputs: QueryOutputs, targets: list[Targets]) -> PaddedTargets:
         """The labels, on the device and in the precision of the predicted boxes."""
-        return pad_targets(targets, outputs["logits"].device, outputs["boxes"].dtype)
+        return pad_targets(targets, outputs.logits.device, outputs.boxes.dtype)
 
-    def match(self, outputs: dict[str, Tensor], truth: PaddedTargets, more: Tensor | None = None) -> Tensor:
+    def match(self, outputs: QueryOutputs, truth: PaddedTargets, more: Tensor | None = None) -> Tensor:
         """(L + 1, B, Q) object of every query of the decoder's layers and, last, of the selected cells; -1 for none.
 
         ``more`` (L + 1, B, Q, T) is added to the costs of class and box.
         """
-        logits, boxes = self._all_layers(outputs)
+        logits, boxes = self.all_layers(outputs)
         costs = MatchingCosts(l1=self.config.box_weight, giou=self.config.giou_weight)
         return hungarian(logits.detach(), boxes.detach(), truth, costs, more)
 
-    def query_terms(self, outputs: dict[str, Tensor], truth: PaddedTargets, assigned: Tensor) -> dict[str, Tensor]:
-        """The loss of classes and boxes."""
-        terms = self.named(self._set_losses(*self._all_layers(outputs), assigned, truth), self.layer_names(outputs))
-        if "denoising_logits" in outputs:
-            terms |= self._denoising_terms(outputs, truth)
-        if "dense_logits" in outputs:
-            terms |= self._dense_terms(outputs, truth)
+    def query_terms(self, outputs: QueryOutputs, truth: PaddedTargets, assigned: Tensor) -> dict[str, Tensor]:
+        """The loss of classes and boxes: terms named ``class``, ``box``, ``giou``, of the last layer plain.
+
+        Of the others they have the layer's name: ``_0``.. are the earlier decoder layers, ``_encoder`` the selected
+        tokens, ``_denoising_0``.. the denoising queries, ``_dense`` the one-to-many supervision of all tokens.
+        """
+        terms = self.named(self._set_losses(*self.all_layers(outputs), assigned, truth), self.layer_names(outputs))
+        if outputs.denoising is not None:
+            terms |= self._denoising_terms(outputs.denoising, truth)
+        if outputs.dense is not None:
+            terms |= self._dense_terms(outputs.dense, truth)
         return terms
 
-    def layer_names(self, outputs: dict[str, Tensor]) -> list[str]:
+    def layer_names(self, outputs: QueryOutputs) -> list[str]:
         """The endings of the loss terms' names, in the order of ``match``'s layers."""
-        layers = len(outputs["layer_logits"])
+        layers = len(outputs.logits)
         return [*(f"_{index}" for index in range(layers - 1)), "", "_encoder"]
 
     def named(self, losses: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
@@ -171,40 +195,34 @@ class QueryHead(Head[ConfigT]):
             categories=self.categories,
         )
 
-    def training_outputs(self, decoded: Decoded, noisy: Denoising | None) -> dict[str, Tensor]:
+    def training_outputs(self, decoded: Decoded, denoising: Denoising | None) -> QueryOutputs:
         """What the loss reads, denoising queries apart from the others."""
-        split = noisy.labels.shape[1] if noisy else 0
-        outputs = {
-            "logits": decoded.logits[-1, :, split:],
-            "boxes": decoded.boxes[-1, :, split:],
-            "layer_logits": decoded.logits[:, :, split:],
-            "layer_boxes": decoded.boxes[:, :, split:],
-            "encoder_logits": decoded.encoder_logits,
-            "encoder_boxes": decoded.encoder_boxes,
-        }
-        if decoded.dense is not None:
-            outputs["dense_logits"] = decoded.dense.logits
-            outputs["dense_boxes"] = decoded.dense.boxes
-            outputs["anchors"] = decoded.dense.anchors
-        if noisy:
-            outputs["denoising_logits"] = decoded.logits[:, :, :split]
-            outputs["denoising_boxes"] = decoded.boxes[:, :, :split]
-            outputs["denoising_assigned"] = noisy.assigned
-            outputs["denoising_groups"] = torch.tensor(noisy.groups)
-        return outputs
+        split = denoising.labels.shape[1] if denoising else 0
+        return QueryOutputs(
+            logits=decoded.logits[:, :, split:],
+            boxes=decoded.boxes[:, :, split:],
+            encoder_logits=decoded.encoder_logits,
+            encoder_boxes=decoded.encoder_boxes,
+            dense=decoded.dense,
+            denoising=None
+            if denoising is None
+            else DenoisingOutputs(
+                decoded.logits[:, :, :split], decoded.boxes[:, :, :split], denoising.assigned, denoising.groups
+            ),
+        )
 
-    def _denoising(self, truth: PaddedTargets, features: list[Tensor]) -> Denoising | None:
+    def _denoising(self, truth: PaddedTargets, maps: list[Tensor]) -> Denoising | None:
         config = self.config
-        cells = sum(feature.shape[-2] * feature.shape[-1] for feature in features)
-        queries = min(config.num_queries, cells)
+        tokens = sum(x.shape[-2] * x.shape[-1] for x in maps)
+        queries = min(config.num_queries, tokens)
         return make_denoising(
             truth, len(self.categories), queries, config.num_denoising, config.label_noise, config.box_noise
         )
 
-    def _all_layers(self, outputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Logits and boxes of all layers and, last, of the selected cells."""
-        logits = torch.cat((outputs["layer_logits"], outputs["encoder_logits"][None]))
-        return logits, torch.cat((outputs["layer_boxes"], outputs["encoder_boxes"][None]))
+    def all_layers(self, outputs: QueryOutputs) -> tuple[Tensor, Tensor]:
+        """Logits and boxes of all layers and, last, of the selected tokens."""
+        logits = torch.cat((outputs.logits, outputs.encoder_logits[None]))
+        return logits, torch.cat((outputs.boxes, outputs.encoder_boxes[None]))
 
     def _set_losses(
         self, logits: Tensor, boxes: Tensor, assigned: Tensor, truth: PaddedTargets, total: float | None = None
@@ -212,18 +230,15 @@ class QueryHead(Head[ConfigT]):
         config = self.config
         return set_losses(logits, boxes, assigned, truth, config.class_loss, config.alpha, config.gamma, total)
 
-    def _denoising_terms(self, outputs: dict[str, Tensor], truth: PaddedTargets) -> dict[str, Tensor]:
-        logits, boxes = outputs["denoising_logits"], outputs["denoising_boxes"]
-        assigned = outputs["denoising_assigned"].expand(len(logits), -1, -1)
-        groups = outputs["denoising_groups"].item()
-        losses = self._set_losses(logits, boxes, assigned, truth)
-        scaled = {term: value / groups for term, value in losses.items()}
-        return self.named(scaled, [f"_denoising_{index}" for index in range(len(logits))])
+    def _denoising_terms(self, outputs: DenoisingOutputs, truth: PaddedTargets) -> dict[str, Tensor]:
+        assigned = outputs.assigned.expand(len(outputs.logits), -1, -1)
+        losses = self._set_losses(outputs.logits, outputs.boxes, assigned, truth)
+        scaled = {term: value / outputs.groups for term, value in losses.items()}
+        return self.named(scaled, [f"_denoising_{index}" for index in range(len(outputs.logits))])
 
-    def _dense_terms(self, outputs: dict[str, Tensor], truth: PaddedTargets) -> dict[str, Tensor]:
-        assigned = anchor_assignment(outputs["anchors"], truth)
-        positives = mean_over_processes((assigned >= 0).sum().to(outputs["dense_boxes"].dtype)).clamp(min=1).item()
-        logits, boxes = outputs["dense_logits"][None], outputs["dense_boxes"][None]
-        losses = self._set_losses(logits, boxes, assigned[None], truth, positives)
+    def _dense_terms(self, outputs: Dense, truth: PaddedTargets) -> dict[str, Tensor]:
+        assigned = anchor_assignment(outputs.anchors, truth)
+        positives = mean_over_processes((assigned >= 0).sum().to(outputs.boxes.dtype)).clamp(min=1).item()
+        losses = self._set_losses(outputs.logits[None], outputs.boxes[None], assigned[None], truth, positives)
         weighted = {term: self.config.dense_weight * value for term, value in losses.items()}
         return self.named(weighted, ["_dense"])

@@ -36,7 +36,7 @@ def set_losses(
             matchability-aware loss (Huang et al., "DEIM", CVPR 2025, equation 3, gamma 1.5 in the paper).
         total: what sums are divided by; None is the number of objects, ``targets.total``.
 
-    Classes that were not looked for in an image (``targets.known``) are not taught there as absent.
+    Classes that were not looked for in an image (``targets.labelled_classes``) are not taught there as absent.
 
     Returns:
         ``class``, ``box`` and ``giou``, each (L,), summed over the batch and divided.
@@ -55,8 +55,8 @@ def set_losses(
     quality[where] = overlap.detach()
     hot[where] = True
     class_loss = quality_focal(logits, quality, hot, kind, alpha, gamma)
-    if targets.known is not None:
-        class_loss = torch.where(targets.known[:, None] | hot, class_loss, 0)
+    if targets.labelled_classes is not None:
+        class_loss = torch.where(targets.labelled_classes[:, None] | hot, class_loss, 0)
     class_loss = class_loss.sum((1, 2, 3))
 
     def per_layer(values: Tensor) -> Tensor:

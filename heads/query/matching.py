@@ -26,7 +26,7 @@ class PaddedTargets:
         valid: (B, T) bool.
         counts: objects per image.
         total: mean number of objects per process, at least 1: what losses are divided by.
-        known: (B, C) or (B, 1) bool: the classes that were looked for in each image; None: all of them in all.
+        labelled_classes: (B, C) or (B, 1) bool, see ``Targets.labelled_classes``; None: all classes in all images.
     """
 
     boxes: Tensor
@@ -34,7 +34,7 @@ class PaddedTargets:
     valid: Tensor
     counts: list[int]
     total: float
-    known: Tensor | None = None
+    labelled_classes: Tensor | None = None
 
 
 def pad_targets(targets: list[Targets], device: torch.device, dtype: torch.dtype = torch.float32) -> PaddedTargets:
@@ -49,16 +49,22 @@ def pad_targets(targets: list[Targets], device: torch.device, dtype: torch.dtype
         labels[index, :count] = target.labels.to("cpu")
         valid[index, :count] = True
     total = mean_over_processes(torch.tensor(float(sum(counts)), device=device)).item()
-    known = known_classes(targets, device)
-    return PaddedTargets(boxes.to(device), labels.to(device), valid.to(device), counts, max(total, 1.0), known)
+    return PaddedTargets(
+        boxes.to(device),
+        labels.to(device),
+        valid.to(device),
+        counts,
+        max(total, 1.0),
+        labelled_classes(targets, device),
+    )
 
 
-def known_classes(targets: list[Targets], device: torch.device) -> Tensor | None:
-    """(B, C) or (B, 1) bool, see ``Targets.known``; None where everything is known."""
-    if all(target.known is None for target in targets):
+def labelled_classes(targets: list[Targets], device: torch.device) -> Tensor | None:
+    """(B, C) or (B, 1) bool, see ``Targets.labelled_classes``; None where all classes are labelled in every image."""
+    if all(target.labelled_classes is None for target in targets):
         return None
     one = torch.ones(1, dtype=torch.bool)
-    rows = [one if target.known is None else target.known.cpu() for target in targets]
+    rows = [one if target.labelled_classes is None else target.labelled_classes.cpu() for target in targets]
     width = max(map(len, rows))
     return torch.stack([row.expand(width) for row in rows]).to(device)
 

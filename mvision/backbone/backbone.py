@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvision.backbone.feature_nets import SMP, build_pretrained, plan_network, pyramid_of, rehearse, smp_names
+from mvision.backbone.feature_nets import SMP, build_pretrained, plan_network, probe, pyramid_of, smp_names
 from mvision.backbone.folding import fold_norms
 from mvision.errors import UserError
 
@@ -52,7 +52,7 @@ class Backbone(nn.Module):
         finer = {stride for stride in laterals if stride < min(config.strides) and stride in pyramid_of(config.name)}
         strides = (*sorted(finer), *config.strides)
         plan = plan_network(config.name, strides, image_size)
-        unused, self.any_size = rehearse(config.name, strides, image_size)
+        unused, self.any_size = probe(config.name, strides, image_size)
         self.laterals = dict(zip(plan.strides, plan.channels[: len(finer)]))
         self.channels, self.strides = plan.channels[len(finer) :], plan.strides[len(finer) :]
         self._keep, self._multiple = plan.keep, plan.multiple

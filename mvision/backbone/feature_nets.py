@@ -178,7 +178,7 @@ def smp_names() -> list[str]:
 
 
 @lru_cache(maxsize=64)
-def rehearse(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> tuple[list[str], bool]:
+def probe(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> tuple[list[str], bool]:
     """Run the network once: the parameters that no map depends on, and whether other image sizes work too.
 
     Raises:

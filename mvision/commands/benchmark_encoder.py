@@ -56,7 +56,7 @@ def benchmark_encoder(
     device: str | None = None,
     output: Path = Path("benchmark"),
     names: Sequence[str] | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> str:
     """Measure, write ``encoder.json``, ``encoder.png`` and ``encoder.md`` into ``output``, return the tables.
 
@@ -66,7 +66,7 @@ def benchmark_encoder(
         repeats: rounds at most; large sizes get fewer.
         device: None is the first GPU, else the CPU.
         names: which of ``encoders``; None: all. The hybrid one is always among them.
-        say: gets a line per size.
+        log: gets a line per size.
     """
     keep_freed_memory()
     chosen = resolve_device(device)
@@ -95,7 +95,7 @@ def benchmark_encoder(
                 }
             )
         records += [{"encoder": name, "size": size, "seconds": None} for name in wanted if name not in possible]
-        say(f"{size} x {size}: {len(possible)} encoders")
+        log(f"{size} x {size}: {len(possible)} encoders")
     output.mkdir(parents=True, exist_ok=True)
     where = (
         torch.cuda.get_device_name(chosen)

@@ -45,7 +45,7 @@ def benchmark_model(
     repeats: int = 15,
     device: str | None = None,
     output: Path = Path("benchmark"),
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> str:
     """Measure, write ``model.json`` and ``model.md`` into ``output``, and return the tables.
 
@@ -57,7 +57,7 @@ def benchmark_model(
         roads: of ``ROADS``; the exported ones on a CPU alone.
         repeats: rounds at most.
         device: None is the first GPU, else the CPU.
-        say: gets a line per road.
+        log: gets a line per road.
 
     Raises:
         UserError: an unknown model, road or precision, or a package that a road needs is missing.
@@ -71,14 +71,14 @@ def benchmark_model(
     keep_freed_memory()
     chosen = resolve_device(device)
     plain = load(weights, list(tasks) or None) if weights is not None else _random(model or "base", tasks)
-    say(f"{', '.join(plain.tasks)} of {weights or model or 'base'} at {_size(plain)}")
+    log(f"{', '.join(plain.tasks)} of {weights or model or 'base'} at {_size(plain)}")
     asked = [precision for precision in PRECISIONS if precision in precisions]
     needed = [precision for precision in PRECISIONS if precision in (*asked, REFERENCE[1])]
     ready = {precision: prepare(copy.deepcopy(plain).to(chosen), precision) for precision in needed}
     parts = [{"precision": p, **_parts(ready[p], batch, repeats)} for batch in batches for p in asked]
-    say("parts: done")
+    log("parts: done")
     with tempfile.TemporaryDirectory() as folder:
-        ways = _ways(plain, ready, roads, asked, Path(folder), say)
+        ways = _ways(plain, ready, roads, asked, Path(folder), log)
         totals = [_totals(ways, ready["fp32"], batch, repeats) for batch in batches]
     where = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else cpu_name()
     machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -126,19 +126,14 @@ def _parts(model: Model, batch: int, repeats: int) -> dict[str, Any]:
     images = read()
     with torch.no_grad():
         maps = model.backbone(images)
-        laterals = dict(zip(model.backbone.laterals, maps))
-        features = model.neck(maps[len(laterals) :])
+        features = model.features(images)
         outputs = model(images)
-
-    def head(task: str) -> Any:
-        lateral = laterals.get(model.head(task).lateral_stride(model.config.heads[task]) or 0)
-        return model.heads[task](features if lateral is None else [lateral, *features])
 
     stages: dict[str, Callable[[], Any]] = {
         "preparation": read,
         "backbone": lambda: model.backbone(images),
-        "neck": lambda: model.neck(maps[len(laterals) :]),
-        **{f"head {task}": partial(head, task) for task in model.heads},
+        "neck": lambda: model.neck(maps[len(features.laterals) :]),
+        **{f"head {task}": partial(model.run_head, task, features) for task in model.heads},
         "post-processing": lambda: model.postprocess(outputs, [PICTURE] * batch, 0.5),
         "all of it": lambda: model.postprocess(model(read()), [PICTURE] * batch, 0.5),
     }
@@ -159,7 +154,7 @@ def _ways(
     roads: Sequence[str],
     precisions: Sequence[Precision],
     folder: Path,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> list[Way]:
     """Road, precision and call of everything that is compared."""
     ways: list[Way] = []
@@ -170,7 +165,7 @@ def _ways(
         path = folder / ("model.onnx" if road == "onnx" else "openvino")
         if road in ("onnx", "openvino"):
             save_weights(plain, folder / "model.safetensors")
-            export(str(folder / "model.safetensors"), format=road, output=path, say=say)
+            export(str(folder / "model.safetensors"), format=road, output=path, log=log)
         for precision in precisions:
             if road == "onnx" and precision != "fp32":
                 continue

@@ -28,7 +28,7 @@ def predict_job(
     output: Path | None = None,
     device: str | None = None,
     precision: Chosen = "auto",
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Summary:
     """Predict, and write pictures and ``predictions.json``.
 
@@ -41,7 +41,7 @@ def predict_job(
         output: a folder, ``predictions`` by default.
         device: None is the first GPU, else the CPU.
         precision: see ``open_fastest``.
-        say: gets the line that tells what the model runs in.
+        log: gets the line that tells what the model runs in.
 
     Raises:
         UserError: no run to take the weights from, or anything wrong with sources, weights, device or folder.
@@ -52,7 +52,7 @@ def predict_job(
     keep_freed_memory()
     chosen = resolve_device(device)
     model, road = open_fastest(source, tasks, chosen, precision)
-    say(road)
+    log(road)
     found = list(sources) or sample_images(source)
     return predict_sources(model, found, output or Path("predictions"), threshold=threshold)
 

@@ -63,7 +63,7 @@ def transfer_matrix(
     data: str | None = None,
     device: str | None = None,
     assignments: Sequence[str] = (),
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> str:
     """Run the cells that are missing, seed after seed, and write table, plot and page anew after each.
 
@@ -78,7 +78,7 @@ def transfer_matrix(
         data: a data folder, None for the built-in set.
         device: None is the first GPU, else the CPU.
         assignments: ``key.sub=value`` for every run.
-        say: gets a line per cell.
+        log: gets a line per cell.
 
     Returns:
         The page's text.
@@ -98,13 +98,13 @@ def transfer_matrix(
     product = itertools.product(range(seeds), tasks, fractions, STARTS)
     cells = [Cell(task, start, fraction, seed) for seed, task, fraction, start in product]
     missing = [cell for cell in cells if cell not in done]
-    say(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished: {file}")
+    log(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished: {file}")
     for number, cell in enumerate(missing, start=1):
         record = {**asdict(cell), **_run(cell, weights, epochs, data, output, device, assignments), "setup": setup}
         output.mkdir(parents=True, exist_ok=True)
         with file.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps(record) + "\n")
-        say(
+        log(
             f"{number} of {len(missing)}: {cell.task}, {cell.start}, {cell.fraction:.0%} of the images, "
             f"seed {cell.seed}: {record['figure']} {record['curve'][-1]['score']:.3f} "
             f"in {record['curve'][-1]['seconds']:.0f} s"
@@ -135,7 +135,7 @@ def _run(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{name}.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
         train(config, output=folder, init=weights if parts else None, init_parts=parts or None, device=device)
-    figure = head_class(cell.task).figure
+    figure = head_class(cell.task).primary_metric
     curve = [
         {"epoch": r["epoch"] + 1, "step": r["step"], "seconds": r["seconds"], "score": r["metrics"][cell.task][figure]}
         for r in RunFolder(folder).records()

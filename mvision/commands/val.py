@@ -11,10 +11,10 @@ import torch
 
 from mvision.config import DataConfig, config_of_run
 from mvision.data import build_eval_loader, read_validation
-from mvision.deploy.exported import AnyModel, is_exported
+from mvision.deploy.exported import is_exported
 from mvision.deploy.runtimes import Chosen, open_fastest
 from mvision.errors import UserError
-from mvision.evaluation.evaluate import Validation, evaluate_all, make_metrics, tables
+from mvision.evaluation import Evaluated, Validation, evaluate_all, make_metrics, tables
 from mvision.machine import keep_freed_memory, resolve_device, resolve_precision
 from mvision.storage.run_folder import RunFolder
 from mvision.weights import load
@@ -59,7 +59,7 @@ def validate(
     model, road = _open(weights, tasks, chosen, precision)
     run = config_of_run(weights)
     default = run.data if run is not None and data is None else DataConfig(root=data)
-    said, parts = read_validation(default, split, model.tasks)
+    messages, parts = read_validation(default, split, model.tasks)
     sizes: dict[str, Any] = {"batch_size": batch_size or 16, "image_size": model.config.image_size, "device": chosen}
     validation = [
         Validation(
@@ -74,12 +74,12 @@ def validate(
         figures = evaluate_all(model, validation)
     if output is not None:
         RunFolder(output).write_text(METRICS, json.dumps(figures, indent=2) + "\n")
-    return "\n".join([*said, *([road] if road else []), *tables(validation)])
+    return "\n".join([*messages, *([road] if road else []), *tables(validation)])
 
 
 def _open(
     weights: str, tasks: Sequence[str], device: torch.device, precision: Chosen | None
-) -> tuple[AnyModel, str | None]:
+) -> tuple[Evaluated, str | None]:
     if precision is not None or is_exported(weights):
         return open_fastest(weights, tasks, device, precision or "auto")
     return load(weights, tasks=list(tasks) or None).to(device), None

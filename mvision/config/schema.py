@@ -9,6 +9,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 
 from mvision.backbone.config import BackboneConfig
 from mvision.config.explain import explain
+from mvision.config.retired import without_retired
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
 from mvision.settings import Settings
@@ -54,13 +55,12 @@ class ModelConfig(Settings):
             return value
         typed = {}
         for task, settings in value.items():
-            schema = head_class(task).Config
+            given = {} if settings is None else settings
+            if isinstance(given, dict):
+                given = without_retired(task, given)
+            schema = head_class(task, given).Config
             try:
-                typed[task] = (
-                    settings
-                    if isinstance(settings, schema)
-                    else schema.model_validate({} if settings is None else settings)
-                )
+                typed[task] = given if isinstance(given, schema) else schema.model_validate(given)
             except ValidationError as error:
                 raise UserError(explain(error, schema, f"model.heads.{task}")) from error
         return typed

@@ -4,7 +4,7 @@ Public:
     find_layout(root) -> Layout                 recognise a folder; ``layout.split("train", tasks) -> Split``
     CocoSplit(split, fields)                    read and check: ``categories``, ``records``, ``problems``, ``coco_dict``
     same_categories(train, val)                 labels of two splits mean the same, or UserError
-    read_parts(config, tasks, seed, say)        the data sets of a run: ``[Part(name, tasks, train, val, weight)]``
+    read_data_sources(config, tasks, ...)       the data sets of a run, each a ``DataSource``
     read_validation(config, split, tasks)       the same for an evaluation
     build_train_loader(split, config, ...)      Loader: ``for batch in loader.epoch(n)``, ``len(loader)``, ``close()``
     build_eval_loader(split, config, ...)       Loader: ``for batch in loader``
@@ -34,7 +34,7 @@ _LAZY = {
     "build_train_loader": "mvision.data.loading.loader",
     "find_layout": "mvision.data.formats.layouts",
     "read_image": "mvision.structures.images",
-    "read_parts": "mvision.data.loading.sources",
+    "read_data_sources": "mvision.data.loading.sources",
     "read_validation": "mvision.data.loading.sources",
     "resize_image": "mvision.structures.images",
     "same_categories": "mvision.data.formats.coco",
@@ -52,8 +52,8 @@ __all__ = [
     "build_train_loader",
     "contact_sheet",
     "find_layout",
+    "read_data_sources",
     "read_image",
-    "read_parts",
     "read_validation",
     "resize_image",
     "same_categories",
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from mvision.data.loading.batch import Batch
     from mvision.data.loading.dataset import Dataset, SampleKey
     from mvision.data.loading.loader import Loader, build_eval_loader, build_train_loader
-    from mvision.data.loading.sources import read_parts, read_validation
+    from mvision.data.loading.sources import read_data_sources, read_validation
     from mvision.structures.images import BadImage, read_image, resize_image
 
 

@@ -60,7 +60,7 @@ def export(
     int8: bool = False,
     data: str | None = None,
     output: Path | None = None,
-    say: Callable[[str], None] = print,
+    log: Callable[[str], None] = print,
 ) -> Quantised | None:
     """Write a model for another runtime; it is there only if what it gives is what PyTorch gives.
 
@@ -73,7 +73,7 @@ def export(
         int8: quantise the OpenVINO model, and measure what that costs.
         data: to calibrate and measure with; None: the built-in data set.
         output: the file or folder; None: beside the weights, or in the working folder for those of the Hub.
-        say: gets what was written, and the largest difference from PyTorch for each shape that was tried.
+        log: gets what was written, and the largest difference from PyTorch for each shape that was tried.
 
     Returns:
         What INT8 costs, where it was asked for.
@@ -100,14 +100,14 @@ def export(
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export") as folder:
             made = _write(model, Path(folder) / target.name, format, dynamic_size)
             for line in _check(model, made, sizes):
-                say(line)
+                log(line)
             if int8:
-                quantised = quantise(made, data, say)
-                say(f"kept: {quantised.kept}")
+                quantised = quantise(made, data, log)
+                log(f"kept: {quantised.kept}")
             _replace(made, target)
     except OSError as error:
         raise UserError(f"--output {target}: cannot be written ({error.strerror or error}); choose another") from error
-    say(f"{format}: {target}")
+    log(f"{format}: {target}")
     return quantised
 
 

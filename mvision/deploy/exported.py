@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
-from mvision.heads import Head
+from mvision.evaluation import Metric
+from mvision.heads.base import Head
 from mvision.model import Model
 from mvision.structures import Category, Instances
 
@@ -90,6 +91,10 @@ class ExportedModel(nn.Module):
         """The head that serves a task, for its post-processing."""
         return self._model.head(task)
 
+    def evaluators(self, task: str) -> list[type[Metric]]:
+        """As ``Model.evaluators``."""
+        return self._model.evaluators(task)
+
     def forward(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
         """Raw outputs by task name, of (B, 3, H, W) uint8."""
         if images.dtype != torch.uint8:
@@ -116,10 +121,6 @@ class ExportedModel(nn.Module):
 def exported_config(path: Path) -> ModelConfig:
     """What an exported model is, without making it ready to run. Raises as ``ExportedModel`` does."""
     return _open(path, "fp32")[0]
-
-
-AnyModel = Model | ExportedModel
-"""What predicts and can be evaluated."""
 
 
 def require(*packages: str) -> None:

@@ -51,12 +51,12 @@ class Quantised:
         return _loss(self.before, self.after)
 
 
-def quantise(folder: Path, data: str | None, say: Callable[[str], None]) -> Quantised:
+def quantise(folder: Path, data: str | None, log: Callable[[str], None]) -> Quantised:
     """Replace the OpenVINO model in ``folder`` by one in INT8.
 
     Args:
         data: a data folder: training images to calibrate with, validation images to measure on. None: the built-in set.
-        say: gets a line per candidate.
+        log: gets a line per candidate.
 
     Raises:
         UserError: nncf is missing, or anything wrong with the data.
@@ -99,7 +99,7 @@ def quantise(folder: Path, data: str | None, say: Callable[[str], None]) -> Quan
         loss = _loss(before, after)
         told = ", ".join(f"{task} {before[task]:.4f} -> {after[task]:.4f}" for task in before)
         lines.append(f"INT8, {name}: {told} ({loss:+.2%} at most)")
-        say(lines[-1])
+        log(lines[-1])
         found.append((loss, name, after, place))
         if loss <= ALLOWED:
             break
@@ -123,7 +123,7 @@ def _silence() -> Iterator[None]:
 
 def _figures(model: ExportedModel, validation: list[Validation]) -> dict[str, float]:
     figures = evaluate_all(model, validation)
-    return {task: found[head_class(task).figure] for task, found in figures.items()}
+    return {task: found[head_class(task).primary_metric] for task, found in figures.items()}
 
 
 def _loss(before: dict[str, float], after: dict[str, float]) -> float:

@@ -9,9 +9,10 @@ from typing import Literal
 
 import torch
 
-from mvision.deploy.exported import AnyModel, ExportedModel, exported_config, is_exported, place_beside
+from mvision.deploy.exported import ExportedModel, exported_config, is_exported, place_beside
 from mvision.deploy.fast import prepare
 from mvision.errors import UserError
+from mvision.evaluation import Evaluated
 from mvision.machine import cpu_has_bf16, resolve_precision
 from mvision.storage.run_folder import BEST
 from mvision.weights import load, read_weights
@@ -21,7 +22,7 @@ Chosen = Literal["auto", "fp32", "bf16"]
 
 def open_fastest(
     source: str, tasks: Sequence[str], device: torch.device, precision: Chosen = "auto"
-) -> tuple[AnyModel, str]:
+) -> tuple[Evaluated, str]:
     """A model that is ready to predict, and what it runs in.
 
     A run's folder that holds an OpenVINO export of its weights is run by that on a CPU; whoever names a file gets that
@@ -46,7 +47,7 @@ def open_fastest(
     return model, f"PyTorch on {device.type} in {chosen}{hint}"
 
 
-def _open_exported(path: Path, tasks: Sequence[str], precision: Chosen) -> tuple[AnyModel, str]:
+def _open_exported(path: Path, tasks: Sequence[str], precision: Chosen) -> tuple[Evaluated, str]:
     if path.suffix.lower() == ".onnx":
         if precision == "bf16":
             raise UserError("--precision bf16: ONNX Runtime has fp32 alone on a CPU; use an export for openvino")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import cv2
 import numpy as np
 
 from mvision.drawing.labels import LabelPainter, text_bitmap
-from mvision.structures import Category, Instances
-from mvision.structures.masks import Masks, encode_logits
 
 Colour = tuple[int, int, int]
 
@@ -37,6 +36,30 @@ MIDDLE: Colour = (60, 150, 255)
 MASK_OPACITY = 0.45
 MAX_LABELLED = 0.08  # share of the picture that labels may cover before they are shortened
 SUBPIXEL = 4  # bits of the fixed-point coordinates that cv2 draws with
+
+
+class Drawable(Protocol):
+    """What is read of the instances of one image; ``mvision.structures.Instances`` has it all."""
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    size: tuple[int, int]
+    categories: Any
+    masks: Any
+    keypoints: np.ndarray | None
+    regions: Any
+
+    @property
+    def names(self) -> list[str]:
+        """Class names."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def resized(self, size: tuple[int, int]) -> Any:
+        """The same on the image at another size (height, width)."""
+        ...
 
 
 def class_colour(index: int) -> Colour:
@@ -67,7 +90,7 @@ class Style:
 
 
 def draw_instances(
-    image: np.ndarray, instances: Instances, *, scores: bool = True, keypoint_threshold: float = 0.3
+    image: np.ndarray, instances: Drawable, *, scores: bool = True, keypoint_threshold: float = 0.3
 ) -> np.ndarray:
     """A copy of the image with masks, boxes, skeletons and labels on it.
 
@@ -105,7 +128,7 @@ def draw_instances(
     return canvas
 
 
-def side_by_side(image: np.ndarray, truth: Instances, found: Instances, side: int = 640) -> np.ndarray:
+def side_by_side(image: np.ndarray, truth: Drawable, found: Drawable, side: int = 640) -> np.ndarray:
     """Ground truth (left) and prediction (right) of one image, with a caption each.
 
     Args:
@@ -122,7 +145,7 @@ def side_by_side(image: np.ndarray, truth: Instances, found: Instances, side: in
     size = small.shape[:2]
     halves = []
     for title, instances, scores in (("ground truth", truth, False), ("prediction", found, True)):
-        drawn = draw_instances(small, _resized(instances, size), scores=scores)
+        drawn = draw_instances(small, instances.resized(size), scores=scores)
         halves.append(np.concatenate((_caption(f"{title}: {len(instances)}", size[1]), drawn)))
     gap = np.full((halves[0].shape[0], max(2, side // 100), 3), 255, np.uint8)
     return np.concatenate((halves[0], gap, halves[1]), axis=1)
@@ -158,7 +181,7 @@ def grid(images: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray
     return np.concatenate((np.full((gap, parts[0].shape[1], 3), 255, np.uint8), *parts))
 
 
-def _texts(instances: Instances, painter: LabelPainter, scores: bool) -> list[str]:
+def _texts(instances: Drawable, painter: LabelPainter, scores: bool) -> list[str]:
     """Class name and score; the score alone where the labels would hide much of a picture with one class."""
     names, labels = instances.names, instances.labels.tolist()
     numbers = [f"{score:.2f}" if scores else "" for score in instances.scores.tolist()]
@@ -167,7 +190,7 @@ def _texts(instances: Instances, painter: LabelPainter, scores: bool) -> list[st
     return numbers if crowded and len(names) == 1 else texts
 
 
-def _colours(instances: Instances) -> list[Colour]:
+def _colours(instances: Drawable) -> list[Colour]:
     """One colour per instance, by class; with masks also by instance, because masks of a class touch each other."""
     labels = instances.labels.tolist()
     if instances.masks is None:
@@ -202,7 +225,7 @@ def _draw_boxes(canvas: np.ndarray, boxes: np.ndarray, colours: list[Colour], li
         canvas[top:bottom, max(0, x1 - after + 1) : right] = colour
 
 
-def _draw_masks(canvas: np.ndarray, instances: Instances, colours: list[Colour], style: Style) -> None:
+def _draw_masks(canvas: np.ndarray, instances: Drawable, colours: list[Colour], style: Style) -> None:
     """Transparent areas, large ones first so that small ones on them are seen, then every outline."""
     assert instances.masks is not None
     outlines = []
@@ -224,7 +247,7 @@ def _draw_masks(canvas: np.ndarray, instances: Instances, colours: list[Colour],
 
 
 def _draw_keypoints(
-    canvas: np.ndarray, instances: Instances, colours: list[Colour], style: Style, threshold: float
+    canvas: np.ndarray, instances: Drawable, colours: list[Colour], style: Style, threshold: float
 ) -> None:
     assert instances.keypoints is not None
     labels = instances.labels.tolist()
@@ -249,7 +272,7 @@ def _draw_keypoints(
             cv2.circle(canvas, point, round(radius * size), colour, -1, cv2.LINE_AA, SUBPIXEL)
 
 
-def _sides(category: Category, count: int, colour: Colour) -> list[Colour]:
+def _sides(category: Any, count: int, colour: Colour) -> list[Colour]:
     """A colour per keypoint: left, right and middle by name; the object's colour where no name tells a side."""
     sides = []
     for name in category.keypoints[:count]:
@@ -258,24 +281,6 @@ def _sides(category: Category, count: int, colour: Colour) -> list[Colour]:
     if len(sides) < count or set(sides) <= {MIDDLE}:
         return [colour] * count
     return sides
-
-
-def _resized(instances: Instances, size: tuple[int, int]) -> Instances:
-    """The same instances on the image at another size (height, width)."""
-    y, x = size[0] / instances.size[0], size[1] / instances.size[1]
-    masks = keypoints = None
-    if instances.masks is not None:
-        # Interpolated and cut at one half: enlarged by the nearest pixel, outlines would have steps.
-        masks = Masks((encode_logits(mask - np.float32(0.5), size) for mask in instances.masks), size)
-    if instances.keypoints is not None:
-        keypoints = instances.keypoints * np.array([x, y, 1], np.float32)
-    return replace(
-        instances,
-        boxes=instances.boxes * np.array([x, y, x, y], np.float32),
-        size=size,
-        masks=masks,
-        keypoints=keypoints,
-    )
 
 
 def _caption(text: str, width: int) -> np.ndarray:

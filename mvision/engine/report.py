@@ -26,7 +26,7 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
     losses.set(xlabel="epoch", ylabel="loss (weighted terms, mean of the epoch)", yscale="log")
     evaluated = [record for record in records if "metrics" in record]
     for task in evaluated[0]["metrics"] if evaluated else []:
-        for figure_name, style in ((head_class(task).figure, "-"), ("AP50", "--")):
+        for figure_name, style in ((head_class(task).primary_metric, "-"), ("AP50", "--")):
             if figure_name not in evaluated[0]["metrics"][task]:
                 continue
             values = [record["metrics"][task][figure_name] for record in evaluated]

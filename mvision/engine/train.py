@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from mvision.backbone import freeze
 from mvision.config import Config, TrainConfig
-from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_parts
+from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_data_sources
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.report import plot_run, write_prediction_grid
 from mvision.errors import UserError
@@ -100,16 +100,16 @@ def train(
     _check_tasks(config)
     keep_freed_memory()
     accelerator = _accelerator(config, device)
-    say = accelerator.print
-    parts = read_parts(config.data, list(config.model.heads), config.train.seed, say)
+    log = accelerator.print
+    parts = read_data_sources(config.data, list(config.model.heads), config.train.seed, log)
     config.model.categories = parts[0].train.categories
 
     set_seed(config.train.seed)
     model = Model(config.model)
     if init is not None:
-        say(init_from(model, init, init_parts))
+        log(init_from(model, init, init_parts))
     elif resume is None:
-        _warn_of_slow_backbone(config, say)
+        _warn_of_slow_backbone(config, log)
     for part in config.train.freeze:
         freeze(getattr(model, part))
     if config.train.channels_last and channels_last_is_safe(model, accelerator.device):
@@ -151,7 +151,7 @@ def train(
 
     run = _open_run(trainer, output, resume)
     images = [sum(len(getattr(part, split)) for part in parts) for split in ("train", "val")]
-    say(f"run {run.path}: {_describe(trainer, *images)}")
+    log(f"run {run.path}: {_describe(trainer, *images)}")
     accelerator.init_trackers("mvision", config=_flat(config.model_dump(mode="json")))
 
     for epoch in range(trainer.progress.epoch, config.train.epochs):
@@ -163,13 +163,13 @@ def train(
             record["metrics"] = evaluate_all(trainer.eval_model, validation, accelerator=accelerator)
             _keep_best(trainer, run, record["metrics"], epoch)
             found = ", ".join(f"{task} {name} {value:.3f}" for task, name, value in _main_figures(record["metrics"]))
-            say(f"epoch {epoch + 1}: loss {sum(losses.values()):.2f}, {found}")
+            log(f"epoch {epoch + 1}: loss {sum(losses.values()):.2f}, {found}")
         trainer.progress.epoch = epoch + 1
         trainer.progress.seconds += time.monotonic() - epoch_start
         record["seconds"] = round(trainer.progress.seconds, 2)
         _finish_epoch(trainer, run, record)
         if _stop_early(trainer, epoch):
-            say(f"stopped early: no better AP in {config.train.patience} evaluations")
+            log(f"stopped early: no better AP in {config.train.patience} evaluations")
             break
 
     _finish_run(trainer, run, validation)
@@ -255,12 +255,12 @@ def _check_tasks(config: Config) -> None:
             raise UserError(f"train.task_weights: there is no head {task} in this model, only {', '.join(heads)}")
 
 
-def _warn_of_slow_backbone(config: Config, say: Callable[[str], None]) -> None:
+def _warn_of_slow_backbone(config: Config, log: Callable[[str], None]) -> None:
     """A rate meant for pretrained backbones teaches a random one next to nothing."""
     settings = config.train
     slow = settings.backbone_lr is not None and settings.backbone_lr < settings.lr
     if slow and not config.model.backbone.pretrained:
-        say(
+        log(
             f"warning: the backbone starts from random weights at a low rate (train.backbone_lr "
             f"{settings.backbone_lr:g}): use --init WEIGHTS, -o model.backbone.pretrained=true, or "
             f"-o train.backbone_lr={settings.lr:g}"
@@ -323,7 +323,7 @@ def _keep_best(trainer: Trainer, run: RunFolder, metrics: dict[str, dict[str, fl
 
 def _main_figures(metrics: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:
     """Task, name and value of the figure that each task is judged by."""
-    names = {task: head_class(task).figure for task in metrics}
+    names = {task: head_class(task).primary_metric for task in metrics}
     return [(task, names[task], figures[names[task]]) for task, figures in metrics.items()]
 
 
@@ -351,7 +351,9 @@ def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) 
     if accelerator.is_main_process:
         run.write_text("metrics.json", json.dumps(figures, indent=2) + "\n")
         accelerator.print("\n\n".join(tables(validation)))
-        dataset = validation[0].loader.dataset
+        loader = validation[0].loader
+        assert isinstance(loader, Loader)
+        dataset = loader.dataset
         assert isinstance(dataset, Dataset)
         write_prediction_grid(best, dataset, run.path / "predictions.jpg")
         accelerator.print(f"best weights (epoch {trainer.progress.best_epoch + 1}): {run.path / BEST}")

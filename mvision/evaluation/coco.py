@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from mvision.errors import UserError
 from mvision.evaluation.ground_truth import Truth
+from mvision.evaluation.metric import Metric
 from mvision.evaluation.pck import FRACTION, MOST_RESULTS, correct_points
 from mvision.structures import Category
 
@@ -72,14 +72,12 @@ class _Found(NamedTuple):
     shapes: list[Any]
 
 
-class CocoMetric:
-    """Collects results image by image and computes COCO's figures over the images it has seen.
+class CocoMetric(Metric):
+    """COCO's figures. ``BoxMetric``, ``MaskMetric`` and ``KeypointMetric`` say what is compared.
 
     Args:
         coco_dict: the annotations in COCO's format. Missing ``area``, ``iscrowd`` or ``num_keypoints`` are filled in.
         categories: the model's classes. They meet the data's by name; what only one side knows is not evaluated.
-        metric: ``bbox``, ``segm`` or ``keypoints``. For ``segm``, an object labelled with a box alone is a region
-            where nothing counts, for ``keypoints`` so is one without labelled points.
         sigmas: per-keypoint standard deviations of the OKS as fractions of the object's scale; None takes those of
             ``categories`` (what the model was trained for), else the data's own (of its categories or
             ``info.keypoint_sigmas``), COCO's for COCO's 17 points, or one value for all, as ``notes`` then says.
@@ -96,15 +94,11 @@ class CocoMetric:
         self,
         coco_dict: dict[str, Any],
         categories: Sequence[Category],
-        metric: str = "bbox",
         sigmas: Sequence[float] | None = None,
         backend: Literal["hotcoco", "pycocotools"] | None = None,
     ) -> None:
-        if metric not in FIGURES:
-            raise UserError(f"unknown metric '{metric}': choose one of {', '.join(FIGURES)}")
-        self.metric = metric
-        self.categories = list(categories)
-        self.truth = Truth(coco_dict, self.categories, metric, sigmas)
+        super().__init__(coco_dict, categories)
+        self.truth = Truth(coco_dict, self.categories, self.name, sigmas)
         self.notes = self.truth.notes
         self._backend = backend or ("hotcoco" if _has_hotcoco() else "pycocotools")
         self._class_numbers = {category.id: number for number, category in enumerate(self.categories, start=1)}
@@ -159,24 +153,24 @@ class CocoMetric:
 
         For keypoints also ``PCK@0.1``, see ``mvision.evaluation.pck``.
         """
-        figures = {figure.name: self._figure(figure) for figure in FIGURES[self.metric]}
-        main = FIGURES[self.metric][0]
+        figures = {figure.name: self._figure(figure) for figure in FIGURES[self.name]}
+        main = FIGURES[self.name][0]
         for index, category in enumerate(self.categories):
             figures[f"AP/{category.name}"] = self._figure(main, index)
-        if self.metric == "keypoints":
+        if self.name == "keypoints":
             figures[f"PCK@{FRACTION}"] = self._pck()
         return figures
 
     def table(self) -> str:
         """COCO's table and one line per class, for a terminal."""
         lines = []
-        for figure in FIGURES[self.metric]:
+        for figure in FIGURES[self.name]:
             title = "Average Precision (AP)" if figure.kind == "precision" else "Average Recall    (AR)"
             iou = "0.50:0.95" if figure.iou is None else f"{figure.iou:.2f}     "
-            overlap = "OKS" if self.metric == "keypoints" else "IoU"
+            overlap = "OKS" if self.name == "keypoints" else "IoU"
             where = f"{overlap}={iou} | area={figure.area:>6} | maxDets={figure.detections:>3}"
             lines.append(f"{title} @[ {where} ] = {_shown(self._figure(figure))}")
-        if self.metric == "keypoints":
+        if self.name == "keypoints":
             where = f"{FRACTION:.2f} of the box's longer side | maxDets={MOST_RESULTS:>3}"
             lines.append(f" Correct Keypoints (PCK) @[ {where} ] = {_shown(self._pck())}")
         lines += ["", *self._class_table()]
@@ -196,8 +190,8 @@ class CocoMetric:
     def _class_table(self) -> list[str]:
         counts = self.truth.counts(self._found)
         width = max([5, *(len(category.name) for category in self.categories)])
-        columns = [FIGURES[self.metric][i] for i in (0, 1, 2)]
-        columns.append(next(f for f in FIGURES[self.metric] if f.name in ("AR100", "AR")))
+        columns = [FIGURES[self.name][i] for i in (0, 1, 2)]
+        columns.append(next(f for f in FIGURES[self.name] if f.name in ("AR100", "AR")))
         lines = [f"{'class':<{width}}  objects  " + "  ".join(f"{figure.name:>5}" for figure in columns)]
         for index, category in enumerate(self.categories):
             cells = "  ".join(f"{_shown(self._figure(figure, index)):>5}" for figure in columns)
@@ -205,12 +199,12 @@ class CocoMetric:
         return lines
 
     def _pack(self, entries: list[dict[str, Any]]) -> _Found:
-        part = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[self.metric]
+        part = {"bbox": "bbox", "segm": "segmentation", "keypoints": "keypoints"}[self.name]
         entries = [e for e in entries if e["category_id"] in self._class_numbers and e.get(part) is not None]
         rows = np.zeros((len(entries), 6))
         rows[:, 4] = [entry["score"] for entry in entries]
         rows[:, 5] = [self._class_numbers[entry["category_id"]] for entry in entries]
-        if self.metric != "bbox":
+        if self.name != "bbox":
             return _Found(rows, [entry[part] for entry in entries])
         if entries:
             rows[:, :4] = [entry["bbox"] for entry in entries]
@@ -219,7 +213,7 @@ class CocoMetric:
     def _figure(self, figure: Figure, index: int | None = None) -> float:
         """Mean over the settings that have objects, as COCO takes it; of one class where ``index`` is given."""
         precision, recall = self._evaluated()
-        kind = "keypoints" if self.metric == "keypoints" else "bbox"
+        kind = "keypoints" if self.name == "keypoints" else "bbox"
         values = precision if figure.kind == "precision" else recall
         if figure.iou is not None:
             values = values[[int(np.abs(_IOUS - figure.iou).argmin())]]
@@ -233,7 +227,7 @@ class CocoMetric:
         """Precision and recall of all settings, classes in the order of ``categories``."""
         if self._arrays is not None:
             return self._arrays
-        kind = "keypoints" if self.metric == "keypoints" else "bbox"
+        kind = "keypoints" if self.name == "keypoints" else "bbox"
         shape = (len(_IOUS), len(self.categories), len(_AREAS[kind]), len(_DETECTIONS[kind]))
         recall = np.full(shape, -1.0)
         precision = np.full((shape[0], 101, *shape[1:]), -1.0)
@@ -242,7 +236,7 @@ class CocoMetric:
             images = sorted(self.truth.image_numbers[image_id] for image_id in self._found)
             for classes, sigmas in self.truth.groups:
                 truth = self.truth.dataset(set(classes))
-                part = run(truth, self._results(set(classes)), self.metric, images, classes, sigmas)
+                part = run(truth, self._results(set(classes)), self.name, images, classes, sigmas)
                 indices = [number - 1 for number in classes]
                 precision[:, :, indices], recall[:, indices] = part
         self._arrays = precision, recall
@@ -255,16 +249,34 @@ class CocoMetric:
         """
         numbers = self.truth.image_numbers
         ordered = sorted((numbers[image_id], found) for image_id, found in self._found.items())
-        if self.metric == "bbox":
+        if self.name == "bbox":
             parts = [np.insert(found.rows, 0, number, axis=1) for number, found in ordered]
             return np.concatenate(parts)
-        part = "segmentation" if self.metric == "segm" else "keypoints"
+        part = "segmentation" if self.name == "segm" else "keypoints"
         return [
             {"image_id": number, "category_id": int(row[5]), "score": float(row[4]), part: shape}
             for number, found in ordered
             for row, shape in zip(found.rows, found.shapes)
             if int(row[5]) in classes
         ]
+
+
+class BoxMetric(CocoMetric):
+    """AP of boxes."""
+
+    name = "bbox"
+
+
+class MaskMetric(CocoMetric):
+    """AP of masks. An object that is labelled with a box alone is a region where nothing counts."""
+
+    name = "segm"
+
+
+class KeypointMetric(CocoMetric):
+    """AP of keypoints by OKS, and PCK. An object without labelled points is a region where nothing counts."""
+
+    name = "keypoints"
 
 
 def _has_hotcoco() -> bool:

@@ -7,18 +7,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate.utils import gather_object
+from torch import Tensor
 from tqdm import tqdm
 
-from mvision.evaluation.coco import CocoMetric
-from mvision.evaluation.semantic import SemanticMetric
-from mvision.heads import head_class
-from mvision.inference.predict import eval_mode
+from mvision.evaluation.metric import Metric
+from mvision.inference.predict import Predictor, eval_mode
+from mvision.structures import Category, Targets
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-    from mvision.data import Batch, Loader
-    from mvision.deploy.exported import AnyModel
 
 
 class Annotated(Protocol):
@@ -28,7 +25,36 @@ class Annotated(Protocol):
     def coco_dict(self) -> dict[str, Any]: ...
 
 
-Metrics = dict[str, list[CocoMetric | SemanticMetric]]
+class EvaluationBatch(Protocol):
+    """What is read of a batch; ``mvision.data.Batch`` has it all."""
+
+    images: Tensor
+    targets: list[Targets]
+    skipped: list[tuple[str, str]]
+
+
+class Finder(Protocol):
+    """What is read of a head."""
+
+    @property
+    def classes(self) -> list[Category]:
+        """The classes that it finds."""
+        ...
+
+
+class Evaluated(Predictor, Protocol):
+    """A model that can be evaluated: ``mvision.model.Model``, or one that was exported."""
+
+    def head(self, task: str) -> Finder:
+        """The head that serves a task."""
+        ...
+
+    def evaluators(self, task: str) -> list[type[Metric]]:
+        """The metrics of a task, its main one first."""
+        ...
+
+
+Metrics = dict[str, list[Metric]]
 """By task: the metric of its head, then those that are reported beside it."""
 
 
@@ -37,28 +63,21 @@ class Validation:
     """A data set that a model is evaluated on, with the metrics of the tasks that it is used for."""
 
     name: str
-    loader: Loader
+    loader: Iterable[EvaluationBatch]
     metrics: Metrics
 
 
-def make_metrics(model: AnyModel, split: Annotated, tasks: Sequence[str] | None = None) -> Metrics:
+def make_metrics(model: Evaluated, split: Annotated, tasks: Sequence[str] | None = None) -> Metrics:
     """The metrics of the model's tasks (or of these) on the annotations of a split; made once, used every time.
 
     A head is asked for the classes that it can find alone: one that finds keypoints, not for the boxes of classes that
     have none.
     """
     annotations = split.coco_dict
-    metrics: Metrics = {}
-    for task in model.tasks if tasks is None else tasks:
-        cls, classes = head_class(task), model.head(task).classes
-        # What an included task reports need not be said twice.
-        elsewhere = {head_class(other).metric for other in cls.includes if other in model.tasks}
-        kinds = [kind for kind in (cls.metric, *cls.also) if kind not in elsewhere]
-        metrics[task] = [
-            SemanticMetric(annotations, classes) if kind == "semantic" else CocoMetric(annotations, classes, kind)
-            for kind in kinds
-        ]
-    return metrics
+    return {
+        task: [metric(annotations, model.head(task).classes) for metric in model.evaluators(task)]
+        for task in (model.tasks if tasks is None else tasks)
+    }
 
 
 def tables(validation: Sequence[Validation]) -> list[str]:
@@ -71,11 +90,11 @@ def tables(validation: Sequence[Validation]) -> list[str]:
     ]
     if len(found) == 1:
         return [found[0][2].table()]
-    return [f"{name}{task}, {metric.metric}\n{metric.table()}" for name, task, metric in found]
+    return [f"{name}{task}, {metric.name}\n{metric.table()}" for name, task, metric in found]
 
 
 def evaluate_all(
-    model: AnyModel, validation: Sequence[Validation], *, accelerator: Accelerator | None = None
+    model: Evaluated, validation: Sequence[Validation], *, accelerator: Accelerator | None = None
 ) -> dict[str, dict[str, float]]:
     """``evaluate`` on every data set. Figures of a task on a second one have that one's name before theirs."""
     figures: dict[str, dict[str, float]] = {}
@@ -89,8 +108,8 @@ def evaluate_all(
 
 
 def evaluate(
-    model: AnyModel,
-    loader: Iterable[Batch],
+    model: Evaluated,
+    loader: Iterable[EvaluationBatch],
     metrics: Metrics,
     *,
     accelerator: Accelerator | None = None,
@@ -129,11 +148,13 @@ def evaluate(
     for task, (main, *others) in metrics.items():
         figures[task] = main.compute()
         for metric in others:
-            figures[task] |= {f"{metric.metric}/{name}": value for name, value in metric.compute().items()}
+            figures[task] |= {f"{metric.name}/{name}": value for name, value in metric.compute().items()}
     return figures
 
 
-def _evaluate_batch(model: AnyModel, batch: Batch, metrics: Metrics, accelerator: Accelerator | None) -> None:
+def _evaluate_batch(
+    model: Evaluated, batch: EvaluationBatch, metrics: Metrics, accelerator: Accelerator | None
+) -> None:
     """Every head's own results, with its own scores: linking them is for who looks at objects, not at tasks."""
     images = batch.images.to(model.device, non_blocking=True)
     if accelerator is None:

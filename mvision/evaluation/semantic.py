@@ -11,22 +11,23 @@ import torch
 from pycocotools import mask as coco_mask
 
 from mvision.evaluation.ground_truth import Truth
+from mvision.evaluation.metric import Metric
 from mvision.structures import Category
 
 UNKNOWN = -1
 
 
-class SemanticMetric:
+class SemanticMetric(Metric):
     """Collects the regions of images and computes the IoU of every class over all pixels seen.
 
     Pixels of crowd regions and in the boxes of objects without a mask count for nothing. Where objects overlap, the
     smaller one is seen. Arguments, attributes and methods are those of ``CocoMetric``.
     """
 
-    metric = "semantic"
+    name = "semantic"
 
     def __init__(self, coco_dict: dict[str, Any], categories: Sequence[Category]) -> None:
-        self.categories = list(categories)
+        super().__init__(coco_dict, categories)
         self.truth = Truth(coco_dict, self.categories, "segm")
         self.notes = self.truth.notes
         self._numbers = {category.id: number for number, category in enumerate(self.categories, start=1)}

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -27,17 +27,66 @@ from mvision.inference.sources import Frame, Source, find_sources, read_frames
 from mvision.structures import Instances
 from mvision.structures.images import BadImage, read_image, resize_image, to_rgb
 
-if TYPE_CHECKING:
-    from mvision.deploy.exported import AnyModel
-
 WORKERS = 4
 T = TypeVar("T")
 # Something to carry along, the input of the model (h, w, 3) uint8 or None, and the size of the original image.
 Prepared = tuple[T, np.ndarray | None, tuple[int, int]]
 
 
+class Sized(Protocol):
+    """What is read of a model's config."""
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the model's input in pixels."""
+        ...
+
+
+class Predictor(Protocol):
+    """A model that predicts: ``mvision.model.Model``, or one that was exported."""
+
+    @property
+    def config(self) -> Sized:
+        """The model's description."""
+        ...
+
+    @property
+    def tasks(self) -> list[str]:
+        """What the model does."""
+        ...
+
+    @property
+    def device(self) -> torch.device:
+        """Where images are expected."""
+        ...
+
+    def modules(self) -> Iterator[nn.Module]:
+        """As of every ``nn.Module``."""
+        ...
+
+    def eval(self) -> Any:
+        """As of every ``nn.Module``."""
+        ...
+
+    def __call__(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
+        """Raw outputs by task name, of (B, 3, H, W) uint8 images."""
+        ...
+
+    def postprocess(
+        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
+    ) -> list[Instances]:
+        """What was found in every image, the results of all tasks together."""
+        ...
+
+    def results(
+        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
+    ) -> dict[str, list[Instances]]:
+        """What every head found, by task."""
+        ...
+
+
 @contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: Predictor) -> Iterator[None]:
     """No gradients and evaluation mode; afterwards every module is in the mode it was in (some may be frozen)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
@@ -51,7 +100,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def predict_images(
-    model: AnyModel,
+    model: Predictor,
     images: Sequence[str | Path | Image.Image | np.ndarray],
     threshold: float = 0.5,
     batch_size: int | None = None,
@@ -76,7 +125,7 @@ def predict_images(
 
 
 def predict_sources(
-    model: AnyModel,
+    model: Predictor,
     sources: Sequence[str | Path],
     output: Path,
     threshold: float = 0.5,
@@ -126,7 +175,7 @@ def predict_sources(
 
 
 def _run(
-    model: AnyModel, found: list[Source], writer: Output, threshold: float, batch_size: int | None, progress: bool
+    model: Predictor, found: list[Source], writer: Output, threshold: float, batch_size: int | None, progress: bool
 ) -> None:
     """Six stages: decode, resize, infer (here, in the caller's thread), post-process, draw and encode, put down."""
     frames = read_frames(found, ahead=WORKERS)
@@ -143,7 +192,7 @@ def _run(
 
 
 def _infer(
-    model: AnyModel, prepared: Iterable[Prepared[T]], threshold: float, batch_size: int | None
+    model: Predictor, prepared: Iterable[Prepared[T]], threshold: float, batch_size: int | None
 ) -> Generator[tuple[T, Instances | None], None, None]:
     """The model on batches; what has no input passes through in its place. Post-processing is another thread's."""
     found = ordered_map(partial(_postprocess, model, threshold), _outputs(model, prepared, batch_size), 1, ahead=1)
@@ -153,7 +202,7 @@ def _infer(
 
 
 def _outputs(
-    model: AnyModel, prepared: Iterable[Prepared[T]], batch_size: int | None
+    model: Predictor, prepared: Iterable[Prepared[T]], batch_size: int | None
 ) -> Iterator[tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]]:
     """Batches with the model's raw outputs for those of their images that have an input."""
     size = batch_size or (1 if model.device.type == "cpu" else 8)
@@ -166,7 +215,7 @@ def _outputs(
 
 
 def _postprocess(
-    model: AnyModel, threshold: float, raw: tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]
+    model: Predictor, threshold: float, raw: tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]
 ) -> list[tuple[T, Instances | None]]:
     batch, outputs = raw
     sizes = [size for _, image, size in batch if image is not None]

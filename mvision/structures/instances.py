@@ -1,96 +1,19 @@
-"""The two types that travel between the rooms: what an image is labelled with, and what was found in it."""
+"""What was found in an image."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from mvision.drawing import draw_instances
+from mvision.errors import UserError
+from mvision.structures.category import Category
+from mvision.structures.masks import Masks, encode_logits
 
 if TYPE_CHECKING:
     import supervision
-
-from mvision.errors import UserError
-from mvision.settings import Settings
-from mvision.structures.masks import Masks
-
-
-class Category(Settings):
-    """One class of objects: its id in the data set's files, its name, and what its keypoints are called.
-
-    Attributes:
-        skeleton: pairs of 0-based keypoint indices.
-        sigmas: standard deviation of each keypoint as a fraction of the object's scale; empty: COCO's or one for all
-            (see ``mvision.structures.oks.keypoint_sigmas``).
-        flip_pairs: pairs of 0-based keypoint indices that change places in a mirror; None: by names such as
-            ``left_eye``.
-    """
-
-    id: int
-    name: str
-    keypoints: list[str] = []
-    skeleton: list[tuple[int, int]] = []
-    sigmas: list[float] = []
-    flip_pairs: list[tuple[int, int]] | None = None
-
-
-@dataclass
-class Targets:
-    """Labels of one image, as the model is trained on them (after every augmentation).
-
-    Attributes:
-        boxes: (N, 4) float32 cxcywh in fractions of the input image, 0..1.
-        labels: (N,) int64, index into the list of categories (not the data set's category id).
-        areas: (N,) float32, area of the object (its mask if the data has one, else its box) as a fraction of the image.
-        masks: (N, h, w) uint8 of 0 and 1 in the geometry of the input image, or None if the data has none.
-        keypoints: (N, K, 3) float32 x, y in fractions of the input image and visibility 0, 1 or 2, or None.
-        image_id: the data set's id of the image.
-        size: height and width of the original image in pixels.
-        known: (C,) bool: the classes that were looked for in this image; of the others nothing is known, neither that
-            they are there nor that they are not. (1,) is all of them, None: all are known.
-        tasks: the tasks that the image is labelled for; None: all for which it has labels.
-    """
-
-    boxes: Tensor
-    labels: Tensor
-    areas: Tensor
-    masks: Tensor | None = None
-    keypoints: Tensor | None = None
-    image_id: int = 0
-    size: tuple[int, int] = (0, 0)
-    known: Tensor | None = None
-    tasks: frozenset[str] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
-        """The same labels on another device."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
-
-    def only(self, names: Collection[str]) -> Targets:
-        """The same image with these of ``boxes``, ``masks`` and ``keypoints`` alone; without boxes nothing is known."""
-        masks = self.masks if "masks" in names else None
-        keypoints = self.keypoints if "keypoints" in names else None
-        if "boxes" in names:
-            return replace(self, masks=masks, keypoints=keypoints)
-        return replace(
-            self,
-            boxes=self.boxes[:0],
-            labels=self.labels[:0],
-            areas=self.areas[:0],
-            masks=None,
-            keypoints=None,
-            known=torch.zeros(1, dtype=torch.bool, device=self.labels.device),
-        )
 
 
 @dataclass
@@ -145,6 +68,23 @@ class Instances:
             keypoints=keypoints,
         )
 
+    def resized(self, size: tuple[int, int]) -> Instances:
+        """The same instances on the image at another size (height, width)."""
+        y, x = size[0] / self.size[0], size[1] / self.size[1]
+        masks = keypoints = None
+        if self.masks is not None:
+            # Interpolated and cut at one half: enlarged by the nearest pixel, outlines would have steps.
+            masks = Masks((encode_logits(mask - np.float32(0.5), size) for mask in self.masks), size)
+        if self.keypoints is not None:
+            keypoints = self.keypoints * np.array([x, y, 1], np.float32)
+        return replace(
+            self,
+            boxes=self.boxes * np.array([x, y, x, y], np.float32),
+            size=size,
+            masks=masks,
+            keypoints=keypoints,
+        )
+
     def to_coco(self, image_id: Any) -> list[dict[str, Any]]:
         """Entries of COCO's result format, in the order of the instances.
 
@@ -179,7 +119,9 @@ class Instances:
 
         Keypoints have a type of their own there: ``to_supervision_keypoints``, row by row the same instances.
         """
-        return _import_supervision().Detections(
+        import supervision
+
+        return supervision.Detections(
             xyxy=self.boxes.astype(np.float32).reshape(-1, 4),
             confidence=self.scores,
             class_id=self.labels.astype(int),
@@ -191,7 +133,9 @@ class Instances:
         """Keypoints, labels and class names as ``supervision.KeyPoints``; UserError if the instances have none."""
         if self.keypoints is None:
             raise UserError("to_supervision_keypoints(): these instances have no keypoints; use to_supervision()")
-        return _import_supervision().KeyPoints(
+        import supervision
+
+        return supervision.KeyPoints(
             self.keypoints[..., :2].astype(np.float32),
             self.labels.astype(int),
             self.keypoints[..., 2].astype(np.float32),  # by position: the argument's name differs between versions
@@ -200,18 +144,8 @@ class Instances:
 
     def draw(self, image: np.ndarray) -> np.ndarray:
         """A copy of ``image`` ((H, W, 3) uint8 RGB) with the instances drawn on it."""
-        from mvision.drawing.draw import draw_instances
-
         return draw_instances(image, self)
 
     def _class_names(self) -> np.ndarray:
         names = self.names
         return np.array([names[label] for label in self.labels.tolist()], dtype=object)
-
-
-def _import_supervision() -> Any:
-    try:
-        import supervision
-    except ImportError as error:
-        raise UserError("this conversion needs the package supervision: pip install supervision") from error
-    return supervision

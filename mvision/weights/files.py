@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import mvision
 from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
-from mvision.heads import head_class, serving_task
+from mvision.heads import serving_task
 from mvision.model import Model
 from mvision.neck.layers import ConvNorm
 from mvision.storage.hub import cache_only_if_unreachable, why_not
@@ -246,10 +246,6 @@ def _of_tasks(weights: Weights, tasks: Sequence[str], source: str | Path) -> dic
     kept = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("heads.")}
     for task in tasks:
         before, after = serving_task(task, weights.config.heads), serving_task(task, tasks)
-        if before != after and not head_class(before).separable(weights.config.heads[before]):
-            raise UserError(
-                f"weights {source}: {task} is a part of {before} in them and cannot do without it; keep both"
-            )
         start = f"heads.{before}."
         kept |= {
             f"heads.{after}.{name.removeprefix(start)}": tensor

@@ -118,7 +118,7 @@ class CocoSplit:
         }
 
     @property
-    def known(self) -> np.ndarray | None:
+    def labelled_classes(self) -> np.ndarray | None:
         """(C,) bool: which of the categories this data set has; None where it has all."""
         known = np.array([self._is_own(category) for category in self.categories])
         return None if known.all() else known

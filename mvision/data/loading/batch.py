@@ -51,7 +51,7 @@ class PackedBatch:
 
     ``boxes``, ``labels``, ``areas`` and ``crowds`` hold all objects one image after the other, ``masks`` and
     ``keypoints`` those of the images that have some; ``counts`` says how many belong to each image, with None in
-    ``mask_counts`` and ``keypoint_counts`` for the others. ``known`` has a row per image.
+    ``mask_counts`` and ``keypoint_counts`` for the others. ``labelled_classes`` has a row per image.
     """
 
     images: Tensor
@@ -61,7 +61,7 @@ class PackedBatch:
     crowds: Tensor
     masks: Tensor | None
     keypoints: Tensor | None
-    known: Tensor | None
+    labelled_classes: Tensor | None
     counts: list[int]
     mask_counts: list[int | None]
     keypoint_counts: list[int | None]
@@ -92,7 +92,9 @@ class PackedBatch:
                 keypoints=keypoints[i],
                 image_id=self.ids[i],
                 size=self.sizes[i],
-                known=None if self.known is None or self.known[i].all() else self.known[i],
+                labelled_classes=None
+                if self.labelled_classes is None or self.labelled_classes[i].all()
+                else self.labelled_classes[i],
                 tasks=self.tasks[i],
             )
             for i in range(len(self.counts))
@@ -119,7 +121,7 @@ def pack(samples: Sequence[Sample]) -> PackedBatch | list[tuple[str, str]]:
         crowds=torch.cat([crowds for _, _, crowds in good]),
         masks=torch.cat(masks) if masks else None,
         keypoints=torch.cat(keypoints) if keypoints else None,
-        known=_known(targets),
+        labelled_classes=_labelled_classes(targets),
         counts=[len(target) for target in targets],
         mask_counts=[None if target.masks is None else len(target) for target in targets],
         keypoint_counts=[None if target.keypoints is None else len(target) for target in targets],
@@ -131,12 +133,14 @@ def pack(samples: Sequence[Sample]) -> PackedBatch | list[tuple[str, str]]:
     )
 
 
-def _known(targets: list[Targets]) -> Tensor | None:
+def _labelled_classes(targets: list[Targets]) -> Tensor | None:
     """(B, C) bool, None where everything is known in every image."""
-    given = next((target.known for target in targets if target.known is not None), None)
+    given = next((target.labelled_classes for target in targets if target.labelled_classes is not None), None)
     if given is None:
         return None
-    return torch.stack([torch.ones_like(given) if target.known is None else target.known for target in targets])
+    return torch.stack(
+        [torch.ones_like(given) if target.labelled_classes is None else target.labelled_classes for target in targets]
+    )
 
 
 def _split_some(values: Tensor | None, counts: list[int | None]) -> list[Tensor | None]:

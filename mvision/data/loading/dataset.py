@@ -102,7 +102,7 @@ class Dataset(data.Dataset[Sample]):
         self.objects = split.objects
         self.folder = split.folder
         self.categories = split.categories
-        self.known = split.known
+        self.labelled_classes = split.labelled_classes
         self.tasks = None if tasks is None else frozenset(tasks)
         self.seed = seed
         self.mask_stride = mask_stride
@@ -246,7 +246,7 @@ class Dataset(data.Dataset[Sample]):
             keypoints=keypoints,
             image_id=record.id,
             size=(record.height, record.width),
-            known=None if self.known is None else torch.from_numpy(self.known),
+            labelled_classes=None if self.labelled_classes is None else torch.from_numpy(self.labelled_classes),
             tasks=self.tasks,
         )
         return targets, boxes[crowd]

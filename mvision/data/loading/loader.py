@@ -24,7 +24,7 @@ from mvision.data.loading.batch import Batch, PackedBatch, pack
 from mvision.data.loading.cache import make_cache
 from mvision.data.loading.dataset import Dataset, MixedDataset
 from mvision.data.loading.samplers import EvalBatches, TrainBatches
-from mvision.data.loading.sources import Part
+from mvision.data.loading.sources import DataSource
 from mvision.errors import UserError
 
 PREFETCH = 3  # batches in work per worker
@@ -121,7 +121,7 @@ class Loader:
 
 
 def build_train_loader(
-    split: CocoSplit | Sequence[Part],
+    split: CocoSplit | Sequence[DataSource],
     config: DataConfig,
     *,
     batch_size: int,

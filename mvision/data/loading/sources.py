@@ -15,7 +15,7 @@ from mvision.structures import Category
 
 
 @dataclass(frozen=True)
-class Part:
+class DataSource:
     """One data set of a run.
 
     Attributes:
@@ -32,12 +32,14 @@ class Part:
     weight: float
 
 
-def read_parts(config: DataConfig, tasks: Sequence[str], seed: int, say: Callable[[str], None]) -> list[Part]:
+def read_data_sources(
+    config: DataConfig, tasks: Sequence[str], seed: int, log: Callable[[str], None]
+) -> list[DataSource]:
     """Read every data set of a run, with what the tasks need of it.
 
     Args:
         seed: of the share of the training images, where ``config.fraction`` asks for one.
-        say: gets what was found, and what was wrong with it.
+        log: gets what was found, and what was wrong with it.
 
     Raises:
         UserError: a data set that cannot be used, or a task for which none is.
@@ -46,7 +48,7 @@ def read_parts(config: DataConfig, tasks: Sequence[str], seed: int, say: Callabl
     opened = []
     for source in sources:
         layout = find_layout(source.root)
-        say(layout.description)
+        log(layout.description)
         wanted = _wanted(source, layout, source.train, tasks, len(sources) > 1)
         some = replace(layout.split(source.train, wanted), fraction=config.fraction, seed=seed)
         opened.append((source, wanted, some, layout.split(source.val, wanted)))
@@ -57,9 +59,9 @@ def read_parts(config: DataConfig, tasks: Sequence[str], seed: int, say: Callabl
         train, val = (CocoSplit(split, _needs(wanted), shared) for split in (train_split, val_split))
         for read in (train, val):
             if len(read.problems):
-                say(f"{read.problems}")
+                log(f"{read.problems}")
         same_categories(train, val)
-        parts.append(Part(_name(source), wanted, train, val, source.weight))
+        parts.append(DataSource(_name(source), wanted, train, val, source.weight))
     return parts
 
 
@@ -72,17 +74,17 @@ def read_validation(
         split: its name; None: the one that a run evaluates on.
     """
     sources = _sources(config)
-    found, said = [], []
+    found, messages = [], []
     for source in sources:
         layout = find_layout(source.root)
-        said.append(layout.description)
+        messages.append(layout.description)
         wanted = _wanted(source, layout, split or source.val, tasks, len(sources) > 1)
         if wanted:
             read = CocoSplit(layout.split(split or source.val, wanted), _needs(wanted))
-            said += [f"{read.problems}"] if len(read.problems) else []
+            messages += [f"{read.problems}"] if len(read.problems) else []
             found.append((_name(source), wanted, read))
     _check_all_are_served(tasks, [(name, wanted) for name, wanted, _ in found])
-    return said, found
+    return messages, found
 
 
 def merge_categories(splits: Sequence[Split]) -> list[Category]:

@@ -1,0 +1,66 @@
+"""What an image is labelled with, as a model is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Targets:
+    """Labels of one image, as the model is trained on them (after every augmentation).
+
+    Attributes:
+        boxes: (N, 4) float32 cxcywh in fractions of the input image, 0..1.
+        labels: (N,) int64, index into the list of categories (not the data set's category id).
+        areas: (N,) float32, area of the object (its mask if the data has one, else its box) as a fraction of the image.
+        masks: (N, h, w) uint8 of 0 and 1 in the geometry of the input image, or None if the data has none.
+        keypoints: (N, K, 3) float32 x, y in fractions of the input image and visibility 0, 1 or 2, or None.
+        image_id: the data set's id of the image.
+        size: height and width of the original image in pixels.
+        labelled_classes: (C,) bool: the classes whose objects were labelled in this image; of the others nobody
+            knows whether there are any. (1,) stands for all of them, None: all are labelled.
+        tasks: the tasks that the image is labelled for; None: all for which it has labels.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    areas: Tensor
+    masks: Tensor | None = None
+    keypoints: Tensor | None = None
+    image_id: int = 0
+    size: tuple[int, int] = (0, 0)
+    labelled_classes: Tensor | None = None
+    tasks: frozenset[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        """The same labels on another device."""
+        moved: dict[str, Any] = {
+            f.name: value.to(device, non_blocking=non_blocking)
+            for f in fields(self)
+            if isinstance(value := getattr(self, f.name), Tensor)
+        }
+        return replace(self, **moved)
+
+    def only(self, names: Collection[str]) -> Targets:
+        """The same image with these of ``boxes``, ``masks`` and ``keypoints`` alone; without boxes nothing is known."""
+        masks = self.masks if "masks" in names else None
+        keypoints = self.keypoints if "keypoints" in names else None
+        if "boxes" in names:
+            return replace(self, masks=masks, keypoints=keypoints)
+        return replace(
+            self,
+            boxes=self.boxes[:0],
+            labels=self.labels[:0],
+            areas=self.areas[:0],
+            masks=None,
+            keypoints=None,
+            labelled_classes=torch.zeros(1, dtype=torch.bool, device=self.labels.device),
+        )
