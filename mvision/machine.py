@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from pathlib import Path
 from typing import Literal
@@ -12,7 +13,12 @@ from torch import nn
 
 from mvision.errors import UserError
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "bf16", "fp16"]
+PrecisionOption = Literal["auto", "fp32", "bf16", "fp16"]
+"""What a user may ask for."""
+InferencePrecision = Literal["fp32", "bf16"]
+InferencePrecisionOption = Literal["auto", "fp32", "bf16"]
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -28,7 +34,7 @@ def resolve_device(name: str | None) -> torch.device:
     return device
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+def resolve_precision(precision: PrecisionOption, device: torch.device) -> Precision:
     """``auto`` is bf16 where the hardware computes in it, else fp32."""
     if precision != "auto":
         return precision
@@ -44,6 +50,30 @@ def cpu_has_bf16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in text or "amx_bf16" in text
+
+
+def cores() -> int:
+    """The cores this process may use, which a container limits."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_field(key: str) -> str:
+    """A field of the first processor in /proc/cpuinfo; empty where there is no such file or field."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return ""
+    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == key:
+            return value.strip()
+    return ""
+
+
+def cpu_name() -> str:
+    """The processor's name as its maker gives it."""
+    return cpu_field("model name") or platform.processor() or "unknown"
 
 
 def keep_freed_memory() -> bool:

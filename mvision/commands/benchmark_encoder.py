@@ -18,8 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvision.commands.benchmark_baselines import DeformableEncoder, PlainEncoder
 from mvision.commands.benchmark_timing import alternate, median_ratio, peak_memory
-from mvision.commands.info import cpu_name
-from mvision.machine import keep_freed_memory, resolve_device
+from mvision.machine import cpu_name, keep_freed_memory, resolve_device
 from mvision.neck import HybridEncoder
 
 CHANNELS, STRIDES = (512, 1024, 2048), (8, 16, 32)

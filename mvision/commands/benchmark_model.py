@@ -16,17 +16,15 @@ import torch
 from torch import Tensor
 
 from mvision.commands.benchmark_timing import alternate, median_ratio
-from mvision.commands.info import cpu_name
 from mvision.config import load_config
 from mvision.deploy.export import export
 from mvision.deploy.exported import ExportedModel
 from mvision.deploy.fast import PRECISIONS, Precision, prepare
 from mvision.errors import UserError
-from mvision.machine import keep_freed_memory, resolve_device
+from mvision.machine import cpu_name, keep_freed_memory, resolve_device
 from mvision.model import Model
-from mvision.structures import Category
+from mvision.structures.coco_names import coco_with_keypoints
 from mvision.structures.images import resize_image
-from mvision.structures.oks import COCO_SIGMAS
 from mvision.weights import load, save_weights
 
 PICTURE = (480, 640)  # height and width of the pictures that are prepared
@@ -101,8 +99,7 @@ def _random(name: str, tasks: Sequence[str]) -> Model:
     """A shipped model for COCO's classes; its norms have seen a batch, or activations fade to slow tiny numbers."""
     config = load_config(name, tasks=list(tasks) or None).model
     config.backbone.pretrained = False
-    person = Category(id=0, name="person", keypoints=list(COCO_SIGMAS))
-    config.categories = [person, *(Category(id=index, name=str(index)) for index in range(1, 80))]
+    config.categories = coco_with_keypoints()
     torch.manual_seed(0)
     model = Model(config)
     for module in model.modules():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,15 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvision import __version__
 from mvision.config import load_config, shipped_configs
 from mvision.errors import UserError
-from mvision.machine import resolve_device, resolve_precision
+from mvision.machine import cores, cpu_field, cpu_name, resolve_device, resolve_precision
 from mvision.model import Model
-from mvision.structures import Category
-from mvision.structures.oks import COCO_SIGMAS
+from mvision.structures.coco_names import coco_with_keypoints
 from mvision.weights import load
 
 PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "accelerate", "albumentations", "hotcoco")
-COCO_CLASSES = 80
-"""A model by name alone has as many classes as COCO, the number that papers count with."""
 
 
 @dataclass(frozen=True)
@@ -54,19 +50,10 @@ def info_text(model: str | None = None, weights: str | None = None) -> str:
         return model_text(load(weights), weights)
     if model is not None:
         config = load_config(model).model
-        config.categories = config.categories or _coco_like_classes()
+        config.categories = config.categories or coco_with_keypoints()
         config.backbone.pretrained = False  # the figures do not depend on the weights, and need no network without
         return model_text(Model(config), model)
     return machine_text()
-
-
-def _coco_like_classes() -> list[Category]:
-    """As many as COCO has, the first with a person's keypoints."""
-    person, *others = range(COCO_CLASSES)
-    return [
-        Category(id=person, name=str(person), keypoints=list(COCO_SIGMAS)),
-        *(Category(id=number, name=str(number)) for number in others),
-    ]
 
 
 def machine_text() -> str:
@@ -76,7 +63,7 @@ def machine_text() -> str:
         ("mvision", f"{__version__} in {Path(__file__).parent}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((name, _version(name)) for name in PACKAGES),
-        ("cpu", f"{cpu_name()}, {_cores()} cores, torch uses {torch.get_num_threads()}"),
+        ("cpu", f"{cpu_name()}, {cores()} cores, torch uses {torch.get_num_threads()}"),
         ("cpu bf16", _cpu_bf16()),
         ("cuda", _cuda()),
         ("mps", "available" if torch.backends.mps.is_available() else "not available"),
@@ -160,31 +147,8 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _cores() -> int:
-    """The cores this process may use, which a container limits."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu_field(key: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; empty where there is no such file or field."""
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return ""
-    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
-
-
-def cpu_name() -> str:
-    return _cpu_field("model name") or platform.processor() or "unknown"
-
-
 def _cpu_bf16() -> str:
-    flags = set((_cpu_field("flags") or _cpu_field("Features")).split())
+    flags = set((cpu_field("flags") or cpu_field("Features")).split())
     found = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}.items()
     names = [name for flag, name in found if flag in flags]
     return f"in hardware ({', '.join(names)})" if names else "no hardware support found"

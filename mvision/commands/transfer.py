@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from mvision import __version__
-from mvision.commands.info import cpu_name
 from mvision.commands.train import run_config
 from mvision.commands.transfer_report import page, plot
 from mvision.config import Config
 from mvision.engine.train import train
 from mvision.errors import UserError
 from mvision.heads import head_class
+from mvision.machine import cpu_name
 from mvision.storage.run_folder import RunFolder
 from mvision.weights import read_weights, resolve_weights
 

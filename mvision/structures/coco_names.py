@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mvision.structures import Category
+from mvision.structures.category import Category
+from mvision.structures.oks import COCO_SIGMAS
 
 # Comma-separated, in the order of the ids from 1 on; "-" are ids without annotations.
 _NAMES = """
@@ -35,6 +36,14 @@ _SYNONYMS = {
     "tvmonitor": "tv",
     "hair dryer": "hair drier",
 }
+
+
+def coco_with_keypoints() -> list[Category]:
+    """COCO's classes, a person with its 17 keypoints: what a model that is named without data is built for."""
+    return [
+        category.model_copy(update={"keypoints": list(COCO_SIGMAS)}) if category.name == "person" else category
+        for category in COCO
+    ]
 
 
 def canonical(name: str) -> str:

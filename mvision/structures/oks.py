@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mvision.structures import Category
+from mvision.structures.category import Category
 
 # COCO's 17 points of a person with their standard deviations, in the order of cocodataset.org/#keypoints-eval.
 COCO_SIGMAS: dict[str, float] = {
