@@ -1,2 +1,103 @@
-"""What relies on parts of other libraries that they do not promise to keep: one entry each, with the version it was
-checked with."""
+"""Everything here uses a part of another library that the library does not promise to keep.
+
+Each entry names the version it was checked with. ``tests/test_compat.py`` runs each of them: if a new version of a
+library drops such a part, the test named after the entry fails.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.utils.data import DataLoader
+
+ONNX_NAME_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata key under which torch's ONNX exporter stores the modules that a node comes from, outermost first, as the
+text of a Python list (torch 2.14.1)."""
+
+OPENVINO_KEEP_FLOAT32 = (
+    {"name": "precise", "version": "0"},
+    {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"},
+)
+"""Attributes of a layer's ``rt_info`` in an OpenVINO XML file that keep the layer in float32 when the model computes in
+bf16. The first is the name in older versions, the second the one that OpenVINO 2026.4.1 reads; each version ignores the
+other's."""
+
+
+def worker_sentinels(loader: DataLoader[Any]) -> list[int]:
+    """Handles of a loader's running worker processes, for ``multiprocessing.connection.wait`` (torch 2.14.1)."""
+    return [worker.sentinel for worker in getattr(loader._iterator, "_workers", [])]
+
+
+def stop_workers(loader: DataLoader[Any]) -> None:
+    """End the worker processes of a loader with ``persistent_workers`` before it is deleted (torch 2.14.1)."""
+    # The iterator of a loader without workers has nothing to shut down.
+    if loader.num_workers > 0 and loader._iterator is not None:
+        loader._iterator._shutdown_workers()  # type: ignore[attr-defined]
+    loader._iterator = None
+
+
+def has_packed_convolutions() -> bool:
+    """Whether this build of torch has the oneDNN convolutions that ``torch.compile`` uses on x86 (torch 2.14.1)."""
+    import torch
+
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+
+
+def pack_convolution_weight(weight: Tensor, settings: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """A convolution's weight in the memory order that oneDNN prefers for inputs of one shape (torch 2.14.1).
+
+    Args:
+        weight: (out, in / groups, h, w).
+        settings: padding, stride and dilation (a list of two each) and groups.
+        shape: (B, C, H, W) of the input.
+    """
+    import torch
+
+    return torch.ops.mkldnn._reorder_convolution_weight(weight, *settings, shape)
+
+
+def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor, settings: Sequence[Any], activation: str) -> Tensor:
+    """A convolution with a weight of ``pack_convolution_weight``, and the activation after it (torch 2.14.1).
+
+    Args:
+        activation: ``none``, ``relu``, ``swish`` or ``hardswish``.
+    """
+    import torch
+
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *settings, activation, [], "")
+
+
+def reset_accelerate() -> None:
+    """Let the next ``Accelerator`` of this process have other settings than the last one (accelerate 1.15.0).
+
+    Accelerate shares one state among all of a process's Accelerators, and refuses a second one that differs from it.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+
+
+@contextmanager
+def hub_offline_unless(reachable: Callable[[str], bool]) -> Iterator[None]:
+    """Inside this context the Hub's client reads its cache only, unless the Hub is reachable (huggingface_hub 2.4.0).
+
+    The client reads the environment variable HF_HUB_OFFLINE once, when it is imported; where a user has set it, it
+    stays in force.
+
+    Args:
+        reachable: gets the address of the Hub (or of the mirror that the environment names).
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not reachable(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before

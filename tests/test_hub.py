@@ -44,6 +44,6 @@ def test_reachable_is_what_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_reasons_are_short() -> None:
     from huggingface_hub.utils import LocalEntryNotFoundError
 
-    assert hub.why_not(LocalEntryNotFoundError("long")) == "not in the cache, and the Hub cannot be reached"
-    assert hub.why_not(RuntimeError("a\n b")) == "a b"
-    assert hub.why_not(RuntimeError()) == "RuntimeError"
+    assert hub.download_problem(LocalEntryNotFoundError("long")) == "not in the cache, and the Hub cannot be reached"
+    assert hub.download_problem(RuntimeError("a\n b")) == "a b"
+    assert hub.download_problem(RuntimeError()) == "RuntimeError"

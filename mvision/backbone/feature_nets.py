@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mvision.errors import UserError
-from mvision.storage.hub import cache_only_if_unreachable, why_not
+from mvision.storage.hub import cache_only_if_unreachable, download_problem
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SMP = "smp:"
@@ -230,6 +230,6 @@ def build_pretrained(plan: FeaturePlan, name: str) -> nn.Module:
     # Network, disk and library fail in many ways; the network itself has been built before, so it is about its weights.
     except Exception as error:
         raise UserError(
-            f"pretrained weights of backbone {name} cannot be loaded ({why_not(error)}): connect to the network once, "
-            f"or set model.backbone.pretrained=false, or start from weights with --init"
+            f"pretrained weights of backbone {name} cannot be loaded ({download_problem(error)}): connect to the network "
+            f"once, or set model.backbone.pretrained=false, or start from weights with --init"
         ) from error

@@ -1,4 +1,4 @@
-"""Downloads from the Hugging Face Hub that fail at once, not after a minute of retries, where there is no network."""
+"""Downloads from the Hugging Face Hub fail at once where there is no network, not after a minute of retries."""
 
 from __future__ import annotations
 
@@ -8,25 +8,21 @@ from contextlib import contextmanager
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from mvision.compat import hub_offline_unless
+
 
 @contextmanager
 def cache_only_if_unreachable() -> Iterator[None]:
-    """Inside this context the Hub's client works from the local cache alone, unless the Hub answers.
+    """Inside this context the Hub's client reads its local cache only, unless the Hub can be reached.
 
-    The client repeats every failed request several times and prints each attempt; one connection tells the same.
+    The client repeats every failed request several times and prints each attempt; here one connection is tried.
     """
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = before or not _reachable(constants.ENDPOINT)
-    try:
+    with hub_offline_unless(_reachable):
         yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
-def why_not(error: Exception) -> str:
-    """What a failed download means, in a few words."""
+def download_problem(error: Exception) -> str:
+    """Why a download failed, in a few words for an error message."""
     from huggingface_hub.utils import LocalEntryNotFoundError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     if isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
@@ -37,9 +33,10 @@ def why_not(error: Exception) -> str:
 
 
 def _reachable(url: str, timeout: float = 5.0) -> bool:
+    """Whether a connection to the host of ``url`` can be opened within ``timeout`` seconds."""
     address = urlsplit(url)
     if getproxies().get(address.scheme):
-        return True  # the proxy looks up and connects, this machine may not be able to
+        return True  # the proxy resolves names and connects, which this machine may be unable to do itself
     try:
         with socket.create_connection((address.hostname or "", address.port or 443), timeout=timeout):
             return True

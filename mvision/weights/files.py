@@ -27,7 +27,7 @@ from mvision.errors import UserError
 from mvision.heads import serving_task
 from mvision.model import Model
 from mvision.neck.layers import ConvNorm
-from mvision.storage.hub import cache_only_if_unreachable, why_not
+from mvision.storage.hub import cache_only_if_unreachable, download_problem
 from mvision.weights.rtdetr import read_published
 from mvision.weights.transfer import transfer
 
@@ -194,8 +194,8 @@ def _from_hub(name: str) -> Path:
             return Path(snapshot_download(name, allow_patterns=files))
     except Exception as error:  # the client has no common base for what networks, hosts, caches and disks can do
         raise UserError(
-            f"weights {name}: no such file or folder here, and no download ({why_not(error)}); on a machine with "
-            f"network, download config.json and {PUBLISHED} of {name} into a folder, and give that folder's path"
+            f"weights {name}: no such file or folder here, and no download ({download_problem(error)}); on a machine "
+            f"with network, download config.json and {PUBLISHED} of {name} into a folder, and give that folder's path"
         ) from error
 
 

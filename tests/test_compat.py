@@ -1,0 +1,116 @@
+"""The parts of other libraries that no library promises to keep are still there and still do what they did.
+
+Every test is named after the entry of ``mvision.compat`` that it runs.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mvision import compat
+
+
+def test_every_entry_has_a_test() -> None:
+    tree = ast.parse(inspect.getsource(compat))
+    entries = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    entries |= {node.targets[0].id.lower() for node in tree.body if isinstance(node, ast.Assign)}
+    tests = [name for name in globals() if name.startswith("test_")]
+    for entry in entries:
+        assert any(entry in test for test in tests), f"no test for mvision.compat.{entry}"
+
+
+def test_worker_sentinels_and_stop_workers() -> None:
+    loader = DataLoader(range(4), num_workers=1, persistent_workers=True, multiprocessing_context="fork")
+    assert compat.worker_sentinels(loader) == []
+    list(loader)
+    sentinels = compat.worker_sentinels(loader)
+    assert len(sentinels) == 1
+    assert not wait(sentinels, timeout=0)
+    compat.stop_workers(loader)
+    assert wait(sentinels, timeout=10) == sentinels
+    assert compat.worker_sentinels(loader) == []
+    assert len(list(loader)) == 4  # the loader can be used again
+    compat.stop_workers(loader)
+
+
+def test_stop_workers_of_a_loader_without_workers() -> None:
+    loader = DataLoader(range(4))
+    list(loader)
+    assert compat.worker_sentinels(loader) == []
+    compat.stop_workers(loader)
+    assert len(list(loader)) == 4
+
+
+@pytest.mark.skipif(not compat.has_packed_convolutions(), reason="a build of torch without oneDNN, or not on x86")
+def test_has_packed_convolutions_pack_convolution_weight_and_packed_convolution() -> None:
+    conv, x = nn.Conv2d(16, 32, 3, stride=2, padding=1), torch.randn(2, 16, 12, 10)
+    settings = ([1, 1], [2, 2], [1, 1], 1)
+    with torch.no_grad():
+        weight = compat.pack_convolution_weight(conv.weight, settings, list(x.shape))
+        for activation, function in (("none", nn.Identity()), ("relu", F.relu), ("swish", F.silu)):
+            found = compat.packed_convolution(x, weight, conv.bias, settings, activation)
+            assert torch.allclose(found, function(conv(x)), atol=1e-5)
+
+
+def test_onnx_name_scopes(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    net = nn.Sequential(nn.Sequential(nn.Conv2d(1, 1, 1)))
+    program = torch.onnx.export(net, (torch.zeros(1, 1, 2, 2),), dynamo=True, verbose=False)
+    conv = next(node for node in program.model.graph if node.op_type == "Conv")
+    assert ast.literal_eval(conv.metadata_props[compat.ONNX_NAME_SCOPES])[:3] == ["", "0", "0.0"]
+
+
+def test_openvino_keep_float32(tmp_path: Path) -> None:
+    """The installed version reads one of the marks, as it does a mark that it wrote itself."""
+    openvino = pytest.importorskip("openvino")
+    from openvino import opset8
+
+    from mvision.deploy.coordinates import mark
+
+    x = opset8.parameter([1, 4], name="x")
+    total = opset8.add(x, x, name="total")
+    openvino.save_model(openvino.Model([total], [x]), tmp_path / "m.xml", compress_to_fp16=False)
+    mark(tmp_path / "m.xml", {"total"})
+    model = openvino.Core().read_model(tmp_path / "m.xml")
+    operators = {operator.get_friendly_name(): operator for operator in model.get_ops()}
+    names = {key.split("::")[-1].rstrip("_0123456789") for key in operators["total"].get_rt_info()}
+    assert names & {attribute["name"] for attribute in compat.OPENVINO_KEEP_FLOAT32}, names
+
+
+def test_reset_accelerate() -> None:
+    from accelerate import Accelerator
+
+    compat.reset_accelerate()
+    Accelerator(cpu=True, mixed_precision="no")
+    with pytest.raises(ValueError, match="already been initialized"):
+        Accelerator(cpu=True, mixed_precision="bf16")
+    compat.reset_accelerate()
+    assert Accelerator(cpu=True, mixed_precision="bf16").mixed_precision == "bf16"
+    compat.reset_accelerate()
+
+
+def test_hub_offline_unless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import get_session
+
+    asked: list[str] = []
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with compat.hub_offline_unless(lambda address: bool(asked.append(address))):
+        assert asked == [constants.ENDPOINT]
+        with pytest.raises(OfflineModeIsEnabled):
+            get_session().get(constants.ENDPOINT)
+        with pytest.raises(LocalEntryNotFoundError):
+            hf_hub_download("nobody/nothing", "config.json", cache_dir=tmp_path)
+    assert constants.HF_HUB_OFFLINE is False
+    with compat.hub_offline_unless(lambda address: True):
+        assert constants.HF_HUB_OFFLINE is False
