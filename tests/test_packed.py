@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
+from mvision.compat import has_packed_convolutions
 from mvision.deploy.compare import difference
 from mvision.deploy.fast import prepare
-from mvision.deploy.packed import ACTIVATIONS, PackedConv2d, can_pack
+from mvision.deploy.packed import ACTIVATIONS, PackedConv2d
 from mvision.model import Model
 from tests.test_joint import TASKS, make_model
 
-pytestmark = pytest.mark.skipif(not can_pack(), reason="not a build of PyTorch with oneDNN's operators")
+pytestmark = pytest.mark.skipif(not has_packed_convolutions(), reason="not a build of PyTorch with oneDNN's operators")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
-"""Coordinates of an OpenVINO model stay in float32, whatever precision the rest is computed in.
+"""Which operators of an OpenVINO model compute with coordinates, and a mark that keeps those in float32.
 
-bf16 has eight bits: of a place in 0..1 it keeps two pixels at 640, and of the number of a cell less. In PyTorch the
-types in the heads' code see to it; OpenVINO has one precision for a whole model, but leaves out operators with a mark.
+bf16 has eight significant bits. A coordinate in 0..1 is then exact to two pixels of 640 only, and the index of a token
+or grid point is less exact still. In PyTorch the heads' code converts coordinates to float32 itself. OpenVINO has one
+precision for a whole model, but leaves marked operators in float32.
 """
 
 from __future__ import annotations
@@ -10,50 +11,49 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
 
-# Where values end and coordinates begin: products with weights.
-PRODUCTS = frozenset({"MatMul", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Interpolate"})
-# The mark has had two names; a version ignores that of the other.
-MARKS = (
-    {"name": "precise", "version": "0"},
-    {"name": "DisablePrecisionConversion", "version": "0", "value": "dynamic:f16"},
-)
+from mvision.compat import OPENVINO_KEEP_FLOAT32
+
+# The search for coordinates ends at these operators: their inputs and results are features, not coordinates.
+FEATURE_OPERATORS = frozenset({"MatMul", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Interpolate"})
 
 
 def coordinate_operators(model: Any) -> set[str]:
     """Names of the operators that compute with coordinates in an ``openvino.Model``.
 
-    What is turned into a whole number is the place of a cell: all that leads to it, back to the products with weights
-    that coordinates are corrected by, and what uses it next (how far a point is from its cell).
+    A real number that is converted to an integer is a position from which an index is made. Everything that this number
+    is computed from is a coordinate, back to the matrix product or convolution that predicts a correction of it; so is
+    what uses these results next, such as the distance of a sampling point from its pixel.
     """
-    cells = [
+    conversions = [
         operator
         for operator in model.get_ordered_ops()
         if operator.get_type_name() == "Convert"
         and operator.get_input_element_type(0).is_real()
         and operator.get_output_element_type(0).is_integral_number()
     ]
-    found: dict[str, Any] = {}
-    waiting = [operator.input_value(0).get_node() for operator in cells]
-    while waiting:
-        operator = waiting.pop()
+    coordinates: dict[str, Any] = {}
+    queue = [operator.input_value(0).get_node() for operator in conversions]
+    while queue:
+        operator = queue.pop()
         name = operator.get_friendly_name()
-        if name in found or operator.get_type_name() in PRODUCTS | {"Parameter", "Constant"}:
+        if name in coordinates or operator.get_type_name() in FEATURE_OPERATORS | {"Parameter", "Constant"}:
             continue
         if not operator.get_output_element_type(0).is_real():
             continue
-        found[name] = operator
-        waiting += [value.get_node() for value in operator.input_values()]
-    for operator in list(found.values()):
+        coordinates[name] = operator
+        queue += [value.get_node() for value in operator.input_values()]
+    for operator in list(coordinates.values()):
         for output in operator.outputs():
-            for following in output.get_target_inputs():
-                node = following.get_node()
-                if node.get_type_name() not in PRODUCTS | {"Result"} and node.get_output_element_type(0).is_real():
-                    found[node.get_friendly_name()] = node
-    return set(found) | {operator.get_friendly_name() for operator in cells}
+            for user in output.get_target_inputs():
+                node = user.get_node()
+                is_feature = node.get_type_name() in FEATURE_OPERATORS | {"Result"}
+                if not is_feature and node.get_output_element_type(0).is_real():
+                    coordinates[node.get_friendly_name()] = node
+    return set(coordinates) | {operator.get_friendly_name() for operator in conversions}
 
 
 def mark(xml: Path, operators: set[str]) -> None:
-    """Mark operators in a saved model."""
+    """Mark these operators of a saved model, so that OpenVINO computes them in float32."""
     tree = ElementTree.parse(xml)
     for layer in tree.getroot().iterfind("layers/layer"):
         if layer.get("name") in operators and layer.get("type") != "Const":
@@ -61,7 +61,7 @@ def mark(xml: Path, operators: set[str]) -> None:
             if info is None:
                 info = ElementTree.Element("rt_info")
                 layer.insert(0 if layer.find("data") is None else 1, info)
-            for attributes in MARKS:
+            for attributes in OPENVINO_KEEP_FLOAT32:
                 if info.find(f"attribute[@name='{attributes['name']}']") is None:
                     ElementTree.SubElement(info, "attribute", attributes)
     tree.write(xml)

@@ -1,28 +1,30 @@
-"""A PyTorch model made ready to predict, and to do nothing else."""
+"""A PyTorch model prepared for fast prediction."""
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 
-from mvision.deploy.packed import can_pack, pack
+from mvision.compat import has_packed_convolutions
+from mvision.deploy.packed import pack
+from mvision.machine import DTYPES, InferencePrecision
 from mvision.model import Model
 
-Precision = Literal["fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+PRECISIONS: tuple[InferencePrecision, ...] = get_args(InferencePrecision)
 
 
-def prepare(model: Model, precision: Precision = "fp32", packed: bool = True) -> Model:
-    """Fuse, lay out and (``bf16``) convert the weights, in place; coordinates stay in float32 whatever the weights.
+def prepare(model: Model, precision: InferencePrecision = "fp32", packed: bool = True) -> Model:
+    """Fuse the model, convert its weights to ``precision`` and order them for convolutions, in place.
 
-    Weights in bf16 are not autocast's: nothing is converted in every call.
+    With bf16 the weights themselves are converted, once; autocast would convert them in every call. Coordinates stay in
+    float32. The model cannot be trained afterwards.
 
     Args:
-        packed: on a CPU, lay out weights for good; not before ``torch.compile``, which does that itself.
+        packed: on a CPU, also replace convolutions, see ``mvision.deploy.packed``. Not before ``torch.compile``, which
+            does the same itself.
     """
     model.fuse().eval().requires_grad_(False)
-    if precision == "bf16":
-        model.to(torch.bfloat16)
+    model.to(DTYPES[precision])
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return pack(model) if packed and model.device.type == "cpu" and can_pack() else model
+    return pack(model) if packed and model.device.type == "cpu" and has_packed_convolutions() else model

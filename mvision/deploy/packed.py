@@ -1,52 +1,43 @@
-"""Convolutions as oneDNN wants them: weights laid out once, and the activation computed with the sum.
+"""Convolutions for prediction on x86 CPUs: weights in oneDNN's own order, and the activation inside the convolution.
 
-Without it PyTorch lays the weights out again in every call, and goes over every map once more for the activation.
-These are the operators that ``torch.compile`` calls on x86.
+An ordinary convolution of PyTorch reorders its weights in every call, and the activation after it reads and writes the
+whole map once more. ``torch.compile`` uses the same two operators.
 """
 
 from __future__ import annotations
-
-import platform
 
 import torch
 from torch import Tensor, nn
 
 from mvision.backbone.folding import watch
+from mvision.compat import pack_convolution_weight, packed_convolution
 from mvision.model import Model
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
 
 
 class PackedConv2d(nn.Module):
-    """A convolution for prediction alone, with the activation that follows it.
+    """A convolution for prediction only, with the activation that follows it.
 
     Args:
-        shape: (B, C, H, W) of the inputs that it is made for; it takes others as well. Weights that were laid out for
-            another size can be slower than those that were not laid out at all.
+        shape: (B, C, H, W) of the inputs that the weights are ordered for. Inputs of other shapes give the same
+            results, but can be slower than with an ordinary convolution.
     """
 
     def __init__(self, conv: nn.Conv2d, shape: list[int], activation: str = "none") -> None:
         super().__init__()
         self.settings = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
         self.activation = activation
-        self.weight = torch.ops.mkldnn._reorder_convolution_weight(conv.weight.detach(), *self.settings, shape)
+        self.weight = pack_convolution_weight(conv.weight.detach(), self.settings, shape)
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, self.weight, self.bias, *self.settings, self.activation, [], ""
-        )
-
-
-def can_pack() -> bool:
-    """Whether this build of PyTorch has the operators."""
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    return x86 and torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_convolution_pointwise")
+        return packed_convolution(x, self.weight, self.bias, self.settings, self.activation)
 
 
 def pack(model: Model) -> Model:
-    """Replace the convolutions of a fused model on a CPU, in place; outputs stay the same to rounding."""
+    """Replace the convolutions of a fused model on a CPU, in place; outputs stay the same except for rounding."""
     size, dtype = (1, 3, *model.config.image_size), next(model.parameters()).dtype
     seen = watch(model, lambda watched: watched(torch.empty(size, dtype=dtype, device="meta")))
     for name, shape in seen.shapes.items():

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from accelerate.utils import patch_environment, set_seed
 from tqdm import tqdm
 
 from mvision.backbone import freeze
+from mvision.compat import reset_accelerate
 from mvision.config import Config, TrainConfig
 from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_data_sources
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
@@ -272,7 +272,7 @@ def _accelerator(config: Config, device: str | None) -> Accelerator:
     chosen = resolve_device(device)
     precision = resolve_precision(config.train.precision, chosen)
     # Settings outlive an Accelerator: a second run in the same process would be refused for having others.
-    AcceleratorState._reset_state()
+    reset_accelerate()
     # Accelerate always takes the first GPU in a single process, unless this variable names another.
     single = chosen.index is not None and "LOCAL_RANK" not in os.environ
     try:

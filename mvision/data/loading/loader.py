@@ -18,6 +18,7 @@ import cv2
 import torch
 from torch.utils.data import DataLoader
 
+from mvision.compat import stop_workers, worker_sentinels
 from mvision.config import DataConfig
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.loading.batch import Batch, PackedBatch, pack
@@ -96,10 +97,7 @@ class Loader:
 
     def close(self) -> None:
         """End the worker processes now; otherwise they end with the loader."""
-        iterator = self._loader._iterator
-        if iterator is not None and hasattr(iterator, "_shutdown_workers"):
-            iterator._shutdown_workers()
-        self._loader._iterator = None
+        stop_workers(self._loader)
 
     def _guarded(self) -> Iterator[PackedBatch | list[tuple[str, str]]]:
         try:
@@ -111,8 +109,7 @@ class Loader:
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("mvision.errors.UserError: ")) from error
         except (RuntimeError, OSError, EOFError) as error:
             # What a killed worker leaves behind depends on what it was doing; that it is gone is certain.
-            workers = getattr(self._loader._iterator, "_workers", [])
-            if not wait([worker.sentinel for worker in workers], timeout=SETTLE):
+            if not wait(worker_sentinels(self._loader), timeout=SETTLE):
                 raise
             raise UserError(
                 "a loading process ended unexpectedly: out of memory, or of shared memory? Try fewer --workers; "
