@@ -1,27 +1,27 @@
-"""The one exception that is meant for the user's eyes, and the suggestion that goes into its message."""
+"""The exception for mistakes that a user can correct, and the suggestion of a near name for its message."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-LISTED = 20  # names in a suggestion, at most
+SHORT_LIST = 40  # up to so many names are all listed; among more, several near ones are suggested
 
 
 class UserError(Exception):
     """Wrong usage or bad input.
 
-    The message is one line that names the file, key or option, the value found there, and the way out. The command line
+    The message is one line that names the file, key or option, its value, and what to do about it. The command line
     prints it without a traceback and exits with code 2.
     """
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """``did you mean 'X'?`` for a near miss, otherwise the names that are known."""
+    """The end of an error message about an unknown name: ``did you mean 'X'?``, or the list of known names."""
     names = sorted(known)
-    lower = {name.lower(): name for name in reversed(names)}
-    near = difflib.get_close_matches(word.lower(), lower, n=1)
+    by_lower = {name.lower(): name for name in reversed(names)}
+    is_short = len(names) <= SHORT_LIST
+    near = difflib.get_close_matches(word.lower(), by_lower, n=1 if is_short else 3)
     if near:
-        return f"did you mean '{lower[near[0]]}'?"
-    more = f", and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return f"choose one of {', '.join(names[:LISTED])}{more}"
+        return f"did you mean {' or '.join(repr(by_lower[name]) for name in near)}?"
+    return f"choose one of {', '.join(names)}" if is_short else "no known name is like it"

@@ -6,7 +6,6 @@ be multiples of a patch, and layers that nothing depends on.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from mvision.backbone.feature_nets import SMP, build_pretrained, plan_network, probe, pyramid_of, smp_names
 from mvision.backbone.folding import fold_norms
-from mvision.errors import UserError
+from mvision.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from mvision.backbone.config import BackboneConfig
@@ -112,14 +111,14 @@ def check_backbone_name(name: str) -> None:
     if name.startswith(SMP):
         known = [SMP + encoder for encoder in smp_names()]
         if name not in known:
-            raise UserError(f"backbone '{name}' is unknown to segmentation-models-pytorch: {_nearest(name, known)}")
+            raise UserError(f"backbone '{name}' is unknown to segmentation-models-pytorch: {did_you_mean(name, known)}")
         return
     import timm
 
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
         known = [*timm.list_models(), *(SMP + encoder for encoder in smp_names())]
-        raise UserError(f"backbone '{name}' is unknown to timm: {_nearest(base, known)}")
+        raise UserError(f"backbone '{name}' is unknown to timm: {did_you_mean(base, known)}")
     tags = timm.list_pretrained(f"{base}.*")
     if tag and name not in tags:
         raise UserError(f"backbone '{base}' has no weights called '{tag}': choose one of {', '.join([base, *tags])}")
@@ -157,8 +156,3 @@ def _to_multiple(images: Tensor, multiple: int) -> Tensor:
         return images
     size = (-(-height // multiple) * multiple, -(-width // multiple) * multiple)
     return F.interpolate(images, size=size, mode="bilinear", align_corners=False)
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    return f"did you mean {', '.join(near)}?" if near else "no known name is like it"

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written under a hidden name, then renamed."""
+"""Writing files so that a reader finds the whole new file or the whole old one, also after an error or a kill."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside ``path`` that takes its place at the end of the block, or vanishes after an error.
+    """Yields a temporary path to write to; at the end of the block that file replaces the one at ``path``.
 
-    The block writes a file there; it is on the disk before it gets its name. The temporary name is hidden, and no other
-    process uses it.
+    The temporary file is hidden, lies in the same folder, and has the process's number in its name. It is flushed to
+    the disk before it is renamed, and removed if the block raises.
 
     Raises:
-        OSError: the file cannot be written; one that was at ``path`` before is left as it was.
+        OSError: the file cannot be written; a file that was at ``path`` before is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner may read
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -29,6 +32,6 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """A small text file, complete or not there."""
+    """Write a text file in UTF-8 by ``whole_file``."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mvision.errors import UserError
+from mvision.storage.atomic import write_text
 
 STATE = "last"
 BEST = "best.safetensors"
@@ -52,9 +53,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Write a small file whole or not at all."""
-        temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(self.path / name)
+        write_text(self.path / name, text)
 
     def log(self, record: dict[str, Any]) -> None:
         """Append a line to ``metrics.jsonl``."""

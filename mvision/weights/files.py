@@ -8,10 +8,8 @@ format of a published RT-DETR, and the id of either on the Hugging Face Hub. Not
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +25,7 @@ from mvision.errors import UserError
 from mvision.heads import serving_task
 from mvision.model import Model
 from mvision.neck.layers import ConvNorm
+from mvision.storage.atomic import whole_file
 from mvision.storage.hub import cache_only_if_unreachable, download_problem
 from mvision.weights.rtdetr import read_published
 from mvision.weights.transfer import transfer
@@ -69,7 +68,7 @@ def save_weights(model: Model, path: str | Path, extra: dict[str, Any] | None = 
     metadata = {"format": "pt", "mvision": json.dumps(described)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _complete_file(path) as temporary:
+        with whole_file(path) as temporary:
             save_file(tensors, temporary, metadata)
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights {path}: cannot be written ({error}); nothing was changed there") from error
@@ -257,24 +256,3 @@ def _of_tasks(weights: Weights, tasks: Sequence[str], source: str | Path) -> dic
 
 def _is_fused(model: nn.Module) -> bool:
     return any(isinstance(module, ConvNorm) and isinstance(module.norm, nn.Identity) for module in model.modules())
-
-
-@contextmanager
-def _complete_file(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` once it is whole and on the disk, or vanishes."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that nobody else may read
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    """The process's file mode mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
