@@ -1,4 +1,4 @@
-"""What this machine is good at: device, precision, memory allocation."""
+"""Facts about the machine that the program runs on: device, precision, cores, names, memory allocation."""
 
 from __future__ import annotations
 
@@ -15,16 +15,22 @@ from mvision.errors import UserError
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionOption = Literal["auto", "fp32", "bf16", "fp16"]
-"""What a user may ask for."""
+"""Of training; ``auto`` is resolved by ``resolve_precision``."""
 InferencePrecision = Literal["fp32", "bf16"]
 InferencePrecisionOption = Literal["auto", "fp32", "bf16"]
+"""Of prediction."""
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is; an unusable one is a UserError."""
+    """The device of that name, or without a name the first GPU, else the CPU.
+
+    Raises:
+        UserError: the device cannot be used on this machine.
+    """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "mps" if _has_mps() else "cpu")
+        has_mps = torch.backends.mps.is_available()
+        return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -35,7 +41,7 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def resolve_precision(precision: PrecisionOption, device: torch.device) -> Precision:
-    """``auto`` is bf16 where the hardware computes in it, else fp32."""
+    """``auto`` is bf16 on hardware that computes in it, else fp16 on other CUDA GPUs and fp32 everywhere else."""
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -44,16 +50,12 @@ def resolve_precision(precision: PrecisionOption, device: torch.device) -> Preci
 
 
 def cpu_has_bf16() -> bool:
-    """Whether the CPU multiplies bf16 natively (AVX-512 BF16 or AMX)."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return False
-    return "avx512_bf16" in text or "amx_bf16" in text
+    """Whether the CPU has instructions for bf16 products (AVX-512 BF16 or AMX)."""
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_field("flags").split())
 
 
 def cores() -> int:
-    """The cores this process may use, which a container limits."""
+    """The number of cores that this process may use; in a container it can be smaller than the machine's."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -72,15 +74,23 @@ def cpu_field(key: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as its maker gives it."""
+    """The manufacturer's name of the processor, ``unknown`` if the system does not report it."""
     return cpu_field("model name") or platform.processor() or "unknown"
 
 
-def keep_freed_memory() -> bool:
-    """Tell glibc to keep large freed blocks instead of returning them to the kernel.
+def device_name(device: torch.device) -> str:
+    """The name of a GPU, or of the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
-    Every activation of a batch is a large block; giving it back costs a page fault per 4 KiB when the next layer asks
-    for memory again, more than a third of the time of a training step on CPU. Returns whether it was possible.
+
+def keep_freed_memory() -> bool:
+    """Make glibc keep large freed blocks of memory for later use instead of returning them to the kernel.
+
+    Every activation of a batch is such a block. Memory that comes from the kernel anew costs a page fault per 4 KiB:
+    more than a third of the time of a training step on a CPU.
+
+    Returns:
+        Whether the setting was made; it exists with glibc on Linux only.
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
@@ -90,16 +100,12 @@ def keep_freed_memory() -> bool:
 
 
 def channels_last_is_safe(model: nn.Module, device: torch.device) -> bool:
-    """Whether training in channels_last memory works for every convolution of the model on this device.
+    """Whether the model can be trained in channels_last memory on this device without a crash.
 
-    torch 2.14's CPU kernel for the weight gradient of a strided 1x1 convolution on a picture (RepVGG's and MobileOne's
-    first layer) writes out of bounds in float32.
+    On a CPU, torch 2.14 computes the weight gradient of a strided 1x1 convolution with at most 4 input channels (the
+    first layer of RepVGG and MobileOne) with a float32 kernel that writes beyond the end of its memory.
     """
     return device.type != "cpu" or not any(
         isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels <= 4
         for m in model.modules()
     )
-
-
-def _has_mps() -> bool:
-    return torch.backends.mps.is_available()

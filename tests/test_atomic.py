@@ -34,9 +34,13 @@ def test_the_new_file_replaces_the_old_one_at_the_end(old: Path) -> None:
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "disk full"), KeyboardInterrupt()])
 def test_after_an_error_the_old_file_is_unchanged(old: Path, error: BaseException) -> None:
-    with pytest.raises(type(error)), whole_file(old) as temporary:
-        temporary.write_text("ne")
-        raise error
+    def write_half() -> None:
+        with whole_file(old) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(type(error)):
+        write_half()
     assert old.read_text() == "old"
     assert list(old.parent.iterdir()) == [old]
 
