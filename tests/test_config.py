@@ -216,9 +216,8 @@ def test_assignments_need_key_and_value(assignment: str) -> None:
 
 
 def test_assignments_are_yaml() -> None:
-    config = load_config(
-        assignments=["train.freeze=[backbone]", "data.root=null", "train.channels_last=false", "train.trackers=[]"]
-    )
-    assert (config.train.freeze, config.data.root, config.train.channels_last) == (["backbone"], None, False)
+    shared = "model.neck.share_attention=false"
+    config = load_config(assignments=["train.freeze=[backbone]", "data.root=null", shared, "train.trackers=[]"])
+    assert (config.train.freeze, config.data.root, config.model.neck.share_attention) == (["backbone"], None, False)
     with pytest.raises(UserError, match=r"-o train.lr=\[: not valid YAML"):
         load_config(assignments=["train.lr=["])

@@ -1,31 +1,63 @@
-"""Settings of heads that older weights files and runs still name: what they became."""
+"""Keys that older weights files and runs still have in their configs, and the settings that replace them today."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from mvision.errors import UserError
 
-RETIRED: dict[str, dict[Any, dict[str, Any]]] = {
-    "learned_queries": {False: {}},
-    "boxes_from_masks": {False: {}},
+
+class Replacement(NamedTuple):
+    """What means the same today as a value of a retired key.
+
+    Attributes:
+        value: of the retired key.
+        settings: keys of the same section with their values.
+        without: keys of the same section that had no effect with this value and are retired with it.
+    """
+
+    value: Any
+    settings: dict[str, Any] = {}
+    without: frozenset[str] = frozenset()
+
+
+_ONLY_WITH_INSTANCES = frozenset(
+    ("pixel_dim", "map_dim", "box_weight", "giou_weight", "visible_weight", "map_weight"),
+)
+RETIRED: dict[str, dict[str, list[Replacement]]] = {
+    "model.heads": {
+        "learned_queries": [Replacement(False)],
+        "boxes_from_masks": [Replacement(False)],
+        "predict": [
+            Replacement("instances", {"kind": "dense"}),
+            Replacement("points", {"kind": "minimal"}, without=_ONLY_WITH_INSTANCES),
+        ],
+    },
+    "train": {
+        "channels_last": [Replacement(True)],
+    },
 }
-"""Key of a head's section -> a value that it could have -> the settings that stand for it now."""
+"""Section -> retired key -> its values that have a replacement; ``model.heads`` stands for the section of any task."""
 
 
-def without_retired(task: str, section: dict[str, Any]) -> dict[str, Any]:
-    """The section of a head as it is written today.
+def without_retired(section: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a section with every retired key replaced.
+
+    Args:
+        section: its dotted name, such as ``train`` or ``model.heads.detection``.
 
     Raises:
-        UserError: a retired key has a value for which there is no replacement.
+        UserError: a retired key has a value without a replacement.
     """
-    kept = {key: value for key, value in section.items() if key not in RETIRED}
-    for key in section.keys() & RETIRED.keys():
-        replacements = RETIRED[key]
-        if section[key] not in replacements:
+    retired = RETIRED.get(section) or RETIRED.get(section.rpartition(".")[0], {})
+    kept = dict(settings)
+    for key in settings.keys() & retired.keys():
+        value = kept.pop(key)
+        replacement = next((entry for entry in retired[key] if entry.value == value), None)
+        if replacement is None:
             raise UserError(
-                f"model.heads.{task}.{key}: {section[key]!r} is not supported any more; leave the key out, or use an "
-                "older version of mvision"
+                f"{section}.{key}: {value!r} is not supported any more; leave the key out, or use an older version of "
+                "mvision"
             )
-        kept |= replacements[section[key]]
+        kept = {name: kept[name] for name in kept if name not in replacement.without} | replacement.settings
     return kept

@@ -57,7 +57,7 @@ class ModelConfig(Settings):
         for task, settings in value.items():
             given = {} if settings is None else settings
             if isinstance(given, dict):
-                given = without_retired(task, given)
+                given = without_retired(f"model.heads.{task}", given)
             schema = head_class(task, given).Config
             try:
                 typed[task] = given if isinstance(given, schema) else schema.model_validate(given)
@@ -186,7 +186,6 @@ class TrainConfig(Settings):
         ema_warmup: steps over which the decay rises to its value (decay * (1 - exp(-step / ema_warmup))).
         val_interval: epochs between evaluations (the last epoch is always evaluated).
         patience: evaluations without a better AP before the run stops early; 0 never stops.
-        channels_last: memory format of images and weights; faster on most machines.
         task_weights: of a joint model's tasks in the loss, by name; 1 where none is given. One head that does two tasks
             has its own name's: instance-seg also for the boxes.
         trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
@@ -209,11 +208,15 @@ class TrainConfig(Settings):
     val_interval: int = Field(1, ge=1)
     patience: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    channels_last: bool = True
     freeze: list[Literal["backbone", "neck"]] = []
     task_weights: dict[str, float] = {}
     seed: int = Field(0, ge=0)
     trackers: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired(cls, value: Any) -> Any:
+        return without_retired("train", value) if isinstance(value, dict) else value
 
 
 class Config(Settings):
