@@ -1,1 +1,4 @@
-"""The command line: one file a command. Each parses, calls the package and prints; no torch at import time."""
+"""The command line, one file per command: parse, call one function of ``mvision.commands``, print.
+
+Nothing here imports torch before a command runs.
+"""

@@ -8,18 +8,18 @@ import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, SuggestingGroup, device_option
 
-SIZE, COUNT, ROUNDS = click.IntRange(min=64), click.IntRange(min=1), click.IntRange(min=3)
+ROUNDS = click.IntRange(min=3)
 output_option = click.option(
     "--output", type=OUTPUT_FOLDER, default=Path("benchmark"), show_default=True, metavar="DIR", help="Where to write."
 )
 
 
-@click.group(cls=SuggestingGroup, short_help="Time and memory of the encoder, and of whole models.")
+@click.group(cls=SuggestingGroup, short_help="Measure time and memory of the encoder or of whole models.")
 def benchmark() -> None:
-    """Measure on this machine: everything in one run, in turn, so that ratios can be trusted."""
+    """Measure on this machine. Everything takes turns in one run, so that ratios can be trusted."""
 
 
-@benchmark.command(short_help="The hybrid encoder beside those it replaces.")
+@benchmark.command(short_help="Compare the hybrid encoder with Transformer encoders.")
 @click.option(
     "--size",
     "sizes",
@@ -36,41 +36,43 @@ def benchmark() -> None:
     metavar="N",
     help="Channels.",
 )
-@click.option("--repeats", type=ROUNDS, default=10, show_default=True, metavar="N", help="Rounds.")
+@click.option("--repeats", type=ROUNDS, default=10, show_default=True, metavar="N", help="Most rounds.")
 @output_option
 @device_option
 def encoder(sizes: tuple[int, ...], embed_dim: int, repeats: int, output: Path, device: str | None) -> None:
     """Compare the encoder with plain and deformable Transformer encoders: time, peak memory, parameters and FLOPs.
 
-    Leaves encoder.md, encoder.png and encoder.json.
+    Writes encoder.md, encoder.png and encoder.json.
 
     \b
     Example:
       mvision benchmark encoder --size 640
     """
-    from mvision.commands.benchmark_encoder import SIZES, benchmark_encoder
+    from mvision.commands.benchmark_encoder import benchmark_encoder
 
     text = benchmark_encoder(
-        sizes=sizes or SIZES, embed_dim=embed_dim, repeats=repeats, device=device, output=output, log=click.echo
+        sizes=sizes, embed_dim=embed_dim, repeats=repeats, device=device, output=output, log=click.echo
     )
     click.echo(text)
 
 
-@benchmark.command(short_help="Where a model's time goes, and every way of running it.")
+@benchmark.command(short_help="Time of every part of a model, and of the model in every runtime.")
 @click.option("--model", metavar="NAME", help="A shipped model or any timm backbone.  [default: base]")
-@click.option("--weights", metavar="W", help=f"Instead: {WEIGHTS}.")
-@click.option("--task", "tasks", multiple=True, metavar="T", help="Which tasks.  [default: detection, or the weights']")
+@click.option("--weights", metavar="W", help=f"Instead of --model: {WEIGHTS}.")
+@click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: detection, or all of the weights]")
 @click.option(
     "--batch",
     "batches",
     multiple=True,
     type=click.IntRange(min=1),
     metavar="N",
-    help="Per call.  [default: 1, 8]",
+    help="Images per call.  [default: 1, 8]",
 )
 @click.option("--precision", "precisions", multiple=True, metavar="P", help="fp32, bf16.  [default: both]")
-@click.option("--road", "roads", multiple=True, metavar="R", help="eager, compiled, onnx, openvino.  [default: all]")
-@click.option("--repeats", type=ROUNDS, default=15, show_default=True, metavar="N", help="Rounds.")
+@click.option(
+    "--runtime", "runtimes", multiple=True, metavar="R", help="eager, compiled, onnx, openvino.  [default: all]"
+)
+@click.option("--repeats", type=ROUNDS, default=15, show_default=True, metavar="N", help="Most rounds.")
 @output_option
 @device_option
 def model(
@@ -79,28 +81,28 @@ def model(
     tasks: tuple[str, ...],
     batches: tuple[int, ...],
     precisions: tuple[str, ...],
-    roads: tuple[str, ...],
+    runtimes: tuple[str, ...],
     repeats: int,
     output: Path,
     device: str | None,
 ) -> None:
-    """Preparation, backbone, neck, heads and post-processing apart and together; eager, compiled and exported.
+    """Measure every part of a model, from preparation to post-processing; then the whole model in every runtime.
 
-    Leaves model.md and model.json.
+    Writes model.md and model.json.
 
     \b
     Example:
       mvision benchmark model --model rtdetr_r18 --batch 1
     """
-    from mvision.commands.benchmark_model import ROADS, benchmark_model
+    from mvision.commands.benchmark_model import benchmark_model
 
     text = benchmark_model(
         model=model,
         weights=weights,
         tasks=tasks,
-        batches=batches or (1, 8),
-        precisions=precisions or ("fp32", "bf16"),
-        roads=roads or ROADS,
+        batches=batches,
+        precisions=precisions,
+        runtimes=runtimes,
         repeats=repeats,
         device=device,
         output=output,

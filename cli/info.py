@@ -7,11 +7,11 @@ import click
 from mvision.cli.options import WEIGHTS
 
 
-@click.command(short_help="This machine and its versions; what a model consists of.")
+@click.command(short_help="Describe this machine, or the parts of a model.")
 @click.option("--model", metavar="NAME", help="A shipped model or any timm backbone.")
-@click.option("--weights", metavar="W", help=f"The model in {WEIGHTS}.")
+@click.option("--weights", metavar="W", help=f"Instead of --model: {WEIGHTS}.")
 def info(model: str | None, weights: str | None) -> None:
-    """Tell about this machine and the installed versions, or about a model: layers, parameters and FLOPs by part.
+    """Describe this machine and the installed versions, or a model: layers, parameters and FLOPs by part.
 
     \b
     Example:

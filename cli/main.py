@@ -1,4 +1,4 @@
-"""The command ``mvision``: its subcommands, and the one place where errors become a line and an exit code.
+"""The command ``mvision`` with its subcommands. Here errors become one line on stderr and an exit code.
 
 Exit codes: 0 done, 1 a bug in mvision (with its traceback), 2 wrong usage or bad input (one line), 130 Ctrl-C.
 """
@@ -25,7 +25,7 @@ from mvision.cli.transfer import transfer
 from mvision.cli.val import val
 from mvision.errors import UserError
 
-# What the file system refuses is the user's to mend: a full disk, no permission, a file in a folder's place.
+# Errors of the file system that a user can mend: a full disk, no permission, a file where a folder should be.
 _FILE_SYSTEM = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -73,7 +73,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt):
         return _fail("stopped by Ctrl-C", code=130, prefix="")
     except BrokenPipeError:
-        # The reader (head, less) has left. Python flushes stdout once more at exit and would complain there.
+        # The reading program (head, less) has ended. Without this, Python's last flush at exit prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -89,7 +89,7 @@ def _fail(line: str, code: int = 2, prefix: str = "error: ") -> int:
 
 
 def _usage_line(error: click.ClickException) -> str:
-    """A click error as one line, with the nearest options and where the help is."""
+    """A click error as one line, with the nearest options and the command that shows the help."""
     line = error.format_message()
     line = line[:1].lower() + line[1:]
     context = getattr(error, "ctx", None)

@@ -1,15 +1,15 @@
-"""What several commands share: parameter types, options with one meaning, and errors that suggest."""
+"""Parameter types and options of several commands, and errors that suggest the nearest name."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+
+from mvision.errors import did_you_mean
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -19,22 +19,15 @@ OUTPUT_FOLDER = click.Path(path_type=Path, file_okay=False)
 WEIGHTS = "a run folder, .safetensors file, Hugging Face folder or Hub id"
 
 
-def suggestion(word: str, known: Iterable[str]) -> str:
-    """``: did you mean 'X'?`` for a near miss, otherwise the whole list of what is known."""
-    names = sorted(known)
-    near = difflib.get_close_matches(word.lower(), names, n=1)
-    return f": did you mean '{near[0]}'?" if near else f": choose one of {', '.join(names)}"
-
-
 class SuggestingGroup(click.Group):
-    """A group that answers a misspelt command with the nearest one, and no command with its help."""
+    """A group that suggests the nearest command for a misspelt one, and shows its help without a command."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """In the order in which they were added, which is the order of work."""
+        """In the order in which they were added, not by name."""
         return list(self.commands)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Show the help if there is nothing to do (as an error, with code 2, in click's newer versions)."""
+        """Show the help if there are no arguments; newer versions of click make that an error with code 2."""
         if not args:
             click.echo(ctx.get_help())
             ctx.exit()
@@ -46,12 +39,12 @@ class SuggestingGroup(click.Group):
         """Find the command, or raise a usage error with the nearest name."""
         name = args[0]
         if self.get_command(ctx, name) is None and not name.startswith("-"):
-            raise click.UsageError(f"no command '{name}'{suggestion(name, self.commands)}", ctx)
+            raise click.UsageError(f"no command '{name}': {did_you_mean(name, self.commands)}", ctx)
         return super().resolve_command(ctx, args)
 
 
 class OneOf(click.Choice):
-    """A choice that answers a misspelt value with the nearest one."""
+    """A choice that suggests the nearest value for a misspelt one."""
 
     def __init__(self, choices: Sequence[str]) -> None:
         super().__init__(choices)
@@ -59,7 +52,7 @@ class OneOf(click.Choice):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Check the value; raises a usage error with the nearest choice."""
         if value not in self.choices:
-            self.fail(f"'{value}' is unknown{suggestion(str(value), map(str, self.choices))}", param, ctx)
+            self.fail(f"'{value}' is unknown: {did_you_mean(str(value), map(str, self.choices))}", param, ctx)
         return value
 
 
@@ -69,7 +62,7 @@ class ImageSize(click.ParamType):
     name = "N|HxW"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Parse the text; that both sides are multiples of 32 is the schema's rule, not repeated here."""
+        """Parse the text. The config schema checks that both sides are multiples of 32."""
         if isinstance(value, tuple):
             return value
         match = re.fullmatch(r"(\d+)(?:[xX×](\d+))?", str(value).strip())
@@ -97,16 +90,3 @@ def assignments_option(command: Decorated) -> Decorated:
         metavar="KEY.SUB=VALUE",
         help="Set any key of the config, such as -o train.lr=3e-4. Repeatable; wins over every other option.",
     )(command)
-
-
-@contextmanager
-def image_counter(description: str) -> Iterator[Callable[[int], None]]:
-    """A line that counts images while the block runs; yields what is called with the number of new ones."""
-    from tqdm import tqdm
-
-    with tqdm(desc=description, unit="img", leave=False) as bar:
-
-        def count(images: int) -> None:
-            bar.update(images)
-
-        yield count

@@ -14,9 +14,9 @@ UNIT = click.FloatRange(0, 1)
 
 @click.command(short_help="Find objects in images, folders and videos.")
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
-@click.option("--task", "tasks", multiple=True, metavar="T", help="What to look for.  [default: all the weights know]")
+@click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: all of the weights]")
 @click.option("--weights", metavar="W", help=f"The model: {WEIGHTS}.  [default: the newest run of the task]")
-@click.option("--threshold", default=0.5, show_default=True, type=UNIT, metavar="X", help="Lowest score to keep.")
+@click.option("--threshold", default=0.5, show_default=True, type=UNIT, metavar="X", help="Lowest score that is kept.")
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
 @click.option(
     "--precision",
@@ -38,7 +38,7 @@ def predict(
 ) -> None:
     """Find objects in every SOURCE: an image, a folder, a glob, a video or a camera's number.
 
-    Leaves predictions.json (a COCO results list) and one picture per image. Without SOURCE it takes sample images of
+    Writes predictions.json (a COCO results list) and one picture per image. Without SOURCE it takes sample images of
     the data that the run was trained on.
 
     \b

@@ -9,8 +9,8 @@ import click
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, device_option
 
 
-@click.command(short_help="Measure what trained weights are worth to other tasks.")
-@click.option("--init", "weights", required=True, metavar="WEIGHTS", help=f"Whose backbone and neck: {WEIGHTS}.")
+@click.command(short_help="Measure how much trained weights help other tasks.")
+@click.option("--init", "weights", required=True, metavar="WEIGHTS", help=f"Source of backbone and neck: {WEIGHTS}.")
 @click.option(
     "--task",
     "tasks",
@@ -18,7 +18,7 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, devi
     default=["instance-seg", "keypoints"],
     show_default=True,
     metavar="T",
-    help="Targets.",
+    help="Target tasks.",
 )
 @click.option(
     "--fraction",
@@ -31,10 +31,20 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, devi
     help="Shares of the training images.",
 )
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Runs of each cell."
+    "--seeds",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Seeds of each training.",
 )
 @click.option(
-    "--epochs", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Over all training images."
+    "--epochs",
+    type=click.IntRange(min=1),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Epochs over all images.",
 )
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: the built-in data set]")
 @assignments_option
@@ -44,7 +54,7 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, devi
     default=Path("transfer"),
     show_default=True,
     metavar="DIR",
-    help="Where to write, and to go on.",
+    help="Where to write, and to continue.",
 )
 @device_option
 def transfer(
@@ -61,7 +71,8 @@ def transfer(
     """Train each target task from random weights, from the backbone of WEIGHTS, from its backbone and neck, and from
     both frozen, on shares of the data, and compare.
 
-    Leaves cells.jsonl (a line per finished run; the same command goes on where it stopped), curves.png and README.md.
+    Writes cells.jsonl (a line per finished training), curves.png and README.md. The same command continues a stopped
+    matrix.
 
     \b
     Example:

@@ -1,6 +1,6 @@
-"""Encoders that the hybrid one is measured against: attention over the tokens of all scales, plain or deformable.
+"""Encoders for the benchmark to compare with: plain or deformable attention over the tokens of all scales.
 
-Both take and give the same lists of maps as ``HybridEncoder``. They exist for the benchmark alone.
+Both take and return the same lists of maps as ``HybridEncoder``.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvision.heads.query.decoder import cell_centres
+from mvision.heads.query.decoder import grid_centres
 from mvision.heads.query.deformable import DeformableAttention
 from mvision.neck.aifi import SincosPosition
 
 
 class _AllScales(nn.Module):
-    """Projections, then layers on all tokens in one row."""
+    """A projection for each scale, then layers on the tokens of all scales as one sequence."""
 
     def __init__(self, in_channels: Sequence[int], embed_dim: int, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -41,7 +41,8 @@ class _AllScales(nn.Module):
 class PlainEncoder(_AllScales):
     """Transformer layers as in DETR (Carion et al., ECCV 2020, appendix A.4) over the tokens of all scales.
 
-    ``fused``: attention that never holds the whole matrix of weights, as PyTorch has it; else the formula written out.
+    Args:
+        fused: use PyTorch's attention, which never stores the whole matrix of weights; otherwise compute that matrix.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class PlainEncoder(_AllScales):
 
 
 class DeformableEncoder(_AllScales):
-    """Layers of multi-scale deformable attention (Zhu et al., ICLR 2021): every token looks at four points a scale."""
+    """Layers of multi-scale deformable attention (Zhu et al., ICLR 2021): every token samples four points a scale."""
 
     def __init__(
         self, in_channels: Sequence[int], embed_dim: int = 256, num_heads: int = 8, num_layers: int = 6
@@ -68,7 +69,7 @@ class DeformableEncoder(_AllScales):
 
 
 class _Layer(nn.Module):
-    """Post-norm, feed-forward of four times the width."""
+    """Post-norm; the feed-forward network is four times as wide as the tokens."""
 
     def __init__(self, embed_dim: int) -> None:
         super().__init__()
@@ -106,8 +107,8 @@ class _DeformableLayer(_Layer):
         self.attention = DeformableAttention(embed_dim, num_heads, num_levels, num_points=4)
 
     def forward(self, tokens: Tensor, position: Tensor, shapes: list[tuple[int, int]]) -> Tensor:
-        centres = cell_centres(shapes, tokens.device, tokens.dtype)
-        # A box of one cell of the token's own level: offsets are in cells there.
+        centres = grid_centres(shapes, tokens.device, tokens.dtype)
+        # References are boxes of one grid cell of the token's own scale, so that offsets are in such cells.
         sides = torch.cat([centres.new_tensor([1 / w, 1 / h]).expand(h * w, 2) for h, w in shapes])
         references = torch.cat((centres, sides), -1).expand(len(tokens), -1, -1)
         return self.finish(tokens, self.attention(tokens + position, references, tokens, shapes))

@@ -1,4 +1,7 @@
-"""The hybrid encoder beside the encoders it replaces, on the maps of a ResNet-50: time, memory, parameters, FLOPs."""
+"""``mvision benchmark encoder``: time, memory, parameters and FLOPs of the hybrid encoder and of other encoders.
+
+All work on maps with the channels and strides of a ResNet-50.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copy
 import json
 import multiprocessing
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,18 +21,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvision.commands.benchmark_baselines import DeformableEncoder, PlainEncoder
 from mvision.commands.benchmark_timing import alternate, median_ratio, peak_memory
-from mvision.machine import cpu_name, keep_freed_memory, resolve_device
+from mvision.evaluation.tables import markdown_table
+from mvision.machine import device_name, keep_freed_memory, resolve_device
 from mvision.neck import HybridEncoder
+from mvision.storage.atomic import whole_file, write_text
 
 CHANNELS, STRIDES = (512, 1024, 2048), (8, 16, 32)
 SIZES = (320, 640, 800, 1280, 1536)
 REFERENCE = "hybrid"
-SLOWEST = 30.0  # seconds of one call, by what the size before took, above which a size is left out
-LARGEST = 12 * 2**30  # bytes of one matrix of attention weights, above which it is
+SLOWEST = 30.0  # seconds of one call: a size that is expected to take longer is left out
+LARGEST = 12 * 2**30  # bytes of one matrix of attention weights: a size that needs a larger one is left out
+
+Record = dict[str, Any]
 
 
 def encoders(embed_dim: int) -> dict[str, Callable[[], nn.Module]]:
-    """What is compared, by name; six layers are those of DETR and Deformable DETR."""
+    """The encoders that are compared, by name. DETR and Deformable DETR have six layers."""
     hybrid = partial(HybridEncoder, CHANNELS, STRIDES, embed_dim)
     plain = partial(PlainEncoder, CHANNELS, embed_dim)
     deformable = partial(DeformableEncoder, CHANNELS, embed_dim)
@@ -49,7 +56,7 @@ def encoders(embed_dim: int) -> dict[str, Callable[[], nn.Module]]:
 
 def benchmark_encoder(
     *,
-    sizes: Sequence[int] = SIZES,
+    sizes: Sequence[int] = (),
     embed_dim: int = 256,
     repeats: int = 10,
     device: str | None = None,
@@ -60,54 +67,52 @@ def benchmark_encoder(
     """Measure, write ``encoder.json``, ``encoder.png`` and ``encoder.md`` into ``output``, return the tables.
 
     Args:
-        sizes: sides of square images.
+        sizes: sides of square images; empty: ``SIZES``.
         embed_dim: width of all encoders.
-        repeats: rounds at most; large sizes get fewer.
-        device: None is the first GPU, else the CPU.
-        names: which of ``encoders``; None: all. The hybrid one is always among them.
-        log: gets a line per size.
+        repeats: most rounds; large sizes get fewer.
+        device: None: the first GPU, else the CPU.
+        names: which of ``encoders``; None: all. The hybrid encoder is always among them.
+        log: is called with a line per size.
     """
     keep_freed_memory()
     chosen = resolve_device(device)
-    known = encoders(embed_dim)
-    wanted = [name for name in known if names is None or name in (*names, REFERENCE)]
-    records: list[dict[str, Any]] = []
-    last: dict[str, tuple[int, float]] = {}
-    for size in sorted(sizes):
-        possible = [name for name in wanted if not _too_much(name, size, last.get(name))]
-        modules = {name: _build(known[name], chosen) for name in possible}
-        maps = _maps(size, chosen)
-        calls = [partial(_call, module, maps) for module in modules.values()]
-        taken = dict(zip(possible, alternate(calls, chosen, repeats, warmups=1, seconds=90)))
-        for name in possible:
-            seconds = statistics.median(taken[name])
-            last[name] = size, seconds
-            records.append(
-                {
-                    "encoder": name,
-                    "size": size,
-                    "seconds": seconds,
-                    "ratio": median_ratio(taken[name], taken[REFERENCE]),
-                    "memory": _memory(name, embed_dim, size, chosen),
-                    "parameters": sum(p.numel() for p in modules[name].parameters()),
-                    "flops": _flops(modules[name], maps),
-                }
-            )
+    wanted = [name for name in encoders(embed_dim) if names is None or name in (*names, REFERENCE)]
+    records: list[Record] = []
+    for size in sorted(sizes or SIZES):
+        possible = [name for name in wanted if not _is_too_much(name, size, records)]
+        records += _measure(possible, size, embed_dim, repeats, chosen)
         records += [{"encoder": name, "size": size, "seconds": None} for name in wanted if name not in possible]
         log(f"{size} x {size}: {len(possible)} encoders")
-    output.mkdir(parents=True, exist_ok=True)
-    where = (
-        torch.cuda.get_device_name(chosen)
-        if chosen.type == "cuda"
-        else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    )
-    machine = f"{where}, torch {torch.__version__}"
-    text = _tables(records, wanted, embed_dim, machine)
+    threads = f", {torch.get_num_threads()} threads" if chosen.type != "cuda" else ""
+    machine = f"{device_name(chosen)}{threads}, torch {torch.__version__}"
+    text = _page(records, wanted, embed_dim, machine)
     document = {"machine": machine, "embed_dim": embed_dim, "channels": CHANNELS, "records": records}
-    (output / "encoder.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    (output / "encoder.md").write_text(text, encoding="utf-8")
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "encoder.json", json.dumps(document, indent=1) + "\n")
+    write_text(output / "encoder.md", text)
     _plot(records, wanted, output / "encoder.png")
     return text
+
+
+def _measure(names: Sequence[str], size: int, embed_dim: int, repeats: int, device: torch.device) -> list[Record]:
+    """The records of these encoders at one size."""
+    known = encoders(embed_dim)
+    modules = {name: _build(known[name], device) for name in names}
+    maps = _maps(size, device)
+    calls = [partial(_call, module, maps) for module in modules.values()]
+    times = dict(zip(names, alternate(calls, device, repeats, warmups=1, seconds=90)))
+    return [
+        {
+            "encoder": name,
+            "size": size,
+            "seconds": statistics.median(times[name]),
+            "ratio": median_ratio(times[name], times[REFERENCE]),
+            "memory": _memory(name, embed_dim, size, device),
+            "parameters": sum(p.numel() for p in module.parameters()),
+            "flops": _flops(module, maps),
+        }
+        for name, module in modules.items()
+    ]
 
 
 def _build(make: Callable[[], nn.Module], device: torch.device) -> nn.Module:
@@ -131,19 +136,23 @@ def _call(module: nn.Module, maps: list[Tensor]) -> list[Tensor]:
         return module(maps)
 
 
-def _too_much(name: str, size: int, last: tuple[int, float] | None) -> bool:
-    """Whether a matrix of attention weights would not fit, or a call would take too long."""
+def _is_too_much(name: str, size: int, records: Sequence[Record]) -> bool:
+    """Whether a matrix of attention weights does not fit, or a call takes too long to judge by the last smaller size.
+
+    The time of attention over all tokens grows with the fourth power of the side.
+    """
     tokens = sum((size // stride) ** 2 for stride in STRIDES)
-    if name.startswith("plain") and "fused" not in name and 8 * tokens**2 * 4 > LARGEST:
+    heads, bytes_per_weight = 8, 4
+    if name.startswith("plain") and "fused" not in name and heads * tokens**2 * bytes_per_weight > LARGEST:
         return True
-    # Attention over everything grows with the fourth power of the side.
-    return last is not None and last[1] * (size / last[0]) ** 4 > SLOWEST
+    measured = [record for record in records if record["encoder"] == name and record["seconds"] is not None]
+    return bool(measured) and measured[-1]["seconds"] * (size / measured[-1]["size"]) ** 4 > SLOWEST
 
 
 def _flops(module: nn.Module, maps: list[Tensor]) -> int:
-    """Counted on tensors without data where that works: nothing is computed, however large a matrix is."""
+    """Counted on the meta device where that works: nothing is computed, however large the matrices are."""
     counter = FlopCounterMode(display=False)
-    if not isinstance(module, DeformableEncoder):  # its sampling needs a device
+    if not isinstance(module, DeformableEncoder):  # its sampling does not run on the meta device
         module, maps = copy.deepcopy(module).to("meta"), [x.to("meta") for x in maps]
     with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
         module(maps)
@@ -151,15 +160,15 @@ def _flops(module: nn.Module, maps: list[Tensor]) -> int:
 
 
 def _memory(name: str, embed_dim: int, size: int, device: torch.device) -> int | None:
-    """Peak of one call; on a CPU in a process of its own, where nothing was allocated before."""
+    """Peak memory of one call; on a CPU in a new process, see ``peak_memory``."""
     if device.type != "cpu":
         return peak_memory(partial(_call, _build(encoders(embed_dim)[name], device), _maps(size, device)), device)
     context = multiprocessing.get_context("spawn")
     with context.Pool(1) as pool:
-        return pool.apply(_memory_here, (name, embed_dim, size, torch.get_num_threads()))
+        return pool.apply(_memory_in_this_process, (name, embed_dim, size, torch.get_num_threads()))
 
 
-def _memory_here(name: str, embed_dim: int, size: int, threads: int) -> int | None:
+def _memory_in_this_process(name: str, embed_dim: int, size: int, threads: int) -> int | None:
     torch.set_num_threads(threads)
     device = torch.device("cpu")
     module = _build(encoders(embed_dim)[name], device)
@@ -167,67 +176,72 @@ def _memory_here(name: str, embed_dim: int, size: int, threads: int) -> int | No
     return peak_memory(partial(_call, module, _maps(size, device)), device)
 
 
-def _tables(records: list[dict[str, Any]], names: Sequence[str], embed_dim: int, machine: str) -> str:
+def _page(records: Sequence[Record], names: Sequence[str], embed_dim: int, machine: str) -> str:
     sizes = sorted({record["size"] for record in records})
-    found = {(record["encoder"], record["size"]): record for record in records}
+    by_key = {(record["encoder"], record["size"]): record for record in records}
+
+    def table(cell: Callable[[Record, Record], str]) -> list[str]:
+        rows = [[name, *(cell(by_key[name, size], by_key[REFERENCE, size]) for size in sizes)] for name in names]
+        return markdown_table(["encoder", *map(str, sizes)], rows)
+
+    costs = []
+    for name in names:
+        measured = [by_key[name, size] for size in sizes if by_key[name, size]["seconds"] is not None]
+        parameters = f"{measured[0]['parameters'] / 1e6:.2f} M" if measured else "-"
+        costs.append([name, parameters, *(_flops_cell(by_key[name, size]) for size in sizes)])
     lines = [
         "# Encoders",
         "",
-        f"Maps of a ResNet-50 (strides 8, 16, 32), {embed_dim} channels, fp32, one image; one run, in turn, medians. "
-        f"{machine}.",
+        f"Maps of a ResNet-50 (strides 8, 16, 32), {embed_dim} channels, fp32, one image. Everything takes turns in "
+        f"one run; medians. {machine}.",
         "",
-        "Time, and how many times the hybrid encoder's:",
+        "Time, and its ratio to the hybrid encoder's:",
         "",
-        "| encoder | " + " | ".join(f"{size}" for size in sizes) + " |",
-        "|---" * (1 + len(sizes)) + "|",
+        *table(_time_cell),
+        "",
+        "Peak memory beyond weights and inputs, and its ratio to the hybrid encoder's:",
+        "",
+        *table(_memory_cell),
+        "",
+        *markdown_table(["encoder", "parameters", *(f"GFLOPs at {size}" for size in sizes)], costs),
+        "",
+        *_growth(by_key, sizes),
+        "",
+        "![time and memory by size](encoder.png)",
+        "",
     ]
-    for name in names:
-        cells = [_cell(found[name, size], "seconds", 1000, "ms") for size in sizes]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "Peak memory beyond weights and inputs, and how many times the hybrid encoder's:", ""]
-    lines += ["| encoder | " + " | ".join(f"{size}" for size in sizes) + " |", "|---" * (1 + len(sizes)) + "|"]
-    for name in names:
-        cells = []
-        for size in sizes:
-            record, base = found[name, size], found[REFERENCE, size]
-            if not record.get("memory") or not base.get("memory"):
-                cells.append("-")
-            else:
-                cells.append(f"{record['memory'] / 2**20:.0f} MiB ({record['memory'] / base['memory']:.2f})")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", "| encoder | parameters | " + " | ".join(f"GFLOPs at {size}" for size in sizes) + " |"]
-    lines.append("|---" * (2 + len(sizes)) + "|")
-    for name in names:
-        parameters = next((r["parameters"] for r in records if r["encoder"] == name and r["seconds"]), None)
-        cells = [f"{found[name, size]['flops'] / 1e9:.1f}" if found[name, size]["seconds"] else "-" for size in sizes]
-        lines.append(
-            f"| {name} | {'-' if parameters is None else f'{parameters / 1e6:.2f} M'} | " + " | ".join(cells) + " |"
-        )
-    lines += ["", *_growth(found, sizes), "", "![time and memory by size](encoder.png)", ""]
     return "\n".join(lines)
 
 
-def _cell(record: dict[str, Any], key: str, factor: float, unit: str) -> str:
-    if record["seconds"] is None:
-        return "left out"
-    return f"{factor * record[key]:.0f} {unit} ({record['ratio']:.2f})"
+def _time_cell(record: Record, base: Record) -> str:
+    return "left out" if record["seconds"] is None else f"{1000 * record['seconds']:.0f} ms ({record['ratio']:.2f})"
 
 
-def _growth(found: dict[tuple[str, int], dict[str, Any]], sizes: Sequence[int]) -> list[str]:
-    """How time grows with the number of tokens, where 640 and 1536 were measured."""
+def _memory_cell(record: Record, base: Record) -> str:
+    if not record.get("memory") or not base.get("memory"):
+        return "-"
+    return f"{record['memory'] / 2**20:.0f} MiB ({record['memory'] / base['memory']:.2f})"
+
+
+def _flops_cell(record: Record) -> str:
+    return "-" if record["seconds"] is None else f"{record['flops'] / 1e9:.1f}"
+
+
+def _growth(by_key: Mapping[tuple[str, int], Record], sizes: Sequence[int]) -> list[str]:
+    """How time grows with the number of tokens, if 640 and 1536 were measured."""
     if not {640, 1536} <= set(sizes):
         return []
     tokens = (1536 / 640) ** 2
     lines = [f"From 640 to 1536 there are {tokens:.2f} times as many tokens. Time grows by:", ""]
-    for (name, size), record in found.items():
-        base = found[name, 640]
+    for (name, size), record in by_key.items():
+        base = by_key[name, 640]
         if size == 1536 and record["seconds"] and base["seconds"]:
             growth = record["seconds"] / base["seconds"]
             lines.append(f"- {name}: {growth:.2f}, {growth / tokens:.2f} of linear")
     return lines
 
 
-def _plot(records: list[dict[str, Any]], names: Sequence[str], path: Path) -> None:
+def _plot(records: Sequence[Record], names: Sequence[str], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -239,9 +253,8 @@ def _plot(records: list[dict[str, Any]], names: Sequence[str], path: Path) -> No
         for index, name in enumerate(names):
             points = [(r["size"], factor * r[key]) for r in records if r["encoder"] == name and r.get(key)]
             if points:
-                axes.plot(
-                    *zip(*points), "o-" if name.startswith("hybrid") else "s--", color=f"C{index}", label=name, ms=3
-                )
+                style = "o-" if name.startswith("hybrid") else "s--"
+                axes.plot(*zip(*points), style, color=f"C{index}", label=name, ms=3)
         axes.set(xlabel="side of the image", ylabel=label, yscale="log", xscale="log")
         sizes = sorted({r["size"] for r in records})
         axes.set_xticks(sizes, [str(size) for size in sizes])
@@ -249,4 +262,5 @@ def _plot(records: list[dict[str, Any]], names: Sequence[str], path: Path) -> No
         axes.grid(alpha=0.3)
     lines, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(lines, labels, loc="outside right upper", fontsize=8, frameon=False)
-    figure.savefig(path, format="png", dpi=110)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

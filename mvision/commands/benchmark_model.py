@@ -1,4 +1,4 @@
-"""A whole model, from a picture to results: where the time goes, and what each way of running it costs."""
+"""``mvision benchmark model``: time of every part of a model, and of the whole model in every runtime."""
 
 from __future__ import annotations
 
@@ -9,27 +9,39 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mvision.commands.benchmark_timing import alternate, median_ratio
+from mvision.commands.export import export
 from mvision.config import load_config
-from mvision.deploy.export import export
 from mvision.deploy.exported import ExportedModel
-from mvision.deploy.fast import PRECISIONS, Precision, prepare
-from mvision.errors import UserError
-from mvision.machine import cpu_name, keep_freed_memory, resolve_device
+from mvision.deploy.fast import PRECISIONS, prepare
+from mvision.errors import UserError, did_you_mean
+from mvision.evaluation.tables import markdown_table
+from mvision.machine import InferencePrecision, device_name, keep_freed_memory, resolve_device
 from mvision.model import Model
+from mvision.storage.atomic import write_text
 from mvision.structures.coco_names import coco_with_keypoints
 from mvision.structures.images import resize_image
 from mvision.weights import load, save_weights
 
-PICTURE = (480, 640)  # height and width of the pictures that are prepared
-ROADS = ("eager", "compiled", "onnx", "openvino")
+PICTURE = (480, 640)  # height and width of the images that are resized to the model's input
+BATCHES = (1, 8)
+EXPORTED = ("onnx", "openvino")
+RUNTIMES = ("eager", "compiled", *EXPORTED)
 REFERENCE = ("eager", "fp32")
+
+
+class Candidate(NamedTuple):
+    """A model in one runtime and precision; ``call`` takes (B, 3, H, W) uint8."""
+
+    runtime: str
+    precision: InferencePrecision
+    call: Callable[[Tensor], Any]
 
 
 def benchmark_model(
@@ -37,9 +49,9 @@ def benchmark_model(
     model: str | None = None,
     weights: str | None = None,
     tasks: Sequence[str] = (),
-    batches: Sequence[int] = (1, 8),
-    precisions: Sequence[str] = ("fp32", "bf16"),
-    roads: Sequence[str] = ROADS,
+    batches: Sequence[int] = (),
+    precisions: Sequence[str] = (),
+    runtimes: Sequence[str] = (),
     repeats: int = 15,
     device: str | None = None,
     output: Path = Path("benchmark"),
@@ -48,55 +60,64 @@ def benchmark_model(
     """Measure, write ``model.json`` and ``model.md`` into ``output``, and return the tables.
 
     Args:
-        model: a shipped model or timm backbone with random weights and COCO's 80 classes; or give ``weights``.
-        tasks: of it; none: detection, or all that the weights do.
-        batches: images per call.
-        precisions: ``fp32``, ``bf16``.
-        roads: of ``ROADS``; the exported ones on a CPU alone.
-        repeats: rounds at most.
-        device: None is the first GPU, else the CPU.
-        log: gets a line per road.
+        model: a shipped model or timm backbone, with random weights and COCO's 80 classes; or give ``weights``.
+        weights: any source that ``mvision.load`` takes.
+        tasks: of the model; empty: detection, or all that the weights have.
+        batches: images per call; empty: ``BATCHES``.
+        precisions: ``fp32`` or ``bf16``; empty: both.
+        runtimes: of ``RUNTIMES``; empty: all. Exported ones run on a CPU only. ``eager`` is always measured.
+        repeats: most rounds.
+        device: None: the first GPU, else the CPU.
+        log: is called with a line per step.
 
     Raises:
-        UserError: an unknown model, road or precision, or a package that a road needs is missing.
+        UserError: an unknown model, runtime or precision, or a runtime whose package is missing.
     """
-    for given, known, option in ((roads, ROADS, "--road"), (precisions, PRECISIONS, "--precision")):
-        for name in given:
-            if name not in known:
-                raise UserError(f"{option} {name}: choose one of {', '.join(known)}")
+    _check_choice("--runtime", runtimes, RUNTIMES)
+    _check_choice("--precision", precisions, PRECISIONS)
     if model is not None and weights is not None:
         raise UserError("--model and --weights: give one of them")
     keep_freed_memory()
     chosen = resolve_device(device)
-    plain = load(weights, list(tasks) or None) if weights is not None else _random(model or "base", tasks)
-    log(f"{', '.join(plain.tasks)} of {weights or model or 'base'} at {_size(plain)}")
-    asked = [precision for precision in PRECISIONS if precision in precisions]
-    needed = [precision for precision in PRECISIONS if precision in (*asked, REFERENCE[1])]
-    ready = {precision: prepare(copy.deepcopy(plain).to(chosen), precision) for precision in needed}
-    parts = [{"precision": p, **_parts(ready[p], batch, repeats)} for batch in batches for p in asked]
+    name = weights or model or "base"
+    plain = load(weights, list(tasks) or None) if weights is not None else _random_model(name, tasks)
+    height, width = plain.config.image_size
+    log(f"{', '.join(plain.tasks)} of {name} at {width} x {height}")
+    asked = [precision for precision in PRECISIONS if precision in (precisions or PRECISIONS)]
+    eager = {p: prepare(copy.deepcopy(plain).to(chosen), p) for p in dict.fromkeys((*asked, "fp32"))}
+    batches = batches or BATCHES
+    parts = [{"precision": p, "batch": batch, **_parts(eager[p], batch, repeats)} for batch in batches for p in asked]
     log("parts: done")
     with tempfile.TemporaryDirectory() as folder:
-        ways = _ways(plain, ready, roads, asked, Path(folder), log)
-        totals = [_totals(ways, ready["fp32"], batch, repeats) for batch in batches]
-    where = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else cpu_name()
-    machine = f"{where}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        candidates = _candidates(plain, eager, runtimes or RUNTIMES, asked, Path(folder), log)
+        totals = [row for batch in batches for row in _totals(candidates, eager["fp32"], batch, repeats)]
     document = {
-        "model": weights or model or "base",
+        "model": name,
         "tasks": plain.tasks,
-        "size": list(plain.config.image_size),
-        "machine": machine,
+        "size": [height, width],
+        "machine": f"{device_name(chosen)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
         "parts": parts,
-        "totals": [row for rows in totals for row in rows],
+        "totals": totals,
     }
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "model.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     text = _page(document)
-    (output / "model.md").write_text(text, encoding="utf-8")
+    output.mkdir(parents=True, exist_ok=True)
+    write_text(output / "model.json", json.dumps(document, indent=1) + "\n")
+    write_text(output / "model.md", text)
     return text
 
 
-def _random(name: str, tasks: Sequence[str]) -> Model:
-    """A shipped model for COCO's classes; its norms have seen a batch, or activations fade to slow tiny numbers."""
+def _check_choice(option: str, values: Sequence[str], choices: Sequence[str]) -> None:
+    for value in values:
+        if value not in choices:
+            raise UserError(f"{option} {value}: {did_you_mean(value, choices)}")
+
+
+def _random_model(name: str, tasks: Sequence[str]) -> Model:
+    """A shipped model with random weights for COCO's classes.
+
+    One batch in training mode sets the statistics of its norms. Without that, activations shrink from layer to layer to
+    denormal numbers, which a CPU computes slowly.
+    """
     config = load_config(name, tasks=list(tasks) or None).model
     config.backbone.pretrained = False
     config.categories = coco_with_keypoints()
@@ -111,122 +132,110 @@ def _random(name: str, tasks: Sequence[str]) -> Model:
 
 
 def _parts(model: Model, batch: int, repeats: int) -> dict[str, Any]:
-    """Milliseconds of every stage of one batch, stage after stage in every round."""
-    size = model.config.image_size
+    """Milliseconds of every part of the model on one batch; all parts take turns."""
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (*PICTURE, 3), dtype=np.uint8) for _ in range(batch)]
 
-    def read() -> Tensor:
-        stacked = np.stack([resize_image(picture, size) for picture in pictures])
+    def resize() -> Tensor:
+        stacked = np.stack([resize_image(picture, model.config.image_size) for picture in pictures])
         return torch.from_numpy(stacked).to(model.device).permute(0, 3, 1, 2)
 
-    images = read()
+    images = resize()
     with torch.no_grad():
         maps = model.backbone(images)
         features = model.features(images)
         outputs = model(images)
-
-    stages: dict[str, Callable[[], Any]] = {
-        "preparation": read,
-        "backbone": lambda: model.backbone(images),
-        "neck": lambda: model.neck(maps[len(features.laterals) :]),
-        **{f"head {task}": partial(model.run_head, task, features) for task in model.heads},
-        "post-processing": lambda: model.postprocess(outputs, [PICTURE] * batch, 0.5),
-        "all of it": lambda: model.postprocess(model(read()), [PICTURE] * batch, 0.5),
-    }
-    with torch.no_grad():
-        taken = alternate(list(stages.values()), model.device, repeats, seconds=120)
-    return {
-        "batch": batch,
-        "milliseconds": {name: 1000 * statistics.median(times) for name, times in zip(stages, taken)},
-    }
+        calls: dict[str, Callable[[], Any]] = {
+            "preparation": resize,
+            "backbone": lambda: model.backbone(images),
+            "neck": lambda: model.neck(maps[len(features.laterals) :]),
+            **{f"head {task}": partial(model.run_head, task, features) for task in model.heads},
+            "post-processing": lambda: model.postprocess(outputs, [PICTURE] * batch, 0.5),
+            "all of it": lambda: model.postprocess(model(resize()), [PICTURE] * batch, 0.5),
+        }
+        times = alternate(list(calls.values()), model.device, repeats, seconds=120)
+    return {"milliseconds": {name: 1000 * statistics.median(of_part) for name, of_part in zip(calls, times)}}
 
 
-Way = tuple[str, str, Callable[[Tensor], Any]]
-
-
-def _ways(
+def _candidates(
     plain: Model,
-    ready: Mapping[Precision, Model],
-    roads: Sequence[str],
-    precisions: Sequence[Precision],
+    eager: Mapping[InferencePrecision, Model],
+    runtimes: Sequence[str],
+    precisions: Sequence[InferencePrecision],
     folder: Path,
     log: Callable[[str], None],
-) -> list[Way]:
-    """Road, precision and call of everything that is compared."""
-    ways: list[Way] = []
-    device = ready["fp32"].device
-    for road in dict.fromkeys(("eager", *roads)):
-        if road in ("onnx", "openvino") and device.type != "cpu":
-            continue
-        path = folder / ("model.onnx" if road == "onnx" else "openvino")
-        if road in ("onnx", "openvino"):
-            save_weights(plain, folder / "model.safetensors")
-            export(str(folder / "model.safetensors"), format=road, output=path, log=log)
-        for precision in precisions:
-            if road == "onnx" and precision != "fp32":
+) -> list[Candidate]:
+    """Every runtime in every precision that it has on this device; exports are written into ``folder``."""
+    candidates: list[Candidate] = []
+    device = next(iter(eager.values())).device
+    for runtime in dict.fromkeys((REFERENCE[0], *runtimes)):
+        path = folder / runtime
+        if runtime in EXPORTED:
+            if device.type != "cpu":
                 continue
-            if road in ("onnx", "openvino"):
-                call: Callable[[Tensor], Any] = ExportedModel(path, precision=precision)
-            elif road == "compiled":
-                call = partial(_run, torch.compile(prepare(copy.deepcopy(plain).to(device), precision, packed=False)))
+            save_weights(plain, folder / "model.safetensors")
+            export(str(folder / "model.safetensors"), format=runtime, output=path, log=log)
+        for precision in precisions:
+            if runtime == "onnx" and precision != "fp32":
+                continue
+            call: Callable[[Tensor], Any]
+            if runtime in EXPORTED:
+                call = ExportedModel(path, precision=precision)
+            elif runtime == "compiled":
+                model = prepare(copy.deepcopy(plain).to(device), precision, packed=False)
+                call = partial(_without_gradients, torch.compile(model))
             else:
-                call = partial(_run, ready[precision])
-            ways.append((road, precision, call))
-    return ways
+                call = partial(_without_gradients, eager[precision])
+            candidates.append(Candidate(runtime, precision, call))
+    return candidates
 
 
-def _run(module: Any, images: Tensor) -> Any:
+def _without_gradients(call: Callable[[Tensor], Any], images: Tensor) -> Any:
     with torch.no_grad():
-        return module(images)
+        return call(images)
 
 
-def _totals(ways: Sequence[Way], model: Model, batch: int, repeats: int) -> list[dict[str, Any]]:
-    """Milliseconds of all ways for one batch, in turn, and their ratios to eager fp32 (or to the first)."""
+def _totals(candidates: Sequence[Candidate], model: Model, batch: int, repeats: int) -> list[dict[str, Any]]:
+    """Milliseconds of all candidates for one batch, and their ratio to eager fp32, or to the first without that."""
     images = torch.randint(0, 256, (batch, *model.config.image_size, 3), dtype=torch.uint8)
     images = images.to(model.device).permute(0, 3, 1, 2)
-    taken = alternate([partial(call, images) for _, _, call in ways], model.device, repeats, seconds=240)
-    names = [way[:2] for way in ways]
-    base = taken[names.index(REFERENCE) if REFERENCE in names else 0]
+    calls = [partial(candidate.call, images) for candidate in candidates]
+    times = alternate(calls, model.device, repeats, seconds=240)
+    names = [(candidate.runtime, candidate.precision) for candidate in candidates]
+    base = times[names.index(REFERENCE) if REFERENCE in names else 0]
     return [
         {
             "batch": batch,
-            "road": road,
+            "runtime": runtime,
             "precision": precision,
-            "milliseconds": 1000 * statistics.median(times),
-            "ratio": median_ratio(times, base),
+            "milliseconds": 1000 * statistics.median(of_candidate),
+            "ratio": median_ratio(of_candidate, base),
         }
-        for (road, precision), times in zip(names, taken)
+        for (runtime, precision), of_candidate in zip(names, times)
     ]
 
 
-def _size(model: Model) -> str:
-    height, width = model.config.image_size
-    return f"{width} x {height}"
-
-
-def _page(document: dict[str, Any]) -> str:
+def _page(document: Mapping[str, Any]) -> str:
     height, width = document["size"]
+    parts = document["parts"]
+    stages = [
+        [stage, *(f"{part['milliseconds'][stage]:.1f} ms" for part in parts)] for stage in parts[0]["milliseconds"]
+    ]
+    totals = [
+        [str(row["batch"]), row["runtime"], row["precision"], f"{row['milliseconds']:.1f} ms", f"{row['ratio']:.2f}"]
+        for row in document["totals"]
+    ]
     lines = [
         f"# {document['model']}: {', '.join(document['tasks'])} at {width} x {height}",
         "",
-        f"One run, in turn, medians; as predict runs it. {document['machine']}.",
+        "Everything takes turns in one run; medians. The model is prepared as for `mvision predict`. "
+        f"{document['machine']}.",
         "",
-        "| eager | " + " | ".join(f"batch {p['batch']}, {p['precision']}" for p in document["parts"]) + " |",
-        "|---" * (1 + len(document["parts"])) + "|",
-    ]
-    for stage in document["parts"][0]["milliseconds"]:
-        cells = [f"{part['milliseconds'][stage]:.1f} ms" for part in document["parts"]]
-        lines.append(f"| {stage} | " + " | ".join(cells) + " |")
-    lines += [
+        *markdown_table(["eager", *(f"batch {part['batch']}, {part['precision']}" for part in parts)], stages),
         "",
         "From pixels to raw outputs:",
         "",
-        "| batch | road | precision | time | of eager fp32 |",
-        "|---|---|---|---|---|",
+        *markdown_table(["batch", "runtime", "precision", "time", "of eager fp32"], totals),
+        "",
     ]
-    lines += [
-        f"| {row['batch']} | {row['road']} | {row['precision']} | {row['milliseconds']:.1f} ms | {row['ratio']:.2f} |"
-        for row in document["totals"]
-    ]
-    return "\n".join([*lines, ""])
+    return "\n".join(lines)

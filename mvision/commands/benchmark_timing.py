@@ -1,4 +1,4 @@
-"""Times that can be compared: everything in one run, in turn, medians; memory by a process of its own."""
+"""Times that can be compared: all calls take turns in one process. Peak memory of a single call."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 def alternate(
     calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int, warmups: int = 2, seconds: float = math.inf
 ) -> list[list[float]]:
-    """Seconds of every call, in turn, so that whatever slows the machine slows all of them.
+    """Seconds of every call. The calls take turns, so that whatever slows the machine slows all of them.
 
     Args:
-        repeats: rounds at most; at least three, else as many as fit into ``seconds``.
-        warmups: rounds that do not count.
+        repeats: most rounds; at least three are made, then as many as fit into ``seconds``.
+        warmups: rounds before them that are not measured.
     """
-    taken: list[list[float]] = [[] for _ in calls]
+    times: list[list[float]] = [[] for _ in calls]
     started = time.perf_counter()
     for number in range(-warmups, repeats):
         if number >= 3 and time.perf_counter() - started > seconds:
             break
-        for call, times in zip(calls, taken):
-            _wait(device)
+        for call, of_call in zip(calls, times):
+            _synchronize(device)
             start = time.perf_counter()
             call()
-            _wait(device)
+            _synchronize(device)
             if number >= 0:
-                times.append(time.perf_counter() - start)
-    return taken
+                of_call.append(time.perf_counter() - start)
+    return times
 
 
-def median_ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median of the ratios of times that were measured one after the other."""
-    return statistics.median(a / b for a, b in zip(over, under))
+def median_ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """The median over all rounds of the ratio of two times of one round."""
+    return statistics.median(a / b for a, b in zip(times, base))
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call takes at its peak beyond what was taken before; None where it cannot be told.
+    """Most bytes that a call allocates beyond what was allocated before it; None where that cannot be measured.
 
-    On a CPU that is the resident memory of this process, which should be a fresh one: what earlier calls left in the
-    allocator is used again.
+    On a CPU this is the resident memory of the process. The process should be a new one: memory that earlier calls
+    freed is reused and would not be counted.
     """
     gc.collect()
     if device.type == "cuda":
@@ -59,7 +59,7 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> int | None:
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        RESET.write_text("5", encoding="ascii")  # the peak starts anew from what is resident now
+        RESET.write_text("5", encoding="ascii")  # resets the peak to the memory that is resident now
         before = _status("VmRSS")
         call()
         return max(0, _status("VmHWM") - before)
@@ -75,6 +75,6 @@ def _status(key: str) -> int:
     raise KeyError(key)
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,9 +1,8 @@
-"""What ``mvision info`` tells: this machine, the installed versions, and what a model consists of."""
+"""``mvision info``: this machine and the installed versions, or the parts of a model."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mvision import __version__
 from mvision.config import load_config, shipped_configs
 from mvision.errors import UserError
+from mvision.evaluation.tables import text_table
 from mvision.machine import cores, cpu_field, cpu_name, resolve_device, resolve_precision
 from mvision.model import Model
 from mvision.structures.coco_names import coco_with_keypoints
@@ -26,7 +26,7 @@ PACKAGES = ("torch", "torchvision", "timm", "segmentation-models-pytorch", "acce
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a model: layers (modules with parameters of their own), parameters, and FLOPs of one image."""
+    """One part of a model: modules that own parameters, parameters, and FLOPs for one image."""
 
     name: str
     layers: int
@@ -35,11 +35,11 @@ class Part:
 
 
 def info_text(model: str | None = None, weights: str | None = None) -> str:
-    """The whole answer of ``mvision info``.
+    """The parts of a model, or machine and versions if neither a model nor weights are given.
 
     Args:
-        model: a shipped model or a timm backbone: its parts.
-        weights: any source that ``mvision.load`` takes: its parts. None of the two: machine and versions.
+        model: a shipped model or a timm backbone.
+        weights: any source that ``mvision.load`` takes.
 
     Raises:
         UserError: both are given, or one is unknown.
@@ -51,13 +51,13 @@ def info_text(model: str | None = None, weights: str | None = None) -> str:
     if model is not None:
         config = load_config(model).model
         config.categories = config.categories or coco_with_keypoints()
-        config.backbone.pretrained = False  # the figures do not depend on the weights, and need no network without
+        config.backbone.pretrained = False  # the counts do not depend on them
         return model_text(Model(config), model)
     return machine_text()
 
 
 def machine_text() -> str:
-    """Machine, devices and versions, one fact a line."""
+    """Machine, devices and versions, one per line."""
     device = resolve_device(None)
     rows = [
         ("mvision", f"{__version__} in {Path(__file__).parent}"),
@@ -71,11 +71,11 @@ def machine_text() -> str:
         ("models", f"{', '.join(shipped_configs())}, or any timm feature backbone"),
     ]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def model_text(model: Model, name: str) -> str:
-    """Layers, parameters and FLOPs by part, as trained and as fused for inference. ``model`` ends up fused."""
+    """Layers, parameters and FLOPs by part, before and after ``model.fuse()``, which is called here."""
     height, width = model.config.image_size
     trained = count_parts(model)
     fused = {part.name: part for part in count_parts(model.fuse())}
@@ -96,12 +96,14 @@ def model_text(model: Model, name: str) -> str:
     if backbone.laterals:
         maps += "; for heads " + ", ".join(f"{channels} at 1/{s}" for s, channels in backbone.laterals.items())
     config = model.config
+    lines = text_table([header, *rows])
+    rule = "-" * len(lines[0])
     return "\n".join(
         [
             f"{name}: {', '.join(model.tasks)}; {len(model.categories)} classes; images {height} high, {width} wide",
             f"backbone {config.backbone.name}: channels {maps}; neck: {config.neck.embed_dim} channels on every scale",
             "",
-            *_table([header, *rows]),
+            *(lines[0], rule, *lines[1:-1], rule, lines[-1]),
             "",
             "FLOPs of one image, a multiply-add counts as two; convolutions, linear layers and attention are counted.",
         ]
@@ -113,31 +115,20 @@ def count_parts(model: Model) -> list[Part]:
     model.eval()
     image = torch.zeros(1, 3, *model.config.image_size, device=model.device)
     counter = FlopCounterMode(display=False)
-    # The fused attention kernels have no counting rule on every device; the plain one is made of matrix products.
+    # FLOPs of fused attention cannot be counted on every device; the plain kernel consists of matrix products.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         model(image)
     counts = counter.get_flop_counts()
     parts: list[tuple[str, nn.Module]] = [("backbone", model.backbone), ("neck", model.neck)]
     parts += [(f"heads.{task}", model.head(task)) for task in model.heads]
     root = type(model).__name__
-    found = [_part(name, module, sum(counts.get(f"{root}.{name}", {}).values())) for name, module in parts]
-    return [*found, _part("total", model, counter.get_total_flops())]
+    counted = [_part(name, module, sum(counts.get(f"{root}.{name}", {}).values())) for name, module in parts]
+    return [*counted, _part("total", model, counter.get_total_flops())]
 
 
 def _part(name: str, module: nn.Module, flops: int) -> Part:
     own = [m for m in module.modules() if next(m.parameters(recurse=False), None) is not None]
     return Part(name, len(own), sum(parameter.numel() for parameter in module.parameters()), flops)
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The first column to the left, the others to the right, a rule under the header and above the total."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(f"{cell:<{w}}" if i == 0 else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
-    rule = "-" * len(lines[0])
-    return [lines[0], rule, *lines[1:-1], rule, lines[-1]]
 
 
 def _version(package: str) -> str:
@@ -149,8 +140,8 @@ def _version(package: str) -> str:
 
 def _cpu_bf16() -> str:
     flags = set((cpu_field("flags") or cpu_field("Features")).split())
-    found = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}.items()
-    names = [name for flag, name in found if flag in flags]
+    units = {"amx_bf16": "AMX", "avx512_bf16": "AVX-512 BF16", "bf16": "Arm BF16"}
+    names = [name for flag, name in units.items() if flag in flags]
     return f"in hardware ({', '.join(names)})" if names else "no hardware support found"
 
 

@@ -1,4 +1,4 @@
-"""A prediction from what the user named, and what follows where something was not: the newest run, sample images."""
+"""``mvision predict``: by default with the newest run, on sample images of its data."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from mvision.config import DataConfig, config_of_run
 from mvision.data import CocoSplit, find_layout
-from mvision.deploy.runtimes import Chosen, open_fastest
+from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.inference.output import Summary
 from mvision.inference.predict import predict_sources
-from mvision.machine import keep_freed_memory, resolve_device
+from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 
 SAMPLES = 8
@@ -27,55 +27,54 @@ def predict_job(
     threshold: float = 0.5,
     output: Path | None = None,
     device: str | None = None,
-    precision: Chosen = "auto",
+    precision: InferencePrecisionOption = "auto",
     log: Callable[[str], None] = print,
 ) -> Summary:
     """Predict, and write pictures and ``predictions.json``.
 
     Args:
-        sources: see ``find_sources``; none: the first validation images of the data that the weights were trained on
-            if they lie in a run's folder, else of the built-in data set.
-        tasks: which heads of the weights; none: all of them.
-        weights: any source that ``mvision.load`` takes, or an exported model; None: the newest run of these tasks.
-        threshold: the least score, 0..1.
-        output: a folder, ``predictions`` by default.
-        device: None is the first GPU, else the CPU.
+        sources: see ``find_sources``; empty: the first validation images of the run that the weights lie in, else of
+            the built-in data set.
+        tasks: the tasks to run; empty: all that the weights have.
+        weights: any source that ``mvision.load`` takes, or an exported model; None: the newest run with these tasks.
+        threshold: the lowest score that is kept, 0..1.
+        output: a folder; None: ``predictions``.
+        device: None: the first GPU, else the CPU.
         precision: see ``open_fastest``.
-        log: gets the line that tells what the model runs in.
+        log: is called with the line that names the runtime.
 
     Raises:
-        UserError: no run to take the weights from, or anything wrong with sources, weights, device or folder.
+        UserError: there is no run, or the sources, weights, device or folder cannot be used.
     """
     for task in tasks:
-        head_class(task)  # an unknown task is told before a missing run of it
+        head_class(task)  # report an unknown task, not that it has no run
     source = weights if weights is not None else str(newest_run(tasks))
     keep_freed_memory()
-    chosen = resolve_device(device)
-    model, road = open_fastest(source, tasks, chosen, precision)
-    log(road)
-    found = list(sources) or sample_images(source)
-    return predict_sources(model, found, output or Path("predictions"), threshold=threshold)
+    model, runtime = open_fastest(source, tasks, resolve_device(device), precision)
+    log(runtime)
+    images = list(sources) or sample_images(source)
+    return predict_sources(model, images, output or Path("predictions"), threshold=threshold)
 
 
 def newest_run(tasks: Sequence[str] = (), runs: Path = RUNS) -> Path:
-    """The run with the newest weights among those that have these tasks.
+    """The run with the newest weights among those whose folder names all of these tasks.
 
     Raises:
-        UserError: there is none; the message tells how to get weights.
+        UserError: there is no such run.
     """
-    found = [best for best in runs.glob(f"*/*/{BEST}") if set(tasks) <= set(best.parent.parent.name.split("+"))]
-    if not found:
+    weights = [best for best in runs.glob(f"*/*/{BEST}") if set(tasks) <= set(best.parent.parent.name.split("+"))]
+    if not weights:
         wanted = " ".join(f"--task {task}" for task in tasks or ("detection",))
         published = " or PekingU/rtdetr_r18vd" if set(tasks) <= {"detection"} else ""
         raise UserError(
             f"no run to predict with in {runs.resolve()}: train one with 'mvision train {wanted}', or give --weights, "
             f"such as a .safetensors file{published}"
         )
-    return max(found, key=lambda best: best.stat().st_mtime).parent
+    return max(weights, key=lambda best: best.stat().st_mtime).parent
 
 
 def sample_images(weights: str, count: int = SAMPLES) -> list[str]:
-    """Files of the first images of the validation split that belongs to the weights."""
+    """Files of the first validation images of the run that the weights lie in, else of the built-in data set."""
     run = config_of_run(weights)
     data = run.data if run is not None else DataConfig()
     part = CocoSplit(find_layout(data.root).split(data.val))

@@ -1,7 +1,8 @@
-"""What a trained encoder is worth to another task: the same short training from several starts, measured.
+"""``mvision transfer``: how much a trained encoder helps another task, measured by short trainings.
 
-Every cell of the matrix is one run: a target task, a start, a share of the training images and a seed. Finished cells
-are lines of ``cells.jsonl``, so a stopped matrix goes on where it was, on any machine.
+Every cell of a matrix is one training: a target task, a start (which of the trained weights it begins with), a share of
+the training images and a seed. Each finished cell is a line of ``cells.jsonl``. Calling the command again trains only
+the missing cells, on any machine.
 """
 
 from __future__ import annotations
@@ -27,11 +28,12 @@ from mvision.config import Config
 from mvision.engine.train import train
 from mvision.errors import UserError
 from mvision.heads import head_class
-from mvision.machine import cpu_name
+from mvision.machine import device_name, resolve_device
+from mvision.storage.atomic import write_text
 from mvision.storage.run_folder import RunFolder
 from mvision.weights import read_weights, resolve_weights
 
-# What each start takes from the weights, and whether that stays as it is.
+# For each start the parts that are loaded from the weights, and whether they are frozen.
 STARTS: dict[str, tuple[tuple[str, ...], bool]] = {
     "random": ((), False),
     "backbone": (("backbone",), False),
@@ -39,7 +41,7 @@ STARTS: dict[str, tuple[tuple[str, ...], bool]] = {
     "frozen": (("backbone", "neck"), True),
 }
 CELLS, PLOT, PAGE = "cells.jsonl", "curves.png", "README.md"
-EVALUATIONS = 6  # of a run, at most: enough points for a curve
+EVALUATIONS = 6  # the most evaluations of one training, which are the points of its curve
 
 
 @dataclass(frozen=True)
@@ -65,26 +67,26 @@ def transfer_matrix(
     assignments: Sequence[str] = (),
     log: Callable[[str], None] = print,
 ) -> str:
-    """Run the cells that are missing, seed after seed, and write table, plot and page anew after each.
+    """Train the missing cells, seed after seed, and update the page and its plot after each of them.
 
     Args:
-        weights: what the other starts take backbone and neck from; the model has their architecture.
-        tasks: targets. Heads always start from random weights.
-        fractions: shares of the training images. A smaller share gets as many more epochs: every run has about the
-            same number of steps.
-        seeds: runs 0..seeds - 1 of every cell; the seed also draws the share of the images.
-        epochs: over all the training images.
-        output: a folder for ``cells.jsonl``, ``curves.png``, ``README.md`` (the page) and the logs of the runs.
-        data: a data folder, None for the built-in set.
-        device: None is the first GPU, else the CPU.
-        assignments: ``key.sub=value`` for every run.
-        log: gets a line per cell.
+        weights: source of the backbone and neck; all models have its architecture.
+        tasks: target tasks. Their heads always start from random weights.
+        fractions: shares of the training images. The epochs are divided by the share, so that every training has about
+            the same number of steps.
+        seeds: the seeds 0..seeds - 1 are used; a seed also decides which images are in the share.
+        epochs: of a training on all images.
+        output: folder for ``cells.jsonl``, ``curves.png``, ``README.md`` (the page) and the logs of the trainings.
+        data: data folder; None: the built-in data set.
+        device: None: the first GPU, else the CPU.
+        assignments: ``key.sub=value`` for every training.
+        log: is called with a line per cell.
 
     Returns:
         The page's text.
 
     Raises:
-        UserError: anything wrong with weights, data or options; cells in ``output`` that were made in another way.
+        UserError: the weights, data or options cannot be used, or ``output`` has cells of other options.
     """
     if not tasks:
         raise UserError("name at least one target, such as --task instance-seg")
@@ -94,7 +96,7 @@ def transfer_matrix(
     setup = _setup(weights, tasks, epochs, data, assignments)
     file = output / CELLS
     done = _finished(file, setup)
-    # All starts of a seed first: whoever stops early has something to compare.
+    # All starts of one seed come before the next seed, so that an early stop leaves something to compare.
     product = itertools.product(range(seeds), tasks, fractions, STARTS)
     cells = [Cell(task, start, fraction, seed) for seed, task, fraction, start in product]
     missing = [cell for cell in cells if cell not in done]
@@ -122,7 +124,7 @@ def _run(
     device: str | None,
     assignments: Sequence[str],
 ) -> dict[str, Any]:
-    """Train one cell; its curve and its final figures."""
+    """Train one cell; returns its curve and its final metrics."""
     parts, frozen = STARTS[cell.start]
     config = _config(cell.task, weights, data, assignments)
     config.data.fraction, config.train.seed = cell.fraction, cell.seed
@@ -131,19 +133,20 @@ def _run(
     config.train.freeze = ["backbone", "neck"] if frozen else []
     name = f"{cell.task}-{cell.start}-{cell.fraction:g}-{cell.seed}"
     folder = output / "runs" / name
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(folder, ignore_errors=True)  # left by a training that was stopped
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{name}.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
         train(config, output=folder, init=weights if parts else None, init_parts=parts or None, device=device)
-    figure = head_class(cell.task).primary_metric
+    metric = head_class(cell.task).primary_metric
     curve = [
-        {"epoch": r["epoch"] + 1, "step": r["step"], "seconds": r["seconds"], "score": r["metrics"][cell.task][figure]}
+        {"epoch": r["epoch"] + 1, "step": r["step"], "seconds": r["seconds"], "score": r["metrics"][cell.task][metric]}
         for r in RunFolder(folder).records()
         if "metrics" in r
     ]
-    figures = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[cell.task]
-    shutil.rmtree(folder)  # weights of dozens of short runs; the log stays
-    return {"figure": figure, "curve": curve, "best": figures, "machine": _machine(device)}
+    best = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))[cell.task]
+    shutil.rmtree(folder)  # it holds weights and optimizer states; the log is kept
+    machine = f"{device_name(resolve_device(device))}, torch {torch.__version__}, mvision {__version__}"
+    return {"figure": metric, "curve": curve, "best": best, "machine": f"{machine}, {date.today().isoformat()}"}
 
 
 def _config(task: str, weights: str, data: str | None, assignments: Sequence[str]) -> Config:
@@ -154,7 +157,7 @@ def _config(task: str, weights: str, data: str | None, assignments: Sequence[str
 def _setup(
     weights: str, tasks: Sequence[str], epochs: int, data: str | None, assignments: Sequence[str]
 ) -> dict[str, Any]:
-    """What all cells of a matrix have in common; also finds mistakes in the options before the first run."""
+    """What all cells of a matrix have in common. Wrong options are refused here, before the first training."""
     source = read_weights(weights)
     configs = [_config(task, weights, data, assignments) for task in tasks]
     path = resolve_weights(weights)
@@ -184,23 +187,18 @@ def _finished(file: Path, setup: dict[str, Any]) -> set[Cell]:
 
 
 def read_cells(file: Path) -> list[dict[str, Any]]:
-    """The lines of a ``cells.jsonl``; none where there is no such file. UserError where one is damaged."""
+    """The lines of a ``cells.jsonl``; empty without such a file. Raises UserError if a line is damaged."""
     if not file.is_file():
         return []
     try:
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except ValueError as error:
-        raise UserError(f"{file}: a line of it is no JSON ({error}); remove that line") from error
+        raise UserError(f"{file}: a line is not JSON ({error}); remove that line") from error
 
 
 def _report(output: Path) -> str:
     records = read_cells(output / CELLS)
     text = page(records, PLOT)
     plot(records, output / PLOT)
-    RunFolder(output).write_text(PAGE, text)
+    write_text(output / PAGE, text)
     return text
-
-
-def _machine(device: str | None) -> str:
-    chosen = torch.cuda.get_device_name() if torch.cuda.is_available() and device != "cpu" else cpu_name()
-    return f"{chosen}, torch {torch.__version__}, mvision {__version__}, {date.today().isoformat()}"

@@ -1,4 +1,4 @@
-"""The page of a transfer matrix: table, plot and the sentences around them, from the finished cells."""
+"""The page of a transfer matrix: tables and a plot of the finished cells."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from mvision.evaluation.tables import markdown_table
+from mvision.storage.atomic import whole_file
+
 Record = dict[str, Any]
 
-WORDS = {
+LABELS = {
     "random": "random weights",
     "backbone": "backbone",
     "backbone+neck": "backbone and neck",
@@ -18,47 +21,45 @@ WORDS = {
 
 
 def page(records: Sequence[Record], picture: str) -> str:
-    """Markdown with two tables, one row for each target and share of the images: final AP, and how much earlier."""
+    """Markdown with two tables, with a row for each target task and share of the images.
+
+    The first table has the final AP. The second has the epochs until the AP of a start reaches the final AP of random
+    weights, as a share of the epochs of random weights.
+
+    Args:
+        picture: path of the plot, relative to the page.
+    """
     if not records:
         return "# Transfer\n\nNo cell is finished yet.\n"
     setup = records[0]["setup"]
-    starts = [start for start in WORDS if any(r["start"] == start for r in records)]
+    starts = [start for start in LABELS if any(r["start"] == start for r in records)]
+    trained = [start for start in starts if start != "random"]
     seeds = sorted({r["seed"] for r in records})
     machines = sorted({r["machine"] for r in records})
     height, width = setup["image_size"]
     options = f", {' '.join(f'-o {option}' for option in setup['options'])}" if setup["options"] else ""
+    groups = sorted({(r["task"], -r["fraction"]) for r in records})
+    final, earlier = [], []
+    for task, negative in groups:
+        row = [task, f"{-negative:.0%}"]
+        curves = {start: _select(records, task, -negative, start) for start in LABELS}
+        goal = mean_curve(curves["random"])
+        final.append([*row, *(_final(curves[start]) for start in starts)])
+        earlier.append([*row, *(_earlier(mean_curve(curves[start]), goal) for start in trained)])
     lines = [
-        f"# What an encoder trained on {setup['source']} is worth to other tasks",
+        f"# How much an encoder trained on {setup['source']} helps other tasks",
         "",
         f"Data: {setup['data']}; backbone {setup['backbone']} at {width} x {height}; {setup['epochs']} epochs over all "
-        f"images, as many steps over a share of them{options}; heads start from random weights. The weights were "
-        "trained on all the training images of their own data. AP (mIoU of semantic-seg) on the validation split after "
-        "the last epoch: mean over the seeds, and the standard deviation where there are several.",
+        f"images, and as many steps over a share of them{options}; heads start from random weights. The weights were "
+        "trained on all training images of their own data. AP (mIoU of semantic-seg) on the validation split after "
+        "the last epoch: mean over the seeds, and the standard deviation if there are several.",
         "",
-        "| target | images | " + " | ".join(WORDS[start] for start in starts) + " |",
-        "|---" * (2 + len(starts)) + "|",
-    ]
-    groups = sorted({(r["task"], -r["fraction"]) for r in records})
-    for task, negative in groups:
-        cells = [_final(_select(records, task, -negative, start)) for start in starts]
-        lines.append(f"| {task} | {-negative:.0%} | " + " | ".join(cells) + " |")
-    lines += [
+        *markdown_table(["target", "images", *(LABELS[start] for start in starts)], final),
         "",
-        "How much earlier: epochs until the mean curve reaches what random weights end with, as a share of theirs "
-        "(interpolated between evaluations; \u2264 the first evaluation where it is there already).",
+        "Epochs until the mean curve reaches the final AP of random weights, as a share of the epochs that random "
+        "weights were trained for (interpolated between evaluations; \u2264 if the first evaluation is already there).",
         "",
-        "| target | images | " + " | ".join(WORDS[start] for start in starts if start != "random") + " |",
-        "|---" * (1 + len(starts)) + "|",
-    ]
-    for task, negative in groups:
-        goal = mean_curve(_select(records, task, -negative, "random"))
-        cells = [
-            _earlier(mean_curve(_select(records, task, -negative, start)), goal)
-            for start in starts
-            if start != "random"
-        ]
-        lines.append(f"| {task} | {-negative:.0%} | " + " | ".join(cells) + " |")
-    lines += [
+        *markdown_table(["target", "images", *(LABELS[start] for start in trained)], earlier),
         "",
         f"![AP over the epochs]({picture})",
         "",
@@ -69,7 +70,10 @@ def page(records: Sequence[Record], picture: str) -> str:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """AP over the epochs: one plot for each target and share of the images, a line per start, a band over the seeds."""
+    """AP over the epochs: one plot per target task and share of the images, with a line per start.
+
+    Around each line is a band from the lowest to the highest AP over the seeds.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -80,14 +84,14 @@ def plot(records: Sequence[Record], path: Path) -> None:
     rows = figure.subplots(len(tasks), len(fractions), squeeze=False)
     for row, task in zip(rows, tasks):
         for axes, fraction in zip(row, fractions):
-            for index, start in enumerate(WORDS):
+            for index, start in enumerate(LABELS):
                 chosen = _select(records, task, fraction, start)
                 if not chosen:
                     continue
                 epochs = [epoch for epoch, _ in mean_curve(chosen)]
                 values = list(zip(*([point["score"] for point in r["curve"]] for r in chosen)))
                 colour = f"C{index}"
-                axes.plot(epochs, [statistics.mean(v) for v in values], "o-", color=colour, label=WORDS[start], ms=3)
+                axes.plot(epochs, [statistics.mean(v) for v in values], "o-", color=colour, label=LABELS[start], ms=3)
                 axes.fill_between(epochs, [min(v) for v in values], [max(v) for v in values], color=colour, alpha=0.15)
             axes.set(
                 title=f"{task}, {fraction:.0%} of the images",
@@ -98,9 +102,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
     rows[0][0].legend(fontsize=8, frameon=False)
-    temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=110)
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def mean_curve(records: Sequence[Record]) -> list[tuple[float, float]]:
@@ -113,13 +116,13 @@ def mean_curve(records: Sequence[Record]) -> list[tuple[float, float]]:
 
 def first_reach(curve: Sequence[tuple[float, float]], goal: float) -> float | None:
     """The epoch at which a curve first reaches ``goal``, interpolated; None if it does not."""
-    before: tuple[float, float] | None = None
+    previous: tuple[float, float] | None = None
     for epoch, value in curve:
         if value >= goal:
-            if before is None or value == before[1]:
+            if previous is None:
                 return epoch
-            return before[0] + (epoch - before[0]) * (goal - before[1]) / (value - before[1])
-        before = epoch, value
+            return previous[0] + (epoch - previous[0]) * (goal - previous[1]) / (value - previous[1])
+        previous = epoch, value
     return None
 
 

@@ -1,26 +1,24 @@
-"""Evaluation of weights on a data set, from what a user names to a table."""
+"""``mvision val``: evaluate weights on a split of a data set."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mvision.config import DataConfig, config_of_run
 from mvision.data import build_eval_loader, read_validation
 from mvision.deploy.exported import is_exported
-from mvision.deploy.runtimes import Chosen, open_fastest
+from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated, Validation, evaluate_all, make_metrics, tables
-from mvision.machine import keep_freed_memory, resolve_device, resolve_precision
-from mvision.storage.run_folder import RunFolder
+from mvision.machine import DTYPES, InferencePrecisionOption, keep_freed_memory, resolve_device, resolve_precision
+from mvision.storage.atomic import write_text
 from mvision.weights import load
 
 METRICS = "metrics.json"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def validate(
@@ -32,60 +30,67 @@ def validate(
     output: Path | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
-    precision: Chosen | None = None,
+    precision: InferencePrecisionOption | None = None,
     device: str | None = None,
 ) -> str:
-    """Evaluate weights and return what to print: the data, the COCO table and AP by class of every task.
+    """Evaluate weights; returns what to print: the data, the COCO table and AP by class of every task.
 
     Args:
         weights: any source that ``mvision.load`` takes, or an exported model.
-        tasks: which of its tasks; none: all of them.
-        data: a data folder; None: the one of the weights' run, where there is one, else the built-in data set.
-        split: which of its parts; None: the one that the run was validated on, else ``val``.
-        output: a folder for ``metrics.json``.
-        batch_size: images per step, 16 by default.
-        workers: loading processes; None picks by the number of cores.
-        precision: None computes as the run did, so that the figures are those that training ended with; otherwise the
-            model is opened as ``mvision predict`` does (``open_fastest``). An exported model always is.
-        device: None is the first GPU, else the CPU.
+        tasks: the tasks to evaluate; empty: all that the weights have.
+        data: data folder; None: the one of the weights' run if they lie in one, else the built-in data set.
+        split: name of the split; None: the validation split of the run, else ``val``.
+        output: folder for ``metrics.json``.
+        batch_size: images per step; None: 16.
+        workers: loading processes; None: chosen by the number of cores.
+        precision: None: the precision of the run, so that the metrics are those at the end of training. Otherwise, and
+            for an exported model always, the model is opened as ``mvision predict`` does, see ``open_fastest``.
+        device: None: the first GPU, else the CPU.
 
     Raises:
-        UserError: anything wrong with weights, data, device or folder.
+        UserError: the weights, data, device or folder cannot be used.
     """
     if output is not None:
-        _make(output)  # before the work, not after it
+        _make_folder(output)  # fail before the evaluation, not after it
     keep_freed_memory()
     chosen = resolve_device(device)
-    model, road = _open(weights, tasks, chosen, precision)
+    model, runtime = _open(weights, tasks, chosen, precision)
     run = config_of_run(weights)
-    default = run.data if run is not None and data is None else DataConfig(root=data)
-    messages, parts = read_validation(default, split, model.tasks)
-    sizes: dict[str, Any] = {"batch_size": batch_size or 16, "image_size": model.config.image_size, "device": chosen}
+    config = run.data if run is not None and data is None else DataConfig(root=data)
+    messages, parts = read_validation(config, split, model.tasks)
     validation = [
         Validation(
             name,
-            build_eval_loader(part, DataConfig(workers=workers), **sizes),
+            build_eval_loader(
+                part,
+                DataConfig(workers=workers),
+                batch_size=batch_size or 16,
+                image_size=model.config.image_size,
+                device=chosen,
+            ),
             make_metrics(model, part, used_for),
         )
         for name, used_for, part in parts
     ]
-    inside = resolve_precision(run.train.precision if run is not None else "auto", chosen) if road is None else "fp32"
-    with torch.autocast(chosen.type, DTYPES[inside], enabled=inside != "fp32"):
-        figures = evaluate_all(model, validation)
+    trained_in = resolve_precision(run.train.precision if run is not None else "auto", chosen)
+    autocast = "fp32" if runtime is not None else trained_in
+    with torch.autocast(chosen.type, DTYPES[autocast], enabled=autocast != "fp32"):
+        metrics = evaluate_all(model, validation)
     if output is not None:
-        RunFolder(output).write_text(METRICS, json.dumps(figures, indent=2) + "\n")
-    return "\n".join([*messages, *([road] if road else []), *tables(validation)])
+        write_text(output / METRICS, json.dumps(metrics, indent=2) + "\n")
+    return "\n".join([*messages, *([runtime] if runtime else []), *tables(validation)])
 
 
 def _open(
-    weights: str, tasks: Sequence[str], device: torch.device, precision: Chosen | None
+    weights: str, tasks: Sequence[str], device: torch.device, precision: InferencePrecisionOption | None
 ) -> tuple[Evaluated, str | None]:
+    """The model, and its runtime where ``open_fastest`` chose one."""
     if precision is not None or is_exported(weights):
         return open_fastest(weights, tasks, device, precision or "auto")
     return load(weights, tasks=list(tasks) or None).to(device), None
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

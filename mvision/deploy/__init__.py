@@ -1,1 +1,1 @@
-"""Models outside of PyTorch: exported, checked, and run."""
+"""Models that are ready for prediction: exported to other runtimes, compared with PyTorch, quantised, or made fast."""

@@ -1,4 +1,4 @@
-"""How far the outputs of two versions of one model are apart."""
+"""The difference between the raw outputs of two versions of one model."""
 
 from __future__ import annotations
 
@@ -6,31 +6,32 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-TOLERANCE = 0.01  # of probabilities and of coordinates in 0..1
+TOLERANCE = 0.01  # largest allowed difference of probabilities, and of coordinates in 0..1
 LOGITS = frozenset({"logits", "masks", "visibility"})
-BEST = 0.25  # share of the queries, the best ones, that are compared
+BEST = 0.25  # share of the queries that are compared: those with the highest scores
 
 
-def difference(expected: dict[str, dict[str, Tensor]], found: dict[str, dict[str, Tensor]]) -> tuple[float, str]:
-    """The largest difference of probabilities (what is logits) and coordinates, and in which output it is.
+def difference(expected: dict[str, dict[str, Tensor]], actual: dict[str, dict[str, Tensor]]) -> tuple[float, str]:
+    """The largest absolute difference, and the name of the output that has it.
 
-    Queries are compared where they are the same: which of two cells with equal scores comes first, and which is just
-    not taken any more, is a matter of rounding. So queries are paired by what they found, and the better quarter of
-    them counts.
+    Outputs in ``LOGITS`` are compared as probabilities, after the sigmoid; the others (boxes, keypoints) as they are.
+
+    Rounding decides in which order queries with almost equal scores come, and which of them is the last one selected.
+    So the queries of both versions are first paired by their boxes and logits, and only the quarter of the pairs with
+    the highest scores is compared.
     """
     worst = 0.0, "-"
     for task, outputs in expected.items():
-        mine = {name: _as_probability(name, value) for name, value in outputs.items()}
-        other = {name: _as_probability(name, found[task][name]) for name in outputs}
-        rows = _pairs(mine, other) if "boxes" in mine else None
-        for name, value in mine.items():
-            pair = other[name]
-            if rows is not None:
-                value = torch.stack([v[r] for v, (r, _) in zip(value, rows)])
-                pair = torch.stack([v[c] for v, (_, c) in zip(pair, rows)])
-            largest = (value - pair).abs().max().item() if value.numel() else 0.0
-            # Not a number is never small.
-            if not largest <= worst[0]:
+        first = {name: _as_probability(name, value) for name, value in outputs.items()}
+        second = {name: _as_probability(name, actual[task][name]) for name in outputs}
+        pairs = _pairs(first, second) if "boxes" in first else None
+        for name, value in first.items():
+            other = second[name]
+            if pairs is not None:
+                value = torch.stack([queries[rows] for queries, (rows, _) in zip(value, pairs)])
+                other = torch.stack([queries[columns] for queries, (_, columns) in zip(other, pairs)])
+            largest = (value - other).abs().max().item() if value.numel() else 0.0
+            if not largest <= worst[0]:  # written so that NaN counts as a difference
                 worst = largest, f"{task}.{name}"
     return worst
 
@@ -40,14 +41,14 @@ def _as_probability(name: str, value: Tensor) -> Tensor:
     return value.sigmoid() if name in LOGITS else value
 
 
-def _pairs(mine: dict[str, Tensor], other: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """For every image the best queries here, and their partners there."""
+def _pairs(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """For every image the queries of ``first`` with the highest scores, and those of ``second`` that match them."""
     pairs = []
-    for image in range(len(mine["boxes"])):
-        here, there = (torch.cat((x["boxes"][image], x["logits"][image]), -1) for x in (mine, other))
-        cost = torch.cdist(here, there, p=1).nan_to_num(1e6)
-        row, column = linear_sum_assignment(cost.numpy())
-        scores = mine["logits"][image].amax(-1)[row]
+    for image in range(len(first["boxes"])):
+        points, others = (torch.cat((x["boxes"][image], x["logits"][image]), -1) for x in (first, second))
+        cost = torch.cdist(points, others, p=1).nan_to_num(1e6)
+        rows, columns = linear_sum_assignment(cost.numpy())
+        scores = first["logits"][image].amax(-1)[rows]
         keep = scores.topk(max(1, round(BEST * len(scores)))).indices
-        pairs.append((torch.from_numpy(row)[keep], torch.from_numpy(column)[keep]))
+        pairs.append((torch.from_numpy(rows)[keep], torch.from_numpy(columns)[keep]))
     return pairs

@@ -1,4 +1,4 @@
-"""Exported models for prediction and evaluation: ONNX Runtime and OpenVINO behind the face of a ``Model``."""
+"""Exported models, run by ONNX Runtime or OpenVINO, for prediction and evaluation as a ``Model`` is used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,12 +17,12 @@ from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
 from mvision.evaluation import Metric
 from mvision.heads.base import Head
+from mvision.machine import InferencePrecision
 from mvision.model import Model
-from mvision.structures import Category, Instances
+from mvision.structures import Instances
 
-DESCRIPTION = "mvision"  # key of the model's config in the file
-XML = "model.xml"
-PACKAGES = {"onnxruntime": "onnxruntime", "onnxscript": "onnx onnxscript", "openvino": "openvino", "nncf": "nncf"}
+DESCRIPTION = "mvision"  # the metadata key of an exported file that holds the model's config
+XML = "model.xml"  # in the folder of an OpenVINO export
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
@@ -33,28 +33,28 @@ def is_exported(source: str | Path) -> bool:
     return path.suffix.lower() == ".onnx" or path.suffix.lower() == ".xml" or (path / XML).is_file()
 
 
-def place_beside(file: Path, format: str) -> Path:
-    """Where the export of a weights file goes if nothing else is said: ``onnx``, ``openvino``, ``openvino_int8``."""
+def export_path(file: Path, format: str) -> Path:
+    """The default path of a weights file's export; ``format`` is ``onnx``, ``openvino`` or ``openvino_int8``."""
     return file.with_suffix(".onnx") if format == "onnx" else file.with_name(f"{file.stem}_{format}")
 
 
 class ExportedModel(nn.Module):
-    """An exported file, to be called as a ``Model`` is for prediction; the raw outputs are those of its graph.
+    """An exported model that predicts and is evaluated like a ``Model`` (see ``mvision.evaluation.Evaluated``).
 
     Args:
         path: an ONNX file, or a folder of OpenVINO.
-        tasks: which of its tasks; None: all.
-        precision: ``bf16`` lets OpenVINO compute in it; ONNX Runtime has fp32 alone on a CPU.
+        tasks: the tasks to run; None: all that the file has.
+        precision: what OpenVINO computes in; ONNX Runtime has fp32 only on a CPU.
 
     Attributes:
-        config: the model's description, from the file.
+        config: the description of the model, read from the file.
 
     Raises:
-        UserError: no such file, another program's, without one of the tasks, or its runtime is not installed.
+        UserError: no such file, a file of another program or without one of the tasks, or a missing package.
     """
 
     def __init__(
-        self, path: str | Path, tasks: Sequence[str] | None = None, precision: Literal["fp32", "bf16"] = "fp32"
+        self, path: str | Path, tasks: Sequence[str] | None = None, precision: InferencePrecision = "fp32"
     ) -> None:
         super().__init__()
         path = Path(path)
@@ -68,27 +68,23 @@ class ExportedModel(nn.Module):
         if tasks is not None:
             config = config.model_copy(update={"heads": {task: config.heads[task] for task in tasks}})
         self.config = config
-        # For its post-processing; its weights are not used.
+        # For the post-processing of its heads, which needs no trained weights. It is built in 0.1 to 0.5 s.
         self._model = Model(config)
+        del self._model.backbone, self._model.neck
         self.eval()
 
     @property
-    def categories(self) -> list[Category]:
-        """The classes; labels index into this list."""
-        return self._model.categories
-
-    @property
     def tasks(self) -> list[str]:
-        """What the model does."""
+        """The names of the tasks that the model performs."""
         return self._model.tasks
 
     @property
     def device(self) -> torch.device:
-        """Where images are expected."""
+        """The device that images have to be on."""
         return torch.device("cpu")
 
     def head(self, task: str) -> Head:
-        """The head that serves a task, for its post-processing."""
+        """As ``Model.head``; its weights are random."""
         return self._model.head(task)
 
     def evaluators(self, task: str) -> list[type[Metric]]:
@@ -99,11 +95,11 @@ class ExportedModel(nn.Module):
         """Raw outputs by task name, of (B, 3, H, W) uint8."""
         if images.dtype != torch.uint8:
             raise UserError(f"an exported model takes uint8 images, not {images.dtype}")
-        found: dict[str, dict[str, Tensor]] = {}
+        outputs: dict[str, dict[str, Tensor]] = {}
         for (task, name), value in zip(self._outputs, self._run(images.cpu().contiguous().numpy())):
             if task in self.config.heads:
-                found.setdefault(task, {})[name] = torch.from_numpy(np.asarray(value))
-        return found
+                outputs.setdefault(task, {})[name] = torch.from_numpy(np.asarray(value))
+        return outputs
 
     def postprocess(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.5
@@ -119,37 +115,37 @@ class ExportedModel(nn.Module):
 
 
 def exported_config(path: Path) -> ModelConfig:
-    """What an exported model is, without making it ready to run. Raises as ``ExportedModel`` does."""
+    """The config in an exported file. Raises the same errors as ``ExportedModel``."""
     return _open(path, "fp32")[0]
 
 
 def require(*packages: str) -> None:
-    """UserError with what to install, where one of them is missing."""
+    """Raise a UserError that says what to install if one of the packages is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"this needs the package {package}: pip install {PACKAGES[package]}")
+            raise UserError(f"the package {package} is missing: pip install {package}")
 
 
 @lru_cache(maxsize=1)
 def openvino_core() -> Any:
-    """The one ``openvino.Core`` of this process, kept to its end.
+    """The only ``openvino.Core`` of this process, never destroyed.
 
-    Each sets up a stack for signal handlers on CPUs with AMX, and puts back the one it found when it goes; of two that
-    go in the order in which they came, the second puts back a stack that is no more, and the next signal (a loading
-    process that ends) is a segmentation fault.
+    On CPUs with AMX every ``Core`` replaces the stack of the process's signal handlers and restores the previous one
+    when it is destroyed. If two are destroyed in the order in which they were created, the second restores a stack that
+    was freed already, and the next signal (the end of a worker process) is a segmentation fault.
     """
     import openvino
 
     return openvino.Core()
 
 
-def _open(path: Path, precision: Literal["fp32", "bf16"]) -> tuple[ModelConfig, list[str], Run]:
-    """The model's description, the names of its outputs, and what runs it (compiled at the first call)."""
+def _open(path: Path, precision: InferencePrecision) -> tuple[ModelConfig, list[str], Run]:
+    """The model's config, the names of its outputs, and the function that runs it (compiled at its first call)."""
     if not path.exists():
         raise UserError(f"weights {path}: no such file or folder")
     description, names, run = _open_onnx(path) if path.is_file() else _open_openvino(path, precision)
     config = parse_model_config(json.loads(description)["model"])
-    config.backbone.pretrained = False  # the weights are in the file: nothing is to be downloaded
+    config.backbone.pretrained = False  # the weights are in the file: nothing has to be downloaded
     return config, names, run
 
 
@@ -159,11 +155,11 @@ def _open_onnx(path: Path) -> tuple[str, list[str], Run]:
 
     try:
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common base
+    except Exception as error:  # its exceptions have no common base class
         raise UserError(f"weights {path}: ONNX Runtime cannot read it ({_first_line(error)})") from error
     description = session.get_modelmeta().custom_metadata_map.get(DESCRIPTION)
     if description is None:
-        raise UserError(f"weights {path}: not exported by mvision (mvision export writes the classes into the file)")
+        raise UserError(f"weights {path}: not exported by mvision (its metadata, with the classes, are missing)")
     names = [entry.name for entry in session.get_outputs()]
 
     def run(images: np.ndarray) -> list[np.ndarray]:
@@ -175,7 +171,7 @@ def _open_onnx(path: Path) -> tuple[str, list[str], Run]:
     return description, names, run
 
 
-def _open_openvino(path: Path, precision: Literal["fp32", "bf16"]) -> tuple[str, list[str], Run]:
+def _open_openvino(path: Path, precision: InferencePrecision) -> tuple[str, list[str], Run]:
     require("openvino")
     core = openvino_core()
     try:
@@ -183,13 +179,13 @@ def _open_openvino(path: Path, precision: Literal["fp32", "bf16"]) -> tuple[str,
     except RuntimeError as error:
         raise UserError(f"weights {path}: OpenVINO cannot read it ({_first_line(error)})") from error
     if not model.has_rt_info([DESCRIPTION]):
-        raise UserError(f"weights {path}: not exported by mvision (mvision export writes the classes into the file)")
+        raise UserError(f"weights {path}: not exported by mvision (its metadata, with the classes, are missing)")
     description = model.get_rt_info([DESCRIPTION]).astype(str)
-    # Without the hint it computes in bf16 where the processor has it.
+    # Without the hint OpenVINO computes in bf16 on every CPU that has it.
     hint = {"fp32": "f32", "bf16": "bf16"}[precision]
     names = [output.get_any_name() for output in model.outputs]
 
-    # With every size known beforehand it is a quarter faster; the shapes of a run are few.
+    # A model compiled for one input shape is a quarter faster than one for any shape, and a run has few shapes.
     @lru_cache(maxsize=4)
     def request(shape: tuple[int, ...]) -> Any:
         fixed = core.read_model(path / XML)

@@ -1,0 +1,74 @@
+"""``mvision data``: check a data set, show its labels, or convert it to plain COCO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mvision.config import AugmentConfig
+from mvision.data import find_layout
+from mvision.data.tools import check as checking
+from mvision.data.tools import convert as converting
+from mvision.data.tools.show import contact_sheet, write_image
+
+
+def check(folder: str | None, splits: Sequence[str] = (), *, quick: bool = False) -> checking.Report:
+    """Read a data set and report its contents and its faults, see ``mvision.data.tools.check``.
+
+    Args:
+        folder: data folder; None: the built-in data set.
+        splits: names; empty: train, val and test.
+        quick: read the annotations only, not the images.
+
+    Raises:
+        UserError: no data set is recognised, or it has no such split.
+    """
+    layout = find_layout(folder)
+    with _image_counter("reading") as progress:
+        return checking.check(layout, splits, quick=quick, progress=progress)
+
+
+def show(
+    folder: str | None, output: str, *, split: str = "train", count: int = 16, augmented: bool = False, seed: int = 0
+) -> str:
+    """Write a picture of random images with their labels; returns the lines to print.
+
+    Args:
+        folder: data folder; None: the built-in data set.
+        output: a .jpg or .png file.
+        augmented: show the images as training uses them, with the default augmentation.
+        seed: decides which images are drawn.
+
+    Raises:
+        UserError: the data or the output file cannot be used.
+    """
+    layout = find_layout(folder)
+    augment = AugmentConfig() if augmented else None
+    write_image(output, contact_sheet(layout, split, count, seed=seed, augment=augment))
+    return f"{layout.description}\nsheet: {output}"
+
+
+def convert(folder: str, destination: Path, splits: Sequence[str] = ()) -> str:
+    """Copy a data set of any readable layout into a new folder as plain COCO; returns the lines to print.
+
+    Raises:
+        UserError: the data cannot be used, or the folder is not empty.
+    """
+    layout = find_layout(folder)
+    with _image_counter("copying") as progress:
+        converted = converting.convert(layout, destination, splits, progress=progress)
+    return f"{layout.description}\n{converted.description}"
+
+
+@contextmanager
+def _image_counter(description: str) -> Iterator[Callable[[int], None]]:
+    """A progress line; yields the function to call with the number of further images."""
+    with tqdm(desc=description, unit="img", leave=False) as bar:
+
+        def count(images: int) -> None:
+            bar.update(images)
+
+        yield count
