@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from mvision.config import Config, load_config, merge, parse_config, parse_model_config, shipped_configs
+from mvision.config import Config, config_of_run, load_config, merge, parse_config, parse_model_config, shipped_configs
+from mvision.config.retired import without_retired
 from mvision.errors import UserError
 
 
@@ -144,7 +145,7 @@ def test_merge_replaces_lists_and_leaves_its_arguments_alone() -> None:
         ({"train": {"epoch": 3}}, "unknown key 'train.epoch': did you mean 'epochs'?"),
         # A known name in the wrong place is told its place, not a lookalike of the place it was found in.
         ({"train": {"workers": 3}}, "unknown key 'train.workers': did you mean 'data.workers'?"),
-        ({"data": {"zzz": 3}}, "unknown key 'data.zzz': known keys here: augment, .*root, .*workers"),
+        ({"data": {"zzz": 3}}, "unknown key 'data.zzz': choose one of augment, .*root, .*workers"),
         ({"model": {"heads": {"detection": {"num_queris": 3}}}}, "'model.heads.detection.num_queris'.*'num_queries'"),
         ({"model": {"heads": {"detectoin": {}}}}, "detectoin.*detection"),
         ({"model": {"categories": [{"id": 1, "nme": "x"}]}}, "'model.categories.0.nme': did you mean 'name'?"),
@@ -192,6 +193,12 @@ def test_mistakes_in_a_file_name_the_file_and_those_of_an_assignment_do_not(tmp_
         (b"- 1\n- 2", "has to be a mapping"),
         (b"\xff\xfe\x00", "not a text file"),
         (b"train: {lr: !!python/object/apply:os.getcwd []}", "not valid YAML"),
+        (b"model: 3", "model: .*got 3"),
+        (b"model: {heads: [detection]}", "model.heads: .*dictionary"),
+        (b"tasks: [detection]", "tasks has to be a mapping"),
+        (b"tasks: {detection: 3}", "tasks has to be a mapping"),
+        (b"tasks: {keypoint: {}}", "unknown task 'keypoint': did you mean 'keypoints'"),
+        (b"tasks: {detection: {train: {epoch: 3}}}", "unknown key 'train.epoch'"),
     ],
 )
 def test_unreadable_files(content: bytes, message: str, tmp_path: Path) -> None:
@@ -221,3 +228,54 @@ def test_assignments_are_yaml() -> None:
     assert (config.train.freeze, config.data.root, config.model.neck.share_attention) == (["backbone"], None, False)
     with pytest.raises(UserError, match=r"-o train.lr=\[: not valid YAML"):
         load_config(assignments=["train.lr=["])
+
+
+def test_the_class_settings_of_an_included_task_are_those_of_the_task_that_includes_it(tmp_path: Path) -> None:
+    tasks = ["detection", "instance-seg"]
+    file = _file(tmp_path, model={"heads": {"instance-seg": {"num_queries": 7}}})
+    heads = load_config("tiny", file=file, tasks=tasks).model.heads
+    assert [heads[task].model_dump()["num_queries"] for task in tasks] == [7, 7]
+    file = _file(tmp_path, model={"heads": {"instance-seg": {"num_queries": 7}, "detection": {"num_queries": 8}}})
+    with pytest.raises(UserError, match=r"model.heads.detection.num_queries is 8 and model.heads.instance-seg.* 7"):
+        load_config("tiny", file=file, tasks=tasks)
+
+
+def test_the_config_of_a_run_is_found_from_its_folder_and_its_files(tmp_path: Path) -> None:
+    _file(tmp_path, "config.yaml", train={"epochs": 3})
+    weights = tmp_path / "best.safetensors"
+    weights.touch()
+    for source in (tmp_path, weights):
+        config = config_of_run(source)
+        assert config is not None
+        assert config.train.epochs == 3
+    (tmp_path / "empty").mkdir()
+    assert config_of_run(tmp_path / "empty") is None
+    assert config_of_run(tmp_path / "not there.safetensors") is None
+    assert config_of_run("somebody/a_model") is None
+
+
+@pytest.mark.parametrize(
+    ("section", "old", "new"),
+    [
+        ("train", {"channels_last": True, "lr": 0.5}, {"lr": 0.5}),
+        ("model.heads.detection", {"learned_queries": False, "num_queries": 7}, {"num_queries": 7}),
+        ("model.heads.instance-seg", {"boxes_from_masks": False}, {}),
+        ("model.heads.keypoints", {"predict": "instances", "map_dim": 8}, {"kind": "dense", "map_dim": 8}),
+        ("model.heads.keypoints", {"predict": "points", "map_dim": 8, "depth": 2}, {"kind": "minimal", "depth": 2}),
+        ("model.neck", {"predict": "points"}, {"predict": "points"}),
+        ("data", {"channels_last": True}, {"channels_last": True}),
+    ],
+)
+def test_retired_keys_are_replaced(section: str, old: dict[str, Any], new: dict[str, Any]) -> None:
+    given = dict(old)
+    assert without_retired(section, old) == new
+    assert old == given
+
+
+@pytest.mark.parametrize("value", [True, [1], None])
+def test_a_retired_value_without_replacement_is_refused_by_its_key(value: Any) -> None:
+    with pytest.raises(UserError, match=r"^model.heads.detection.learned_queries: .* not supported any more") as caught:
+        parse_config({"model": {"heads": {"detection": {"learned_queries": value}}}})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match=r"train.channels_last: False is not supported any more"):
+        load_config("tiny", assignments=["train.channels_last=false"])

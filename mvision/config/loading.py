@@ -1,7 +1,7 @@
-"""How a configuration comes together: shipped or given file, command-line options, ``-o key=value``.
+"""How a configuration is put together: a shipped or given file, command-line options, ``-o key=value``.
 
-Order of precedence: file < options < ``-o a.b=c``. A file may name one ``base:`` file, and under ``tasks:`` settings
-that go on top of its own where a model is made for one task alone.
+Order of precedence: file < options < ``-o a.b=c``. A file may name another one as its ``base``. Its section ``tasks``
+holds settings for a model with one task alone; they override the rest of the file.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from pydantic import ValidationError
 from mvision.backbone import check_backbone_name
 from mvision.config.explain import explain
 from mvision.config.schema import Config, ModelConfig
-from mvision.errors import UserError
-from mvision.heads import serving_task
+from mvision.errors import UserError, did_you_mean
+from mvision.heads import known_tasks, serving_task
 
 RUN_CONFIG = "config.yaml"
-"""What the configuration of a run is called in its folder."""
+"""Name of the file in a run's folder that holds the run's configuration."""
 
 
 def shipped_configs() -> list[str]:
-    """Names of the model files that come with the package."""
+    """Names of the configs that come with the package."""
     folder = resources.files("mvision.configs")
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
@@ -39,64 +39,69 @@ def load_config(
     """Read and combine everything that configures a run.
 
     Args:
-        model: a shipped config's name, or any timm feature backbone's name (then ``base`` with that backbone).
-        file: a YAML file that takes the place of the shipped one (or goes on top of ``model`` where both are given).
-        tasks: the heads to keep; a task that the file does not describe gets its defaults. None: those that ``file``
-            itself names, else the first that the shipped model describes, detection. Several make a joint model, in
-            which a task that another includes takes that one's settings.
+        model: a shipped config's name, or the name of a timm backbone, which replaces that of ``base``. None: ``tiny``,
+            or nothing where ``file`` is given.
+        file: a YAML file; where ``model`` is given too, its settings override those of ``model``.
+        tasks: the tasks of the model; one that no file has a section for gets its default settings. None: those that
+            ``file`` itself has sections for, else the first task of the shipped config, detection. In a model with
+            several tasks, one that another task includes has the settings of that task.
         overrides: dotted keys and values from command-line options, such as ``{"train.epochs": 3}``.
         assignments: ``key.sub=value`` strings of ``-o``; values are read as YAML.
 
     Raises:
-        UserError: unknown file, model, key (with the nearest known one) or value out of range.
+        UserError: unknown file, model or key (the message suggests the nearest known one), or a value out of range.
     """
     layers: list[dict[str, Any]] = []
-    named: list[str] = []
+    tasks_of_file: list[str] = []
     if model is not None or file is None:
         layers += _model_layers(model or "tiny")
     if file is not None:
-        given = _file_layers(Path(file))
-        named = list(((given[-1].get("model") or {}).get("heads")) or {})
-        # Checked alone first, so that a mistake in the file is reported with the file's name.
-        for task in (None, *(given[-1].get("tasks") or {})):
-            parse_config(_combined(given, task), where=f"config {file}: ")
-        layers += given
-    # Shipped files describe every task they know a recipe for.
-    described = _combined(layers, None).get("model", {}).get("heads") or {}
-    kept = tasks or named or list(described)[:1]
-    tree = _combined(layers, kept[0] if len(kept) == 1 else None)
-    described = tree.setdefault("model", {}).get("heads") or {}
-    follows = {task for task in kept if serving_task(task, kept) != task and task not in named}
-    tree["model"]["heads"] = {task: {} if task in follows else described.get(task) or {} for task in kept}
+        layers_of_file = _file_layers(Path(file))
+        # Validated alone first, so that an error in the file names the file.
+        for task in (None, *layers_of_file[-1].get("tasks", {})):
+            parse_config(_combined(layers_of_file, task), where=f"config {file}: ")
+        tasks_of_file = list(_heads(layers_of_file[-1]))
+        layers += layers_of_file
+    # A shipped config has a section for every task; the model gets only the tasks that are wanted.
+    wanted = tasks or tasks_of_file or list(_heads(_combined(layers, None)))[:1]
+    tree = _combined(layers, wanted[0] if len(wanted) == 1 else None)
+    sections = _heads(tree)
+    included = {task for task in wanted if serving_task(task, wanted) != task and task not in tasks_of_file}
+    heads = {task: {} if task in included else sections.get(task) or {} for task in wanted}
+    _assign(tree, "model.heads", heads)
     for key, value in (overrides or {}).items():
         _assign(tree, key, value)
     for assignment in assignments or []:
         key, sign, text = assignment.partition("=")
         if not sign or not key:
             raise UserError(f"-o {assignment}: write it as key.sub=value")
-        _assign(tree, key, _yaml(text, f"-o {assignment}"))
+        _assign(tree, key, _parse_yaml(text, f"-o {assignment}"))
     return parse_config(tree)
 
 
 def config_of_run(source: str | Path) -> Config | None:
-    """The ``config.yaml`` of a run, given its folder or a file in it; None where there is none beside it."""
+    """The configuration of a run, given its folder or a file in that folder; None if there is no ``config.yaml``."""
     path = Path(source)
     file = (path if path.is_dir() else path.parent) / RUN_CONFIG
     return load_config(file=file) if path.exists() and file.is_file() else None
 
 
 def parse_config(tree: dict[str, Any], where: str = "") -> Config:
-    """Validate a nested dictionary; every mistake becomes one line: ``where`` in front, then the key."""
+    """Validate a nested dictionary.
+
+    Raises:
+        UserError: one line: ``where``, the key, and what is wrong.
+    """
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(where + explain(error, Config)) from error
-    except UserError as error:  # from the section of a head, which names its key itself
+    except UserError as error:  # from the section of a head, whose message names the key already
         raise UserError(f"{where}{error}") from error
 
 
 def parse_model_config(tree: dict[str, Any]) -> ModelConfig:
-    """The same for the model's section alone (as stored in weights files)."""
+    """Validate the section ``model`` alone, as it is stored in weights files; raises UserError."""
     try:
         return ModelConfig.model_validate(tree)
     except ValidationError as error:
@@ -104,7 +109,7 @@ def parse_model_config(tree: dict[str, Any]) -> ModelConfig:
 
 
 def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """``top`` over ``base``, section by section; lists and plain values replace."""
+    """A new dictionary: ``base`` overridden by ``top``, key by key; lists are replaced as a whole."""
     merged = dict(base)
     for key, value in top.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -113,15 +118,21 @@ def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 
 def _combined(layers: list[dict[str, Any]], task: str | None) -> dict[str, Any]:
-    """Each layer over the one before; with what it says under ``tasks`` of this one."""
+    """Layers merged in their order, each with its settings for ``task`` alone."""
     tree: dict[str, Any] = {}
     for layer in layers:
         tree = merge(tree, {section: value for section, value in layer.items() if section != "tasks"})
-        tree = merge(tree, (layer.get("tasks") or {}).get(task) or {})
+        tree = merge(tree, layer.get("tasks", {}).get(task) or {})
     return tree
 
 
+def _heads(tree: dict[str, Any]) -> dict[str, Any]:
+    """The section ``model.heads``, which may be absent or empty."""
+    return (tree.get("model") or {}).get("heads") or {}
+
+
 def _model_layers(name: str) -> list[dict[str, Any]]:
+    """The layers of a shipped config, or of ``base`` with another backbone."""
     if name in shipped_configs():
         return _file_layers(_shipped_path(name))
     try:
@@ -136,7 +147,7 @@ def _shipped_path(name: str) -> Path:
 
 
 def _file_layers(path: Path) -> list[dict[str, Any]]:
-    """A file, after the one that it names as its base."""
+    """The content of a file, after that of its base if it has one."""
     tree = _read(path)
     base = tree.pop("base", None)
     if base is None:
@@ -155,16 +166,23 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"config {path}: {reason.lower()}; shipped: {', '.join(shipped_configs())}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"config {path}: not a text file in UTF-8") from error
-    tree = _yaml(text, f"config {path}")
+    tree = _parse_yaml(text, f"config {path}")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise UserError(f"config {path}: has to be a mapping with sections model, data, train")
-    # A section whose every line is commented out reads as None; it means "the defaults".
-    return {str(section): value for section, value in tree.items() if value is not None}
+    # A section whose every line is commented out is read as None; it means "the defaults".
+    tree = {str(section): value for section, value in tree.items() if value is not None}
+    for_one_task = tree.get("tasks", {})
+    if not isinstance(for_one_task, dict) or not all(isinstance(part, dict | None) for part in for_one_task.values()):
+        raise UserError(f"config {path}: tasks has to be a mapping of task names to sections model, data, train")
+    for task in for_one_task:
+        if task not in known_tasks():
+            raise UserError(f"config {path}: tasks: unknown task '{task}': {did_you_mean(str(task), known_tasks())}")
+    return tree
 
 
-def _yaml(text: str, where: str) -> Any:
+def _parse_yaml(text: str, where: str) -> Any:
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -173,6 +191,7 @@ def _yaml(text: str, where: str) -> Any:
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key; sections on the way that are missing are made."""
     *path, last = key.split(".")
     for part in path:
         if not isinstance(tree.get(part), dict):
