@@ -1,9 +1,12 @@
-"""Base class of everything that is configured."""
+"""Base class of the schemas of settings."""
 
 from pydantic import BaseModel, ConfigDict
 
 
 class Settings(BaseModel):
-    """A typed section of the YAML file. Unknown keys are refused; defaults and assignments are validated too."""
+    """A section of the YAML file with typed keys.
+
+    Unknown keys are an error. Defaults and later assignments are validated as well.
+    """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)

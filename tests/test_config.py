@@ -230,13 +230,13 @@ def test_assignments_are_yaml() -> None:
         load_config(assignments=["train.lr=["])
 
 
-def test_the_class_settings_of_an_included_task_are_those_of_the_task_that_includes_it(tmp_path: Path) -> None:
+def test_an_included_task_has_the_settings_of_the_head_that_serves_it(tmp_path: Path) -> None:
     tasks = ["detection", "instance-seg"]
     file = _file(tmp_path, model={"heads": {"instance-seg": {"num_queries": 7}}})
     heads = load_config("tiny", file=file, tasks=tasks).model.heads
     assert [heads[task].model_dump()["num_queries"] for task in tasks] == [7, 7]
     file = _file(tmp_path, model={"heads": {"instance-seg": {"num_queries": 7}, "detection": {"num_queries": 8}}})
-    with pytest.raises(UserError, match=r"model.heads.detection.num_queries is 8 and model.heads.instance-seg.* 7"):
+    with pytest.raises(UserError, match=r"model.heads.detection.num_queries is 8 and model.heads.instance-seg.* is 7"):
         load_config("tiny", file=file, tasks=tasks)
 
 

@@ -1,4 +1,4 @@
-"""What can be configured: the schema of the YAML files, how files and options combine, and errors that help."""
+"""The schema of the YAML files, how files and options are combined, and error messages for both."""
 
 from mvision.backbone.config import BackboneConfig
 from mvision.config.loading import (

@@ -33,11 +33,22 @@ RETIRED: dict[str, dict[str, list[Replacement]]] = {
             Replacement("points", {"kind": "minimal"}, without=_ONLY_WITH_INSTANCES),
         ],
     },
+    "model.heads.instance-seg": {
+        "pixel_stride": [Replacement(4)],
+        "mask_weight": [Replacement(5.0)],
+        "dice_weight": [Replacement(5.0)],
+    },
+    "model.heads.semantic-seg": {
+        "dropout": [Replacement(0.1)],
+        "focal_weight": [Replacement(2.0)],
+        "dice_weight": [Replacement(1.0)],
+        "gamma": [Replacement(1.0)],
+    },
     "train": {
         "channels_last": [Replacement(True)],
     },
 }
-"""Section -> retired key -> its values that have a replacement; ``model.heads`` stands for the section of any task."""
+"""Section -> retired key -> its values that have a replacement; those of ``model.heads`` apply to every task."""
 
 
 def without_retired(section: str, settings: dict[str, Any]) -> dict[str, Any]:
@@ -49,7 +60,7 @@ def without_retired(section: str, settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: a retired key has a value without a replacement.
     """
-    retired = RETIRED.get(section) or RETIRED.get(section.rpartition(".")[0], {})
+    retired = RETIRED.get(section.rpartition(".")[0], {}) | RETIRED.get(section, {})
     kept = dict(settings)
     for key in settings.keys() & retired.keys():
         value = kept.pop(key)

@@ -1,4 +1,4 @@
-"""The YAML schema: every key that can be configured, with its type, range and default."""
+"""The schema of the YAML files: every key with its type, range and default."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from mvision.config.explain import explain
 from mvision.config.retired import without_retired
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
+from mvision.machine import PrecisionOption
 from mvision.settings import Settings
 from mvision.structures import Category
 
 
 class NeckConfig(Settings):
-    """Settings of ``mvision.neck.HybridEncoder``; see its docstring."""
+    """Settings of the neck; they are explained at ``mvision.neck.HybridEncoder``."""
 
     embed_dim: int = Field(256, gt=0)
     attention_levels: Literal["coarsest", "all"] | list[int] = "coarsest"
@@ -36,9 +37,12 @@ class NeckConfig(Settings):
 
 
 class ModelConfig(Settings):
-    """Everything needed to build a model again: it travels in the weights file.
+    """Everything that a model is built from; it is stored in the weights file.
 
-    ``heads`` maps a task's name to the settings of its head; ``categories`` is filled in from the data set.
+    Attributes:
+        heads: task -> settings of its head, whose schema is the head's ``Config``.
+        categories: the classes that labels index into; a training run takes them from the data set.
+        image_size: (height, width) of the model's input in pixels, multiples of 32. One number stands for both.
     """
 
     backbone: BackboneConfig = BackboneConfig()
@@ -50,7 +54,7 @@ class ModelConfig(Settings):
     @field_validator("heads", mode="before")
     @classmethod
     def _typed_heads(cls, value: Any) -> Any:
-        """Validate each section with the schema of its own head."""
+        """Validate the section of each task with the schema of its head."""
         if not isinstance(value, dict):
             return value
         typed = {}
@@ -66,8 +70,8 @@ class ModelConfig(Settings):
         return typed
 
     @model_validator(mode="after")
-    def _one_head_for_both(self) -> ModelConfig:
-        """A task that another includes has that one's settings, and must not ask for others."""
+    def _settings_of_included_tasks(self) -> ModelConfig:
+        """A task without a head of its own gets the settings of the head that serves it; others are an error."""
         for task in self.heads:
             serving = serving_task(task, self.heads)
             if serving == task:
@@ -77,8 +81,8 @@ class ModelConfig(Settings):
             for name, value in shared.items():
                 if name in own.model_fields_set and getattr(own, name) != value:
                     raise UserError(
-                        f"model.heads.{task}.{name} is {getattr(own, name)} and model.heads.{serving}.{name} {value}, "
-                        f"and one head does both; set that of {serving} alone"
+                        f"model.heads.{task}.{name} is {getattr(own, name)} and model.heads.{serving}.{name} is "
+                        f"{value}, but the head of {serving} serves both tasks; set {serving}'s alone"
                     )
             self.heads[task] = type(own).model_validate(shared)
         return self
@@ -207,7 +211,7 @@ class TrainConfig(Settings):
     ema_warmup: int = Field(2000, ge=1)
     val_interval: int = Field(1, ge=1)
     patience: int = Field(0, ge=0)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    precision: PrecisionOption = "auto"
     freeze: list[Literal["backbone", "neck"]] = []
     task_weights: dict[str, float] = {}
     seed: int = Field(0, ge=0)
@@ -220,12 +224,12 @@ class TrainConfig(Settings):
 
 
 class Config(Settings):
-    """The whole file."""
+    """The whole configuration."""
 
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
 
     def to_yaml(self) -> str:
-        """The complete file, every default written out."""
+        """As the text of a config file, with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
