@@ -5,7 +5,9 @@ Classes are imported when they are asked for, so that the names alone (for help 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
@@ -21,6 +23,7 @@ HEADS: dict[str, str | dict[str, str]] = {
     "instance-seg": "mvision.heads.instance_seg:MaskHead",
     "keypoints": {
         "dense": "mvision.heads.keypoints:KeypointHead",
+        "minimal": "mvision.heads.keypoints:MinimalKeypointHead",
     },
     "semantic-seg": "mvision.heads.semantic:SemanticHead",
 }
@@ -42,8 +45,8 @@ def head_class(task: str, settings: Mapping[str, Any] | Settings | None = None) 
     Raises:
         UserError: the task is unknown, or has no head of that kind.
     """
-    outside = _outside()
     if task not in HEADS:
+        outside = _outside()
         if task not in outside:
             raise UserError(f"unknown task '{task}': choose one of {', '.join(known_tasks())}")
         return outside[task].load()
@@ -64,6 +67,15 @@ def serving_task(task: str, tasks: Iterable[str]) -> str:
 
 
 def _outside() -> dict[str, EntryPoint]:
+    return _announced(tuple(sys.path))
+
+
+@cache
+def _announced(path: tuple[str, ...]) -> dict[str, EntryPoint]:
+    """The heads of other packages on this ``sys.path``.
+
+    Cached: reading the metadata of every installed package takes milliseconds, and a model asks in each forward pass.
+    """
     return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS) if entry.name not in HEADS}
 
 

@@ -1,0 +1,63 @@
+"""The objects of a training run, and how far the run has come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mvision.config import Config
+from mvision.engine.optim import Ema
+from mvision.model import Model
+
+
+@dataclass
+class Progress:
+    """How far a run has come; saved after every epoch, and read again when the run is resumed.
+
+    Attributes:
+        epoch: completed epochs.
+        step: completed optimiser steps.
+        best, best_epoch: the highest score of an evaluation so far (see ``checkpoint.keep_best``) and its epoch,
+            counted from 0; -1 before the first evaluation.
+        seconds: training time so far, evaluations included.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    best_epoch: int = -1
+    seconds: float = 0.0
+
+
+@dataclass
+class Trainer:
+    """What the training loop works with.
+
+    Attributes:
+        model: wrapped for several processes where there are some, else the model itself.
+        ema: the moving average of the weights; None where it is switched off.
+        total_steps: optimiser steps of the whole run.
+        bad_steps: optimiser steps in a row without a finite gradient.
+    """
+
+    config: Config
+    accelerator: Accelerator
+    model: torch.nn.Module
+    optimizer: Any
+    ema: Ema | None
+    total_steps: int
+    progress: Progress = field(default_factory=Progress)
+    bad_steps: int = 0
+
+    @property
+    def bare_model(self) -> Model:
+        """The model in training, without a wrapper around it."""
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def eval_model(self) -> Model:
+        """The model that is evaluated and saved: the moving average where there is one."""
+        return self.bare_model if self.ema is None else self.ema.module
