@@ -16,6 +16,9 @@ from mvision.cli.options import (
     assignments_option,
     device_option,
 )
+from mvision.heads import known_tasks
+
+TASKS = known_tasks()
 
 
 @click.command(short_help="Train a model; leaves a run folder.")
@@ -24,7 +27,7 @@ from mvision.cli.options import (
     "tasks",
     multiple=True,
     metavar="T",
-    help="detection, instance-seg, keypoints or semantic-seg; several make one model.  [default: detection]",
+    help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]}; several make one model.  [default: {TASKS[0]}]",
 )
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: the built-in data set]")
 @click.option(

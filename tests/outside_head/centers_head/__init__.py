@@ -1,0 +1,1 @@
+"""The task ``centers``: where is the centre of every object? A head and its metric in a package outside mvision."""
