@@ -20,7 +20,7 @@ from mvision import Model, load
 from mvision.heads.query.denoising import Denoising
 from mvision.structures import Targets
 from mvision.structures.boxes import inverse_sigmoid
-from mvision.weights.rtdetr import our_name
+from mvision.weights.rtdetr import mvision_name
 from tests.reference import as_labels, build_reference, same_order, save_reference
 
 
@@ -95,7 +95,7 @@ def training_step(pair: Pair, images: Tensor, targets: list[Targets]) -> Step:
         found = theirs(images, labels=as_labels(targets))
     sum(terms.values()).backward()
     found.loss.backward()
-    other = {our_name(name): value.grad for name, value in theirs.named_parameters() if value.grad is not None}
+    other = {mvision_name(name): value.grad for name, value in theirs.named_parameters() if value.grad is not None}
     own = {name: value.grad for name, value in ours.named_parameters() if name in other}
     theirs.zero_grad()
     theirs.load_state_dict(before)
@@ -130,7 +130,7 @@ def _same_denoising() -> Iterator[None]:
         dtype = class_embed.weight.dtype
         mask = torch.zeros(noise.mask.shape, dtype=dtype).masked_fill(~noise.mask, -torch.inf)
         meta = {
-            "dn_positive_idx": [row.nonzero()[:, 0] for row in noise.assigned >= 0],
+            "dn_positive_idx": [row.nonzero()[:, 0] for row in noise.assignment >= 0],
             "dn_num_group": noise.groups,
             "dn_num_split": [noise.labels.shape[1], num_queries],
         }

@@ -117,7 +117,7 @@ def test_settings_of_an_included_task_follow_or_are_refused(tmp_path: Path) -> N
     heads = load_config("base", tasks=TASKS, assignments=["model.heads.instance-seg.num_queries=77"]).model.heads
     assert heads["detection"].num_queries == 77
     assert heads["detection"].class_weight == heads["instance-seg"].class_weight
-    with pytest.raises(UserError, match=r"model.heads.detection.num_queries is 5 and .*instance-seg.num_queries 300"):
+    with pytest.raises(UserError, match=r"model.heads.detection.num_queries is 5 and .*instance-seg.num_queries is 300"):
         load_config("base", tasks=TASKS, assignments=["model.heads.detection.num_queries=5"])
     whole = tmp_path / "config.yaml"
     whole.write_text(load_config("tiny", tasks=TASKS).to_yaml())
@@ -126,7 +126,7 @@ def test_settings_of_an_included_task_follow_or_are_refused(tmp_path: Path) -> N
 
 def test_single_tasks_start_from_joint_weights_and_the_other_way(file: Path, joint: Model, tmp_path: Path) -> None:
     detection = make_model(["detection"])
-    assert "head detection taken" in init_from(detection, file)
+    assert "head detection loaded" in init_from(detection, file)
     weight = "decoder.layers.0.self_attention.q_proj.weight"
     assert torch.equal(
         detection.state_dict()[f"heads.detection.{weight}"], joint.state_dict()[f"heads.instance-seg.{weight}"]
@@ -134,7 +134,7 @@ def test_single_tasks_start_from_joint_weights_and_the_other_way(file: Path, joi
     save_weights(detection, tmp_path / "detection.safetensors")
     line = init_from(make_model(TASKS), tmp_path / "detection.safetensors")
     assert "head instance-seg" in line
-    assert "head keypoints new" in line
+    assert "head keypoints not loaded" in line
 
 
 @pytest.mark.parametrize(("masks", "keypoints"), [(True, True), (False, True), (True, False), (False, False)])

@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 from mvision import UserError, load
 from mvision.config import load_config
 from mvision.structures.coco_names import COCO, coco_categories
-from mvision.weights.rtdetr import our_name, read_published
+from mvision.weights.rtdetr import mvision_name, read_published
 from tests.reference import MODELS, build_reference, random_images, save_reference
 
 # As in the published files: Pascal VOC's words where COCO has others.
@@ -89,7 +89,7 @@ def test_shipped_configs_describe_the_published_models(name: str, tmp_path: Path
 def test_every_tensor_has_a_name_in_the_model(reference: nn.Module, folder: Path) -> None:
     ours = set(load(folder).state_dict())
     for name in load_file(folder / "model.safetensors"):
-        assert our_name(name) in ours, name
+        assert mvision_name(name) in ours, name
 
 
 def test_old_and_new_names_of_tensors(reference: nn.Module, folder: Path, tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_image_size_and_normalisation_of_the_processor(folder: Path) -> None:
         ({"backbone__depths": [1, 1, 1, 1]}, r"a basic ResNet of depths \(1, 1, 1, 1\) is not one of"),
         ({"backbone__hidden_sizes": [8, 16, 32, 64]}, "hidden_sizes"),
         ({"num_queries": 0}, "num_queries"),
-        ({"decoder_layers": 2}, "they lack heads.detection.decoder.layers.1"),
+        ({"decoder_layers": 2}, "a tensor is missing: heads.detection.decoder.layers.1"),
         ({"encoder_hidden_dim": 128}, "do not fit the model that they describe: size mismatch"),
     ],
 )

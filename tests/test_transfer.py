@@ -33,7 +33,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_same_model_takes_everything(source: Path) -> None:
     model = make_model()
     line = init_from(model, source)
-    assert line.endswith("backbone taken; neck taken; head detection taken; 3 of 3 classes known by name")
+    assert line.endswith("backbone loaded; neck loaded; head detection loaded; 3 of 3 classes matched by name")
     assert "\n" not in line
     for name, value in read_weights(source).tensors.items():
         assert torch.equal(model.state_dict()[name], value), name
@@ -44,7 +44,7 @@ def test_classes_are_matched_by_name(source: Path) -> None:
     model = make_model(["TV monitor".replace(" ", ""), "cow", "bird", "Cat"])
     before = {name: value.clone() for name, value in model.state_dict().items()}
     line = init_from(model, source)
-    assert line.endswith("head detection taken; 2 of 4 classes known by name (new: cow, bird)")
+    assert line.endswith("head detection loaded; 2 of 4 classes matched by name (not in these weights: cow, bird)")
     after, there = model.state_dict(), read_weights(source).tensors
     for name in (f"{CLASS_HEAD}.weight", f"{CLASS_HEAD}.bias", LABELS, "heads.detection.decoder.memory_class.bias"):
         assert torch.equal(after[name][[0, 3]], there[name][[2, 0]])
@@ -78,7 +78,7 @@ def test_another_backbone_takes_the_rest(source: Path) -> None:
     model = make_model(backbone="test_convnext")
     before = model.state_dict()["backbone.net.stem_0.weight"].clone()
     line = init_from(model, source)
-    assert "backbone new; neck 51 of 54 layers; head detection taken" in line
+    assert "backbone not loaded; neck loaded in part (51 of 54 layers); head detection loaded" in line
     assert torch.equal(model.state_dict()["backbone.net.stem_0.weight"], before)
     assert torch.allclose(model.backbone.mean, torch.tensor(0.5))
 
@@ -99,7 +99,7 @@ def test_layers_are_taken_whole_or_not_at_all(source: Path) -> None:
     """With other widths some biases have the right shape by chance."""
     model = make_model(["cow"], dim=64)
     line = init_from(model, source)
-    assert "backbone taken; neck new; head detection new" in line
+    assert "backbone loaded; neck not loaded; head detection not loaded" in line
     with pytest.raises(UserError, match="nothing in them fits: they have backbone test_resnet and embed_dim 32, this"):
         init_from(make_model(["cow"], backbone="test_convnext", dim=64), source)
 
@@ -111,7 +111,7 @@ def test_a_head_of_another_task_lends_its_layers(source: Path, monkeypatch: pyte
     config = make_model().config
     model = Model(config.model_copy(update={"heads": {"other": config.heads["detection"]}}))
     line = init_from(model, source)
-    assert "head other taken" in line
+    assert "head other loaded" in line
     there = read_weights(source).tensors
     assert torch.equal(
         model.state_dict()["heads.other.decoder.memory_class.bias"], there["heads.detection.decoder.memory_class.bias"]
@@ -136,7 +136,7 @@ def test_a_keypoint_head_takes_rows_of_classes_with_keypoints(tmp_path: Path) ->
     model = keypoint_model(["cow", "HEN", "dog"])
     weight = model.state_dict()["heads.keypoints.one.score.weight"]
     cow = weight[0].clone()
-    assert "head keypoints taken" in init_from(model, tmp_path / "a.safetensors")
+    assert "head keypoints loaded" in init_from(model, tmp_path / "a.safetensors")
     assert torch.equal(weight[1], there.state_dict()["heads.keypoints.one.score.weight"][1])
     assert torch.equal(weight[0], cow)
     fewer = keypoint_model(["dog"])
@@ -148,7 +148,7 @@ def test_keypoints_start_from_detection_with_backbone_and_neck(source: Path) -> 
     for settings in ({"embed_dim": 16}, {"embed_dim": 16, "predict": "points", "levels": "finest"}):
         model = keypoint_model(["cat"], settings)
         line = init_from(model, source)
-        assert line.endswith("backbone taken; neck taken; head keypoints new")
+        assert line.endswith("backbone loaded; neck loaded; head keypoints not loaded")
         there = read_weights(source).tensors
         for name, value in model.state_dict().items():
             if name.startswith("neck."):

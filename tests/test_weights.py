@@ -115,12 +115,12 @@ def test_every_form_of_a_run_is_found(run: Path) -> None:
 
 def test_what_is_not_there(run: Path, tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(tmp_path / "nowhere" / "weights.safetensors")
-    assert "holds several runs" in refusal(run.parent)
+    assert "there are several runs in it" in refusal(run.parent)
     (tmp_path / "begun").mkdir()
     (tmp_path / "begun" / "config.yaml").write_text("model: {}\n")
     assert "has no best.safetensors yet" in refusal(tmp_path / "begun")
     (tmp_path / "empty").mkdir()
-    assert "there is no weights in this folder" in refusal(tmp_path / "empty")
+    assert "there is no weights file in this folder" in refusal(tmp_path / "empty")
 
 
 def test_nothing_is_unpickled(tmp_path: Path) -> None:
@@ -158,9 +158,9 @@ def test_tensors_that_do_not_fit_their_description(run: Path, tmp_path: Path) ->
     name = "neck.projections.0.conv.weight"
     other = tmp_path / "other.safetensors"
     save_file({key: value for key, value in tensors.items() if key != name}, other, metadata)
-    assert f"they lack {name}" in refusal(other)
+    assert f"a tensor is missing: {name}" in refusal(other)
     save_file({**tensors, "neck.more": torch.zeros(1)}, other, metadata)
-    assert "they have an unknown neck.more" in refusal(other)
+    assert "a tensor is unknown: neck.more" in refusal(other)
     save_file({**tensors, name: torch.zeros(1)}, other, metadata)
     assert f"size mismatch for {name}" in refusal(other)
 
@@ -179,6 +179,51 @@ def test_keeping_some_heads(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept.tasks == ["second"]
     images = torch.rand(1, 3, 64, 96)
     assert torch.equal(kept(images)["second"]["logits"], joint(images)["second"]["logits"])
+
+
+def write_with_header(path: Path, model: Model, heads: dict[str, object]) -> None:
+    """The weights of ``model`` with these sections of ``model.heads`` added to in the header."""
+    save_weights(model, path)
+    with safe_open(path, "pt") as file:
+        header = json.loads(file.metadata()["mvision"])
+    for task, settings in heads.items():
+        header["model"]["heads"][task] |= settings
+    save_file(load_file(path), path, {"format": "pt", "mvision": json.dumps(header)})
+
+
+def test_a_header_with_retired_keys_loads(tmp_path: Path) -> None:
+    model, path = make_model(), tmp_path / "old.safetensors"
+    write_with_header(path, model, {"detection": {"learned_queries": False}})
+    again = load(path)
+    assert again.config == model.config
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_header_with_a_retired_value_without_replacement_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "old.safetensors"
+    write_with_header(path, make_model(), {"detection": {"learned_queries": True}})
+    assert "model.heads.detection.learned_queries: True is not supported any more" in refusal(path)
+
+
+def test_keeping_a_task_of_a_fused_model(run: Path) -> None:
+    model = make_model()
+    expected = logits(model)
+    save_weights(model.fuse(), run / "best.safetensors")
+    assert torch.allclose(logits(load(run, tasks=["detection"])), expected, atol=1e-5)
+
+
+def test_a_task_gets_the_head_of_the_task_that_included_it(tmp_path: Path) -> None:
+    """Its tensors are renamed, and those that only the including task needs are left out."""
+    config = make_model().config.model_dump()
+    queries = config["heads"]["detection"]
+    config["heads"] = {"instance-seg": {**queries, "pixel_dim": 16, "mask_dim": 8}, "detection": {}}
+    joint = Model(parse_model_config(config)).eval()
+    save_weights(joint, tmp_path / "joint.safetensors")
+    alone = load(tmp_path / "joint.safetensors", tasks=["detection"])
+    assert list(alone.heads) == ["detection"]
+    assert torch.equal(logits(alone), logits(joint))
+    with pytest.raises(UserError, match="name at least one task"):
+        load(tmp_path / "joint.safetensors", tasks=[])
 
 
 @pytest.mark.parametrize("failure", ["error", "killed halfway"])

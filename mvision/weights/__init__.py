@@ -1,4 +1,4 @@
-"""Weights: saving a model, loading it back, and starting a model from other weights."""
+"""Saving a model's weights, loading them, and initialising a model from the weights of another one."""
 
 from mvision.weights.files import Weights, init_from, load, read_weights, resolve_weights, save_weights
 

@@ -1,8 +1,8 @@
-"""Weights: saving a model so that one file is enough, loading it back, and starting a model from other weights.
+"""Saving a model in one file, loading it, and initialising a model from the weights of another one.
 
-A weights file is a safetensors file whose header holds the whole ``ModelConfig``. Everywhere a source of weights can be
-named, these forms are understood: the folder of a run, a ``.safetensors`` file of ours, a folder in Hugging Face's
-format of a published RT-DETR, and the id of either on the Hugging Face Hub. Nothing is ever unpickled.
+A weights file is a safetensors file whose header holds the whole ``ModelConfig``. A source of weights is one of these:
+a run's folder, a ``.safetensors`` file that mvision wrote, a folder with a published RT-DETR in Hugging Face's format,
+or the id of such a folder or file on the Hugging Face Hub. Formats that can run code when opened are never read.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ FORMS = "a run's folder, a .safetensors file, a folder with config.json and mode
 
 @dataclass
 class Weights:
-    """What a source holds: a model's description and its tensors, by our names."""
+    """The content of a source of weights.
+
+    Attributes:
+        tensors: by mvision's names, as in ``Model.state_dict()``.
+        fused: whether the model was fused for inference (``Model.fuse``).
+    """
 
     config: ModelConfig
     tensors: dict[str, Tensor]
@@ -46,26 +51,26 @@ class Weights:
 
 
 def save_weights(model: Model, path: str | Path, extra: dict[str, Any] | None = None) -> None:
-    """Write a file that is complete or not there: weights and, in the header, everything needed to build the model.
+    """Write the weights and, in the file's header, everything that is needed to build the model.
 
     Args:
         model: its weights are stored in their own precision.
-        path: a ``.safetensors`` file; its folder is made.
-        extra: anything that JSON can hold, stored beside the config (such as the epoch and its metrics).
+        path: a ``.safetensors`` file; its folder is created.
+        extra: anything that JSON can represent, such as the epoch and its metrics; stored in the header too.
 
     Raises:
-        UserError: the file cannot be written; one that was there before is left as it was.
+        UserError: the file cannot be written; a file that was at ``path`` before is unchanged.
     """
     path = Path(path)
-    described = {
+    header = {
         **(extra or {}),
         "version": mvision.__version__,
         "fused": _is_fused(model),
         "model": model.config.model_dump(mode="json"),
     }
-    # Copies: safetensors refuses tensors that share memory, as views and tied weights do.
+    # Copied, because safetensors refuses tensors that share memory, such as tied weights.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-    metadata = {"format": "pt", "mvision": json.dumps(described)}
+    metadata = {"format": "pt", "mvision": json.dumps(header)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -75,74 +80,68 @@ def save_weights(model: Model, path: str | Path, extra: dict[str, Any] | None = 
 
 
 def load(source: str | Path, tasks: Sequence[str] | None = None, device: str | torch.device = "cpu") -> Model:
-    """The model that a source of weights describes, with its weights, in eval mode.
+    """Build a model from a source of weights, in eval mode.
 
     Args:
-        source: a run's folder, a ``.safetensors`` file of ours, a folder in Hugging Face's format, or a Hub id.
-        tasks: the heads to keep; None keeps all.
+        source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, or a Hub id.
+        tasks: the tasks that the model keeps; None keeps all.
 
     Raises:
-        UserError: no such source, not a weights file, broken, or without one of the tasks.
+        UserError: no such source, no weights in it, damaged, or without one of the tasks.
     """
     weights = read_weights(source)
-    config, tensors = weights.config, weights.tensors
     if tasks is not None:
-        missing = [task for task in tasks if task not in config.heads]
-        if missing or not tasks:
-            raise UserError(
-                f"weights {source}: there is no head '{', '.join(missing)}', only {', '.join(config.heads)}"
-            )
-        config = config.model_copy(update={"heads": {task: config.heads[task] for task in tasks}})
-        tensors = _of_tasks(weights, tasks, source)
-    model = Model(config)
-    if tasks is not None:
-        # A head that served two tasks has more than the one needs that is left.
-        known = model.state_dict()
-        tensors = {name: tensor for name, tensor in tensors.items() if name in known}
+        weights = _keep_tasks(weights, tasks, source)
+    model = Model(weights.config)
     if weights.fused:
         model.fuse()
-    _fill(model, tensors, source)
+    if tasks is not None:
+        # The head of a task that included another one can have more tensors than the other task's own head.
+        names = model.state_dict().keys()
+        weights.tensors = {name: tensor for name, tensor in weights.tensors.items() if name in names}
+    _load_tensors(model, weights.tensors, source)
     return model.to(device).eval()
 
 
 def init_from(model: Model, source: str | Path, parts: Collection[str] | None = None) -> str:
-    """Start a model from other weights: everything whose name and shape fit, classes by their names.
+    """Copy into a model all weights of a source that fit it, see ``mvision.weights.transfer``.
 
-    ``parts``: only these of it, ``backbone`` or ``neck``.
+    Args:
+        parts: only these parts of the model, ``backbone`` and ``neck``; None: all.
 
     Returns:
-        One line that says what was taken and what stays new.
+        A text in one line: which parts were loaded, and which keep the weights that they had.
 
     Raises:
-        UserError: no such source, or nothing in it fits.
+        UserError: no such source, nothing in it fits, or it was fused for inference.
     """
     weights = read_weights(source)
     if weights.fused:
         raise UserError(
-            f"weights {source}: fused for inference, no training can start from them; take the unfused ones"
+            f"weights {source}: fused for inference, so that no training can start from them; use the unfused weights"
         )
     return f"weights {source}: {transfer(model, weights.config, weights.tensors, str(source), parts)}"
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Config and tensors of any source, without building a model."""
+    """Config and tensors of any source, without building a model; raises UserError."""
     path = resolve_weights(source)
     if path.is_dir():
         return Weights(*read_published(path))
-    described = _header(path)
+    header = _header(path)
     try:
-        config = parse_model_config(described["model"])
+        config = parse_model_config(header["model"])
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from error
-    config.backbone.pretrained = False  # the weights are in the file: nothing is to be downloaded
-    return Weights(config, _read(path), described.get("fused", False))
+    config.backbone.pretrained = False  # the backbone's weights are in the file: nothing has to be downloaded
+    return Weights(config, _read(path), header.get("fused", False))
 
 
 def resolve_weights(source: str | Path) -> Path:
-    """The weights file of ours, or the folder in Hugging Face's format, that a source stands for.
+    """The path of a source: mvision's own weights file, or a folder in Hugging Face's format.
 
     Raises:
-        UserError: neither can be found, or it is a format that can run code when it is opened.
+        UserError: neither can be found, or the file's format can run code when it is opened.
     """
     path = Path(source)
     if path.is_dir():
@@ -162,36 +161,37 @@ def resolve_weights(source: str | Path) -> Path:
 
 
 def _in_folder(folder: Path) -> Path:
+    """The weights file in a run's folder, or the folder itself if it is in Hugging Face's format."""
     for name in (BEST, PUBLISHED):
         if (folder / name).is_file():
             return folder if name == PUBLISHED and _is_published(folder) else folder / name
-    # Not deeper than runs/TASK/N: the folder may be anybody's.
+    # Not deeper than runs/TASK/N: any folder of the disk may have been named.
     nested = (file for depth in ("*", "*/*", "*/*/*") for file in folder.glob(f"{depth}/{BEST}"))
     runs = sorted(nested, key=lambda file: file.stat().st_mtime)
     if runs:
-        raise UserError(f"weights {folder}: holds several runs; name one, such as {runs[-1].parent}")
+        raise UserError(f"weights {folder}: there are several runs in it; name one, such as {runs[-1].parent}")
     if (folder / "config.yaml").is_file() or (folder / "last").is_dir():
         raise UserError(f"weights {folder}: this run has no {BEST} yet: it is written after the first evaluation")
     others = sorted(file.name for file in folder.iterdir() if file.suffix in {".safetensors", *PICKLES})
-    found = f"only {', '.join(others)}" if others else "no weights"
-    raise UserError(f"weights {folder}: there is {found} in this folder; give {FORMS}")
+    content = f"only {', '.join(others)}" if others else "no weights file"
+    raise UserError(f"weights {folder}: there is {content} in this folder; give {FORMS}")
 
 
 def _is_published(folder: Path) -> bool:
-    """Whether its ``model.safetensors`` is described by a ``config.json`` and not by its own header."""
+    """Whether a folder is in Hugging Face's format: ``model.safetensors``, not by mvision, and ``config.json``."""
     file = folder / PUBLISHED
     return (folder / "config.json").is_file() and file.is_file() and "mvision" not in _metadata(file)
 
 
 def _from_hub(name: str) -> Path:
-    """The local copy of a repository on the Hub: from the cache where it is complete there."""
+    """Download a repository of the Hub, or take it from the local cache; the path of its folder."""
     from huggingface_hub import snapshot_download
 
     files = ["config.json", "preprocessor_config.json", PUBLISHED, BEST]
     try:
         with cache_only_if_unreachable():
             return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # the client has no common base for what networks, hosts, caches and disks can do
+    except Exception as error:  # errors of network, host, cache and disk have no common base class
         raise UserError(
             f"weights {name}: no such file or folder here, and no download ({download_problem(error)}); on a machine "
             f"with network, download config.json and {PUBLISHED} of {name} into a folder, and give that folder's path"
@@ -207,7 +207,7 @@ def _metadata(path: Path) -> dict[str, str]:
 
 
 def _header(path: Path) -> dict[str, Any]:
-    """What ``save_weights`` wrote into the header."""
+    """The part of a file's header that ``save_weights`` wrote."""
     metadata = _metadata(path)
     if "mvision" not in metadata:
         raise UserError(
@@ -226,32 +226,42 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"weights {path}: damaged ({error})") from error
 
 
-def _fill(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Load a state dict that has to fit, apart from counters that frozen norms do not keep."""
+def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
+    """Load a state dict, which has to be complete; only counters of batches may be missing, as frozen norms have none.
+
+    Raises:
+        UserError: a tensor is missing, unknown or of another shape.
+    """
     try:
         missing, unexpected = model.load_state_dict(tensors, strict=False)
     except RuntimeError as error:
         problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
         raise UserError(f"weights {source}: do not fit the model that they describe: {problem}") from error
     missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    for kind, names in (("lack", missing), ("have an unknown", unexpected)):
+    for problem, names in (("a tensor is missing", missing), ("a tensor is unknown", unexpected)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"weights {source}: they {kind} {names[0]}{more}")
+            raise UserError(f"weights {source}: {problem}: {names[0]}{more}")
 
 
-def _of_tasks(weights: Weights, tasks: Sequence[str], source: str | Path) -> dict[str, Tensor]:
-    """The tensors of backbone, neck and the heads that serve these tasks, by their names without the rest."""
-    kept = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("heads.")}
+def _keep_tasks(weights: Weights, tasks: Sequence[str], source: str | Path) -> Weights:
+    """The weights of a model with these tasks alone.
+
+    A task without a head of its own can need one without the task that includes it: the tensors of the head that served
+    both are then renamed.
+    """
+    heads = weights.config.heads
+    missing = [task for task in tasks if task not in heads]
+    if missing:
+        raise UserError(f"weights {source}: there is no head '{', '.join(missing)}', only {', '.join(heads)}")
+    config = weights.config.model_copy(update={"heads": {task: heads[task] for task in tasks}})
+    tensors = {name: tensor for name, tensor in weights.tensors.items() if not name.startswith("heads.")}
     for task in tasks:
-        before, after = serving_task(task, weights.config.heads), serving_task(task, tasks)
-        start = f"heads.{before}."
-        kept |= {
-            f"heads.{after}.{name.removeprefix(start)}": tensor
-            for name, tensor in weights.tensors.items()
-            if name.startswith(start)
+        old, new = f"heads.{serving_task(task, heads)}.", f"heads.{serving_task(task, tasks)}."
+        tensors |= {
+            new + name.removeprefix(old): tensor for name, tensor in weights.tensors.items() if name.startswith(old)
         }
-    return kept
+    return Weights(config, tensors, weights.fused)
 
 
 def _is_fused(model: nn.Module) -> bool:

@@ -1,8 +1,8 @@
-"""Published RT-DETR weights: a folder in Hugging Face's format becomes a config and a state dict of ours.
+"""Reading published RT-DETR weights: a folder in Hugging Face's format gives a config and a state dict of mvision.
 
-Read are ``RTDetrForObjectDetection`` and ``RTDetrV2ForObjectDetection`` on ResNet-18/34/50/101 "vd", as written by any
-version of ``transformers`` (version 5 renamed tensors). Their backbones are timm's ``resnet18d`` and so on; the two
-small ones have one more convolution, see ``BackboneConfig.stage1_shortcut``.
+It reads ``RTDetrForObjectDetection`` and ``RTDetrV2ForObjectDetection`` on ResNet-18/34/50/101 "vd", as written by any
+version of ``transformers`` (version 5 renamed tensors). Their backbones are timm's ``resnet18d``, ``resnet34d`` etc.;
+the two small ones have one more convolution, see ``BackboneConfig.stage1_shortcut``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ _RESNETS = {
     ("bottleneck", (3, 4, 23, 3)): "resnet101d",
 }
 
-# What is the same in every published model, and taken for granted here. An absent key has this value.
+# Settings that mvision's model does not have, because every published model has the same value. A key that is absent
+# from config.json has this value too.
 _FIXED = {
     "activation_function": "silu",
     "decoder_activation_function": "relu",
@@ -55,10 +56,11 @@ _FIXED_BACKBONE = {
     "out_indices": [2, 3, 4],
 }
 
-# Buffers that are computed here.
+# Buffers that mvision computes instead of loading them.
 _COMPUTED = re.compile(r"(anchors|valid_mask|n_points_scale)$")
 
-# Every rule is applied, in this order. Alternatives in groups are the older and the newer name of the same thing.
+# Name in the file -> name in mvision. Every rule is applied, in this order; (?:a|b) and (?:a)? are the names in older
+# and newer versions of transformers.
 _RENAMED = [
     (r"^model\.backbone\.model\.embedder\.embedder\.0\.convolution", "backbone.net.conv1.0"),
     (r"^model\.backbone\.model\.embedder\.embedder\.0\.normalization", "backbone.net.conv1.1"),
@@ -105,26 +107,26 @@ _STAGE = re.compile(
 def read_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """The config and state dict of a folder with ``config.json`` and ``model.safetensors``.
 
-    ``num_batches_tracked`` of norms may be absent: the reference freezes its backbone's.
+    The state dict can lack ``num_batches_tracked`` of norms: the published models freeze those of the backbone.
 
     Raises:
-        UserError: not an RT-DETR model, or one with a part that is not implemented.
+        UserError: a file cannot be read, or it is not an RT-DETR model, or one with a part that mvision does not have.
     """
-    described = _json(folder / "config.json")
+    published = _json(folder / "config.json")
     tensors = {}
     try:
         for name, tensor in load_file(folder / "model.safetensors").items():
             if not _COMPUTED.search(name):
-                tensors[our_name(name)] = tensor
+                tensors[mvision_name(name)] = tensor
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'}: cannot be read ({error})") from error
-    processor = folder / "preprocessor_config.json"
-    images = _json(processor) if processor.is_file() else {}
-    config = _model_config(described, images, tensors, folder / "config.json")
-    if images.get("do_normalize", False):
+    file = folder / "preprocessor_config.json"
+    processor = _json(file) if file.is_file() else {}
+    config = _model_config(published, processor, tensors, folder / "config.json")
+    if processor.get("do_normalize", False):
         config.backbone.normalize = "auto"
         for name, key in (("mean", "image_mean"), ("std", "image_std")):
-            tensors[f"backbone.{name}"] = torch.tensor(images[key]).view(3, 1, 1)
+            tensors[f"backbone.{name}"] = torch.tensor(processor[key]).view(3, 1, 1)
     return config, tensors
 
 
@@ -138,8 +140,8 @@ def _json(path: Path) -> dict[str, Any]:
     return content
 
 
-def our_name(name: str) -> str:
-    """Our name of a tensor."""
+def mvision_name(name: str) -> str:
+    """mvision's name of a tensor of the file."""
     match = _STAGE.match(name)
     if match:
         stage, layer, place, kind = match.groups()
@@ -155,18 +157,18 @@ def our_name(name: str) -> str:
 
 
 def _model_config(
-    described: dict[str, Any], images: dict[str, Any], tensors: dict[str, Tensor], path: Path
+    published: dict[str, Any], processor: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> ModelConfig:
-    if described.get("model_type") not in ("rt_detr", "rt_detr_v2"):
-        raise UserError(f"{path}: model_type is {described.get('model_type')!r}; rt_detr and rt_detr_v2 can be read")
-    _check(described, _FIXED, path)
-    backbone = _backbone(described.get("backbone_config") or {}, path)
-    size = images.get("size") or {}
+    if published.get("model_type") not in ("rt_detr", "rt_detr_v2"):
+        raise UserError(f"{path}: model_type is {published.get('model_type')!r}; rt_detr and rt_detr_v2 can be read")
+    _check(published, _FIXED, path)
+    backbone = _backbone(published.get("backbone_config") or {}, path)
+    size = processor.get("size") or {}
     sections = {
         "backbone": backbone,
-        "neck": _neck(described),
-        "heads": {"detection": _head(described)},
-        "categories": _categories(described.get("id2label") or {}, tensors, path),
+        "neck": _neck(published),
+        "heads": {"detection": _head(published)},
+        "categories": _categories(published.get("id2label") or {}, tensors, path),
         "image_size": [size.get("height", 640), size.get("width", 640)],
     }
     try:
@@ -175,35 +177,36 @@ def _model_config(
         raise UserError(f"{path}: {error}") from error
 
 
-def _backbone(described: dict[str, Any], path: Path) -> dict[str, Any]:
-    if not described:
+def _backbone(published: dict[str, Any], path: Path) -> dict[str, Any]:
+    if not published:
         raise UserError(f"{path}: has no backbone_config; only RT-DETR's own ResNets can be read")
-    _check(described, _FIXED_BACKBONE, path, "backbone_config.")
-    kind = described.get("layer_type", "bottleneck")
-    depths = tuple(described.get("depths", (3, 4, 6, 3)))
+    _check(published, _FIXED_BACKBONE, path, "backbone_config.")
+    kind = published.get("layer_type", "bottleneck")
+    depths = tuple(published.get("depths", (3, 4, 6, 3)))
     widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
-    _check(described, {"hidden_sizes": widths}, path, "backbone_config.")
+    _check(published, {"hidden_sizes": widths}, path, "backbone_config.")
     if (kind, depths) not in _RESNETS:
         raise UserError(f"{path}: backbone_config: a {kind} ResNet of depths {depths} is not one of {_RESNETS}")
     return {"name": _RESNETS[kind, depths], "normalize": "none", "stage1_shortcut": kind == "basic"}
 
 
-def _neck(described: dict[str, Any]) -> dict[str, Any]:
-    levels = list(described.get("encode_proj_layers", [2]))
+def _neck(published: dict[str, Any]) -> dict[str, Any]:
+    levels = list(published.get("encode_proj_layers", [2]))
     return {
-        "embed_dim": described.get("encoder_hidden_dim", 256),
+        "embed_dim": published.get("encoder_hidden_dim", 256),
         "attention_levels": "coarsest" if levels == [2] else levels,
         "share_attention": len(levels) == 1,
-        "num_heads": described.get("encoder_attention_heads", 8),
-        "num_layers": described.get("encoder_layers", 1),
-        "ffn_dim": described.get("encoder_ffn_dim", 1024),
-        "dropout": described.get("dropout", 0.0),
-        "expansion": described.get("hidden_expansion", 1.0),
+        "num_heads": published.get("encoder_attention_heads", 8),
+        "num_layers": published.get("encoder_layers", 1),
+        "ffn_dim": published.get("encoder_ffn_dim", 1024),
+        "dropout": published.get("dropout", 0.0),
+        "expansion": published.get("hidden_expansion", 1.0),
     }
 
 
-def _head(described: dict[str, Any]) -> dict[str, Any]:
-    ours = {
+def _head(published: dict[str, Any]) -> dict[str, Any]:
+    # mvision's key -> (key in config.json, value if it is absent there)
+    keys = {
         "embed_dim": ("d_model", 256),
         "num_queries": ("num_queries", 300),
         "num_layers": ("decoder_layers", 6),
@@ -222,23 +225,24 @@ def _head(described: dict[str, Any]) -> dict[str, Any]:
         "box_weight": ("weight_loss_bbox", 5.0),
         "giou_weight": ("weight_loss_giou", 2.0),
     }
-    return {name: described.get(theirs, default) for name, (theirs, default) in ours.items()}
+    return {name: published.get(key, default) for name, (key, default) in keys.items()}
 
 
 def _categories(labels: dict[str, str], tensors: dict[str, Tensor], path: Path) -> list[dict[str, Any]]:
-    """COCO's own ids and names if they are COCO's classes (in any spelling), else the names numbered from 0."""
+    """The classes: with COCO's ids and names if they are COCO's 80 (in any spelling), else numbered from 0."""
     bias = tensors.get("heads.detection.decoder.class_heads.0.bias")
     if bias is None:
         raise UserError(f"{path.parent}: the weights have no classifier: not a model for object detection")
     names = [labels.get(str(index), f"LABEL_{index}") for index in range(len(bias))]
-    known = coco_categories(names)
-    if known is not None:
-        return [category.model_dump() for category in known]
+    coco = coco_categories(names)
+    if coco is not None:
+        return [category.model_dump() for category in coco]
     return [{"id": index, "name": name} for index, name in enumerate(names)]
 
 
-def _check(described: dict[str, Any], expected: dict[str, Any], path: Path, prefix: str = "") -> None:
+def _check(published: dict[str, Any], expected: dict[str, Any], path: Path, prefix: str = "") -> None:
+    """Raise UserError if a setting has another value than the expected one; one that is absent has the expected."""
     for key, value in expected.items():
-        found = described.get(key, value)
-        if found != value and not (isinstance(value, list) and list(found) == value):
-            raise UserError(f"{path}: {prefix}{key} is {found!r}, and only {value!r} can be read")
+        given = published.get(key, value)
+        if given != value and not (isinstance(value, list) and list(given) == value):
+            raise UserError(f"{path}: {prefix}{key} is {given!r}, and only {value!r} can be read")

@@ -1,6 +1,6 @@
-"""Starting a model from the weights of another one: what fits is taken, classes are matched by their names.
+"""Initialising a model from the weights of another one: tensors that fit are copied, classes are matched by name.
 
-A different backbone, another task or other classes are no obstacle to what the two models have in common.
+The two models may have different backbones, tasks and classes; what they have in common is copied.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from mvision.config import ModelConfig
     from mvision.model import Model
 
+Place = tuple[str, str]
+"""A part of the model (``backbone``, ``neck``, ``heads.TASK``) and the name of a module directly inside it."""
+
 
 @torch.no_grad()
 def transfer(
@@ -30,159 +33,162 @@ def transfer(
     source: str,
     parts: Collection[str] | None = None,
 ) -> str:
-    """Copy into ``model`` every tensor that fits, and say in one line which parts were taken and what is new.
+    """Copy every tensor that fits into ``model``, in place.
+
+    A head whose task is not in ``tensors`` gets the tensors with the same name inside a head and the same shape from
+    the heads of other tasks. In layers with one row per class, the rows of classes with the same name are copied and
+    the other rows keep their values. The mean and std of the images go with the weights of the backbone.
 
     Args:
         config, tensors: the description and the state dict of the other model.
-        source: what errors call it.
-        parts: only these parts of the model, of ``backbone``, ``neck`` and ``heads.TASK``; None: all of it.
+        source: name of the weights in error messages.
+        parts: copy only these parts of the model, of ``backbone``, ``neck`` and ``heads.TASK``; None: all.
 
-    A head without a counterpart in ``tensors`` takes from the heads of other tasks what has the same name inside the
-    head and the same shape. In layers with one row per class, the rows of classes with the same name are copied; the
-    other rows stay as they are. With the backbone's weights goes the normalisation that they were trained with.
+    Returns:
+        A text in one line: which parts were loaded, and which keep the weights that they had.
 
     Raises:
         UserError: nothing fits.
     """
-    rows = _matching_rows(model.categories, config.categories)
-    fit = _Fit(_rows_per_class(model, config.categories))
-    # Layers by part of the model (backbone, neck, heads.TASK) and the module right below it.
-    taken: Counter[tuple[str, str]] = Counter()
-    total: Counter[tuple[str, str]] = Counter()
-    for module, members in _by_module(model.state_dict()).items():
-        part = ".".join(module.split(".")[: 2 if module.startswith("heads.") else 1])
-        pairs = {name: (target, _counterpart(name, tensors)) for name, target in members.items()}
-        # All of a layer or nothing: a bias without its weights is no use, and the counters of norms may be absent.
+    matches = _match_classes(model.categories, config.categories)
+    class_rows = _class_rows(model, config.categories)
+    loaded: Counter[Place] = Counter()
+    total: Counter[Place] = Counter()
+    for layer, targets in _by_layer(model.state_dict()).items():
+        part = ".".join(layer.split(".")[: 2 if layer.startswith("heads.") else 1])
+        pairs = {name: (target, _counterpart(name, tensors)) for name, target in targets.items()}
+        # A layer is copied as a whole or not at all: a bias is of no use without its weights. Published weights with
+        # frozen norms have no counters of batches.
         fits = (parts is None or part in parts) and all(
-            fit(name, *pair) for name, pair in pairs.items() if not name.endswith("num_batches_tracked")
+            _fits(*pair, class_rows.get(name))
+            for name, pair in pairs.items()
+            if not name.endswith("num_batches_tracked")
         )
-        place = part, module.removeprefix(f"{part}.").partition(".")[0]
+        place = part, layer.removeprefix(f"{part}.").partition(".")[0]
         total[place] += 1
-        taken[place] += fits
-        for name, (target, found) in pairs.items() if fits else ():
-            if found is not None:
-                fit.copy(name, target, found)
-    if not sum(taken.values()):
+        loaded[place] += fits
+        for name, (target, other) in pairs.items() if fits else ():
+            if other is not None:
+                _copy(target, other, class_rows.get(name))
+    if not loaded.total():
         raise UserError(
             f"weights {source}: nothing in them fits: they have backbone {config.backbone.name} and embed_dim "
             f"{config.neck.embed_dim}, this model has {model.config.backbone.name} and {model.config.neck.embed_dim}"
         )
-    if any(taken[place] for place in total if place[0] == "backbone"):
+    if any(loaded[place] for place in total if place[0] == "backbone"):
         model.backbone.set_normalization(tensors.get("backbone.mean"), tensors.get("backbone.std"))
-    return _describe(taken, total, model.categories, rows)
+    return _describe(loaded, total, model.categories, matches)
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """The classes of a head here and there: ``pairs`` has for those known there the index there by the index here."""
-
-    pairs: dict[int, int]
-    here: int
-    there: int
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """Whether a tensor can be taken over, and how.
+class _ClassRows:
+    """How the rows of a tensor with one row per class correspond in two models.
 
     Attributes:
-        per_class: the tensors that have one row per class (and possibly more behind them, for padding), by name.
+        matches: row in the model -> row in the other model, for classes with the same name.
+        count, other_count: classes of the head in the model and in the other one. Rows after these are padding.
     """
 
-    per_class: dict[str, _Rows]
-
-    def __call__(self, name: str, target: Tensor, found: Tensor | None) -> bool:
-        if found is None:
-            return False
-        if name not in self.per_class:
-            return target.shape == found.shape
-        rows = self.per_class[name]
-        same_padding = len(target) - rows.here == len(found) - rows.there
-        return target.shape[1:] == found.shape[1:] and same_padding and bool(rows.pairs)
-
-    def copy(self, name: str, target: Tensor, found: Tensor) -> None:
-        """Into ``target``, in place."""
-        if name not in self.per_class:
-            target.copy_(found)
-            return
-        rows = self.per_class[name]
-        for index, other in rows.pairs.items():
-            target[index] = found[other]
-        target[rows.here :] = found[rows.there :].to(target)
+    matches: dict[int, int]
+    count: int
+    other_count: int
 
 
-def _by_module(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by the name of their module; without the normalisation, which goes with the backbone as a whole."""
-    modules: dict[str, dict[str, Tensor]] = {}
+def _fits(target: Tensor, other: Tensor | None, rows: _ClassRows | None) -> bool:
+    """Whether ``other`` can be copied into ``target``; ``rows`` is None for tensors without rows per class."""
+    if other is None:
+        return False
+    if rows is None:
+        return target.shape == other.shape
+    same_padding = len(target) - rows.count == len(other) - rows.other_count
+    return target.shape[1:] == other.shape[1:] and same_padding and bool(rows.matches)
+
+
+def _copy(target: Tensor, other: Tensor, rows: _ClassRows | None) -> None:
+    """Copy ``other`` into ``target``, in place."""
+    if rows is None:
+        target.copy_(other)
+        return
+    for row, other_row in rows.matches.items():
+        target[row] = other[other_row]
+    target[rows.count :] = other[rows.other_count :].to(target)
+
+
+def _by_layer(state: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors grouped by the module that holds them, without the mean and std of images."""
+    layers: dict[str, dict[str, Tensor]] = {}
     for name, tensor in state.items():
         if name not in ("backbone.mean", "backbone.std"):
-            modules.setdefault(name.rpartition(".")[0], {})[name] = tensor
-    return modules
+            layers.setdefault(name.rpartition(".")[0], {})[name] = tensor
+    return layers
 
 
 def _counterpart(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
-    """The tensor of this name, or for a head's tensor the one of the same name in another task's head."""
+    """The tensor of this name; for a head that ``tensors`` lack, the one of the same name inside another head."""
     if name in tensors or not name.startswith("heads."):
         return tensors.get(name)
     _, task, inner = name.split(".", 2)
-    own = f"heads.{task}."
-    if any(other.startswith(own) for other in tensors):
+    if any(other.startswith(f"heads.{task}.") for other in tensors):
         return None
-    ending = f".{inner}"
-    return next((value for other, value in tensors.items() if _is_inner(other, ending)), None)
+    return next(
+        (tensor for other, tensor in tensors.items() if other.startswith("heads.") and other.split(".", 2)[2] == inner),
+        None,
+    )
 
 
-def _is_inner(name: str, ending: str) -> bool:
-    return name.startswith("heads.") and name.endswith(ending) and name.count(".") == ending.count(".") + 1
-
-
-def _matching_rows(targets: list[Category], sources: list[Category]) -> dict[int, int]:
-    """For classes with a namesake: index there by index here."""
-    known = {canonical(category.name): index for index, category in enumerate(sources)}
+def _match_classes(categories: list[Category], others: list[Category]) -> dict[int, int]:
+    """Index in ``categories`` -> index in ``others``, for classes that both have (in any spelling)."""
+    indices = {canonical(category.name): index for index, category in enumerate(others)}
     return {
-        index: known[canonical(category.name)]
-        for index, category in enumerate(targets)
-        if canonical(category.name) in known
+        index: indices[canonical(category.name)]
+        for index, category in enumerate(categories)
+        if canonical(category.name) in indices
     }
 
 
-def _rows_per_class(model: Model, sources: list[Category]) -> dict[str, _Rows]:
-    """The tensors whose first dimension grows with the number of classes that their head finds."""
-    # A class that every head finds, with no more points than others have: widths that grow with those stay as they are.
+def _class_rows(model: Model, others: list[Category]) -> dict[str, _ClassRows]:
+    """For tensors of the heads whose number of rows depends on the number of classes: how their rows correspond.
+
+    Which tensors these are is found by building each head once more, with one class added.
+    """
+    # The added class has the keypoints of the class with most, so that no size that depends on keypoints changes.
     points = max((category.keypoints for category in model.categories), key=len, default=[])
     more = [*model.categories, Category(id=-1, name="one more", keypoints=points)]
-    per_class = {}
+    class_rows = {}
     for task in model.heads:
         head = model.head(task)
-        here, there = head.classes, head.predicted(sources)
-        rows = _Rows(_matching_rows(here, there), len(here), len(there))
+        own, other = head.classes, head.predicted(others)
+        rows = _ClassRows(_match_classes(own, other), len(own), len(other))
         try:
             with torch.device("meta"):
                 larger = model.new_head(task, more).state_dict()
         except UserError:
-            continue  # a head that is made for one class alone has no rows per class
+            continue  # this head allows one class only
         for inner, tensor in head.state_dict().items():
             if larger[inner].shape[:1] != tensor.shape[:1]:
-                per_class[f"heads.{task}.{inner}"] = rows
-    return per_class
+                class_rows[f"heads.{task}.{inner}"] = rows
+    return class_rows
 
 
 def _describe(
-    taken: Counter[tuple[str, str]], total: Counter[tuple[str, str]], categories: list[Category], rows: dict[int, int]
+    loaded: Counter[Place], total: Counter[Place], categories: list[Category], matches: dict[int, int]
 ) -> str:
-    parts, heads_taken = [], False
+    """What was loaded of every part, and, if that is a head, for which classes."""
+    texts, any_head = [], False
     for part in dict.fromkeys(part for part, _ in total):
-        counts = {place[1]: (taken[place], total[place]) for place in total if place[0] == part}
-        found, count = (sum(column) for column in zip(*counts.values()))
-        heads_taken = heads_taken or (part.startswith("heads.") and found > 0)
+        modules = {place[1]: (loaded[place], total[place]) for place in total if place[0] == part}
+        count, of_all = (sum(column) for column in zip(*modules.values()))
+        any_head = any_head or (part.startswith("heads.") and count > 0)
         name = part.replace("heads.", "head ")
-        new = sorted(inner for inner, (some, _) in counts.items() if not some)
-        more = f" (new: {', '.join(new)})" if new else ""
-        taken_or_new = "taken" if found == count else f"{found} of {count} layers{more}" if found else "new"
-        parts.append(f"{name} {taken_or_new}")
-    if heads_taken:
-        new = [category.name for index, category in enumerate(categories) if index not in rows]
-        named = ", ".join(new[:5]) + (", ..." if len(new) > 5 else "")
-        classes = f"{len(rows)} of {len(categories)} classes known by name"
-        parts.append(f"{classes} (new: {named})" if new else classes)
-    return "; ".join(parts)
+        if count in (0, of_all):
+            texts.append(f"{name} loaded" if count else f"{name} not loaded")
+            continue
+        left_out = sorted(module for module, (some, _) in modules.items() if not some)
+        detail = f", not {', '.join(left_out)}" if left_out else ""
+        texts.append(f"{name} loaded in part ({count} of {of_all} layers{detail})")
+    if any_head:
+        unmatched = [category.name for index, category in enumerate(categories) if index not in matches]
+        names = ", ".join(unmatched[:5]) + (", ..." if len(unmatched) > 5 else "")
+        detail = f" (not in these weights: {names})" if unmatched else ""
+        texts.append(f"{len(matches)} of {len(categories)} classes matched by name{detail}")
+    return "; ".join(texts)
