@@ -1,4 +1,4 @@
-"""Detection: boxes and classes of the decoder's queries."""
+"""Detection: a class and a box for every query of the decoder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mvision.structures import Targets
 
 
 class DetectionHead(QueryHead[QueryConfig, QueryOutputs]):
-    """RT-DETR's decoder with its criterion and post-processing.
+    """RT-DETR's decoder with its loss and post-processing.
 
     Outputs: ``logits`` (B, Q, C) before the sigmoid and ``boxes`` (B, Q, 4) cxcywh in 0..1; in training
     ``QueryOutputs``.
@@ -23,7 +23,7 @@ class DetectionHead(QueryHead[QueryConfig, QueryOutputs]):
     def forward(
         self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
     ) -> dict[str, Tensor] | QueryOutputs:
-        """Decode the neck's maps; with ``targets`` (training) denoising queries are made from them."""
+        """See ``Head.forward``; the lateral is not used."""
         decoded, denoising = self.decode(maps, targets)
         if targets is None:
             return {"logits": decoded.logits[-1], "boxes": decoded.boxes[-1]}
@@ -31,5 +31,5 @@ class DetectionHead(QueryHead[QueryConfig, QueryOutputs]):
 
     def loss(self, outputs: QueryOutputs, targets: list[Targets]) -> dict[str, Tensor]:
         """See ``QueryHead.query_terms``."""
-        truth = self.truth(outputs, targets)
-        return self.query_terms(outputs, truth, self.match(outputs, truth))
+        padded = self.pad(outputs, targets)
+        return self.query_terms(outputs, padded, self.match(outputs, padded))

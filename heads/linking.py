@@ -1,4 +1,4 @@
-"""One object, one result: poses that one head of a joint model found, linked to the objects that another found."""
+"""Poses that one head of a joint model predicts, merged with the objects that another head predicts in the image."""
 
 from __future__ import annotations
 
@@ -12,52 +12,52 @@ from mvision.structures import Instances
 from mvision.structures.boxes import iou
 from mvision.structures.masks import Masks, encode_mask
 
-LEAST_IOU = 0.5  # of the boxes of an object and its pose
+MIN_IOU = 0.5  # of the boxes of an object and its pose
 
 
 def link_poses(objects: Instances, poses: Instances, threshold: float) -> Instances:
-    """The objects with the keypoints of the poses that fit them, and the poses of objects that were not found.
+    """The objects, each with the keypoints of its pose, and the poses that have no object.
 
-    A pose belongs to at most one object, of its own class and with an IoU of the boxes of at least ``LEAST_IOU``; of
-    all ways to link them that with the largest sum of IoU times the pose's score is taken. The object's box and score
-    stay. An object without a pose has zeros, keypoint scores too. A pose that is left over becomes an object of its
-    own, with an empty mask, if its score reaches ``threshold`` and no object of its class lies where it is.
+    Objects and poses are matched one to one, within a class and where the IoU of their boxes is at least ``MIN_IOU``,
+    so that the sum of IoU times the pose's score is the largest. An object keeps its own box and score; without a pose
+    all its keypoints and their scores are zero. A pose becomes an object with an empty mask if its score is at least
+    ``threshold`` and its IoU with every object of its class is below ``MIN_IOU``.
 
     Args:
-        objects: what the first head found, all of it reaching the threshold.
-        poses: of the same image and categories, with ``keypoints``, of any score: an object that is sure may have a
-            pose that is not.
+        objects: the results of the first head, with scores >= ``threshold``.
+        poses: of the same image and categories, with ``keypoints`` and of any score: the pose of an object with a high
+            score may have a low one.
         threshold: 0..1.
 
     Returns:
         Sorted by falling score.
     """
     assert poses.keypoints is not None
-    overlap = _overlap(objects, poses)
-    value = np.where(overlap >= LEAST_IOU, overlap * poses.scores, 0)
+    box_iou = _iou_within_classes(objects, poses)
+    value = np.where(box_iou >= MIN_IOU, box_iou * poses.scores, 0)
     rows, columns = linear_sum_assignment(value, maximize=True)
     linked = value[rows, columns] > 0
     keypoints = np.zeros((len(objects), *poses.keypoints.shape[1:]), dtype=np.float32)
     keypoints[rows[linked]] = poses.keypoints[columns[linked]]
-    whole = replace(objects, keypoints=keypoints)
-    alone = (poses.scores >= threshold) & (overlap < LEAST_IOU).all(axis=0)
-    return _joined(whole, poses.filter(alone)) if alone.any() else whole
+    with_poses = replace(objects, keypoints=keypoints)
+    alone = (poses.scores >= threshold) & (box_iou < MIN_IOU).all(axis=0)
+    return _concatenated(with_poses, poses.filter(alone)) if alone.any() else with_poses
 
 
-def _overlap(objects: Instances, poses: Instances) -> np.ndarray:
-    """(objects, poses) IoU, 0 between classes."""
-    first, second = (torch.from_numpy(found.boxes).double() for found in (objects, poses))
-    overlap = iou(first[:, None], second[None])[0].numpy()
-    return overlap * (objects.labels[:, None] == poses.labels)
+def _iou_within_classes(objects: Instances, poses: Instances) -> np.ndarray:
+    """(objects, poses) IoU of the boxes, 0 where the classes differ."""
+    first, second = (torch.from_numpy(instances.boxes).double() for instances in (objects, poses))
+    box_iou = iou(first[:, None], second[None])[0].numpy()
+    return box_iou * (objects.labels[:, None] == poses.labels)
 
 
-def _joined(objects: Instances, poses: Instances) -> Instances:
+def _concatenated(objects: Instances, poses: Instances) -> Instances:
     assert objects.keypoints is not None
     assert poses.keypoints is not None
     masks = None
     if objects.masks is not None:
-        nothing = encode_mask(np.zeros(objects.size, dtype=bool))
-        masks = Masks([*objects.masks.rles, *([nothing] * len(poses))], objects.size)
+        empty = encode_mask(np.zeros(objects.size, dtype=bool))
+        masks = Masks([*objects.masks.rles, *([empty] * len(poses))], objects.size)
     both = replace(
         objects,
         boxes=np.concatenate((objects.boxes, poses.boxes)),

@@ -1,4 +1,4 @@
-"""One fine map from all of the neck's, for masks and for the exact places of keypoints."""
+"""Pixel features: one fine map made from all maps of the neck, for masks and for keypoint heatmaps."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from mvision.neck.layers import ConvNorm, RepBlock
 
 
 class PixelFeatures(nn.Module):
-    """The neck's maps, and the backbone's lateral where there is one, as one map for what is done pixel by pixel.
+    """The neck's maps, added at the size of the finest, then enlarged and added to the backbone's lateral if given.
 
     Args:
         channels, strides: of the neck's maps, finest first.
         lateral: channels of the backbone's map of stride ``stride``, or None.
-        stride: of the result; the map is enlarged to it.
-        width: of the layers inside.
+        stride: of the result, unless the neck's finest map has a smaller one, which is kept then.
+        width: channels of the layers inside.
         out_channels: of the result.
     """
 
@@ -39,17 +39,21 @@ class PixelFeatures(nn.Module):
         self.out = nn.Conv2d(width, out_channels, 1)
 
     def forward(self, maps: list[Tensor], lateral: Tensor | None) -> Tensor:
-        """(B, out_channels, h, w)."""
+        """Maps (B, C_i, h_i, w_i), finest first, to (B, out_channels, h, w).
+
+        Args:
+            lateral: the backbone's map, where the module was built with its channels.
+        """
         x = self.projections[0](maps[0])
         for projection, other in zip(self.projections[1:], maps[1:]):
-            x = x + _enlarge(projection(other), (x.shape[-2], x.shape[-1]))
+            x = x + _resize(projection(other), (x.shape[-2], x.shape[-1]))
         x = self.fuse_scales(x)
         if self.lateral is not None and lateral is not None:
-            x = self.lateral(lateral) + _enlarge(x, (lateral.shape[-2], lateral.shape[-1]))
+            x = self.lateral(lateral) + _resize(x, (lateral.shape[-2], lateral.shape[-1]))
         elif self.scale > 1:
-            x = _enlarge(x, (x.shape[-2] * self.scale, x.shape[-1] * self.scale))
+            x = _resize(x, (x.shape[-2] * self.scale, x.shape[-1] * self.scale))
         return self.out(self.refine(x))
 
 
-def _enlarge(x: Tensor, size: tuple[int, int]) -> Tensor:
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

@@ -18,7 +18,7 @@ def test_groups_hold_a_positive_and_a_negative_of_every_object():
     truth, noisy = _make(3, 1)
     assert noisy.groups == 4  # 12 wished, 3 objects in the fullest image
     assert noisy.labels.shape == (2, 4 * 2 * 3)
-    per_group = noisy.assigned.view(2, 4, 2, 3)
+    per_group = noisy.assignment.view(2, 4, 2, 3)
     assert (per_group[0, :, 0] == torch.arange(3)).all()
     assert (per_group[1, :, 0] == torch.tensor([0, -1, -1])).all()
     assert (per_group[:, :, 1] == -1).all()

@@ -91,7 +91,7 @@ def test_every_loss_term(small_pair: Pair) -> None:
             "auxiliary_outputs": [*layers[:-1], encoder],
             "dn_auxiliary_outputs": [{"logits": a, "pred_boxes": b} for a, b in noisy],
             "denoising_meta_values": {
-                "dn_positive_idx": [row.nonzero()[:, 0] for row in found.denoising.assigned >= 0],
+                "dn_positive_idx": [row.nonzero()[:, 0] for row in found.denoising.assignment >= 0],
                 "dn_num_group": found.denoising.groups,
             },
         },

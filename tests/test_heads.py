@@ -19,9 +19,9 @@ STRIDES = [8, 16, 32]
 QUERIES = {"embed_dim": 32, "num_queries": 12, "num_layers": 2, "num_heads": 4, "ffn_dim": 32}
 SMALL = {
     "detection": QUERIES,
-    "instance-seg": {**QUERIES, "pixel_dim": 16, "mask_dim": 8, "mask_points": 64, "pixel_stride": 8},
+    "instance-seg": {**QUERIES, "pixel_dim": 16, "mask_dim": 8, "mask_points": 64},
     "keypoints": {"embed_dim": 16, "num_instances": 12},
-    "semantic-seg": {"pyramid_dim": 16, "embed_dim": 32, "dropout": 0.0},
+    "semantic-seg": {"pyramid_dim": 16, "embed_dim": 32},
 }
 
 

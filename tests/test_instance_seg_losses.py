@@ -13,7 +13,7 @@ from mvision.heads.instance_seg.losses import (
     read_features,
     read_masks,
     sample_mask_points,
-    undecided_points,
+    uncertain_points,
 )
 from mvision.structures import Targets
 
@@ -61,9 +61,9 @@ def test_masks_and_features_are_read_as_grid_sample_does() -> None:
     assert halves.isfinite().all()
 
 
-def test_undecided_points_come_first() -> None:
+def test_uncertain_points_come_first() -> None:
     logits, _ = pairs(5, 300)
-    index = undecided_points(logits, 40)
+    index = uncertain_points(logits, 40)
     assert index.shape == (5, 40)
     assert index[:, 30:].tolist() == [list(range(10))] * 5
     chosen, every = logits.abs().gather(1, index[:, :30]), logits.abs().sort(1).values

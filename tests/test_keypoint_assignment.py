@@ -6,11 +6,11 @@ from scipy.optimize import linear_sum_assignment
 
 from mvision.heads.keypoints.assignment import candidates, cell_values, keypoint_truth, many_cells, one_cell
 from mvision.heads.keypoints.losses import ignored_cells
-from mvision.heads.query.decoder import cell_centres
+from mvision.heads.query.decoder import grid_centres
 from mvision.structures import Targets
 
 SHAPES = [(8, 8), (4, 4)]
-CENTRES = cell_centres(SHAPES, torch.device("cpu"), torch.float32)
+CENTRES = grid_centres(SHAPES, torch.device("cpu"), torch.float32)
 SIZES = torch.cat((torch.full((64,), 0.1), torch.full((16,), 0.4)))
 TABLE = torch.tensor([0, -1, 1])
 

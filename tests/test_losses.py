@@ -22,9 +22,9 @@ def test_set_losses_of_known_boxes():
     boxes[0, 0, 0] = torch.tensor([0.5, 0.5, 0.4, 0.4])  # exactly object 0
     boxes[0, 0, 1] = torch.tensor([0.3, 0.3, 0.2, 0.2])  # half over object 1: IoU 1/3, GIoU 1/3
     boxes[0, 0, 2] = boxes[0, 1] = torch.tensor([0.9, 0.9, 0.1, 0.1])
-    assigned = torch.tensor([[[0, 1, -1], [-1, -1, -1]]])
+    assignment = torch.tensor([[[0, 1, -1], [-1, -1, -1]]])
     logits = torch.zeros(1, 2, 3, 2)
-    losses = set_losses(logits, boxes, assigned, pad_targets(TARGETS, torch.device("cpu")))
+    losses = set_losses(logits, boxes, assignment, pad_targets(TARGETS, torch.device("cpu")))
     assert losses["box"].item() == pytest.approx(0.1 / 2, abs=1e-6)
     assert losses["giou"].item() == pytest.approx((1 - 1 / 3) / 2, abs=1e-6)
     # sigmoid(0) = 1/2 everywhere, so each binary cross-entropy is ln 2: positives weigh their IoU, others 0.75 / 4.
@@ -33,25 +33,25 @@ def test_set_losses_of_known_boxes():
 
 
 def test_matchability_aware_loss_keeps_poor_matches_at_full_weight():
-    logits, hot = torch.tensor([0.3, -0.4]), torch.tensor([True, False])
+    logits, is_positive = torch.tensor([0.3, -0.4]), torch.tensor([True, False])
     quality = torch.tensor([0.25, 0.0])
-    found = quality_focal(logits, quality, hot, "mal", alpha=0.75, gamma=1.5)
+    found = quality_focal(logits, quality, is_positive, "mal", alpha=0.75, gamma=1.5)
     prob = logits.sigmoid()
     soft = 0.25**1.5
-    expected_hot = -(soft * prob[0].log() + (1 - soft) * (1 - prob[0]).log())
-    expected_cold = -(prob[1] ** 1.5) * (1 - prob[1]).log()
-    torch.testing.assert_close(found, torch.stack((expected_hot, expected_cold)))
+    expected_positive = -(soft * prob[0].log() + (1 - soft) * (1 - prob[0]).log())
+    expected_negative = -(prob[1] ** 1.5) * (1 - prob[1]).log()
+    torch.testing.assert_close(found, torch.stack((expected_positive, expected_negative)))
 
 
 def test_layers_are_independent():
     torch.manual_seed(0)
     logits, boxes = torch.randn(3, 2, 4, 2), torch.rand(3, 2, 4, 4)
-    assigned = torch.tensor([[[0, 1, -1, -1], [-1] * 4], [[-1, 0, 1, -1], [-1] * 4], [[1, -1, -1, 0], [-1] * 4]])
+    assignment = torch.tensor([[[0, 1, -1, -1], [-1] * 4], [[-1, 0, 1, -1], [-1] * 4], [[1, -1, -1, 0], [-1] * 4]])
     truth = pad_targets(TARGETS, torch.device("cpu"))
-    together = set_losses(logits, boxes, assigned, truth)
+    together = set_losses(logits, boxes, assignment, truth)
     for layer in range(3):
         one = slice(layer, layer + 1)
-        alone = set_losses(logits[one], boxes[one], assigned[one], truth)
+        alone = set_losses(logits[one], boxes[one], assignment[one], truth)
         for name, value in together.items():
             torch.testing.assert_close(value[layer], alone[name][0])
 
@@ -71,7 +71,7 @@ def test_without_objects_losses_are_finite_and_differentiable():
 def test_a_given_total_takes_the_place_of_the_number_of_objects():
     truth = pad_targets(TARGETS, torch.device("cpu"))
     logits, boxes = torch.randn(1, 2, 4, 2), torch.rand(1, 2, 4, 4)
-    assigned = torch.tensor([[[0, 0, 1, -1], [-1] * 4]])
-    by_objects, by_cells = (set_losses(logits, boxes, assigned, truth, total=total) for total in (None, 3.0))
+    assignment = torch.tensor([[[0, 0, 1, -1], [-1] * 4]])
+    by_objects, by_tokens = (set_losses(logits, boxes, assignment, truth, total=total) for total in (None, 3.0))
     for name, value in by_objects.items():
-        torch.testing.assert_close(by_cells[name], value * 2 / 3)
+        torch.testing.assert_close(by_tokens[name], value * 2 / 3)

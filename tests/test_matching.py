@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from mvision.heads.query.matching import MatchingCosts, anchor_assignment, hungarian, pad_targets
+from mvision.heads.query.matching import anchor_assignment, hungarian, pad_targets
 from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 
@@ -31,8 +31,8 @@ def test_matching_finds_the_cheapest_assignment_of_every_layer_and_image():
     torch.manual_seed(1)
     targets = make_targets(3, 0, 1)
     logits, boxes = torch.randn(2, 3, 5, 3), torch.rand(2, 3, 5, 4) * 0.5 + 0.2
-    assigned = hungarian(logits, boxes, pad_targets(targets, torch.device("cpu")), MatchingCosts())
-    assert (assigned[:, 1] == -1).all()
+    assignment = hungarian(logits, boxes, pad_targets(targets, torch.device("cpu")))
+    assert (assignment[:, 1] == -1).all()
     for layer, image in itertools.product(range(2), (0, 2)):
         cost = _cost(logits[layer, image], boxes[layer, image], targets[image])
         count = cost.shape[1]
@@ -40,7 +40,7 @@ def test_matching_finds_the_cheapest_assignment_of_every_layer_and_image():
             sum(cost[query, target].item() for target, query in enumerate(chosen))
             for chosen in itertools.permutations(range(5), count)
         )
-        matched = assigned[layer, image]
+        matched = assignment[layer, image]
         assert sorted(matched[matched >= 0].tolist()) == list(range(count))
         found = sum(cost[query, matched[query]].item() for query in range(5) if matched[query] >= 0)
         assert abs(found - cheapest) < 1e-5
@@ -51,20 +51,19 @@ def test_predictions_that_are_not_finite_are_matched_last():
     logits, boxes = torch.zeros(1, 1, 4, 3), torch.rand(1, 1, 4, 4)
     boxes[0, 0, :2] = float("nan")
     logits[0, 0, 0] = float("inf")
-    assigned = hungarian(logits, boxes, pad_targets(targets, torch.device("cpu")), MatchingCosts())
-    assert (assigned[0, 0, :2] == -1).all()
-    assert (assigned[0, 0, 2:] >= 0).all()
+    assignment = hungarian(logits, boxes, pad_targets(targets, torch.device("cpu")))
+    assert (assignment[0, 0, :2] == -1).all()
+    assert (assignment[0, 0, 2:] >= 0).all()
 
 
 def test_more_objects_than_queries():
-    assigned = hungarian(
+    assignment = hungarian(
         torch.randn(1, 1, 2, 3),
         torch.rand(1, 1, 2, 4),
         pad_targets(make_targets(5), torch.device("cpu")),
-        MatchingCosts(),
     )
-    assert (assigned >= 0).all()
-    assert assigned.unique().numel() == 2
+    assert (assignment >= 0).all()
+    assert assignment.unique().numel() == 2
 
 
 def _anchors(side, size):
@@ -81,8 +80,8 @@ def _one(*boxes, labels=None):
 
 def test_dense_assignment_takes_the_cells_around_the_middle_of_the_level_that_fits():
     anchors = torch.cat((_anchors(16, 0.1), _anchors(8, 0.4)))
-    assigned = anchor_assignment(anchors, _one([0.5, 0.5, 0.4, 0.4]), top_k=4)[0]
-    positive = assigned >= 0
+    assignment = anchor_assignment(anchors, _one([0.5, 0.5, 0.4, 0.4]), top_k=4)[0]
+    positive = assignment >= 0
     assert positive.sum() == 4
     assert not positive[:256].any()  # anchors of the other level are far from the object's size
     assert ((anchors[positive, :2] - 0.5).abs() < 0.1).all()
@@ -90,20 +89,20 @@ def test_dense_assignment_takes_the_cells_around_the_middle_of_the_level_that_fi
 
 def test_cells_outside_of_the_object_are_never_taken():
     anchors = _anchors(8, 0.3)
-    assigned = anchor_assignment(anchors, _one([0.5, 0.5, 0.15, 0.15]), top_k=50)[0]
-    centres = anchors[assigned >= 0, :2]
+    assignment = anchor_assignment(anchors, _one([0.5, 0.5, 0.15, 0.15]), top_k=50)[0]
+    centres = anchors[assignment >= 0, :2]
     assert len(centres) == 4
     assert ((centres - 0.5).abs() < 0.075).all()
 
 
 def test_a_contested_cell_goes_to_the_smaller_object():
-    assigned = anchor_assignment(_anchors(1, 0.5), _one([0.5, 0.5, 0.9, 0.9], [0.5, 0.5, 0.3, 0.3]))
-    assert assigned.item() == 1
+    assignment = anchor_assignment(_anchors(1, 0.5), _one([0.5, 0.5, 0.9, 0.9], [0.5, 0.5, 0.3, 0.3]))
+    assert assignment.item() == 1
 
 
 def test_an_object_smaller_than_a_cell_gets_the_nearest_one():
-    assigned = anchor_assignment(_anchors(4, 0.25), _one([0.501, 0.501, 0.001, 0.001]))
-    assert (assigned >= 0).sum() == 1
+    assignment = anchor_assignment(_anchors(4, 0.25), _one([0.501, 0.501, 0.001, 0.001]))
+    assert (assignment >= 0).sum() == 1
 
 
 def test_dense_assignment_without_objects_or_with_padding():

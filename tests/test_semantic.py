@@ -13,7 +13,7 @@ from mvision import UserError, load
 from mvision.config import load_config
 from mvision.engine.train import train
 from mvision.evaluation.semantic import SemanticMetric
-from mvision.heads.semantic import UNKNOWN, SemanticHead, SemanticOutputs, class_map, likeliest_class
+from mvision.heads.semantic import IGNORED, SemanticHead, SemanticOutputs, class_map, likeliest_class
 from mvision.structures import Category, Targets
 from mvision.structures.boxes import xyxy_to_cxcywh
 from mvision.weights import load as load_weights
@@ -33,20 +33,20 @@ def make_target(*boxes: tuple[float, float, float, float], masked: list[bool] | 
 
 
 def test_smaller_objects_lie_on_larger_ones() -> None:
-    truth = class_map(make_target((0.25, 0.25, 0.5, 0.5), (0.0, 0.0, 1.0, 1.0)), (8, 8))
-    assert truth[3, 3] == 1
-    assert truth[6, 6] == 2
+    gt = class_map(make_target((0.25, 0.25, 0.5, 0.5), (0.0, 0.0, 1.0, 1.0)), (8, 8))
+    assert gt[3, 3] == 1
+    assert gt[6, 6] == 2
     assert class_map(make_target(), (8, 8)).eq(0).all()
 
 
 def test_the_box_of_an_object_without_mask_teaches_nothing() -> None:
     target = make_target((0.0, 0.0, 0.5, 0.5), (0.25, 0.25, 1.0, 1.0), masked=[False, True])
-    truth = class_map(target, (8, 8))
-    assert truth[0, 0] == UNKNOWN
-    assert truth[3, 3] == 2  # another object's mask is known there
-    assert truth[0, 7] == 0
+    gt = class_map(target, (8, 8))
+    assert gt[0, 0] == IGNORED
+    assert gt[3, 3] == 2  # another object's mask is known there
+    assert gt[0, 7] == 0
     target.masks = None
-    assert class_map(target, (8, 8)).eq(UNKNOWN).all()
+    assert class_map(target, (8, 8)).eq(IGNORED).all()
 
 
 def test_unknown_pixels_have_no_gradient() -> None:

@@ -1,1 +1,1 @@
-"""The query decoder: selection, refinement, matching and losses of classes and boxes."""
+"""The query decoder, which detection and instance segmentation share, with its matching and losses."""

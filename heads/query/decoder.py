@@ -1,7 +1,9 @@
-"""The RT-DETR query decoder: select the most promising cells of the encoder's memory, refine them layer by layer.
+"""The RT-DETR query decoder: the best-scored tokens of the feature maps become queries, which layers refine into boxes.
 
-Detection and mask heads share it. Source: Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024,
-sections 4.3 and 4.4; iterative refinement and two-stage selection are Deformable DETR's.
+A token is one position of one of the neck's maps; the memory is the sequence of all tokens, the finest map first.
+Detection and instance segmentation share the decoder. Source: Zhao et al., "DETRs Beat YOLOs on Real-time Object
+Detection", CVPR 2024, sections 4.3 and 4.4; iterative box refinement and two-stage query selection come from Deformable
+DETR.
 """
 
 from __future__ import annotations
@@ -27,13 +29,14 @@ class DecoderConfig(Settings):
 
     Attributes:
         embed_dim: width of queries and memory.
-        num_queries: objects that can be found in an image; may be changed after training.
-        num_layers: decoder layers; at inference ``Head`` may stop earlier.
-        num_points: sampled points per head and level.
+        num_queries: largest number of objects that can be predicted in an image; may be changed after training.
+        num_layers: decoder layers.
+        num_heads, ffn_dim, dropout: of every decoder layer.
+        num_points: sampled points per attention head and level.
         sampling, offset_scale: see ``DeformableAttention``.
-        shared_class_head: one classifier for the encoder's cells and all layers, and layers that start as the identity:
-            what dense supervision teaches the cells then serves the decoder from the first step. Learns faster from
-            random weights; published weights have a classifier per layer.
+        shared_class_head: one classifier for the tokens and for all layers, and layers that start as the identity, so
+            that in the first step the decoder classifies its queries as the tokens were classified. Trains faster from
+            random weights; published weights have one classifier per layer.
     """
 
     embed_dim: int = Field(256, gt=0)
@@ -48,8 +51,11 @@ class DecoderConfig(Settings):
     shared_class_head: bool = False
 
 
-class Dense(NamedTuple):
-    """Predictions of every cell, for supervision: logits (B, S, C), boxes (B, S, 4), anchors (S, 4); cxcywh in 0..1."""
+class DenseOutputs(NamedTuple):
+    """Predictions of all S tokens, for one-to-many supervision.
+
+    ``logits`` (B, S, C) before the sigmoid, ``boxes`` (B, S, 4) and ``anchors`` (S, 4) cxcywh in 0..1.
+    """
 
     logits: Tensor
     boxes: Tensor
@@ -58,15 +64,16 @@ class Dense(NamedTuple):
 
 @dataclass
 class Decoded:
-    """What the decoder computes; D denoising queries come first where there are any.
+    """Outputs of the decoder; D denoising queries, where there are any, come before the Q selected ones.
 
     Attributes:
-        logits: (L, B, D + Q, C) of the layers asked for: all in training, the last otherwise.
+        logits: (L, B, D + Q, C) before the sigmoid, of all L layers, or of the last one alone (L = 1), see
+            ``QueryDecoder.forward``.
         boxes: (L, B, D + Q, 4) cxcywh in 0..1.
-        queries: (L, B, D + Q, embed_dim), the content that they were predicted from.
-        encoder_logits, encoder_boxes: (B, Q, C) and (B, Q, 4) of the selected cells.
-        encoder_queries: (B, Q, embed_dim), the features of the selected cells.
-        dense: of every cell, in training and where there are heads for it.
+        queries: (L, B, D + Q, embed_dim), the layers' outputs, from which logits and boxes were computed.
+        encoder_logits, encoder_boxes: (B, Q, C) and (B, Q, 4) of the selected tokens.
+        encoder_queries: (B, Q, embed_dim), the features of the selected tokens.
+        dense: of all tokens, in training and where the decoder was built with ``dense``; else None.
     """
 
     logits: Tensor
@@ -75,7 +82,7 @@ class Decoded:
     encoder_logits: Tensor
     encoder_boxes: Tensor
     encoder_queries: Tensor
-    dense: Dense | None
+    dense: DenseOutputs | None
 
 
 class QueryDecoder(nn.Module):
@@ -85,8 +92,8 @@ class QueryDecoder(nn.Module):
         config: the settings.
         in_channels: channels of the maps, finest first.
         num_classes: C.
-        num_denoising: above 0 a class embedding for denoising queries is made.
-        dense: make a second pair of heads on the cells, for one-to-many supervision in training.
+        num_denoising: above 0 the decoder gets a class embedding, which denoising queries need.
+        dense: add a second classifier and box head on the tokens, for one-to-many supervision in training.
     """
 
     def __init__(
@@ -105,7 +112,8 @@ class QueryDecoder(nn.Module):
         self.memory_proj = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.memory_class = nn.Linear(dim, num_classes)
         self.memory_box = MLP(dim, dim, 4, 3)
-        # Heads of their own: scores that are high for every cell of an object would select each object many times over.
+        # Not the heads above: one-to-many supervision makes the scores of many tokens of an object high, and selecting
+        # by such scores would turn all of them into queries.
         self.dense_class = nn.Linear(dim, num_classes) if dense else None
         self.dense_box = MLP(dim, dim, 4, 3) if dense else None
         self.position = MLP(4, 2 * dim, dim, 2)
@@ -113,12 +121,12 @@ class QueryDecoder(nn.Module):
         own_heads = 0 if config.shared_class_head else config.num_layers
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(own_heads))
         self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(config.num_layers))
-        # One row more than there are classes: padding.
+        # The additional row, zeros, is for padding.
         self.label_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if num_denoising else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Scores start at 0.01 and boxes at their references, as in focal loss and Deformable DETR."""
+        """Initial scores are 0.01, and initial boxes are the reference boxes, as in focal loss and Deformable DETR."""
         for head in (self.memory_class, self.dense_class, *self.class_heads):
             if isinstance(head, nn.Linear):
                 nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
@@ -140,12 +148,15 @@ class QueryDecoder(nn.Module):
         *,
         every_layer: bool = False,
     ) -> Decoded:
-        """Decode.
+        """Select queries and refine them.
 
         Args:
             maps: each (B, C_i, h_i, w_i), finest first.
-            denoising: queries that go before the selected ones.
-            every_layer: return predictions of all layers, and of all cells (training).
+            denoising: queries to put before the selected ones.
+            every_layer: return the predictions of all layers and of all tokens, as the loss needs them.
+
+        Raises:
+            ValueError: denoising queries for a decoder that was built without an embedding for them.
         """
         projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
         shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
@@ -155,17 +166,18 @@ class QueryDecoder(nn.Module):
         features = self.memory_proj(memory * valid.to(memory.dtype))
         scores = self.memory_class(features)
         count = min(self.config.num_queries, memory.shape[1])
-        best = scores.max(-1).values.topk(count, dim=1).indices.unsqueeze(-1)
-        chosen = features.gather(1, best.expand(-1, -1, features.shape[-1]))
-        chosen_anchors = anchors.expand(memory.shape[0], -1, -1).gather(1, best.expand(-1, -1, 4))
-        # Boxes of the selected cells alone: the others are thrown away.
-        encoder_boxes = (self.memory_box(chosen).to(anchors.dtype) + chosen_anchors).sigmoid()
+        index = scores.max(-1).values.topk(count, dim=1).indices.unsqueeze(-1)
+        selected = features.gather(1, index.expand(-1, -1, features.shape[-1]))
+        selected_anchors = anchors.expand(memory.shape[0], -1, -1).gather(1, index.expand(-1, -1, 4))
+        # Boxes are computed for the selected tokens only: nothing needs those of the others.
+        encoder_boxes = (self.memory_box(selected).to(anchors.dtype) + selected_anchors).sigmoid()
 
-        queries = chosen.detach()
+        queries = selected.detach()
         references = encoder_boxes.detach()
         mask = None
         if denoising is None and every_layer and self.label_embed is not None:
-            # A batch without objects has no denoising queries; distributed training still wants every parameter used.
+            # A batch without objects has no denoising queries, but distributed training needs a gradient for every
+            # parameter.
             queries = queries + 0 * self.label_embed.weight.sum()
         if denoising is not None:
             if self.label_embed is None:
@@ -179,28 +191,35 @@ class QueryDecoder(nn.Module):
             logits=logits,
             boxes=boxes,
             queries=contents,
-            encoder_logits=scores.gather(1, best.expand(-1, -1, self.num_classes)),
+            encoder_logits=scores.gather(1, index.expand(-1, -1, self.num_classes)),
             encoder_boxes=encoder_boxes,
-            encoder_queries=chosen,
+            encoder_queries=selected,
             dense=self._dense(features, anchors) if every_layer else None,
         )
 
-    def _dense(self, features: Tensor, anchors: Tensor) -> Dense | None:
+    def _dense(self, features: Tensor, anchors: Tensor) -> DenseOutputs | None:
         if self.dense_class is None or self.dense_box is None:
             return None
         boxes = (self.dense_box(features).to(anchors.dtype) + anchors).sigmoid()
-        return Dense(self.dense_class(features), boxes, anchors[0].sigmoid())
+        return DenseOutputs(self.dense_class(features), boxes, anchors[0].sigmoid())
 
     def _refine(
-        self, queries: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None, every: bool
+        self,
+        queries: Tensor,
+        references: Tensor,
+        memory: Tensor,
+        shapes: Shapes,
+        mask: Tensor | None,
+        every_layer: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits, boxes and queries, each (L, B, Q, ...), of all layers or of the last one alone (L = 1)."""
         logits, boxes, contents = [], [], []
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             position = self.position(references.to(queries.dtype))
             queries = layer(queries, position, references, memory, shapes, mask)
             refined = (self.box_heads[index](queries).to(references.dtype) + inverse_sigmoid(references)).sigmoid()
-            if every or index == last:
+            if every_layer or index == last:
                 class_head = self.class_heads[index] if self.class_heads else self.memory_class
                 logits.append(class_head(queries))
                 boxes.append(refined)
@@ -210,7 +229,7 @@ class QueryDecoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Self-attention between queries, deformable attention to the memory, feed-forward; normalised after each."""
+    """Self-attention between queries, deformable attention to the memory, feed-forward network; a norm after each."""
 
     def __init__(self, config: DecoderConfig, num_levels: int) -> None:
         super().__init__()
@@ -234,36 +253,44 @@ class DecoderLayer(nn.Module):
         shapes: Shapes,
         mask: Tensor | None,
     ) -> Tensor:
-        """(B, Q, D) queries to (B, Q, D); ``references`` (B, Q, 4) cxcywh; ``mask`` (Q, Q) True where seen."""
+        """Refine queries (B, Q, D).
+
+        Args:
+            position: (B, Q, D), embeddings of the reference boxes.
+            references: (B, Q, 4) cxcywh in 0..1.
+            memory, shapes: see ``DeformableAttention.forward``.
+            mask: (Q, Q) bool, True where the query of a row may attend to that of a column; None: everywhere.
+        """
         queries = self.norm1(queries + self.dropout(self.self_attention(queries, position, mask)))
-        seen = self.cross_attention(queries + position, references, memory, shapes)
-        queries = self.norm2(queries + self.dropout(seen))
+        attended = self.cross_attention(queries + position, references, memory, shapes)
+        queries = self.norm2(queries + self.dropout(attended))
         return self.norm3(queries + self.dropout(self.ffn(queries)))
 
     def start_as_identity(self) -> None:
-        """Let the layer pass its queries on unchanged (but for the norms) until it has learned something better."""
+        """Zero the last linear layer of every branch: apart from its norms the layer returns its queries unchanged."""
         for branch in (self.self_attention.out_proj, self.cross_attention.output_proj, self.ffn.layers[-1]):
             _zero(branch)
 
 
 def make_anchors(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits of one box per cell, 0.05 of the image wide on the finest level and doubling from there.
+    """Logits of one square box per token, centred on it: 0.05 wide on the finest level, twice as wide on each next one.
 
     Returns:
-        (1, S, 4) logits of cxcywh, and (1, S, 1) bool: False where a coordinate leaves 0.01..0.99. Such cells are
-        switched off and their logits are the largest number there is (the reference's convention).
+        (1, S, 4) logits of cxcywh in 0..1, and (1, S, 1) bool: False where a coordinate lies outside 0.01..0.99. The
+        features of such tokens are set to zero, and their logits here are the largest finite number (the convention
+        of the reference implementation). At 640 x 640 these are the 316 tokens at the border of the finest level.
     """
     boxes = []
     for level, (height, width) in enumerate(shapes):
-        centres = cell_centres([(height, width)], device, dtype)
+        centres = grid_centres([(height, width)], device, dtype)
         boxes.append(torch.cat((centres, torch.full_like(centres, 0.05 * 2.0**level)), -1))
     anchors = torch.cat(boxes).unsqueeze(0)
     valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
     return torch.where(valid, torch.log(anchors / (1 - anchors)), torch.finfo(dtype).max), valid
 
 
-def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(S, 2) x, y of every cell's centre in 0..1, level after level, row by row."""
+def grid_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(S, 2) x, y in 0..1 of the centre of every position of maps of these (height, width), map by map, row by row."""
     centres = []
     for height, width in shapes:
         y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
@@ -274,7 +301,7 @@ def cell_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Te
 
 
 def _box_dtype(memory: Tensor) -> torch.dtype:
-    """Boxes are kept in float32 or better: bf16 has a step of two pixels at 640."""
+    """Boxes are kept in float32 or better: neighbouring bf16 numbers are up to two pixels apart at 640."""
     return torch.promote_types(memory.dtype, torch.float32)
 
 

@@ -1,7 +1,6 @@
 """Loss terms of set prediction, computed for all decoder layers at once.
 
-Every function takes the assignment as (..., Q) indices of objects, -1 for none (see matching.py), and returns one value
-per leading layer, already divided by the number of objects.
+An assignment is a tensor of object indices, -1 for none (see matching.py).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from mvision.structures.boxes import cxcywh_to_xyxy, iou
 def set_losses(
     logits: Tensor,
     boxes: Tensor,
-    assigned: Tensor,
+    assignment: Tensor,
     targets: PaddedTargets,
     kind: Literal["vfl", "mal"] = "vfl",
     alpha: float = 0.75,
@@ -31,32 +30,30 @@ def set_losses(
     Args:
         logits: (L, B, Q, C) before the sigmoid.
         boxes: (L, B, Q, 4) cxcywh in 0..1.
-        assigned: (L, B, Q) int64, index of the object in its image, -1 for none.
-        kind: ``vfl`` is the varifocal loss (Zhang et al., "VarifocalNet", CVPR 2021, equation 2); ``mal`` the
-            matchability-aware loss (Huang et al., "DEIM", CVPR 2025, equation 3, gamma 1.5 in the paper).
-        total: what sums are divided by; None is the number of objects, ``targets.total``.
-
-    Classes that were not looked for in an image (``targets.labelled_classes``) are not taught there as absent.
+        assignment: (L, B, Q) int64, index of the object in its image, -1 for none.
+        kind, alpha, gamma: of the class term, see ``quality_focal``.
+        total: number that the sums over the batch are divided by; None: ``targets.total``.
 
     Returns:
-        ``class``, ``box`` and ``giou``, each (L,), summed over the batch and divided.
+        ``class``, ``box`` (L1) and ``giou``, each (L,). A class that is not labelled in an image
+        (``targets.labelled_classes``) has a loss only at queries that an object of it is assigned to.
     """
     total = targets.total if total is None else total
-    positive = assigned >= 0
-    layer, image, _ = positive.nonzero(as_tuple=True)
-    target = assigned[positive]
-    found, truth = boxes[positive], targets.boxes[image, target]
-    overlap, giou = iou(cxcywh_to_xyxy(found), cxcywh_to_xyxy(truth))
-    l1 = (found - truth).abs().sum(-1)
+    positive = assignment >= 0
+    layer, image, query = positive.nonzero(as_tuple=True)
+    gt_index = assignment[positive]
+    pred_boxes, gt_boxes = boxes[positive], targets.boxes[image, gt_index]
+    box_iou, giou = iou(cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(gt_boxes))
+    l1 = (pred_boxes - gt_boxes).abs().sum(-1)
 
     quality = torch.zeros_like(logits, dtype=boxes.dtype)
-    hot = torch.zeros_like(logits, dtype=torch.bool)
-    where = (*positive.nonzero(as_tuple=True), targets.labels[image, target])
-    quality[where] = overlap.detach()
-    hot[where] = True
-    class_loss = quality_focal(logits, quality, hot, kind, alpha, gamma)
+    is_positive = torch.zeros_like(logits, dtype=torch.bool)
+    where = (layer, image, query, targets.labels[image, gt_index])
+    quality[where] = box_iou.detach()
+    is_positive[where] = True
+    class_loss = quality_focal(logits, quality, is_positive, kind, alpha, gamma)
     if targets.labelled_classes is not None:
-        class_loss = torch.where(targets.labelled_classes[:, None] | hot, class_loss, 0)
+        class_loss = torch.where(targets.labelled_classes[:, None] | is_positive, class_loss, 0)
     class_loss = class_loss.sum((1, 2, 3))
 
     def per_layer(values: Tensor) -> Tensor:
@@ -66,17 +63,23 @@ def set_losses(
 
 
 def quality_focal(
-    logits: Tensor, quality: Tensor, hot: Tensor, kind: Literal["vfl", "mal"], alpha: float, gamma: float
+    logits: Tensor, quality: Tensor, is_positive: Tensor, kind: Literal["vfl", "mal"], alpha: float, gamma: float
 ) -> Tensor:
-    """Element-wise classification loss whose target is the quality (IoU) of a positive's box.
+    """Element-wise classification loss whose target is the quality of a positive's prediction (IoU or OKS).
 
     Args:
-        logits: any shape, before the sigmoid; quality: the same shape, 0..1; hot: True where the class is present.
+        logits: any shape, before the sigmoid.
+        quality: the same shape, 0..1, 0 for negatives.
+        is_positive: the same shape, bool.
+        kind: ``vfl`` is the varifocal loss (Zhang et al., "VarifocalNet", CVPR 2021, equation 2); ``mal`` the
+            matchability-aware loss (Huang et al., "DEIM", CVPR 2025, equation 3, gamma 1.5 in the paper).
+        alpha: weight of negatives in ``vfl``.
+        gamma: exponent of the probability in the weight of negatives; in ``mal`` also of the quality.
     """
     logits = logits.to(quality.dtype)
     prob = logits.detach().sigmoid()
     if kind == "vfl":
-        weight = torch.where(hot, quality, alpha * prob**gamma)
+        weight = torch.where(is_positive, quality, alpha * prob**gamma)
         return F.binary_cross_entropy_with_logits(logits, quality, weight=weight, reduction="none")
-    weight = torch.where(hot, torch.ones_like(prob), prob**gamma)
+    weight = torch.where(is_positive, torch.ones_like(prob), prob**gamma)
     return F.binary_cross_entropy_with_logits(logits, quality**gamma, weight=weight, reduction="none")

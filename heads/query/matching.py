@@ -1,6 +1,6 @@
-"""Who learns which object: one-to-one matching for the decoder, one-to-many assignment for dense predictions.
+"""Assignment of objects to predictions: one-to-one matching for the decoder, one-to-many for predictions of all tokens.
 
-Both return the index of an object for every prediction, -1 for none: the form that the losses take.
+Both return the index of an object for every prediction, -1 for none, which is the form that the losses take.
 """
 
 from __future__ import annotations
@@ -15,18 +15,21 @@ from torch import Tensor
 from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 
+# The class term of the matching cost is a focal loss, as in Deformable DETR and RT-DETR.
+CLASS_COST, FOCAL_ALPHA, FOCAL_GAMMA = 2.0, 0.25, 2.0
+
 
 @dataclass
 class PaddedTargets:
-    """The ground truth of a batch as rectangles, T being the largest number of objects in one of its images.
+    """The ground truth of a batch in tensors, padded to the largest number T of objects in one of its images.
 
     Attributes:
         boxes: (B, T, 4) cxcywh in 0..1; zeros where padded.
         labels: (B, T) int64; 0 where padded.
         valid: (B, T) bool.
-        counts: objects per image.
-        total: mean number of objects per process, at least 1: what losses are divided by.
-        labelled_classes: (B, C) or (B, 1) bool, see ``Targets.labelled_classes``; None: all classes in all images.
+        counts: number of objects in each image.
+        total: the batch's number of objects, averaged over processes, at least 1; losses are divided by it.
+        labelled_classes: see ``labelled_classes``.
     """
 
     boxes: Tensor
@@ -38,7 +41,7 @@ class PaddedTargets:
 
 
 def pad_targets(targets: list[Targets], device: torch.device, dtype: torch.dtype = torch.float32) -> PaddedTargets:
-    """Stack the boxes and labels of a batch."""
+    """Stack the boxes and labels of a batch on ``device``; ``dtype`` is that of the boxes."""
     counts = [len(target) for target in targets]
     most = max(counts, default=0)
     boxes = torch.zeros(len(targets), most, 4, dtype=dtype)
@@ -60,7 +63,7 @@ def pad_targets(targets: list[Targets], device: torch.device, dtype: torch.dtype
 
 
 def labelled_classes(targets: list[Targets], device: torch.device) -> Tensor | None:
-    """(B, C) or (B, 1) bool, see ``Targets.labelled_classes``; None where all classes are labelled in every image."""
+    """``Targets.labelled_classes`` of a batch, (B, C) or (B, 1) bool; None if every image has all classes labelled."""
     if all(target.labelled_classes is None for target in targets):
         return None
     one = torch.ones(1, dtype=torch.bool)
@@ -71,7 +74,11 @@ def labelled_classes(targets: list[Targets], device: torch.device) -> Tensor | N
 
 @torch.no_grad()
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of a scalar over all processes; divided by it, averaged gradients are those of the whole batch."""
+    """The mean of a scalar over all processes.
+
+    Processes average their gradients; if each divides its loss by this mean of their numbers of objects, the average is
+    the gradient of one loss over the whole batch.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         value = value.clone()
         torch.distributed.all_reduce(value)
@@ -79,96 +86,89 @@ def mean_over_processes(value: Tensor) -> Tensor:
     return value
 
 
-@dataclass(frozen=True)
-class MatchingCosts:
-    """Weights of the terms in the matching cost (DETR's, with focal loss' class term)."""
-
-    cls: float = 2.0
-    l1: float = 5.0
-    giou: float = 2.0
-    alpha: float = 0.25
-    gamma: float = 2.0
-
-
 @torch.no_grad()
 def hungarian(
-    logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs: MatchingCosts, more: Tensor | None = None
+    logits: Tensor,
+    boxes: Tensor,
+    targets: PaddedTargets,
+    box_weight: float = 5.0,
+    giou_weight: float = 2.0,
+    more_costs: Tensor | None = None,
 ) -> Tensor:
-    """One-to-one matching of every layer and image with the smallest total cost.
+    """One-to-one matching with the smallest total cost, for every layer and image.
 
     Args:
         logits: (L, B, Q, C) before the sigmoid.
         boxes: (L, B, Q, 4) cxcywh in 0..1.
-        more: (L, B, Q, T) further costs, already weighted.
+        box_weight, giou_weight: of the L1 and GIoU terms of the cost.
+        more_costs: (L, B, Q, T), added to those of class and box; already weighted.
 
     Returns:
-        (L, B, Q) int64, the object of each query, -1 for none. Costs that are not finite are matched last.
+        (L, B, Q) int64, the object of each query, -1 for none. Pairs whose cost is not finite are matched only if
+        nothing else is left.
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1.
     """
     layers, batch, queries, _ = logits.shape
-    assigned = np.full((layers, batch, queries), -1, dtype=np.int64)
+    assignment = np.full((layers, batch, queries), -1, dtype=np.int64)
     if any(targets.counts):
-        cost = _matching_cost(logits, boxes, targets, costs, more).cpu().numpy()
+        cost = _pair_costs(logits, boxes, targets, box_weight, giou_weight)
+        if more_costs is not None:
+            cost = cost + more_costs
+        # scipy refuses NaN; a huge cost has such pairs matched last.
+        cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=1e6).cpu().numpy()
         for image, count in enumerate(targets.counts):
             for layer in range(layers if count else 0):
                 query, target = linear_sum_assignment(cost[layer, image, :, :count])
-                assigned[layer, image, query] = target
-    return torch.from_numpy(assigned).to(logits.device)
+                assignment[layer, image, query] = target
+    return torch.from_numpy(assignment).to(logits.device)
 
 
-def _matching_cost(
-    logits: Tensor, boxes: Tensor, targets: PaddedTargets, costs: MatchingCosts, more: Tensor | None
-) -> Tensor:
-    """(L, B, Q, T)."""
+def _pair_costs(logits: Tensor, boxes: Tensor, targets: PaddedTargets, box_weight: float, giou_weight: float) -> Tensor:
+    """(L, B, Q, T) costs of class and box of all pairs of a query and an object of its image."""
     layers, _, queries, _ = logits.shape
     prob = logits.to(boxes.dtype).sigmoid()
-    negative = (1 - costs.alpha) * prob**costs.gamma * -(1 - prob + 1e-8).log()
-    positive = costs.alpha * (1 - prob) ** costs.gamma * -(prob + 1e-8).log()
+    negative = (1 - FOCAL_ALPHA) * prob**FOCAL_GAMMA * -(1 - prob + 1e-8).log()
+    positive = FOCAL_ALPHA * (1 - prob) ** FOCAL_GAMMA * -(prob + 1e-8).log()
     index = targets.labels[None, :, None].expand(layers, -1, queries, -1)
     class_cost = (positive - negative).gather(-1, index)
     l1 = torch.cdist(boxes, targets.boxes[None].expand(layers, -1, -1, -1), p=1)
     _, giou = iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(targets.boxes)[None, :, None])
-    cost = costs.cls * class_cost + costs.l1 * l1 - costs.giou * giou
-    if more is not None:
-        cost = cost + more
-    # scipy refuses NaN; a huge value keeps such pairs for last.
-    return torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=1e6)
+    return CLASS_COST * class_cost + box_weight * l1 - giou_weight * giou
 
 
 @torch.no_grad()
 def anchor_assignment(anchors: Tensor, targets: PaddedTargets, top_k: int = 9) -> Tensor:
-    """One-to-many assignment for dense predictions: for each object the cells whose anchors overlap it most.
+    """One-to-many assignment for dense predictions: for each object the tokens whose anchors overlap it most.
 
-    It depends on the geometry alone, so training starts with the assignment that it ends with. (By the quality of
-    predictions, as in TOOD, it has to wait until there is some: from random weights that learned more slowly here.)
+    It depends on the anchors alone, so it is the same from the first step to the last. (An assignment by the quality of
+    predictions, as in TOOD, changes while that quality grows; from random weights it trained more slowly here.)
 
     Args:
-        anchors: (S, 4) cxcywh in 0..1, one per cell; their sizes tell the levels apart.
-        top_k: cells per object.
+        anchors: (S, 4) cxcywh in 0..1, one per token, larger on coarser levels.
+        top_k: largest number of tokens per object.
 
     Returns:
-        (B, S) int64, -1 for none. Only cells whose centre lies in the object are taken, and at least the nearest one; a
-        cell wanted by several objects goes to the smallest.
+        (B, S) int64, -1 for none. An object gets the token nearest to its centre, and otherwise only tokens whose
+        centre lies inside its box. A token chosen for several objects is assigned to the one with the smallest box.
 
     Source: the level and centre priors of Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free
-    Detection" (ATSS), CVPR 2020, with a fixed number of cells in place of the statistical threshold.
+    Detection" (ATSS), CVPR 2020, with a fixed number of tokens in place of the statistical threshold.
     """
     batch, most = targets.labels.shape
-    cells = len(anchors)
+    tokens = len(anchors)
     if most == 0:
-        return torch.full((batch, cells), -1, dtype=torch.int64, device=anchors.device)
-    truth = cxcywh_to_xyxy(targets.boxes)
+        return torch.full((batch, tokens), -1, dtype=torch.int64, device=anchors.device)
+    gt_boxes = cxcywh_to_xyxy(targets.boxes)
     centres = anchors[:, :2]
-    inside = ((centres > truth[:, :, None, :2]) & (centres < truth[:, :, None, 2:])).all(-1)
+    inside = ((centres > gt_boxes[:, :, None, :2]) & (centres < gt_boxes[:, :, None, 2:])).all(-1)
     distance = (centres - targets.boxes[:, :, None, :2]).square().sum(-1)
     inside = inside.scatter(2, distance.argmin(-1, keepdim=True), True) & targets.valid[..., None]
-    overlap, _ = iou(truth[:, :, None], cxcywh_to_xyxy(anchors))
-    # Ties (cells that all lie inside a large object) go to the cells nearer to its centre.
-    rank = torch.where(inside, 1 + overlap - 1e-3 * distance, torch.zeros_like(overlap))
-    best, index = rank.topk(min(top_k, cells), dim=-1)
+    anchor_iou, _ = iou(gt_boxes[:, :, None], cxcywh_to_xyxy(anchors))
+    # Of tokens with one IoU (all anchors inside a large object have the same) those nearer to its centre come first.
+    score = torch.where(inside, 1 + anchor_iou - 1e-3 * distance, torch.zeros_like(anchor_iou))
+    best, index = score.topk(min(top_k, tokens), dim=-1)
     chosen = torch.zeros_like(inside).scatter(2, index, best > 0)
     area = targets.boxes[..., 2] * targets.boxes[..., 3]
-    wanted = torch.where(chosen, area[..., None], torch.inf)
-    smallest, owner = wanted.min(1)
-    return torch.where(smallest.isfinite(), owner, -1)
+    smallest, gt_index = torch.where(chosen, area[..., None], torch.inf).min(1)
+    return torch.where(smallest.isfinite(), gt_index, -1)
