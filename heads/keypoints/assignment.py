@@ -1,11 +1,11 @@
-"""Which cells of a dense keypoint head learn which object.
+"""Which grid points of a keypoint head are positives of which object.
 
-The objects of a batch are kept in one list of M, each with the number of its image, and every object with its own n
-candidate cells. What follows (assignment, losses) works on (M, n), which is small however many cells there are.
+The M objects of a batch form one list, each with the index of its image and with n candidate grid points of its own.
+Assignment and losses work on (M, n), which is small however many grid points there are.
 
-From random weights the quality of predictions says nothing, and assignments made by it alone (SimOTA, TOOD) wait for
-some to appear by chance. Here a cell's value begins as its place in the object and gains what it predicts; whoever
-predicts well soon outweighs whoever only lies well.
+With random weights the quality of predictions carries no information, and an assignment by quality alone (SimOTA, TOOD)
+has to wait until good predictions appear by chance. Here the alignment of a grid point with an object starts as its
+location in the object, and the quality of its prediction is added to that; good predictions soon outweigh location.
 """
 
 from __future__ import annotations
@@ -21,22 +21,23 @@ from mvision.heads.query.matching import labelled_classes
 from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 
-PREDICTED = 2.0  # weight of what a cell predicts beside where it lies; both are in 0..1
+PREDICTION_WEIGHT = 2.0  # of a prediction's quality relative to the location prior; both are in 0..1
 
 
 @dataclass
-class KeypointTruth:
-    """The objects of a batch whose class has keypoints.
+class KeypointTargets:
+    """The objects of a batch that a set of last layers learns, M in all.
 
     Attributes:
-        image: (M,) int64, their images.
-        classes: (M,) int64, index into the classes with keypoints.
+        image: (M,) int64, index of the object's image in the batch.
+        classes: (M,) int64, index among the classes that the layers predict.
         boxes: (M, 4) cxcywh in 0..1.
-        points: (M, K, 3) x, y in 0..1 and visibility; 0: not labelled.
-        areas: (M,) fraction of the image.
-        scale: (M, 2) makes of fractions of width and height lengths in an image whose area is 1, whatever its shape.
-        unlabelled: (B,) bool: images whose annotations say nothing about keypoints.
-        labelled_classes: (B, categories) or (B, 1) bool: the labels that were looked for in each image; None: all.
+        points: (M, K, 3) x, y in 0..1 and visibility; 0 means not labelled.
+        areas: (M,) as a fraction of the image.
+        scale: (M, 2) factors for x and y that turn fractions of width and height into lengths in an image of area 1
+            with the same aspect ratio.
+        images_without_keypoints: (B,) bool: images whose annotations have no keypoints at all.
+        labelled_classes: (B, categories) or (B, 1) bool, see ``Targets.labelled_classes``; None: all in all images.
     """
 
     image: Tensor
@@ -45,32 +46,32 @@ class KeypointTruth:
     points: Tensor
     areas: Tensor
     scale: Tensor
-    unlabelled: Tensor
+    images_without_keypoints: Tensor
     labelled_classes: Tensor | None
 
     @property
-    def labelled(self) -> Tensor:
+    def is_labelled(self) -> Tensor:
         """(M,) bool: at least one point of the object is labelled."""
         return (self.points[..., 2] > 0).any(-1)
 
 
-def keypoint_truth(
-    targets: list[Targets], table: Tensor, num_points: int, shape: tuple[int, int], dtype: torch.dtype
-) -> KeypointTruth:
+def keypoint_targets(
+    targets: list[Targets], class_index: Tensor, num_points: int, shape: tuple[int, int], dtype: torch.dtype
+) -> KeypointTargets:
     """Collect the objects that a keypoint head learns.
 
     Args:
-        table: (categories,) int64, for every label the index among the classes with keypoints, -1 for the others.
+        class_index: (categories,) int64, for every label its index among the predicted classes, -1 for the others.
         num_points: K.
-        shape: height and width of the input, for images whose original size is not known.
+        shape: height and width of the input, used for images whose original size is not known.
 
     Returns:
-        Everything on the device of ``table``.
+        Everything on the device of ``class_index``.
     """
-    device = table.device
+    device = class_index.device
     counts = torch.tensor([len(target) for target in targets])
     image = torch.arange(len(targets)).repeat_interleave(counts).to(device)
-    classes = table[torch.cat([target.labels for target in targets]).to(device)]
+    classes = class_index[torch.cat([target.labels for target in targets]).to(device)]
     points = [
         target.boxes.new_zeros(len(target), num_points, 3) if target.keypoints is None else target.keypoints
         for target in targets
@@ -79,116 +80,119 @@ def keypoint_truth(
     aspect = (widths / heights).sqrt()
     keep = classes >= 0
     image = image[keep]
-    return KeypointTruth(
+    return KeypointTargets(
         image=image,
         classes=classes[keep],
         boxes=torch.cat([target.boxes for target in targets]).to(device, dtype)[keep],
         points=torch.cat(points).to(device, dtype)[keep],
         areas=torch.cat([target.areas for target in targets]).to(device, dtype)[keep],
         scale=torch.stack((aspect, 1 / aspect), -1).to(device)[image],
-        unlabelled=torch.tensor([target.keypoints is None for target in targets], device=device),
+        images_without_keypoints=torch.tensor([target.keypoints is None for target in targets], device=device),
         labelled_classes=labelled_classes(targets, device),
     )
 
 
 @dataclass
 class Candidates:
-    """Cells that may learn an object.
+    """Grid points that may become positives of an object.
 
     Attributes:
-        cells: (M, n) int64 index of the cell.
-        closeness: (M, n) in 0..1, how well the cell lies for the object; 0: it is no candidate.
-        inside: (M, S) bool: cells whose centre lies in the object's box.
+        grid_points: (M, n) int64, their indices.
+        location_prior: (M, n) in 0..1, how well the location of the grid point suits the object; 0: not a candidate.
+        inside: (M, S) bool: grid points whose centre lies in the object's box.
     """
 
-    cells: Tensor
-    closeness: Tensor
+    grid_points: Tensor
+    location_prior: Tensor
     inside: Tensor
 
 
 @torch.no_grad()
 def candidates(centres: Tensor, sizes: Tensor, boxes: Tensor, count: int) -> Candidates:
-    """The cells that lie best for each object: near its centre, on a level made for its size.
+    """The grid points that suit each object best: near its centre, on a level whose reference size is like its own.
 
     Args:
-        centres: (S, 2) x, y of the cells in 0..1.
-        sizes: (S,) side of the objects that a cell's level is made for, in 0..1.
+        centres: (S, 2) x, y of the grid points in 0..1.
+        sizes: (S,) side of their reference boxes in 0..1.
         boxes: (M, 4) cxcywh in 0..1.
-        count: n, at most.
+        count: the largest n.
 
-    Only cells inside the box are taken, and the nearest one of all if none is.
+    Only grid points inside the box are candidates; if there is none, the one nearest to its centre is.
     """
     corners = cxcywh_to_xyxy(boxes)
-    anchors = cxcywh_to_xyxy(torch.cat((centres, sizes[:, None].expand(-1, 2)), -1))
-    overlap, _ = iou(corners[:, None], anchors)
+    references = cxcywh_to_xyxy(torch.cat((centres, sizes[:, None].expand(-1, 2)), -1))
+    reference_iou, _ = iou(corners[:, None], references)
     distance = centres - boxes[:, None, :2]
     # 1 in the centre of the box, 0 on its sides.
-    centred = 1 - (distance.abs() / (boxes[:, None, 2:] / 2).clamp(min=1e-6)).amax(-1)
-    inside = centred > 0
-    place = overlap * centred.clamp(min=0)
-    place = place / place.amax(1, keepdim=True).clamp(min=1e-9)
+    centrality = 1 - (distance.abs() / (boxes[:, None, 2:] / 2).clamp(min=1e-6)).amax(-1)
+    inside = centrality > 0
+    prior = reference_iou * centrality.clamp(min=0)
+    prior = prior / prior.amax(1, keepdim=True).clamp(min=1e-9)
     nearest = distance.square().sum(-1).argmin(1, keepdim=True)
-    place = place.scatter(1, nearest, torch.where(inside.any(1, keepdim=True), place.gather(1, nearest), 1.0))
-    closeness, cells = place.topk(min(count, len(centres)), dim=1)
-    return Candidates(cells, closeness, inside)
+    prior = prior.scatter(1, nearest, torch.where(inside.any(1, keepdim=True), prior.gather(1, nearest), 1.0))
+    location_prior, grid_points = prior.topk(min(count, len(centres)), dim=1)
+    return Candidates(grid_points, location_prior, inside)
 
 
 @torch.no_grad()
-def cell_values(closeness: Tensor, scores: Tensor, near: Tensor, overlap: Tensor, labelled: Tensor) -> Tensor:
-    """What a candidate is worth to its object, (M, n); 0 for cells that are no candidates.
+def compute_alignment(location_prior: Tensor, scores: Tensor, oks: Tensor, iou: Tensor, is_labelled: Tensor) -> Tensor:
+    """How well candidates suit their object, (M, n) in 0..3; 0 where the grid point is not a candidate.
 
     Args:
-        closeness: (M, n), see ``Candidates``.
+        location_prior: (M, n), see ``Candidates``.
         scores: (M, n) in 0..1 for the object's class.
-        near: (M, n) OKS of the predicted points.
-        overlap: (M, n) IoU of the predicted box.
-        labelled: (M,) bool: the object has points; else the box alone counts.
+        oks: (M, n) of the predicted points.
+        iou: (M, n) of the predicted box.
+        is_labelled: (M,) bool: the object has labelled points; for the others the box alone counts.
     """
-    quality = torch.where(labelled[:, None], (near + overlap) / 2, overlap)
-    value = closeness + PREDICTED * (scores * quality).sqrt()
-    return torch.where(closeness > 0, torch.nan_to_num(value), 0)
+    quality = torch.where(is_labelled[:, None], (oks + iou) / 2, iou)
+    alignment = location_prior + PREDICTION_WEIGHT * (scores * quality).sqrt()
+    return torch.where(location_prior > 0, torch.nan_to_num(alignment), 0)
 
 
 @torch.no_grad()
-def many_cells(values: Tensor, cells: Tensor, image: Tensor, num_cells: int, top_k: int) -> Tensor:
-    """The ``top_k`` candidates of most value for every object, (M, n) bool; a cell learns one object, the one it suits.
+def assign_one2many(alignment: Tensor, grid_points: Tensor, image: Tensor, num_grid_points: int, top_k: int) -> Tensor:
+    """The positives of one-to-many training, (M, n) bool: the ``top_k`` candidates of every object that suit it best.
+
+    A grid point is a positive of one object at most: of the one that it is aligned with best.
 
     Args:
-        values, cells: (M, n), see ``cell_values`` and ``Candidates``.
-        image: (M,) of the objects.
-        num_cells: S.
+        alignment, grid_points: (M, n), see ``compute_alignment`` and ``Candidates``.
+        image: (M,), index of the objects' images.
+        num_grid_points: S.
     """
-    best = values.topk(min(top_k, values.shape[1]), dim=1).indices
-    chosen = torch.zeros_like(values, dtype=torch.bool).scatter(1, best, True) & (values > 0)
-    if not len(values):
-        return chosen
-    place = (image[:, None] * num_cells + cells).flatten()
-    wanted = torch.where(chosen, values, 0).flatten()
-    most = wanted.new_zeros(int(place.max()) + 1).scatter_reduce(0, place, wanted, "amax")
-    # Of two objects with equal values the later one: who it is does not matter, that it is one does.
-    number = torch.arange(1, len(values) + 1, device=values.device)[:, None].expand_as(values).flatten()
-    number = torch.where((wanted > 0) & (wanted == most[place]), number, 0)
-    owner = torch.zeros_like(most, dtype=number.dtype).scatter_reduce(0, place, number, "amax")
-    return ((number > 0) & (number == owner[place])).view_as(values)
+    best = alignment.topk(min(top_k, alignment.shape[1]), dim=1).indices
+    is_positive = torch.zeros_like(alignment, dtype=torch.bool).scatter(1, best, True) & (alignment > 0)
+    if not len(alignment):
+        return is_positive
+    index = (image[:, None] * num_grid_points + grid_points).flatten()
+    wanted = torch.where(is_positive, alignment, 0).flatten()
+    largest = wanted.new_zeros(int(index.max()) + 1).scatter_reduce(0, index, wanted, "amax")
+    # Of several objects with equal alignment the last one wins: any of them would do, as long as it is one.
+    number = torch.arange(1, len(alignment) + 1, device=alignment.device)[:, None].expand_as(alignment).flatten()
+    number = torch.where((wanted > 0) & (wanted == largest[index]), number, 0)
+    owner = torch.zeros_like(largest, dtype=number.dtype).scatter_reduce(0, index, number, "amax")
+    return ((number > 0) & (number == owner[index])).view_as(alignment)
 
 
 @torch.no_grad()
-def one_cell(values: Tensor, cells: Tensor, image: Tensor) -> Tensor:
-    """One candidate for every object, (M, n) bool: the one-to-one matching with the largest sum of values.
+def assign_one2one(alignment: Tensor, grid_points: Tensor, image: Tensor) -> Tensor:
+    """The positives of one-to-one training, (M, n) bool: the matching of the largest total alignment in every image.
 
-    An object whose candidates all serve others remains without one. Arguments as in ``many_cells``.
+    An object whose candidates are all taken by others has no positive. Arguments as in ``assign_one2many``.
     """
-    worth, where = values.cpu().numpy(), cells.cpu().numpy()
-    chosen = np.zeros(worth.shape, dtype=bool)
+    values, indices = alignment.cpu().numpy(), grid_points.cpu().numpy()
+    is_positive = np.zeros(values.shape, dtype=bool)
     stop = 0
     for count in image.bincount().tolist():
         start, stop = stop, stop + count
         if count:
-            # Among the candidates of this image alone: a map has thousands of cells.
-            taken, column = np.unique(where[start:stop], return_inverse=True)
+            # The matrix has a column for each candidate of this image's objects alone: the image has thousands of
+            # grid points.
+            used, column = np.unique(indices[start:stop], return_inverse=True)
             column = column.reshape(count, -1)
-            table = np.zeros((count, len(taken)))
-            np.put_along_axis(table, column, worth[start:stop], axis=1)
-            rows, columns = linear_sum_assignment(table, maximize=True)
-            chosen[start + rows] = column[rows] == columns[:, None]
-    return torch.from_numpy(chosen).to(values.device) & (values > 0)
+            matrix = np.zeros((count, len(used)))
+            np.put_along_axis(matrix, column, values[start:stop], axis=1)
+            rows, columns = linear_sum_assignment(matrix, maximize=True)
+            is_positive[start + rows] = column[rows] == columns[:, None]
+    return torch.from_numpy(is_positive).to(alignment.device) & (alignment > 0)

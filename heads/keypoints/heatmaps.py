@@ -1,16 +1,16 @@
-"""Exact places of keypoints: a small map for every point of every found object, in a window around the object.
+"""Exact places of keypoints: a heatmap for every point of every predicted object, in a window around the object.
 
-A map is the product of an embedding, made by the cell that found the object, and pixel features, plus a prior around
-the place that the cell itself predicts for the point. So the cell says whose left knee is meant and roughly where it
-is, and the pixels say where exactly; objects of all sizes get maps of the same resolution, and the cost grows with the
-number of objects, not with the image.
+A heatmap is the dot product of pixel features with an embedding, which is made from the token that predicts the object,
+plus a prior around the place that the token itself predicts for the point. So the token decides whose left knee is
+meant and roughly where it is, and the pixels decide where exactly. Objects of all sizes get heatmaps of the same
+resolution, and the cost grows with the number of objects, not with the size of the image.
 
-A map is taught as a distribution over places (cross-entropy), and the place is chosen at the end, by the OKS to expect.
-With most of the weight on the OKS of the map's mean instead, less was learned (AP 0.113 against 0.130 after 440 steps
-of the built-in set, both read in the same way).
+Heatmaps are trained as distributions over places (cross-entropy), and the place is chosen afterwards as that of the
+largest expected OKS. Training most of all the OKS of the heatmap's mean instead gave worse results (AP 0.113 against
+0.130 after 440 steps on the built-in data set, with places chosen in the same way).
 
-Sources of the idea: the window and the softmax over it are those of Mask R-CNN's keypoint head (He et al., ICCV 2017),
-filters made per instance those of FCPose (Mao et al., CVPR 2021).
+Sources of the idea: the window and the softmax over it are from Mask R-CNN's keypoint head (He et al., ICCV 2017),
+filters that are predicted per instance from FCPose (Mao et al., CVPR 2021).
 """
 
 from __future__ import annotations
@@ -25,28 +25,29 @@ from torch import Tensor, nn
 from mvision.heads.pixel_features import PixelFeatures
 from mvision.neck.layers import without_autocast
 
-GRID = 24  # places along each side of a window
-MARGIN = 1.3  # sides of a window, in sides of the object's box
+RESOLUTION = 24  # R, cells of a heatmap along each side
+WINDOW_SCALE = 1.3  # sides of a window divided by those of the object's box
 STRIDE = 4  # of the pixel features
-SPREAD = 0.25  # of a new prior: standard deviation in sides of the box
-SPREADS = (0.02, 2.0)  # of any prior
-LOWEST = -8.0  # of the prior along each axis: what is far away stays possible
-# The largest sigma that maps are taught and read with, that of COCO's hips: by looser ones any place would be good.
-LARGEST_SIGMA = 0.107
-# Area of an object by that of its box, where only the box is known. People of the built-in set: 0.47 in the median.
-FILL = 0.5
-SHARPEST = 0.6  # standard deviation of a taught map, at least, in steps of the grid
+INITIAL_PRIOR_STD = 0.25  # standard deviation of a new prior, in sides of the box
+PRIOR_STD_RANGE = (0.02, 2.0)  # limits of the learned one, in sides of the box
+MIN_PRIOR_LOGIT = -8.0  # along each axis: places far from the prior's centre stay possible
+# The largest sigma that is used in training and in choosing places, that of COCO's hips: with larger ones nearly every
+# place would count as good.
+MAX_SIGMA = 0.107
+# Area of an object divided by that of its box, where the box alone is known: the median of the built-in people is 0.47.
+AREA_OF_BOX = 0.5
+MIN_TARGET_STD = 0.6  # standard deviation of a target heatmap, at least, in cells of the heatmap
 
 
-class PointMaps(nn.Module):
-    """Pixel features, the layer that makes embeddings of cells, and the maps made of both.
+class Heatmaps(nn.Module):
+    """Pixel features, the layer that makes embeddings from tokens, and the heatmaps that are made from both.
 
     Args:
         channels, strides: of the neck's maps, finest first.
         lateral: channels of the backbone's map of stride ``STRIDE``, or None.
         width: of the layers that make the pixel features.
-        dim: length of an embedding.
-        cell_width: channels of a cell.
+        dim: d, the length of an embedding and the channels of the pixel features.
+        token_width: channels of a token.
         num_points: K.
     """
 
@@ -57,122 +58,137 @@ class PointMaps(nn.Module):
         lateral: int | None,
         width: int,
         dim: int,
-        cell_width: int,
+        token_width: int,
         num_points: int,
     ) -> None:
         super().__init__()
+        # ``pixels`` and ``embed`` are part of the names of tensors in weights files.
         self.pixels = PixelFeatures(channels, strides, lateral, STRIDE, width, dim)
         self.num_points, self.dim = num_points, dim
-        self.embed = nn.Linear(cell_width, num_points * (dim + 1))
+        self.embed = nn.Linear(token_width, num_points * (dim + 1))
         nn.init.normal_(self.embed.weight, std=0.01)
         nn.init.zeros_(self.embed.bias)
         with torch.no_grad():
             bias = self.embed.bias.view(num_points, dim + 1)
             bias[:, :dim] = torch.randn(num_points, dim)
-            bias[:, dim] = math.log(SPREAD)
+            bias[:, dim] = math.log(INITIAL_PRIOR_STD)
 
-    def read(self, pixels: Tensor, boxes: Tensor) -> Tensor:
-        """Pixel features (B, d, h, w) in the windows of boxes (B, N, 4): (B, N, d, GRID, GRID) float32."""
+    def sample(self, pixels: Tensor, boxes: Tensor) -> Tensor:
+        """Pixel features (B, d, h, w) at the cells of the windows of boxes (B, N, 4): (B, N, d, R, R) float32."""
         x, y = window(boxes)
-        shape = (*boxes.shape[:2], GRID, GRID)
+        shape = (*boxes.shape[:2], RESOLUTION, RESOLUTION)
         places = torch.stack((x[..., None, :].expand(shape), y[..., None].expand(shape)), -1)
         # float32, contiguous: grid_sample is wrong on strided bf16 views on CPU.
         with without_autocast(pixels):
-            at = F.grid_sample(
+            sampled = F.grid_sample(
                 pixels.float().contiguous(),
                 2 * places.flatten(1, 2).float() - 1,
                 padding_mode="border",
                 align_corners=False,
             )
-        return at.unflatten(2, (boxes.shape[1], GRID)).transpose(1, 2)
+        return sampled.unflatten(2, (boxes.shape[1], RESOLUTION)).transpose(1, 2)
 
-    def logits(self, at: Tensor, cells: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
-        """Maps before the softmax.
+    def logits(self, sampled: Tensor, tokens: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
+        """Heatmaps before the softmax.
 
         Args:
-            at: (..., d, GRID, GRID), see ``read``.
-            cells: (..., width).
-            boxes: (..., 4) cxcywh in 0..1, that the windows were made of.
-            points: (..., K, 2) x, y in 0..1, where the cells expect the points.
+            sampled: (..., d, R, R), see ``sample``.
+            tokens: (..., token_width).
+            boxes: (..., 4) cxcywh in 0..1, those of the windows.
+            points: (..., K, 2) x, y in 0..1, as predicted from the tokens.
 
         Returns:
-            (..., K, GRID, GRID) float32.
+            (..., K, R, R) float32.
         """
-        with without_autocast(at):
-            embedded = self.embed(cells.to(self.embed.weight.dtype)).unflatten(-1, (self.num_points, self.dim + 1))
-            product = (embedded[..., :-1].float() / math.sqrt(self.dim)) @ at.flatten(-2)
-            low, high = map(math.log, SPREADS)
-            spread = embedded[..., -1, None].float().clamp(low, high).exp()
+        with without_autocast(sampled):
+            embedded = self.embed(tokens.to(self.embed.weight.dtype)).unflatten(-1, (self.num_points, self.dim + 1))
+            product = (embedded[..., :-1].float() / math.sqrt(self.dim)) @ sampled.flatten(-2)
+            low, high = map(math.log, PRIOR_STD_RANGE)
+            prior_std = embedded[..., -1, None].float().clamp(low, high).exp()
             prior = []
             for axis, places in enumerate(window(boxes.float())):
                 side = boxes[..., None, None, 2 + axis].float().clamp(min=1e-3)
-                away = (places[..., None, :] - points[..., axis, None].float()) / (side * spread)
-                prior.append((-0.5 * away.square()).clamp(min=LOWEST))
-            return product.unflatten(-1, (GRID, GRID)) + prior[0][..., None, :] + prior[1][..., None]
+                distance = (places[..., None, :] - points[..., axis, None].float()) / (side * prior_std)
+                prior.append((-0.5 * distance.square()).clamp(min=MIN_PRIOR_LOGIT))
+            return product.unflatten(-1, (RESOLUTION, RESOLUTION)) + prior[0][..., None, :] + prior[1][..., None]
 
 
 def window(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., 4) cxcywh -> x of the columns and y of the rows, (..., GRID) each, of an even grid over enlarged boxes."""
-    steps = ((torch.arange(GRID, device=boxes.device, dtype=boxes.dtype) + 0.5) / GRID - 0.5) * MARGIN
+    """The cells of the windows of boxes (..., 4) cxcywh: x of the columns and y of the rows, each (..., R)."""
+    steps = (torch.arange(RESOLUTION, device=boxes.device, dtype=boxes.dtype) + 0.5) / RESOLUTION - 0.5
+    steps = steps * WINDOW_SCALE
     x, y = (boxes[..., axis, None] + steps * boxes[..., 2 + axis, None] for axis in (0, 1))
     return x, y
 
 
-def likely_reach(boxes: Tensor, sigmas: Tensor, shape: tuple[int, int]) -> Tensor:
-    """(..., K, 2) standard deviation of the similarity along x and y, for objects of which the box alone is known.
+def cell_side(boxes: Tensor, axis: int) -> Tensor:
+    """Width (``axis`` 0) or height (1) of a heatmap's cell in 0..1 of the image, for boxes (..., 4): (...) float32."""
+    return WINDOW_SCALE / RESOLUTION * boxes[..., 2 + axis].float()
+
+
+def estimated_similarity_std(boxes: Tensor, sigmas: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Standard deviation of the point similarity (a Gaussian), of objects of which only a predicted box is known.
 
     Args:
         boxes: (..., 4) cxcywh in 0..1.
         sigmas: (..., K).
-        shape: height and width of the image, in any unit: its aspect counts.
-    """
-    height, width = shape
-    scale = (FILL * height * width * boxes[..., 2:].prod(-1)).sqrt()
-    reach = 2 * sigmas.to(scale).clamp(max=LARGEST_SIGMA) * scale[..., None]
-    return torch.stack((reach / width, reach / height), -1)
-
-
-def likeliest(logits: Tensor, boxes: Tensor, reach: Tensor) -> tuple[Tensor, Tensor]:
-    """The places that promise the largest OKS, and how much.
-
-    The maximum of a map alone would ignore how much lies beside it, and the mean of two far places is none of them. The
-    OKS says how much a near miss counts: smoothed by it, a map is the similarity to expect of every place.
-
-    Args:
-        logits: (..., K, GRID, GRID).
-        boxes: (..., 4) of the windows.
-        reach: (..., K, 2) standard deviation of the similarity along x and y, in 0..1 of the image.
+        shape: height and width of the image in any unit; only their ratio matters.
 
     Returns:
-        (..., K, 2) places, and (..., K) expected similarities.
+        (..., K, 2) along x and y, as fractions of the image's width and height.
     """
-    chance = logits.flatten(-2).softmax(-1).view_as(logits)
-    axes = window(boxes.float())
-    near = []
-    for axis, places in enumerate(axes):
-        step = MARGIN / GRID * boxes[..., None, 2 + axis].float()
-        width = torch.maximum(reach[..., axis].float(), step)[..., None, None]
-        away = (places[..., :, None] - places[..., None, :])[..., None, :, :]
-        near.append((-0.5 * (away / width).square()).exp())
-    similar, best = (near[1] @ chance @ near[0]).flatten(-2).max(-1)
-    # Between the grid's places: the mean of what lies within reach.
-    across, down = (
-        matrix.gather(-2, index[..., None, None].expand(*index.shape, 1, GRID)).squeeze(-2)
-        for matrix, index in zip(near, (best % GRID, best // GRID))
-    )
-    masses = (down[..., None, :] @ chance).squeeze(-2) * across, (chance @ across[..., None]).squeeze(-1) * down
-    found = [(mass * at[..., None, :]).sum(-1) / mass.sum(-1).clamp(min=1e-12) for mass, at in zip(masses, axes)]
-    return torch.stack(found, -1), similar
+    height, width = shape
+    scale = (AREA_OF_BOX * height * width * boxes[..., 2:].prod(-1)).sqrt()
+    std = 2 * sigmas.to(scale).clamp(max=MAX_SIGMA) * scale[..., None]
+    return torch.stack((std / width, std / height), -1)
 
 
-def map_loss(logits: Tensor, boxes: Tensor, points: Tensor, deviation: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of maps from a Gaussian around the true places: cross-entropy that can reach zero.
+def best_places(logits: Tensor, boxes: Tensor, similarity_std: Tensor) -> tuple[Tensor, Tensor]:
+    """The places of the largest expected similarity, and that similarity.
+
+    The maximum of a heatmap would ignore how much probability lies near it, and the mean of two distant modes lies at
+    neither. The expected similarity of a place is the heatmap smoothed by the Gaussian of the similarity.
 
     Args:
-        logits: (..., K, GRID, GRID).
-        boxes: (..., 4) of the windows.
-        points: (..., K, 2) x, y in 0..1, in the windows.
-        deviation: (..., K, 2) of the Gaussians along x and y, in 0..1.
+        logits: (..., K, R, R).
+        boxes: (..., 4) cxcywh in 0..1, those of the windows.
+        similarity_std: (..., K, 2) standard deviation of the similarity along x and y, in 0..1 of the image.
+
+    Returns:
+        (..., K, 2) x, y in 0..1, and (..., K) expected similarities in 0..1.
+    """
+    probabilities = logits.flatten(-2).softmax(-1).view_as(logits)
+    axes = window(boxes.float())
+    similarities = []  # along x and y: (..., K, R, R), of every cell's centre to every other's
+    for axis, places in enumerate(axes):
+        std = torch.maximum(similarity_std[..., axis].float(), cell_side(boxes, axis)[..., None])[..., None, None]
+        distance = (places[..., :, None] - places[..., None, :])[..., None, :, :]
+        similarities.append((-0.5 * (distance / std).square()).exp())
+    expected, best = (similarities[1] @ probabilities @ similarities[0]).flatten(-2).max(-1)
+    # Finer than the cells: the mean place of the probability around the best cell, weighted by the similarity to it.
+    to_x, to_y = (
+        matrix.gather(-2, index[..., None, None].expand(*index.shape, 1, RESOLUTION)).squeeze(-2)
+        for matrix, index in zip(similarities, (best % RESOLUTION, best // RESOLUTION))
+    )
+    weights = (
+        (to_y[..., None, :] @ probabilities).squeeze(-2) * to_x,
+        (probabilities @ to_x[..., None]).squeeze(-1) * to_y,
+    )
+    means = [
+        (weight * places[..., None, :]).sum(-1) / weight.sum(-1).clamp(min=1e-12)
+        for weight, places in zip(weights, axes)
+    ]
+    return torch.stack(means, -1), expected
+
+
+def heatmap_loss(logits: Tensor, boxes: Tensor, points: Tensor, target_std: Tensor) -> Tensor:
+    """Kullback-Leibler divergence from a Gaussian around the true places: cross-entropy whose minimum is zero.
+
+    Args:
+        logits: (..., K, R, R).
+        boxes: (..., 4) cxcywh in 0..1, those of the windows.
+        points: (..., K, 2) true x, y in 0..1, inside the windows.
+        target_std: (..., K, 2) standard deviations of the Gaussians along x and y, in 0..1 of the image.
 
     Returns:
         (..., K)
@@ -180,22 +196,31 @@ def map_loss(logits: Tensor, boxes: Tensor, points: Tensor, deviation: Tensor) -
     with torch.no_grad():
         targets = []
         for axis, places in enumerate(window(boxes.float())):
-            step = MARGIN / GRID * boxes[..., None, None, 2 + axis].float()
-            width = torch.maximum(deviation[..., axis, None].float(), SHARPEST * step)
-            targets.append((-0.5 * ((places[..., None, :] - points[..., axis, None]) / width).square()).softmax(-1))
-        across, down = targets
-        entropy = -(torch.xlogy(across, across) + torch.xlogy(down, down)).sum(-1)
-    expected = ((down[..., None, :] @ logits).squeeze(-2) * across).sum(-1)
-    return logits.flatten(-2).logsumexp(-1) - expected - entropy
+            smallest = MIN_TARGET_STD * cell_side(boxes, axis)[..., None, None]
+            std = torch.maximum(target_std[..., axis, None].float(), smallest)
+            targets.append((-0.5 * ((places[..., None, :] - points[..., axis, None]) / std).square()).softmax(-1))
+        along_x, along_y = targets
+        entropy = -(torch.xlogy(along_x, along_x) + torch.xlogy(along_y, along_y)).sum(-1)
+    expected_logit = ((along_y[..., None, :] @ logits).squeeze(-2) * along_x).sum(-1)
+    return logits.flatten(-2).logsumexp(-1) - expected_logit - entropy
 
 
 def in_window(boxes: Tensor, points: Tensor) -> Tensor:
     """(..., K) bool: which points (..., K, 2) lie in the windows of boxes (..., 4)."""
-    return ((points - boxes[..., None, :2]).abs() <= MARGIN / 2 * boxes[..., None, 2:]).all(-1)
+    return ((points - boxes[..., None, :2]).abs() <= WINDOW_SCALE / 2 * boxes[..., None, 2:]).all(-1)
 
 
-def pad_rows(image: Tensor, batch: int, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Objects in one row, those of an image after each other, as (B, most, ...); with the index that leads back."""
+def pad_per_image(image: Tensor, batch: int, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Rows of a whole batch as one row per object of every image, padded with zeros.
+
+    Args:
+        image: (P,) int64, the image of every row, in ascending order.
+        batch: B.
+        rows: (P, ...).
+
+    Returns:
+        (B, most rows of an image, ...), and the index with which this gives ``rows`` again.
+    """
     counts = image.bincount(minlength=batch)
     slot = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
     most = int(counts.max()) if len(image) else 0

@@ -1,4 +1,4 @@
-"""Loss terms of a dense keypoint head, on (M, n): M objects of a batch with n candidate cells each.
+"""Loss terms of a keypoint head, on (M, n): M objects of a batch with n candidate grid points each.
 
 Sources: Lu et al., "RTMO", CVPR 2024 (scores whose target is the OKS, OKS loss, visibility), and Maji et al.,
 "YOLO-Pose", CVPR Workshops 2022 (one minus OKS as the loss of the points).
@@ -13,107 +13,129 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvision.heads.keypoints.assignment import Candidates, KeypointTruth
-from mvision.heads.keypoints.grid import FoundPoints
-from mvision.heads.keypoints.heatmaps import LARGEST_SIGMA, PointMaps, in_window, map_loss, pad_rows
+from mvision.heads.keypoints.assignment import Candidates, KeypointTargets
+from mvision.heads.keypoints.grid import Predictions
+from mvision.heads.keypoints.heatmaps import MAX_SIGMA, Heatmaps, heatmap_loss, in_window, pad_per_image
 from mvision.heads.query.losses import quality_focal
 from mvision.heads.query.matching import mean_over_processes
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
-from mvision.structures.oks import labelled_mean, similarity
+from mvision.structures.oks import labelled_mean, point_similarity
 
-# Side of the smallest object that distances are measured by, as a fraction of the image: a speck would weigh most.
-SMALLEST = 0.01
-# What a score is taught at least, by a box that fits. COCO's figures begin at an OKS of 0.5, so the order among those
-# below does not matter to them; with nothing but the OKS, which is near 0 in the beginning, objects would be taught to
-# score like the background.
-LEAST_TARGET = 0.4
+# Objects with a smaller side (root of the area, as a fraction of the image) count as this large where distances are
+# divided by an object's size: else the smallest objects would dominate the loss.
+MIN_SIDE = 0.01
+# Lower limit of a score's target if the box fits exactly. COCO's metrics count an OKS of 0.5 and more, so the order of
+# the scores below does not matter to them. With the OKS alone, which is near 0 at the start of training, objects would
+# be trained to score like the background.
+MIN_SCORE_TARGET = 0.4
 
-
-MAP_CELLS = 4  # of an object's best cells make maps of its points in training
-PRIOR_NOISE = 0.05  # of what they expect of a point, in sides of the box: it is known better in training than later
-WINDOW_NOISE = 0.08  # of a true box, in sides of it, where the predicted one is too far off to be looked at
-WINDOW_IOU = 0.5  # with the true box, from which on a predicted box is looked at
+# Training of heatmaps:
+GRID_POINTS_PER_OBJECT = 4  # the best aligned grid points of every object that make heatmaps
+PRIOR_NOISE = 0.05  # added to predicted points, in sides of the box: they are more exact in training than later
+WINDOW_NOISE = 0.08  # added to a true box, in its sides, where that replaces a predicted box that is too far off
+MIN_WINDOW_IOU = 0.5  # of a predicted box with the true one, above which the predicted box is used
 
 
 @dataclass
-class Compared:
-    """Predictions beside the truth: ``near`` (M, n) OKS, ``each`` (M, n, K) similarity, boxes' IoU and GIoU (M, n)."""
+class Comparison:
+    """Predictions compared with the ground truth.
 
-    near: Tensor
-    each: Tensor
-    overlap: Tensor
+    ``oks`` (M, n), ``point_similarity`` (M, n, K), and ``iou`` and ``giou`` (M, n) of the boxes.
+    """
+
+    oks: Tensor
+    point_similarity: Tensor
+    iou: Tensor
     giou: Tensor
 
 
 @dataclass
-class Assigned:
-    """What one set of last layers learns: M objects with n candidate cells each.
+class Assignment:
+    """What one set of last layers learns: M objects with n candidate grid points each.
 
     Attributes:
-        sigmas, exists: (M, K) of the objects' classes: the tolerance of each point, and which of the K they have.
-        values: (M, n), see ``cell_values``.
-        chosen: (M, n) bool: cells that learn the object.
-        labelled_classes: (B, C) or (B, 1) bool: which of the classes were looked for in each image; None: all.
+        gt: the objects.
+        candidates: their candidate grid points.
+        sigmas: (M, K) of the object's class.
+        point_exists: (M, K) bool: which of the K points the object's class has.
+        pred: the predictions of the candidates, (M, n, ...).
+        comparison: of ``pred`` with ``gt``.
+        alignment: (M, n), see ``compute_alignment``.
+        is_positive: (M, n) bool: the candidate learns to predict the object.
+        labelled_classes: (B, C) or (B, 1) bool: which of the predicted classes were labelled in each image; None: all.
     """
 
-    truth: KeypointTruth
-    near: Candidates
+    gt: KeypointTargets
+    candidates: Candidates
     sigmas: Tensor
-    exists: Tensor
-    found: FoundPoints
-    compared: Compared
-    values: Tensor
-    chosen: Tensor
+    point_exists: Tensor
+    pred: Predictions
+    comparison: Comparison
+    alignment: Tensor
+    is_positive: Tensor
     labelled_classes: Tensor | None = None
 
-
-def compare(found: FoundPoints, truth: KeypointTruth, sigmas: Tensor) -> Compared:
-    """OKS and overlaps; ``sigmas`` (M, K)."""
-    scale = truth.scale[:, None, None]
-    overlap, giou = iou(cxcywh_to_xyxy(found.boxes), cxcywh_to_xyxy(truth.boxes)[:, None])
-    places, visibility = truth.points[:, None, :, :2], truth.points[:, None, :, 2]
-    each = similarity(found.points * scale, places * scale, truth.areas[:, None], sigmas[:, None])
-    return Compared(labelled_mean(each, visibility), each, overlap, giou)
+    @property
+    def class_has_points(self) -> Tensor:
+        """(M,) bool: the object's class has keypoints, labelled or not."""
+        return self.point_exists.any(-1)
 
 
-def box_terms(found: FoundPoints, compared: Compared, truth: KeypointTruth, chosen: Tensor) -> dict[str, Tensor]:
-    """Sums of L1 and one minus GIoU over the ``chosen`` (M, n) cells."""
-    l1 = (found.boxes - truth.boxes[:, None]).abs().sum(-1)
-    return {"box": _sum(l1, chosen), "giou": _sum(1 - compared.giou, chosen)}
+def compare(pred: Predictions, gt: KeypointTargets, sigmas: Tensor) -> Comparison:
+    """OKS, IoU and GIoU of the predictions (M, n, ...) of every object's candidates; ``sigmas`` (M, K)."""
+    scale = gt.scale[:, None, None]
+    box_iou, giou = iou(cxcywh_to_xyxy(pred.boxes), cxcywh_to_xyxy(gt.boxes)[:, None])
+    places, visibility = gt.points[:, None, :, :2], gt.points[:, None, :, 2]
+    similarity = point_similarity(pred.points * scale, places * scale, gt.areas[:, None], sigmas[:, None])
+    return Comparison(labelled_mean(similarity, visibility), similarity, box_iou, giou)
 
 
-def point_terms(
-    found: FoundPoints, compared: Compared, truth: KeypointTruth, chosen: Tensor, exists: Tensor | None
-) -> dict[str, Tensor]:
-    """Sums over the ``chosen`` (M, n) cells of the losses of points, each a mean over an object's labelled points.
-
-    ``oks`` is one minus the OKS. ``point`` is the L1 distance by the object's scale: it still pulls where the OKS of a
-    point far away has no gradient left. ``visible`` is the cross-entropy of "labelled" over the points that the class
-    has, ``exists`` (M, K); None leaves it out.
-    """
-    visibility = truth.points[:, None, :, 2]
-    size = truth.areas.clamp(min=SMALLEST**2).sqrt()[:, None, None]
-    distance = ((found.points - truth.points[:, None, :, :2]) * truth.scale[:, None, None]).abs().sum(-1) / size
-    terms = {
-        "oks": _sum(1 - compared.near, chosen),
-        "point": _sum(labelled_mean(distance, visibility), chosen),
+def box_terms(assignment: Assignment) -> dict[str, Tensor]:
+    """Sums of the L1 distance (``box``) and of one minus the GIoU (``giou``) over the positives."""
+    l1 = (assignment.pred.boxes - assignment.gt.boxes[:, None]).abs().sum(-1)
+    return {
+        "box": _sum(l1, assignment.is_positive),
+        "giou": _sum(1 - assignment.comparison.giou, assignment.is_positive),
     }
-    if exists is not None:
-        target = (visibility > 0).to(found.visibility).expand_as(found.visibility)
-        entropy = F.binary_cross_entropy_with_logits(found.visibility, target, reduction="none")
-        terms["visible"] = _sum(labelled_mean(entropy, exists[:, None].to(entropy)), chosen)
-    return terms
+
+
+def point_terms(assignment: Assignment) -> dict[str, Tensor]:
+    """Sums over the positives of objects with labelled points, each a mean over the labelled points.
+
+    ``oks`` is one minus the OKS. ``point`` is the L1 distance divided by the root of the object's area: unlike the OKS
+    it has a gradient at points that are far off.
+    """
+    pred, gt = assignment.pred, assignment.gt
+    size = gt.areas.clamp(min=MIN_SIDE**2).sqrt()[:, None, None]
+    distance = ((pred.points - gt.points[:, None, :, :2]) * gt.scale[:, None, None]).abs().sum(-1) / size
+    is_positive = assignment.is_positive & gt.is_labelled[:, None]
+    return {
+        "oks": _sum(1 - assignment.comparison.oks, is_positive),
+        "point": _sum(labelled_mean(distance, gt.points[:, None, :, 2]), is_positive),
+    }
+
+
+def visibility_term(assignment: Assignment) -> Tensor:
+    """Sum over the positives of objects with labelled points: cross-entropy of "the point is labelled".
+
+    It is a mean over the points that the object's class has.
+    """
+    pred, gt = assignment.pred, assignment.gt
+    target = (gt.points[:, None, :, 2] > 0).to(pred.visibility).expand_as(pred.visibility)
+    entropy = F.binary_cross_entropy_with_logits(pred.visibility, target, reduction="none")
+    is_positive = assignment.is_positive & gt.is_labelled[:, None]
+    return _sum(labelled_mean(entropy, assignment.point_exists[:, None].to(entropy)), is_positive)
 
 
 @torch.no_grad()
-def score_target(near: Tensor, overlap: Tensor) -> Tensor:
-    """What scores are taught: the OKS (or a point's similarity), or less than any that counts by the box's IoU."""
-    return torch.maximum(near, LEAST_TARGET * overlap)
+def score_target(oks: Tensor, iou: Tensor) -> Tensor:
+    """The target of scores: the OKS (or a point's similarity), at least ``MIN_SCORE_TARGET`` times the box's IoU."""
+    return torch.maximum(oks, MIN_SCORE_TARGET * iou)
 
 
 def score_term(
     logits: Tensor,
-    where: tuple[Tensor, ...],
+    index: tuple[Tensor, ...],
     quality: Tensor,
     ignored: Tensor,
     kind: Literal["vfl", "mal"],
@@ -121,74 +143,89 @@ def score_term(
     gamma: float,
     labelled_classes: Tensor | None = None,
 ) -> Tensor:
-    """Sum of the score's loss over all cells.
+    """Sum of the scores' loss over all grid points.
 
     Args:
         logits: (B, S, C) before the sigmoid.
-        where: image, cell and class of the P positives, each (P,).
+        index: image, grid point and class of the P positives, each (P,).
         quality: (P,) in 0..1, their targets.
-        ignored: (B, S) bool: cells that are neither positive nor negative, unless they are in ``where``.
-        labelled_classes: (B, C) bool, see ``Targets.labelled_classes``: of other classes a cell is no negative; None:
-            all are labelled.
+        ignored: (B, S) bool: grid points that are not negatives.
+        labelled_classes: (B, C) bool, see ``Targets.labelled_classes``: in an image, grid points are no negatives of
+            the other classes; None: all are labelled.
     """
     target = torch.zeros_like(logits, dtype=quality.dtype)
-    target[where] = quality
-    hot = torch.zeros_like(logits, dtype=torch.bool)
-    hot[where] = True
-    loss = quality_focal(logits, target, hot, kind, alpha, gamma)
-    loss = torch.where(ignored[..., None] & ~hot.any(-1, keepdim=True), 0, loss)
-    return (loss if labelled_classes is None else torch.where(labelled_classes[:, None] | hot, loss, 0)).sum()
+    target[index] = quality
+    is_positive = torch.zeros_like(logits, dtype=torch.bool)
+    is_positive[index] = True
+    loss = quality_focal(logits, target, is_positive, kind, alpha, gamma)
+    loss = torch.where(ignored[..., None] & ~is_positive.any(-1, keepdim=True), 0, loss)
+    if labelled_classes is not None:
+        loss = torch.where(labelled_classes[:, None] | is_positive, loss, 0)
+    return loss.sum()
 
 
 @torch.no_grad()
-def ignored_cells(inside: Tensor, truth: KeypointTruth) -> Tensor:
-    """(B, S) bool: cells in objects without labelled points, and all of images without any labels of points.
+def ignored_grid_points(inside: Tensor, gt: KeypointTargets) -> Tensor:
+    """(B, S) bool: grid points inside objects without labelled points, and all of images without keypoint labels.
 
-    COCO's evaluation ignores such objects, and whoever finds them: an annotator who gave a box alone has seen somebody
-    there. Taught as background, a person in the distance would speak against the person in front; taught as a positive,
-    it has no OKS to be taught.
+    COCO's evaluation ignores such objects, and predictions that match them. An annotator who gave a box alone has seen
+    an object there. As a negative, a distant person would contradict the positives of people in front; as a positive,
+    it would need an OKS as the target of its score.
 
     Args:
         inside: (M, S) bool, see ``Candidates``.
     """
-    vague = (inside & ~truth.labelled[:, None]).to(torch.float32)
-    counts = vague.new_zeros(len(truth.unlabelled), inside.shape[1]).index_add(0, truth.image, vague)
-    return (counts > 0) | truth.unlabelled[:, None]
+    unlabelled = (inside & ~gt.is_labelled[:, None]).to(torch.float32)
+    counts = unlabelled.new_zeros(len(gt.images_without_keypoints), inside.shape[1])
+    counts = counts.index_add(0, gt.image, unlabelled)
+    return (counts > 0) | gt.images_without_keypoints[:, None]
 
 
-def map_term(maps: PointMaps, pixels: Tensor, tokens: Tensor, taught: Assigned) -> Tensor:
-    """The loss of the maps that every object's best cells make, a mean over those cells, labelled or not.
+def map_term(maps: Heatmaps, pixels: Tensor, tokens: Tensor, assignment: Assignment) -> Tensor:
+    """The loss of the heatmaps of every object's best aligned grid points.
+
+    The sum over those of objects with labelled points is divided by the number of all of them.
 
     Args:
-        pixels, tokens: (B, d, h, w) pixel features and (B, S, width) cells.
+        pixels: (B, d, h, w) pixel features.
+        tokens: (B, S, width).
     """
-    truth = taught.truth
-    values, column = taught.values.topk(min(MAP_CELLS, taught.values.shape[1]), dim=1)
-    teaching = (values > 0) & taught.exists.any(-1)[:, None]
-    row, rank = (teaching & truth.labelled[:, None]).nonzero(as_tuple=True)
+    gt, alignment = assignment.gt, assignment.alignment
+    best, column = alignment.topk(min(GRID_POINTS_PER_OBJECT, alignment.shape[1]), dim=1)
+    is_used = (best > 0) & assignment.class_has_points[:, None]
+    row, rank = (is_used & gt.is_labelled[:, None]).nonzero(as_tuple=True)
     column = column[row, rank]
-    image, true_boxes, points = truth.image[row], truth.boxes[row], truth.points[row]
+    image, points = gt.image[row], gt.points[row]
+    boxes, expected = _noisy_windows_and_points(assignment, row, column)
+
+    padded, index = pad_per_image(image, len(pixels), boxes)
+    used_tokens = tokens[image, assignment.candidates.grid_points[row, column]]
+    logits = maps.logits(maps.sample(pixels, padded)[index], used_tokens, boxes, expected)
+    # Half the standard deviation of the point similarity: at one whole the similarity is down to 0.61.
+    sigmas = assignment.sigmas[row].clamp(max=MAX_SIGMA)
+    target_std = (sigmas * gt.areas[row].clamp(min=MIN_SIDE**2).sqrt()[:, None])[..., None]
+    loss = heatmap_loss(logits, boxes, points[..., :2], target_std / gt.scale[row][:, None])
+    is_counted = (points[..., 2] > 0) & in_window(boxes, points[..., :2])
+    total = mean_over_processes(is_used.sum().to(loss)).clamp(min=1)
+    # The zero keeps every parameter in the graph when no object has points: distributed training waits for all of them.
+    return labelled_mean(loss, is_counted.to(loss)).sum() / total + 0 * (pixels.sum() + maps.embed.bias.sum()).float()
+
+
+def _noisy_windows_and_points(assignment: Assignment, row: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes of the windows (P, 4) and expected points (P, K, 2) for the candidates (row, column) of ``assignment``.
+
+    They are detached. The noise makes them as inexact as predictions are in images that were not trained on.
+    """
+    true_boxes = assignment.gt.boxes[row]
     sides = true_boxes[:, 2:]
     noisy = true_boxes + WINDOW_NOISE * torch.randn_like(true_boxes) * sides.repeat(1, 2)
     noisy[:, 2:] = noisy[:, 2:].maximum(0.5 * sides)
-    fits = taught.compared.overlap[row, column] > WINDOW_IOU
-    boxes = torch.where(fits[:, None], taught.found.boxes[row, column].detach(), noisy)
-    expected = taught.found.points[row, column].detach()
-    expected = expected + PRIOR_NOISE * torch.randn_like(expected) * boxes[:, None, 2:]
-
-    padded, index = pad_rows(image, len(pixels), boxes)
-    cells = tokens[image, taught.near.cells[row, column]]
-    logits = maps.logits(maps.read(pixels, padded)[index], cells, boxes, expected)
-    # Half the width of the OKS itself: a place at the end of it is no longer a good one.
-    sigmas = taught.sigmas[row].clamp(max=LARGEST_SIGMA)
-    deviation = (sigmas * truth.areas[row].clamp(min=SMALLEST**2).sqrt()[:, None])[..., None]
-    loss = map_loss(logits, boxes, points[..., :2], deviation / truth.scale[row][:, None])
-    there = (points[..., 2] > 0) & in_window(boxes, points[..., :2])
-    total = mean_over_processes(teaching.sum().to(loss)).clamp(min=1)
-    # Keeps every parameter in the graph when no object has points: distributed training waits for all of them.
-    return labelled_mean(loss, there.to(loss)).sum() / total + 0 * (pixels.sum() + maps.embed.bias.sum()).float()
+    fits = assignment.comparison.iou[row, column] > MIN_WINDOW_IOU
+    boxes = torch.where(fits[:, None], assignment.pred.boxes[row, column].detach(), noisy)
+    expected = assignment.pred.points[row, column].detach()
+    return boxes, expected + PRIOR_NOISE * torch.randn_like(expected) * boxes[:, None, 2:]
 
 
-def _sum(values: Tensor, chosen: Tensor) -> Tensor:
-    # where, not a product: zero times a value that is not finite would be none.
-    return torch.where(chosen, values, 0).sum()
+def _sum(values: Tensor, is_positive: Tensor) -> Tensor:
+    # where and not a product: zero times infinity or NaN is NaN.
+    return torch.where(is_positive, values, 0).sum()

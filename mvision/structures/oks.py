@@ -1,4 +1,5 @@
-"""Object keypoint similarity: how near found keypoints are to the labelled ones, and the tolerance of each point.
+"""Object keypoint similarity (OKS): how close predicted keypoints are to the labelled ones, measured by a tolerance of
+each point.
 
 Source: cocodataset.org/#keypoints-eval, and the reference implementation, ``COCOeval.computeOks`` of pycocotools.
 """
@@ -34,15 +35,15 @@ COCO_SIGMAS: dict[str, float] = {
 }
 DEFAULT_SIGMA = round(sum(COCO_SIGMAS.values()) / len(COCO_SIGMAS), 3)
 
-# What pycocotools adds to areas, so that an object without area divides nothing by zero.
+# pycocotools adds this to areas, so that an object of zero area does not divide by zero.
 _EPS = 2.0**-52
 
 
 def keypoint_sigmas(category: Category, count: int | None = None) -> tuple[float, ...]:
-    """The standard deviation of every keypoint of a class, as a fraction of the object's scale (root of its area).
+    """Sigma of every keypoint of a class: its standard deviation as a fraction of the object's scale (root of area).
 
-    Those of the data set (``category.sigmas``), else COCO's where the names are those of COCO's 17 points, else
-    ``DEFAULT_SIGMA`` for every one of the ``count`` points (None: as many as the category names).
+    In this order: those of the data set (``category.sigmas``); COCO's, if the names are those of COCO's 17 points;
+    ``DEFAULT_SIGMA`` for each of ``count`` points (None: as many as the category names).
     """
     if category.sigmas:
         return tuple(category.sigmas)
@@ -52,20 +53,20 @@ def keypoint_sigmas(category: Category, count: int | None = None) -> tuple[float
 
 
 def check_sigmas(sigmas: Sequence[float], count: int) -> str | None:
-    """What is wrong with these sigmas for ``count`` keypoints, as the end of a sentence; None if nothing is."""
+    """The first mistake in the sigmas of ``count`` keypoints, as part of an error message; None if all are valid."""
     if len(sigmas) != count:
         return f"{len(sigmas)} sigmas for {count} keypoints"
-    # Not "<= 0", which NaN passes.
-    bad = [value for value in sigmas if not 0 < value < float("inf")]
-    return f"sigma {bad[0]} is not above 0" if bad else None
+    # "value <= 0" would accept NaN.
+    invalid = [value for value in sigmas if not 0 < value < float("inf")]
+    return f"sigma {invalid[0]} is not above 0" if invalid else None
 
 
-def similarity(found: Tensor, truth: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
-    """Similarity of every point, 1 where it is exact, falling as a Gaussian of its distance.
+def point_similarity(pred: Tensor, gt: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
+    """Similarity of every point: 1 at the labelled place, falling as a Gaussian of the distance to it.
 
     Args:
-        found: (..., K, 2) x, y.
-        truth: (..., K, 2) x, y in the same unit.
+        pred: (..., K, 2) x, y.
+        gt: (..., K, 2) x, y in the same unit.
         areas: (...) of the objects, in the square of that unit.
         sigmas: (..., K), see ``keypoint_sigmas``.
 
@@ -73,25 +74,28 @@ def similarity(found: Tensor, truth: Tensor, areas: Tensor, sigmas: Tensor) -> T
         (..., K) in 0..1; all arguments are broadcast.
     """
     variances = (2 * sigmas).square()
-    distance = (found - truth).square().sum(-1)
+    distance = (pred - gt).square().sum(-1)
     return torch.exp(-distance / variances / (areas + _EPS)[..., None] / 2)
 
 
-def oks(found: Tensor, truth: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
-    """The mean similarity over an object's labelled points, 0..1: what COCO's evaluation takes for the IoU.
+def oks(pred: Tensor, gt: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:
+    """The mean similarity over an object's labelled points, 0..1: COCO's evaluation uses it in place of the IoU.
 
     Args:
-        found: (..., K, 2) x, y.
-        truth: (..., K, 3) x, y in the same unit and visibility; 0 means not labelled: the point does not count.
-        areas, sigmas: see ``similarity``.
+        pred: (..., K, 2) x, y.
+        gt: (..., K, 3) x, y in the same unit and visibility; 0 means not labelled: the point does not count.
+        areas, sigmas: see ``point_similarity``.
 
     Returns:
         (...), 0 for objects without labelled points.
     """
-    return labelled_mean(similarity(found, truth[..., :2], areas, sigmas), truth[..., 2])
+    return labelled_mean(point_similarity(pred, gt[..., :2], areas, sigmas), gt[..., 2])
 
 
 def labelled_mean(values: Tensor, visibility: Tensor) -> Tensor:
-    """Mean over the points (..., K) whose visibility is above 0, and 0 where no point's is: similarities to the OKS."""
+    """Mean of values (..., K) over the points whose visibility (..., K) is above 0; 0 where there are none.
+
+    Of point similarities it is the OKS.
+    """
     labelled = visibility > 0
     return torch.where(labelled, values, 0).sum(-1) / labelled.sum(-1).clamp(min=1)

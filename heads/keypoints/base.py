@@ -1,0 +1,321 @@
+"""What both keypoint heads share: RepBlocks on the neck's maps, two sets of last layers, assignment and selection.
+
+The last layers exist twice. In training, one set learns from many grid points per object (one-to-many), which trains
+the neck better, and the other from one grid point per object (one-to-one), so that its scores need no suppression of
+duplicates (Wang et al., "YOLOv10", NeurIPS 2024, section 3.1). Predictions and exported graphs use the one-to-one set
+alone. Unlike in YOLOv10, the gradients of both sets reach the RepBlocks: from features that only the other set trains,
+one linear layer could not tell a grid point from its neighbour.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from mvision.errors import UserError
+from mvision.evaluation import BoxMetric, KeypointMetric
+from mvision.heads.base import Head
+from mvision.heads.keypoints.assignment import (
+    assign_one2many,
+    assign_one2one,
+    candidates,
+    compute_alignment,
+    keypoint_targets,
+)
+from mvision.heads.keypoints.grid import GridPoints, LastLayers, Predictions, RawPoints, RawPoses, make_grid, raw_at
+from mvision.heads.keypoints.losses import Assignment, compare, score_term
+from mvision.neck.layers import RepBlock
+from mvision.settings import Settings
+from mvision.structures import Category, Instances, Targets
+from mvision.structures.boxes import cxcywh_to_xyxy
+from mvision.structures.oks import check_sigmas, keypoint_sigmas
+
+Branch = Literal["one2one", "one2many"]
+
+
+class KeypointSettings(Settings):
+    """Settings that both keypoint heads have.
+
+    Attributes:
+        levels: ``all`` of the neck's maps, or the ``finest`` alone.
+        depth: RepBlocks on each of them.
+        embed_dim: their width.
+        num_instances: the largest number of objects predicted in an image; may be changed after training.
+        sigmas: of the OKS, one for each point, in place of those of the data set; for training and evaluation.
+        top_k: positives per object in one-to-many training.
+        many_weight: weight of one-to-many training relative to one-to-one; 0 leaves its layers out.
+        class_loss: ``vfl`` (varifocal) or ``mal`` (matchability-aware), with ``alpha`` (vfl alone) and ``gamma``.
+        class_weight, oks_weight, point_weight: of the loss terms: scores; one minus the OKS; L1 distance of the points
+            divided by the root of the object's area.
+    """
+
+    levels: Literal["finest", "all"] = "all"
+    depth: int = Field(2, ge=1)
+    embed_dim: int = Field(64, gt=0)
+    num_instances: int = Field(100, gt=0)
+    sigmas: list[float] = []
+    top_k: int = Field(10, ge=1)
+    many_weight: float = Field(1.0, ge=0)
+    class_loss: Literal["vfl", "mal"] = "vfl"
+    alpha: float = Field(0.75, ge=0)
+    gamma: float = Field(1.5, ge=0)
+    class_weight: float = Field(4.0, ge=0)
+    oks_weight: float = Field(1.0, ge=0)
+    point_weight: float = Field(2.0, ge=0)
+
+
+class MapInputs(NamedTuple):
+    """What heatmaps are made from: ``pixels`` (B, d, h, w) pixel features, ``tokens`` (B, S, width)."""
+
+    pixels: Tensor
+    tokens: Tensor
+
+
+class KeypointOutputs(NamedTuple):
+    """What the loss reads.
+
+    ``grid``: the S grid points. ``shape``: height and width of the finest map, which has the aspect ratio of the input.
+    ``one2one``, ``one2many``: raw numbers of the last layers, each tensor (B, S, ...); ``one2many`` is None where
+    ``many_weight`` is 0. ``map_inputs``: None for heads without heatmaps.
+    """
+
+    grid: GridPoints
+    shape: tuple[int, int]
+    one2one: RawPoints | RawPoses
+    one2many: RawPoints | RawPoses | None
+    map_inputs: MapInputs | None = None
+
+
+class Encoded(NamedTuple):
+    """``tokens`` (B, S, width) of the S grid points, and ``shape`` as in ``KeypointOutputs``."""
+
+    tokens: Tensor
+    grid: GridPoints
+    shape: tuple[int, int]
+
+
+class Selected(NamedTuple):
+    """The N grid points with the best scores, best first: ``logits`` (B, N, C), ``tokens`` (B, N, width), ``pred``."""
+
+    logits: Tensor
+    tokens: Tensor
+    pred: Predictions
+
+    def outputs(self) -> dict[str, Tensor]:
+        """The head's outputs by name."""
+        boxes, points, visibility = self.pred
+        return {"logits": self.logits, "boxes": boxes, "visibility": visibility, "keypoints": points}
+
+
+ConfigT = TypeVar("ConfigT", bound=KeypointSettings)
+
+
+class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
+    """A dense head: every grid point predicts an object with its points.
+
+    K is the largest number of keypoints that a class has; a class with fewer uses the first of them. Classes without
+    keypoints are not predicted.
+
+    Outputs for the N = ``num_instances`` grid points with the best scores: ``logits`` (B, N, C) before the sigmoid, C
+    being the number of classes with keypoints; ``boxes`` (B, N, 4) cxcywh in 0..1; ``keypoints`` (B, N, K, 2) x, y in
+    0..1; ``visibility`` (B, N, K), the logits of the points' scores.
+
+    Raises:
+        UserError: no class has keypoints, or ``sigmas`` do not fit them.
+    """
+
+    needs = frozenset({"boxes", "keypoints"})
+    evaluator = KeypointMetric
+    more_evaluators = (BoxMetric,)
+    kind = "poses"
+
+    # Non-persistent buffers: they follow from the categories and are not in weights files.
+    class_index: Tensor  # (categories,) int64: index of a label among the predicted classes, -1 for the others
+    class_labels: Tensor  # (C,) int64: label of every predicted class
+    sigmas: Tensor  # (categories, K)
+    point_exists: Tensor  # (categories, K) bool: the class has this point
+
+    def __init__(
+        self,
+        config: ConfigT,
+        channels: Sequence[int],
+        strides: Sequence[int],
+        categories: list[Category],
+        lateral: int | None = None,
+    ) -> None:
+        super().__init__(config, channels, strides, _with_sigmas(categories, config.sigmas), lateral)
+        self.num_points = max(len(category.keypoints) for category in self.classes)
+        levels = 1 if config.levels == "finest" else len(channels)
+        width = config.embed_dim
+        # ``towers``, ``one`` (one-to-one) and ``many`` (one-to-many) are the names in weights files: they have to stay.
+        self.towers = nn.ModuleList(
+            nn.Sequential(*(RepBlock(width if index else inside, width) for index in range(config.depth)))
+            for inside in channels[:levels]
+        )
+        self.one = self.new_last_layers("one2one")
+        self.many = self.new_last_layers("one2many") if config.many_weight else None
+        self._register_class_tables()
+
+    @abstractmethod
+    def new_last_layers(self, branch: Branch) -> LastLayers[Any]:
+        """Last layers with new weights."""
+
+    @abstractmethod
+    def terms(self, branch: Branch, raw: Any, assignment: Assignment, outputs: KeypointOutputs) -> dict[str, Tensor]:
+        """The loss terms of one set of last layers, unweighted; the weight of a term is the setting ``TERM_weight``."""
+
+    @classmethod
+    def predicted(cls, categories: list[Category]) -> list[Category]:
+        """The classes with keypoints."""
+        return [category for category in categories if category.keypoints]
+
+    def branch_classes(self, branch: Branch) -> tuple[Tensor, Tensor]:
+        """``class_index`` and ``class_labels`` of the classes that a set of last layers predicts."""
+        return self.class_index, self.class_labels
+
+    def encode(self, maps: list[Tensor]) -> Encoded:
+        """Tokens of all grid points from the neck's maps."""
+        maps = [tower(x) for tower, x in zip(self.towers, maps)]
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
+        return Encoded(tokens, make_grid(maps), (maps[0].shape[-2], maps[0].shape[-1]))
+
+    def training_outputs(self, encoded: Encoded, map_inputs: MapInputs | None = None) -> KeypointOutputs:
+        """The raw numbers of all grid points."""
+        one2one = self.one(encoded.tokens)
+        one2many = None if self.many is None else self.many(encoded.tokens)
+        return KeypointOutputs(encoded.grid, encoded.shape, one2one, one2many, map_inputs)
+
+    def select(self, encoded: Encoded) -> Selected:
+        """The grid points with the best scores; boxes and points of the others are not computed."""
+        tokens = encoded.tokens
+        logits = self.one.rank(tokens)
+        count = min(self.config.num_instances, tokens.shape[1])
+        best = logits.max(-1).values.topk(count, dim=1).indices
+        tokens = tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1]))
+        logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1]))
+        return Selected(logits, tokens, self.one.decode(self.one(tokens), encoded.grid.at(best)))
+
+    def loss(self, outputs: KeypointOutputs, targets: list[Targets]) -> dict[str, Tensor]:
+        """The terms of ``terms`` for both sets of last layers, named ``TERM_one2one`` and ``TERM_one2many``."""
+        weighted = {}
+        branches: list[tuple[Branch, RawPoints | RawPoses | None, float]] = [
+            ("one2one", outputs.one2one, 1.0),
+            ("one2many", outputs.one2many, self.config.many_weight),
+        ]
+        for branch, raw, weight in branches:
+            if raw is not None:
+                assignment = self._assign(branch, raw, outputs, targets)
+                for name, value in self.terms(branch, raw, assignment, outputs).items():
+                    weighted[f"{name}_{branch}"] = weight * getattr(self.config, f"{name}_weight") * value
+        return weighted
+
+    def score_term(
+        self, logits: Tensor, index: tuple[Tensor, ...], quality: Tensor, ignored: Tensor, assignment: Assignment
+    ) -> Tensor:
+        """``mvision.heads.keypoints.losses.score_term`` with the settings of this head."""
+        config = self.config
+        settings = config.class_loss, config.alpha, config.gamma
+        return score_term(logits, index, quality, ignored, *settings, assignment.labelled_classes)
+
+    def postprocess(
+        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
+    ) -> list[Instances]:
+        """The ``num_instances`` best (grid point, class) pairs of every image, in pixels of the original images.
+
+        Points that the class of an instance does not have are zeros.
+        """
+        visibility = outputs["visibility"].float().sigmoid()
+        all_scores = self.scores(outputs)
+        scores, index = all_scores.flatten(1).topk(all_scores.shape[1], dim=1)
+        corners = cxcywh_to_xyxy(outputs["boxes"].float()).clamp(0, 1)
+        # Labelled points lie in the image: moving a predicted point from outside to the border can only be nearer.
+        points = torch.cat((outputs["keypoints"].float().clamp(0, 1), visibility[..., None]), -1)
+        return [
+            self._instances(corners[image], points[image], scores[image, keep], index[image, keep], size)
+            for image, (keep, size) in enumerate(zip(scores >= threshold, sizes))
+        ]
+
+    def scores(self, outputs: dict[str, Tensor]) -> Tensor:
+        """(B, N, C) scores of the objects in 0..1."""
+        return outputs["logits"].float().sigmoid()
+
+    def _instances(
+        self, corners: Tensor, points: Tensor, scores: Tensor, pairs: Tensor, size: tuple[int, int]
+    ) -> Instances:
+        """One image: ``corners`` (N, 4), ``points`` (N, K, 3); ``pairs`` index N x C (grid point, class) pairs."""
+        classes, row = pairs % len(self.class_labels), pairs // len(self.class_labels)
+        height, width = size
+        points = points[row] * self.point_exists[self.class_labels[classes]][..., None].to(points)
+        return Instances(
+            boxes=(corners[row] * corners.new_tensor([width, height, width, height])).cpu().numpy(),
+            scores=scores.cpu().numpy(),
+            labels=self.class_labels[classes].cpu().numpy(),
+            size=size,
+            categories=self.categories,
+            keypoints=(points * points.new_tensor([width, height, 1])).cpu().numpy(),
+        )
+
+    def _assign(self, branch: Branch, raw: Any, outputs: KeypointOutputs, targets: list[Targets]) -> Assignment:
+        """Compare the predictions of one set of last layers with the labels, and choose the positives."""
+        class_index, class_labels = self.branch_classes(branch)
+        grid = outputs.grid
+        gt = keypoint_targets(targets, class_index, self.num_points, outputs.shape, grid.centres.dtype)
+        chosen = candidates(*grid, gt.boxes, 2 * self.config.top_k)
+        index = (gt.image[:, None], chosen.grid_points)
+        labels = class_labels[gt.classes]
+        sigmas, point_exists = self.sigmas[labels].to(gt.areas), self.point_exists[labels]
+        pred = self.one.decode(raw_at(raw, index), grid.at(chosen.grid_points))
+        comparison = compare(pred, gt, sigmas)
+        scores = self.one.score_logits(raw)[(*index, gt.classes[:, None])].to(gt.areas).sigmoid()
+        alignment = compute_alignment(chosen.location_prior, scores, comparison.oks, comparison.iou, gt.is_labelled)
+        aligned = (alignment, chosen.grid_points, gt.image)
+        if branch == "one2one":
+            is_positive = assign_one2one(*aligned)
+        else:
+            is_positive = assign_one2many(*aligned, len(grid.centres), self.config.top_k)
+        labelled_classes = gt.labelled_classes
+        if labelled_classes is not None and labelled_classes.shape[1] > 1:
+            labelled_classes = labelled_classes[:, class_labels]
+        return Assignment(gt, chosen, sigmas, point_exists, pred, comparison, alignment, is_positive, labelled_classes)
+
+    def _register_class_tables(self) -> None:
+        """Fill the buffers about the classes."""
+        count = len(self.categories)
+        class_index = torch.full((count,), -1)
+        class_labels = torch.tensor([self.categories.index(category) for category in self.classes])
+        class_index[class_labels] = torch.arange(len(class_labels))
+        sigmas = torch.ones(count, self.num_points)
+        point_exists = torch.zeros(count, self.num_points, dtype=torch.bool)
+        for label, category in enumerate(self.categories):
+            own = len(category.keypoints)
+            sigmas[label, :own] = torch.tensor(keypoint_sigmas(category))
+            point_exists[label, :own] = True
+        self.register_buffer("class_index", class_index, persistent=False)
+        self.register_buffer("class_labels", class_labels, persistent=False)
+        self.register_buffer("sigmas", sigmas, persistent=False)
+        self.register_buffer("point_exists", point_exists, persistent=False)
+
+
+def _with_sigmas(categories: list[Category], sigmas: list[float]) -> list[Category]:
+    """The categories, checked, with the sigmas of the config (where it has any) in those that have keypoints."""
+    classes = [category for category in categories if category.keypoints]
+    if not classes:
+        names = ", ".join(category.name for category in categories[:5])
+        raise UserError(
+            f"keypoints: none of the classes ({names}) has keypoints; name them in the categories of the annotations, "
+            'such as "keypoints": ["nose", "tail"]'
+        )
+    if not sigmas:
+        return categories
+    for category in classes:
+        if problem := check_sigmas(sigmas, len(category.keypoints)):
+            raise UserError(
+                f"model.heads.keypoints.sigmas: {problem} of class '{category.name}'; give one for each, or leave it "
+                "empty for those of the data set (keypoint_sigmas of its categories)"
+            )
+    return [c.model_copy(update={"sigmas": list(sigmas)}) if c.keypoints else c for c in categories]
