@@ -108,7 +108,7 @@ def test_progress_counts_every_image(tmp_path: Path) -> None:
 def test_contact_sheet(tmp_path: Path) -> None:
     layout = find_layout(two_splits(tmp_path, [annotation(1, segmentation=SQUARE)]))
     sheet = contact_sheet(layout, count=16, tile=100)
-    assert sheet.shape == (204, 204, 3)  # three pictures in two columns
+    assert sheet.shape == (154, 204, 3)  # three pictures of 75 x 100 in two columns
     augmented = contact_sheet(layout, tile=100, augment=AugmentConfig(flip=1))
     assert not np.array_equal(sheet, augmented)
     for suffix in ("png", "jpg"):
@@ -122,7 +122,7 @@ def test_contact_sheet(tmp_path: Path) -> None:
 def test_contact_sheet_leaves_out_damaged_images(tmp_path: Path) -> None:
     layout = find_layout(two_splits(tmp_path, [annotation(1)]))
     (tmp_path / "images" / "3.png").unlink()
-    assert contact_sheet(layout, tile=100).shape == (100, 204, 3)
+    assert contact_sheet(layout, tile=100).shape == (154, 100, 3)
     for file in (tmp_path / "images").iterdir():
         file.write_bytes(b"")
     with pytest.raises(UserError, match="none of the 3 chosen images can be read"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from pycocotools import mask as coco_mask
 
 from mvision.errors import UserError
 from mvision.inference import output as output_module
-from mvision.inference.predict import predict_images, predict_sources
+from mvision.inference.predict import predict_images
+from mvision.inference.predict_sources import predict_sources
 from mvision.structures import Instances
 from mvision.structures.images import read_image
 from tests.fake_model import FakeModel, paint
@@ -227,7 +229,7 @@ def test_odd_sizes_become_videos(tmp_path: Path) -> None:
     for index in range(3):
         writer.add(np.zeros((51, 77, 3), np.uint8), index / 29.97)
     writer.add(np.zeros((60, 90, 3), np.uint8), 0.0)  # another size, and time standing still
-    writer.finish()
+    writer.close()
     with av.open(str(tmp_path / "clip.mp4")) as container:
         frames = list(container.decode(video=0))
     assert [(frame.height, frame.width) for frame in frames] == [(52, 78)] * 4
@@ -301,7 +303,7 @@ def test_a_full_disk(model: FakeModel, tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_full_disk_under_predictions_json(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "a.png")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".predictions.json.partial").symlink_to("/dev/full")
+    (tmp_path / "out" / f".predictions.json.{os.getpid()}.partial").symlink_to("/dev/full")
     with pytest.raises(UserError, match=r"predictions\.json: cannot be written \(No space left"):
         predict_sources(model, [tmp_path / "a.png"], tmp_path / "out", progress=False)
     assert "predictions.json" not in written(tmp_path / "out")

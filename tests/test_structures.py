@@ -79,7 +79,6 @@ def test_filter_keeps_the_rows_together() -> None:
 
 
 def test_to_supervision() -> None:
-    pytest.importorskip("supervision")
     found = instances()
     detections = found.to_supervision()
     assert np.array_equal(detections.xyxy, found.boxes)

@@ -22,7 +22,8 @@ import torch
 from mvision.config import DataConfig
 from mvision.data import read_validation
 from mvision.deploy.runtimes import open_fastest
-from mvision.inference.predict import eval_mode, predict_sources
+from mvision.inference.predict import eval_mode
+from mvision.inference.predict_sources import predict_sources
 from mvision.machine import keep_freed_memory, resolve_device
 from mvision.structures.images import read_image, resize_image
 

@@ -11,7 +11,7 @@ from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.inference.output import Summary
-from mvision.inference.predict import predict_sources
+from mvision.inference.predict_sources import predict_sources
 from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 

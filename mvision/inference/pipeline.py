@@ -1,7 +1,7 @@
-"""Two generators that let reading, computing and writing overlap: in order, with bounded memory, without lost errors.
+"""Two generators that let reading, computing and writing overlap, in order and with bounded memory.
 
-Both pull from their input only as far ahead as they are told to; an exception in a thread appears where the result is
-asked for; closing a generator (or an exception in its consumer) stops the threads and closes the input.
+Both read their input only up to a given number of items ahead. An exception in a thread is raised where its result is
+taken. Closing a generator (or an exception in its consumer) stops the threads and closes the input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def ordered_map(
 ) -> Generator[R, None, None]:
     """``map(function, items)`` on ``workers`` threads with up to ``ahead`` results waiting (twice the threads if None).
 
-    The input is iterated in the caller's thread. One worker keeps the calls themselves in order too.
+    The input is iterated in the caller's thread. With a single worker the calls themselves are in order too.
     """
     limit = 2 * workers if ahead is None else ahead
     executor = ThreadPoolExecutor(workers)
@@ -38,7 +38,7 @@ def ordered_map(
 
 
 def background(items: Iterable[T], ahead: int = 4) -> Generator[T, None, None]:
-    """The same items, produced by a thread of their own up to ``ahead`` before they are asked for."""
+    """The same items, produced by a thread of their own, up to ``ahead`` of them before they are taken."""
     iterator = iter(items)
     end: Any = object()
     executor = ThreadPoolExecutor(1)

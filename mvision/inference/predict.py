@@ -1,11 +1,10 @@
-"""Prediction: images in memory to ``Instances``, or any sources to a folder of pictures and ``predictions.json``.
+"""Prediction on images in memory: files, PIL images or arrays to ``Instances``.
 
-An image is prepared as in training, stretched to the model's input size as uint8; everything else is in the model.
+An image is prepared as in training: stretched to the model's input size as uint8. The model itself normalises it.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -18,23 +17,21 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mvision.errors import UserError
-from mvision.inference.output import Output, Summary
 from mvision.inference.pipeline import ordered_map
-from mvision.inference.sources import Frame, Source, find_sources, read_frames
 from mvision.structures import Instances
 from mvision.structures.images import BadImage, read_image, resize_image, to_rgb
 
 WORKERS = 4
 T = TypeVar("T")
-# Something to carry along, the input of the model (h, w, 3) uint8 or None, and the size of the original image.
 Prepared = tuple[T, np.ndarray | None, tuple[int, int]]
+"""What identifies the image to the caller; the model's input (h, w, 3) uint8, or None if the image cannot be read; and
+the (height, width) of the original image."""
 
 
 class Sized(Protocol):
-    """What is read of a model's config."""
+    """The part of a model's config that prediction reads."""
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -43,21 +40,21 @@ class Sized(Protocol):
 
 
 class Predictor(Protocol):
-    """A model that predicts: ``mvision.model.Model``, or one that was exported."""
+    """What prediction needs of a model; ``mvision.model.Model`` and exported models have it."""
 
     @property
     def config(self) -> Sized:
-        """The model's description."""
+        """The model's config."""
         ...
 
     @property
     def tasks(self) -> list[str]:
-        """What the model does."""
+        """The names of the model's tasks."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Where images are expected."""
+        """The device that images have to be on."""
         ...
 
     def modules(self) -> Iterator[nn.Module]:
@@ -75,23 +72,23 @@ class Predictor(Protocol):
     def postprocess(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
     ) -> list[Instances]:
-        """What was found in every image, the results of all tasks together."""
+        """One ``Instances`` per image, with the results of all tasks combined."""
         ...
 
     def results(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
     ) -> dict[str, list[Instances]]:
-        """What every head found, by task."""
+        """By task: the results of its head alone, one ``Instances`` per image."""
         ...
 
 
 @contextmanager
 def eval_mode(model: Predictor) -> Iterator[None]:
-    """No gradients and evaluation mode; afterwards every module is in the mode it was in (some may be frozen)."""
+    """Evaluation mode without gradients; afterwards every module has its former mode (some may be frozen)."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        # Not torch.inference_mode: what a module caches in it (positions, anchors) could never be trained with.
+        # Not torch.inference_mode: tensors that a module caches in it (positions, anchors) cannot be used in training.
         with torch.no_grad():
             yield
     finally:
@@ -105,98 +102,35 @@ def predict_images(
     threshold: float = 0.5,
     batch_size: int | None = None,
 ) -> list[Instances]:
-    """Find objects in images; one result each, in order, in pixels of the (upright) original.
+    """Predict on images: one result each, in order, in pixels of the (upright) original image.
 
     Args:
         model: in any mode, which it keeps.
-        images: files, PIL images, or uint8 arrays: (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) grey. One alone will do.
-        threshold: the least score, 0..1.
+        images: files, PIL images, or uint8 arrays: (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) grey; also a single one.
+        threshold: instances with a lower score (0..1) are left out.
         batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
 
     Raises:
         UserError: a file that cannot be read, an array of another kind, a threshold outside 0..1.
     """
-    _check_threshold(threshold)
+    check_threshold(threshold)
     if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
         images = [images]  # type: ignore[list-item]
     prepared = ordered_map(partial(_prepare_image, model.config.image_size), images, WORKERS)
-    with eval_mode(model), closing(_infer(model, prepared, threshold, batch_size)) as results:
+    with eval_mode(model), closing(infer(model, prepared, threshold, batch_size)) as results:
         return [replace(instances, path=path) for path, instances in results if instances is not None]
 
 
-def predict_sources(
-    model: Predictor,
-    sources: Sequence[str | Path],
-    output: Path,
-    threshold: float = 0.5,
-    batch_size: int | None = None,
-    progress: bool = True,
-) -> Summary:
-    """Predict on files, folders, globs, videos and cameras; write what was found.
-
-    ``output`` gets one picture per image under the same stem (below the same folders), one MP4 per video or camera, and
-    ``predictions.json``, a COCO results list whose entries also name the file, the class and, in videos, the frame and
-    its time. ``image_id`` there numbers all images from 1 in the order of the sources. Reading, inference, drawing and
-    writing overlap, and memory does not grow with the number of images. Nothing is left half-written: Ctrl-C (with a
-    camera the usual end, whose recording is kept) and a full disk leave complete pictures and no ``predictions.json``.
-
-    Args:
-        model: in any mode, which it keeps.
-        sources: see ``find_sources``.
-        output: a folder; made if missing, files of an earlier run are replaced.
-        threshold: the least score, 0..1.
-        batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
-        progress: show a bar.
-
-    Raises:
-        UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
-            be written, a threshold outside 0..1.
-    """
-    _check_threshold(threshold)
-    found = find_sources(sources, leave_out=output)
-    writer = Output(output, found)
-    started = time.monotonic()
-    try:
-        try:
-            with eval_mode(model):
-                _run(model, found, writer, threshold, batch_size, progress)
-        except KeyboardInterrupt:
-            if all(source.kind != "camera" for source in found):
-                raise
-        summary = writer.summary
-        if not summary.images and summary.skipped:
-            name, reason = summary.skipped[0]
-            raise UserError(f"none of {len(found)} sources can be read; the first is {name}: {reason}")
-        writer.finish()
-    finally:
-        writer.abandon()
-    summary.seconds = time.monotonic() - started
-    return summary
-
-
-def _run(
-    model: Predictor, found: list[Source], writer: Output, threshold: float, batch_size: int | None, progress: bool
-) -> None:
-    """Six stages: decode, resize, infer (here, in the caller's thread), post-process, draw and encode, put down."""
-    frames = read_frames(found, ahead=WORKERS)
-    prepared = ordered_map(partial(_prepare_frame, model.config.image_size), frames, workers=2, ahead=2)
-    inferred = _infer(model, prepared, threshold, batch_size)
-    numbered = ((number, frame, instances) for number, (frame, instances) in enumerate(inferred, start=1))
-    rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
-    total = len(found) if all(source.kind == "image" for source in found) else None
-    with closing(ordered_map(writer.add, rendered, workers=1, ahead=1)) as written:
-        for _ in tqdm(
-            written, desc="predicting", total=total, unit="img", disable=None if progress else True, leave=False
-        ):
-            pass
-
-
-def _infer(
+def infer(
     model: Predictor, prepared: Iterable[Prepared[T]], threshold: float, batch_size: int | None
 ) -> Generator[tuple[T, Instances | None], None, None]:
-    """The model on batches; what has no input passes through in its place. Post-processing is another thread's."""
-    found = ordered_map(partial(_postprocess, model, threshold), _outputs(model, prepared, batch_size), 1, ahead=1)
-    with closing(found) as batches:
+    """Run the model on batches, in the caller's thread, and the post-processing in a second one.
+
+    Yields:
+        For every prepared image, in order, what identifies it and its instances; None if it has no input.
+    """
+    results = ordered_map(partial(_postprocess, model, threshold), _outputs(model, prepared, batch_size), 1, ahead=1)
+    with closing(results) as batches:
         for batch in batches:
             yield from batch
 
@@ -219,15 +153,9 @@ def _postprocess(
 ) -> list[tuple[T, Instances | None]]:
     batch, outputs = raw
     sizes = [size for _, image, size in batch if image is not None]
-    with torch.no_grad():  # every thread has a setting of its own
-        found = iter(model.postprocess(outputs, sizes, threshold) if sizes else [])
-    return [(carried, None if image is None else next(found)) for carried, image, _ in batch]
-
-
-def _prepare_frame(size: tuple[int, int], frame: Frame) -> Prepared[Frame]:
-    if frame.image is None:
-        return frame, None, (0, 0)
-    return frame, resize_image(frame.image, size), frame.image.shape[:2]
+    with torch.no_grad():  # the setting of the caller's thread does not apply to this one
+        results = iter(model.postprocess(outputs, sizes, threshold) if sizes else [])
+    return [(key, None if image is None else next(results)) for key, image, _ in batch]
 
 
 def _prepare_image(size: tuple[int, int], image: str | Path | Image.Image | np.ndarray) -> Prepared[str | None]:
@@ -251,9 +179,10 @@ def _to_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
         image = np.repeat(image[..., None], 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:
         raise UserError(f"an array of shape {image.shape} and type {image.dtype}: (H, W, 3) uint8 RGB is needed")
-    return np.require(image[..., :3], requirements=["C", "W"])  # torch warns of arrays that cannot be written to
+    return np.require(image[..., :3], requirements=["C", "W"])  # torch warns about read-only arrays
 
 
-def _check_threshold(threshold: float) -> None:
+def check_threshold(threshold: float) -> None:
+    """Raise a ``UserError`` if the threshold is not in 0..1."""
     if not 0 <= threshold <= 1:
         raise UserError(f"threshold {threshold}: has to be between 0 and 1")

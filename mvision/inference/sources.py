@@ -1,6 +1,6 @@
-"""What to predict on: image files, folders, globs, videos and cameras, as one ordered stream of frames.
+"""The sources of a prediction: image files, folders, globs, videos and cameras, as one ordered stream of frames.
 
-Names are looked up first (so that a typing error costs nothing), pictures are decoded when their turn comes.
+Names are looked up first, so that a misspelt one is reported before any work; pictures are decoded one after another.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mvision.structures.images import IMAGE_SUFFIXES, BadImage, read_image
 
 VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
 DECODERS = 4
-DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not say
+DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not give a rate
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Source:
     """One image file, video file or camera.
 
     Attributes:
-        kind: what it is.
+        kind: one of the three.
         path: the file, as the user wrote it or its folder; a camera's number as text.
         name: the path below the folder that was given, with forward slashes; for a file that was given, its name.
-        required: the user named this very file, so it has to be readable.
+        required: the user named this file itself (not its folder or a glob), so it has to be readable.
     """
 
     kind: Literal["image", "video", "camera"]
@@ -49,12 +49,12 @@ class Frame:
     """One picture to predict on.
 
     Attributes:
-        source: where it comes from.
-        image: (H, W, 3) uint8 RGB, upright; None if it cannot be read, and then ``problem`` says why.
+        source: the file or camera that it is from.
+        image: (H, W, 3) uint8 RGB, upright; None if it cannot be read, see ``problem``.
         index: 0-based number within a video or camera, None for an image file.
         time: seconds since the start of the video.
         rate: frames per second of the video.
-        problem: why an image, or the rest of a video, is missing.
+        problem: the reason why an image, or the rest of a video, cannot be read.
     """
 
     source: Source
@@ -66,39 +66,39 @@ class Frame:
 
 
 def find_sources(sources: Sequence[str | Path], leave_out: Path | None = None) -> list[Source]:
-    """Look up what the user named, in the order given; what is in folders (at any depth) and globs is sorted by name.
+    """Look up sources, in the order given; files in folders (at any depth) and of globs are sorted by name.
 
     Args:
         sources: image or video files, folders, globs (``**`` is any depth), or camera numbers ("0").
-        leave_out: a folder that is not looked into, such as the output of an earlier run inside the folder of pictures.
+        leave_out: a folder whose files are ignored, such as an earlier run's output inside the folder of pictures.
 
     Raises:
-        UserError: a missing path, a folder or glob without pictures, or nothing at all.
+        UserError: a missing path, a folder or glob without pictures, or an empty list.
     """
-    found: list[Source] = []
+    inputs: list[Source] = []
     for source in sources:
         text = os.fspath(source)
         path = Path(text)
         if path.is_dir():
-            found += _in_folder(path, leave_out)
+            inputs += _in_folder(path, leave_out)
         elif path.exists():
-            found.append(Source(_kind(path), text, path.name))
+            inputs.append(Source(_kind(path), text, path.name))
         elif text.isdecimal():
-            found.append(Source("camera", text, f"camera-{text}"))
+            inputs.append(Source("camera", text, f"camera-{text}"))
         elif glob.has_magic(text):
-            found += _in_glob(text, leave_out)
+            inputs += _in_glob(text, leave_out)
         else:
             raise UserError(f"source {text}: no such file or folder")
-    if not found:
+    if not inputs:
         raise UserError("no source given: name images, a folder, a glob such as 'photos/*.jpg', a video or a camera")
-    return found
+    return inputs
 
 
 def read_frames(sources: Iterable[Source], ahead: int = 2 * DECODERS) -> Generator[Frame, None, None]:
-    """Decode in the background, up to ``ahead`` pictures before they are asked for, and yield frames in order.
+    """Decode in the background, up to ``ahead`` pictures before they are taken, and yield frames in order.
 
-    A picture that cannot be read comes as a frame without image if it was found in a folder or by a glob; so does the
-    rest of a video that breaks off, after its readable frames.
+    A picture of a folder or a glob that cannot be read is a frame without image; so is the rest of a video that breaks
+    off, after its readable frames.
 
     Raises:
         UserError: a file that the user named, or a camera, cannot be read.
@@ -138,22 +138,22 @@ def _in_glob(pattern: str, leave_out: Path | None) -> list[Source]:
 
 
 def _pictures(files: list[Path], root: Path, leave_out: Path | None) -> list[Source]:
-    """Files with a known suffix, sorted with numbers by value; none that is hidden or below ``leave_out``."""
+    """Files with a known suffix in natural order, without hidden ones and those below ``leave_out``."""
     known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
-    barred = None
+    excluded = None
     if leave_out is not None and root.resolve() in leave_out.resolve().parents:
-        barred = f"{leave_out.resolve().relative_to(root.resolve()).as_posix()}/"
+        excluded = f"{leave_out.resolve().relative_to(root.resolve()).as_posix()}/"
     found = []
     for file in files:
         name = file.relative_to(root).as_posix()
         hidden = any(part.startswith(".") for part in name.split("/"))
-        if not hidden and file.suffix.lower() in known and not (barred and name.startswith(barred)):
+        if not hidden and file.suffix.lower() in known and not (excluded and name.startswith(excluded)):
             found.append(Source(_kind(file), str(file), name, required=False))
     return sorted(found, key=lambda source: _natural(source.name))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """A sorting key under which frame-9 comes before frame-10."""
+    """A sorting key that compares numbers by value: frame-9 comes before frame-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -180,8 +180,8 @@ def _read_video(source: Source) -> Iterator[Frame]:
             announced = stream.frames
             rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
             for picture in container.decode(stream):
-                turns = round(getattr(picture, "rotation", 0) / 90)  # counter-clockwise; older PyAV does not tell
-                image = np.rot90(picture.to_ndarray(format="rgb24"), turns)
+                quarters = round(getattr(picture, "rotation", 0) / 90)  # counter-clockwise; older PyAV lacks it
+                image = np.rot90(picture.to_ndarray(format="rgb24"), quarters)
                 seconds = index / rate if picture.time is None else float(picture.time)
                 yield Frame(source, np.ascontiguousarray(image), index, seconds, rate)
                 index += 1

@@ -26,7 +26,7 @@ COCO = [
     if name != "-"
 ]
 
-# Pascal VOC's words for the same things, which the published detectors use.
+# Pascal VOC's names of the same classes, which the published detectors use.
 _SYNONYMS = {
     "aeroplane": "airplane",
     "motorbike": "motorcycle",

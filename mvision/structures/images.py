@@ -1,4 +1,4 @@
-"""Image files to (H, W, 3) uint8 RGB, and the one resize that training, evaluation and prediction share."""
+"""Reading and writing image files, and the one resize that training, evaluation and prediction share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ import torch
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch.nn import functional as F
 
+from mvision.errors import UserError
+from mvision.storage.atomic import whole_file
+
 IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
+JPEG_QUALITY = 92
 
 
 class BadImage(Exception):
-    """An image file that cannot be used; ``path`` and ``reason`` say which and why."""
+    """An image file that cannot be used: ``path`` and the ``reason``."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(f"{path}: {reason}")
@@ -50,8 +54,8 @@ def read_image(path: str | Path, at_least: tuple[int, int] | None = None, rotate
         raise BadImage(path, error.strerror or str(error)) from error
     if not data:
         raise BadImage(path, "the file is empty")
-    # cv2 fills what a truncated JPEG lacks with grey. One without an end marker near its end, be it truncated or
-    # followed by a phone's video, is PIL's to judge.
+    # cv2 reads a truncated JPEG without an error and fills the missing part with grey. So a file without an end marker
+    # near its end (truncated, or followed by other data such as a phone's video) is read by PIL, which reports it.
     if data[:2] == JPEG_START and JPEG_END in data[-4096:]:
         image = _decode_jpeg(path, data, at_least, rotate)
         if image is not None:
@@ -74,6 +78,27 @@ def image_size(path: str | Path) -> tuple[int, int, bool]:
     return (width, height, True) if turned else (height, width, False)
 
 
+def write_image(path: str | Path, image: np.ndarray) -> None:
+    """Write (H, W, 3) uint8 RGB in the format of the file's suffix; the file is complete or not there.
+
+    Raises:
+        UserError: no format has this suffix, or the file cannot be written.
+    """
+    path = Path(path)
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if path.suffix.lower() in (".jpg", ".jpeg") else []
+    try:
+        _, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+    except cv2.error as error:
+        height, width = image.shape[:2]
+        raise UserError(f"{path}: no picture format of that suffix can hold {width} x {height}: use .png") from error
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as temporary:
+            temporary.write_bytes(data.tobytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
 def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Stretch (H, W, 3) uint8 to ``size`` (height, width): bilinear, antialiased when shrinking.
 
@@ -82,15 +107,15 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """
     if image.shape[:2] == tuple(size):
         return np.ascontiguousarray(image)
-    # The batch dimension comes first: added after the permutation it would hide from torch that channels are last, and
-    # the kernel would take a slower road and give planes that have to be interleaved again.
+    # The batch dimension is added before the permutation: afterwards torch would not recognise the channels_last memory
+    # format, take a slower kernel and return the channels as separate planes.
     tensor = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     resized = F.interpolate(tensor, size=size, mode="bilinear", antialias=True)
     return np.ascontiguousarray(resized.permute(0, 2, 3, 1)[0].numpy())
 
 
 def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rotate: bool) -> np.ndarray | None:
-    """The fast road; None where PIL has to look at the file (CMYK, or anything cv2 does not take)."""
+    """Decode with cv2, which is fast; None for what it cannot decode or PIL decodes better (CMYK)."""
     try:
         with Image.open(io.BytesIO(data)) as header:
             if header.mode not in ("RGB", "L"):
@@ -124,7 +149,7 @@ def _reduction(height: int, width: int, at_least: tuple[int, int] | None) -> int
 
 
 def _decode(path: Path, data: bytes, rotate: bool) -> np.ndarray:
-    """The robust road: every mode that PIL reads."""
+    """Decode with PIL, which reads more formats and modes and reports damage."""
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()

@@ -1,4 +1,4 @@
-"""What was found in an image."""
+"""The objects of one image: predictions, or ground truth in the same form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Instances:
-    """What was found in one image, sorted by falling score, in pixels of the original image.
+    """The objects of one image, sorted by falling score, in pixels of the original image.
 
     Attributes:
         boxes: (N, 4) float32 xyxy in pixels, inside the image.
@@ -30,7 +30,8 @@ class Instances:
         keypoints: (N, K, 3) float32 x, y in pixels and a score in 0..1, or None.
         categories: the full description of the classes (ids, keypoint names, skeleton).
         path: the file or source that the image came from, if any.
-        regions: of a joint model with objects and semantic-seg: one entry with a mask for each class in the image.
+        regions: of a joint model with objects and semantic-seg: one instance with a mask for each class of region in
+            the image.
     """
 
     boxes: np.ndarray
@@ -86,12 +87,12 @@ class Instances:
         )
 
     def to_coco(self, image_id: Any) -> list[dict[str, Any]]:
-        """Entries of COCO's result format, in the order of the instances.
+        """Entries of COCO's result format, in the order of the instances, then those of ``regions``.
 
-        Each has image_id, category_id (the data set's, not the label), bbox as xywh in pixels, score, and where present
-        segmentation (compressed run lengths of the whole image) and keypoints (x, y, score of one after another, as
-        many as the class has; none where it has none and others do). Those of ``regions`` follow, marked by
-        ``"region": True``.
+        Each has image_id, category_id (the data set's id, not the label), bbox as xywh in pixels and score; with masks
+        also segmentation (compressed run lengths of the whole image), with keypoints also keypoints (x, y, score of
+        each of the class's points in a flat list; left out for a class without keypoints if other classes have some).
+        Entries of ``regions`` have ``"region": True`` besides.
         """
         corners = self.boxes.astype(np.float64).reshape(-1, 4)
         boxes = np.concatenate((corners[:, :2], corners[:, 2:] - corners[:, :2]), axis=1).tolist()
@@ -105,10 +106,10 @@ class Instances:
                 entry["segmentation"] = rle
         if self.keypoints is not None:
             flat = self.keypoints.reshape(len(self), 3 * self.keypoints.shape[1])  # -1 is ambiguous without instances
-            # Evaluators want as many points as the class has; here all classes have as many as the richest of them.
+            # Evaluators expect as many points as the class has; rows here are as long as the longest class needs.
             counts = [3 * len(category.keypoints) for category in self.categories]
             for entry, label, points in zip(results, self.labels.tolist(), flat.tolist()):
-                if counts[label] or not any(counts):  # beside classes with keypoints, one without has none
+                if counts[label] or not any(counts):
                     entry["keypoints"] = points[: counts[label] or None]
         if self.regions is not None:
             results += [{**entry, "region": True} for entry in self.regions.to_coco(image_id)]
@@ -130,15 +131,19 @@ class Instances:
         )
 
     def to_supervision_keypoints(self) -> supervision.KeyPoints:
-        """Keypoints, labels and class names as ``supervision.KeyPoints``; UserError if the instances have none."""
+        """Keypoints, labels and class names as ``supervision.KeyPoints``.
+
+        Raises:
+            UserError: the instances have no keypoints.
+        """
         if self.keypoints is None:
             raise UserError("to_supervision_keypoints(): these instances have no keypoints; use to_supervision()")
         import supervision
 
         return supervision.KeyPoints(
-            self.keypoints[..., :2].astype(np.float32),
-            self.labels.astype(int),
-            self.keypoints[..., 2].astype(np.float32),  # by position: the argument's name differs between versions
+            xy=self.keypoints[..., :2].astype(np.float32),
+            class_id=self.labels.astype(int),
+            keypoint_confidence=self.keypoints[..., 2].astype(np.float32),
             data={"class_name": self._class_names()},
         )
 

@@ -11,16 +11,15 @@ from typing import Any, overload
 import numpy as np
 from pycocotools import mask as coco_mask
 
-RunLengths = dict[
-    str, Any
-]  # {"size": [height, width], "counts": str or bytes}: COCO's compressed form, down the columns
+RunLengths = dict[str, Any]
+"""COCO's compressed form: {"size": [height, width], "counts": str or bytes}; the runs go down the columns."""
 
 
 class Masks:
-    """N masks of one image, (N, H, W) bool to whoever looks at them.
+    """N masks of one image, to be used like an (N, H, W) bool array.
 
-    ``masks[i]`` is one of them as an (H, W) bool array, ``masks[keep]`` (slice, indices, bool mask) are some of them as
-    ``Masks``, and ``np.asarray(masks)`` makes the whole array, which for large images is best avoided.
+    ``masks[i]`` is an (H, W) bool array, ``masks[keep]`` (slice, indices, bool mask) are ``Masks`` again, and
+    ``np.asarray(masks)`` is the whole array, which takes N * H * W bytes.
 
     Attributes:
         rles: the run lengths of each, ``counts`` as text so that JSON can hold them.
@@ -76,11 +75,6 @@ class Masks:
     def __repr__(self) -> str:
         return f"Masks(shape={self.shape})"
 
-    def crop(self, index: int) -> tuple[int, int, np.ndarray]:
-        """Left and top in pixels, and the (h, w) bool part of a mask that holds all of it; no pixels if it is empty."""
-        left, top, width, height = (int(value) for value in coco_mask.toBbox(self.rles[index]))
-        return left, top, np.ascontiguousarray(self[index][top : top + height, left : left + width])
-
     def polygons(self) -> list[list[np.ndarray]]:
         """The outlines of every mask: for each a list of (P, 2) float64 x, y in pixels, see ``mask_polygons``."""
         return [mask_polygons(mask) for mask in self]
@@ -101,10 +95,10 @@ def decode_mask(rle: RunLengths) -> np.ndarray:
 
 
 def encode_logits(logits: np.ndarray, size: tuple[int, int]) -> RunLengths:
-    """Run lengths of the mask that ``logits`` show on an image of another size.
+    """Run lengths of the mask that ``logits`` stand for, on an image of another size.
 
-    The logits are interpolated bilinearly between the centres of their cells and cut at zero: the exact inverse of
-    stretching a whole image to the network's input. Only the part of the image that cells above zero can reach is ever
+    The logits are interpolated bilinearly between the centres of the grid's cells and compared with zero. This is the
+    inverse of stretching a whole image to the network's input. Only the part of the image around cells above zero is
     computed, so a small object costs next to nothing on a large image.
 
     Args:
@@ -137,7 +131,7 @@ def mask_polygons(mask: np.ndarray) -> list[np.ndarray]:
     padded = np.pad(mask.astype(np.float32), 1)
     lines = contour_generator(z=padded).lines(0.5)
     polygons = [np.asarray(line, dtype=np.float64)[:-1] - 0.5 for line in lines]
-    # contourpy turns around what is high anticlockwise (in the mathematical sense) and around holes the other way.
+    # contourpy orders outer outlines and those of holes in opposite directions, so holes have a negative area.
     return [polygon for polygon in polygons if len(polygon) >= 3 and _signed_area(polygon) > 0]
 
 
@@ -147,8 +141,12 @@ def _signed_area(polygon: np.ndarray) -> float:
 
 
 def _stretch(first: int, last: int, cells: int, pixels: int) -> tuple[int, np.ndarray, np.ndarray, np.ndarray]:
-    """The first of the pixels that cells first..last can reach; for each of them the two cells that it lies between,
-    and its share of the second."""
+    """Bilinear interpolation along one axis, for the pixels that depend on the cells ``first`` to ``last``.
+
+    Returns:
+        The number of the first such pixel; for every pixel the cell before it and the one behind it, and the weight
+        (0..1) of the latter.
+    """
     ratio = pixels / cells
     begin = max(0, int(np.floor((first - 0.5) * ratio - 0.5)))
     end = min(pixels, int(np.ceil((last + 1.5) * ratio + 0.5)))

@@ -1,4 +1,4 @@
-"""What an image is labelled with, as a model is trained on it."""
+"""The labels of one image, as a model is trained on them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ class Targets:
         boxes: (N, 4) float32 cxcywh in fractions of the input image, 0..1.
         labels: (N,) int64, index into the list of categories (not the data set's category id).
         areas: (N,) float32, area of the object (its mask if the data has one, else its box) as a fraction of the image.
-        masks: (N, h, w) uint8 of 0 and 1 in the geometry of the input image, or None if the data has none.
+        masks: (N, h, w) uint8 of 0 and 1 in the geometry of the input image, or None if the data has none. A mask
+            without a pixel stands for an object whose mask is not known: it is not supervised.
         keypoints: (N, K, 3) float32 x, y in fractions of the input image and visibility 0, 1 or 2, or None.
         image_id: the data set's id of the image.
         size: height and width of the original image in pixels.
-        labelled_classes: (C,) bool: the classes whose objects were labelled in this image; of the others nobody
-            knows whether there are any. (1,) stands for all of them, None: all are labelled.
+        labelled_classes: (C,) bool: the classes whose objects were labelled in this image; objects of the other
+            classes may be in it without a label. (1,) applies to all classes; None: all are labelled.
         tasks: the tasks that the image is labelled for; None: all for which it has labels.
     """
 
@@ -50,7 +51,10 @@ class Targets:
         return replace(self, **moved)
 
     def only(self, names: Collection[str]) -> Targets:
-        """The same image with these of ``boxes``, ``masks`` and ``keypoints`` alone; without boxes nothing is known."""
+        """The same image with the labels in ``names`` alone: some of ``boxes``, ``masks`` and ``keypoints``.
+
+        Without boxes there is no object left, and no class counts as labelled.
+        """
         masks = self.masks if "masks" in names else None
         keypoints = self.keypoints if "keypoints" in names else None
         if "boxes" in names:

@@ -1,0 +1,88 @@
+"""Prediction on sources (files, folders, videos, cameras) into a folder of pictures and ``predictions.json``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+from tqdm import tqdm
+
+from mvision.errors import UserError
+from mvision.inference.output import Output, Summary
+from mvision.inference.pipeline import ordered_map
+from mvision.inference.predict import WORKERS, Predictor, Prepared, check_threshold, eval_mode, infer
+from mvision.inference.sources import Frame, Source, find_sources, read_frames
+from mvision.structures.images import resize_image
+
+
+def predict_sources(
+    model: Predictor,
+    sources: Sequence[str | Path],
+    output: Path,
+    threshold: float = 0.5,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Summary:
+    """Predict on files, folders, globs, videos and cameras; write pictures and ``predictions.json``.
+
+    ``output`` gets one picture per image under the same stem (below the same folders), one MP4 per video or camera, and
+    ``predictions.json``, a COCO results list whose entries also name the file, the class and, in videos, the frame and
+    its time. ``image_id`` there numbers all images from 1 in the order of the sources. Reading, inference, drawing and
+    writing overlap, and memory does not grow with the number of images. No file is left incomplete: after Ctrl-C or on
+    a full disk there are complete pictures and no ``predictions.json``. Ctrl-C is how a camera's recording usually
+    ends, so with a camera the results up to then are kept.
+
+    Args:
+        model: in any mode, which it keeps.
+        sources: see ``find_sources``.
+        output: a folder; made if missing, files of an earlier run are replaced.
+        threshold: instances with a lower score (0..1) are left out.
+        batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
+            be written, a threshold outside 0..1.
+    """
+    check_threshold(threshold)
+    inputs = find_sources(sources, leave_out=output)
+    started = time.monotonic()
+    with Output(output, inputs) as writer:
+        try:
+            with eval_mode(model):
+                _run(model, inputs, writer, threshold, batch_size, progress)
+        except KeyboardInterrupt:
+            if all(source.kind != "camera" for source in inputs):
+                raise
+        summary = writer.summary
+        if not summary.images and summary.skipped:
+            name, reason = summary.skipped[0]
+            raise UserError(f"none of {len(inputs)} sources can be read; the first is {name}: {reason}")
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def _run(
+    model: Predictor, inputs: list[Source], writer: Output, threshold: float, batch_size: int | None, progress: bool
+) -> None:
+    """Six stages that overlap: decode, resize, infer (in this thread), post-process, draw and encode, write."""
+    frames = read_frames(inputs, ahead=WORKERS)
+    prepared = ordered_map(partial(_prepare_frame, model.config.image_size), frames, workers=2, ahead=2)
+    inferred = infer(model, prepared, threshold, batch_size)
+    numbered = ((number, frame, instances) for number, (frame, instances) in enumerate(inferred, start=1))
+    rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
+    total = len(inputs) if all(source.kind == "image" for source in inputs) else None
+    with closing(ordered_map(writer.add, rendered, workers=1, ahead=1)) as written:
+        for _ in tqdm(
+            written, desc="predicting", total=total, unit="img", disable=None if progress else True, leave=False
+        ):
+            pass
+
+
+def _prepare_frame(size: tuple[int, int], frame: Frame) -> Prepared[Frame]:
+    if frame.image is None:
+        return frame, None, (0, 0)
+    return frame, resize_image(frame.image, size), frame.image.shape[:2]
