@@ -22,8 +22,8 @@ from mvision.heads.query.matching import pad_targets
 from mvision.structures import Targets
 from mvision.weights import load
 from tests.conftest import write_squares
+from tests.small_runs import FAST, add_corners
 from tests.test_heads import make_features, make_head, make_targets
-from tests.test_train import FAST, add_corners
 
 TASKS = ["detection", "keypoints"]
 

@@ -18,7 +18,7 @@ from mvision.heads.linking import link_poses
 from mvision.structures import Category, Targets
 from mvision.structures.boxes import xyxy_to_cxcywh
 from mvision.weights import init_from, save_weights
-from tests.test_train import add_corners
+from tests.small_runs import add_corners
 
 TASKS = ["detection", "instance-seg", "keypoints"]
 QUERIES = {"embed_dim": 32, "num_heads": 4, "num_layers": 2, "ffn_dim": 32, "num_queries": 10}
@@ -117,7 +117,9 @@ def test_settings_of_an_included_task_follow_or_are_refused(tmp_path: Path) -> N
     heads = load_config("base", tasks=TASKS, assignments=["model.heads.instance-seg.num_queries=77"]).model.heads
     assert heads["detection"].num_queries == 77
     assert heads["detection"].class_weight == heads["instance-seg"].class_weight
-    with pytest.raises(UserError, match=r"model.heads.detection.num_queries is 5 and .*instance-seg.num_queries is 300"):
+    with pytest.raises(
+        UserError, match=r"model.heads.detection.num_queries is 5 and .*instance-seg.num_queries is 300"
+    ):
         load_config("base", tasks=TASKS, assignments=["model.heads.detection.num_queries=5"])
     whole = tmp_path / "config.yaml"
     whole.write_text(load_config("tiny", tasks=TASKS).to_yaml())

@@ -12,7 +12,7 @@ from mvision import UserError, load
 from mvision.commands import transfer as matrix
 from mvision.commands.transfer_report import first_reach, page
 from mvision.engine.train import train
-from tests.test_train import fast_config
+from tests.small_runs import fast_config
 
 OPTIONS = ["train.batch_size=2", "train.precision=fp32", "data.workers=0", "train.warmup_steps=2"]
 
