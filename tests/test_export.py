@@ -1,4 +1,4 @@
-"""Exported models: equal to PyTorch or not there, and usable wherever weights are."""
+"""Exported models give what PyTorch gives, and can be used wherever weights can."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from mvision.commands.predict import predict_job
 from mvision.commands.val import validate
 from mvision.deploy import compare
 from mvision.deploy.compare import difference
-from mvision.deploy.export import export
+from mvision.commands.export import export
 from mvision.deploy.exported import ExportedModel, is_exported
+from mvision.inference.predict import predict_images
 from mvision.weights import save_weights
 from tests.test_joint import TASKS, make_model
 
@@ -25,7 +26,7 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A joint model whose norms and scores have seen something."""
+    """A joint model whose norms have statistics."""
     model = make_model([*TASKS, "semantic-seg"], **{"semantic-seg": {"pyramid_dim": 16, "embed_dim": 32}})
     with torch.no_grad():
         model.train()(torch.rand(4, 3, 64, 96))
@@ -77,9 +78,8 @@ def test_openvino_of_every_task(weights: Path, tmp_path: Path, task: str) -> Non
 
 def test_exports_find_what_the_weights_find(onnx: Path, weights: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
-    from mvision.inference.predict import predict_images
-
-    (found,), (expected,) = predict_images(ExportedModel(onnx), [picture], 0.0), load(weights).predict([picture], 0.0)
+    (found,) = predict_images(ExportedModel(onnx), [picture], 0.0)
+    (expected,) = load(weights).predict([picture], 0.0)
     assert len(found) == len(expected) > 0
     assert found.keypoints is not None
     assert found.masks is not None
@@ -104,14 +104,7 @@ def test_predict_and_val_take_exports(onnx: Path, weights: Path, squares: Path, 
     assert first["detection"]["AP"] == pytest.approx(second["detection"]["AP"], abs=0.02)
 
 
-def test_a_difference_leaves_nothing(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mvision.deploy.export.TOLERANCE", -1.0)
-    with pytest.raises(UserError, match="the export differs: batch 1, 96 x 64: .* nothing was written"):
-        export(str(weights), tasks=["semantic-seg"], output=tmp_path / "made.onnx")
-    assert not list(tmp_path.iterdir())
-
-
-def test_differences_are_found() -> None:
+def test_queries_in_another_order_are_no_difference() -> None:
     outputs = {"detection": {"boxes": torch.rand(1, 8, 4), "logits": torch.randn(1, 8, 3)}}
     order = torch.randperm(8)
     shuffled = {"detection": {name: value[:, order] for name, value in outputs["detection"].items()}}
@@ -119,22 +112,29 @@ def test_differences_are_found() -> None:
     best = outputs["detection"]["logits"][0].amax(-1).argmax()
     shuffled["detection"]["boxes"][0, (order == best).nonzero()[0, 0], 2] += 0.05
     assert difference(outputs, shuffled) == (pytest.approx(0.05, abs=1e-5), "detection.boxes")
-    shuffled["detection"]["logits"][:] = float("nan")
-    assert not difference(outputs, shuffled)[0] <= compare.TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"int8": True}, "--int8 with --format onnx: INT8 is made for openvino"),
-        ({"format": "tflite"}, "--format tflite: choose one of onnx, openvino"),
-        ({"tasks": ["keypoint"]}, "there is no head 'keypoint'"),
-        ({"image_size": (100, 100)}, "image_size.*multiples of 32"),
-    ],
-)
-def test_bad_options(weights: Path, tmp_path: Path, options: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        export(str(weights), output=tmp_path / "x.onnx", **options)
+@pytest.mark.parametrize("name", ["boxes", "logits"])
+def test_nan_is_a_difference(name: str) -> None:
+    outputs = {"detection": {"boxes": torch.rand(1, 8, 4), "logits": torch.randn(1, 8, 3)}}
+    broken = {"detection": {**outputs["detection"], name: torch.full_like(outputs["detection"][name], float("nan"))}}
+    assert not difference(outputs, broken)[0] <= compare.TOLERANCE
+
+
+def test_only_queries_with_high_scores_are_compared() -> None:
+    logits = torch.arange(8.0).view(1, 8, 1) - 4  # the last two are the best quarter
+    boxes = torch.rand(1, 8, 4)
+    for query, expected in ((0, 0.0), (5, 0.0), (6, 0.03), (7, 0.03)):
+        moved = boxes.clone()
+        moved[0, query] += 0.03
+        found, _ = difference({"d": {"boxes": boxes, "logits": logits}}, {"d": {"boxes": moved, "logits": logits}})
+        assert found == pytest.approx(expected, abs=1e-6), query
+
+
+def test_logits_are_compared_as_probabilities() -> None:
+    for name, expected in (("masks", 0.2689), ("visibility", 0.2689), ("embeddings", 1.0)):
+        found = difference({"t": {name: torch.tensor([0.0, 9.0])}}, {"t": {name: torch.tensor([-1.0, 9.0])}})
+        assert found == (pytest.approx(0.5 - 0.2689 if expected < 1 else 1.0, abs=1e-3), f"t.{name}")
 
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
@@ -147,32 +147,3 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
     program.save(str(tmp_path / "z.onnx"))
     with pytest.raises(UserError, match=r"z.onnx: not exported by mvision"):
         ExportedModel(tmp_path / "z.onnx")
-
-
-def test_int8_is_measured_and_the_least_loss_is_kept(
-    weights: Path, squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pytest.importorskip("openvino")
-    pytest.importorskip("nncf")
-    from mvision.deploy import quantise
-
-    for file in (squares / "annotations").iterdir():  # the classes of the model
-        file.write_text(file.read_text().replace('"blue"', '"dog"'))
-    losses = iter([0.5, 0.2, 0.3, 0.4])  # before, then three candidates
-    monkeypatch.setattr(quantise, "_figures", lambda *_: {"detection": next(losses)})
-    messages: list[str] = []
-    options = {"tasks": ["detection"], "data": str(squares), "output": tmp_path / "int8", "log": messages.append}
-    found = export(str(weights), format="openvino", int8=True, **options)
-    assert found is not None
-    assert (found.kept, found.after) == ("backbone", {"detection": 0.4})
-    assert found.loss == pytest.approx(0.2)
-    assert sum(line.startswith("INT8, ") for line in messages) == 3
-    graph = (tmp_path / "int8" / "model.xml").read_text()
-    assert graph.count('type="FakeQuantize"') > 20
-    assert graph.count('name="precise"') > 10  # coordinates
-    model = ExportedModel(tmp_path / "int8")
-    assert model.tasks == ["detection"]
-    with torch.no_grad():
-        outputs = model(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
-    assert outputs["detection"]["boxes"].isfinite().all()
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "squares") == ["int8"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -12,7 +14,7 @@ BEST = 0.25  # share of the queries that are compared: those with the highest sc
 
 
 def difference(expected: dict[str, dict[str, Tensor]], actual: dict[str, dict[str, Tensor]]) -> tuple[float, str]:
-    """The largest absolute difference, and the name of the output that has it.
+    """The largest absolute difference, and the name of the output that has it; NaN where an output has NaN.
 
     Outputs in ``LOGITS`` are compared as probabilities, after the sigmoid; the others (boxes, keypoints) as they are.
 
@@ -31,7 +33,9 @@ def difference(expected: dict[str, dict[str, Tensor]], actual: dict[str, dict[st
                 value = torch.stack([queries[rows] for queries, (rows, _) in zip(value, pairs)])
                 other = torch.stack([queries[columns] for queries, (_, columns) in zip(other, pairs)])
             largest = (value - other).abs().max().item() if value.numel() else 0.0
-            if not largest <= worst[0]:  # written so that NaN counts as a difference
+            if math.isnan(largest):
+                return largest, f"{task}.{name}"
+            if largest > worst[0]:
                 worst = largest, f"{task}.{name}"
     return worst
 

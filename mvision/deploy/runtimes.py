@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -63,7 +63,7 @@ def _export_in_run(source: str, tasks: Sequence[str], device: torch.device) -> P
     """The OpenVINO export in a run folder; None if it is older than the weights or lacks one of the tasks."""
     weights = Path(source) / BEST
     exported = export_path(weights, "openvino")
-    if not _is_run(source, device) or not is_exported(exported) or importlib.util.find_spec("openvino") is None:
+    if not _is_run(source, device) or not is_exported(exported) or find_spec("openvino") is None:
         return None
     if exported.stat().st_mtime < weights.stat().st_mtime:
         return None
