@@ -141,7 +141,7 @@ def test_iou_over_pixels() -> None:
     assert figures["accuracy"] == pytest.approx((36 + 30) / 80)
     assert "cat" in metric.table()
     other = SemanticMetric(data, [*CATEGORIES, Category(id=9, name="owl")])
-    other.merge(metric.state())
+    other.merge(metric.measured)
     assert other.notes == []
     empty = SemanticMetric(data, [*CATEGORIES, Category(id=9, name="owl")])
     empty.update([], [5])

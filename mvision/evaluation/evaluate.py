@@ -1,4 +1,4 @@
-"""Evaluation of a model on a validation loader, on one process or many, with the same figures."""
+"""Evaluation of a model on data sets, by one process or several, with the same figures."""
 
 from __future__ import annotations
 
@@ -19,33 +19,35 @@ if TYPE_CHECKING:
 
 
 class Annotated(Protocol):
-    """What ``make_metrics`` needs of a split: the annotations in COCO's format."""
+    """What ``make_metrics`` reads of a split of a data set."""
 
     @property
-    def coco_dict(self) -> dict[str, Any]: ...
+    def coco_dict(self) -> dict[str, Any]:
+        """The annotations in COCO's format."""
+        ...
 
 
 class EvaluationBatch(Protocol):
-    """What is read of a batch; ``mvision.data.Batch`` has it all."""
+    """What is read of a batch; ``mvision.data.Batch`` has these attributes."""
 
     images: Tensor
     targets: list[Targets]
     skipped: list[tuple[str, str]]
 
 
-class Finder(Protocol):
+class HasClasses(Protocol):
     """What is read of a head."""
 
     @property
     def classes(self) -> list[Category]:
-        """The classes that it finds."""
+        """The classes that it predicts."""
         ...
 
 
 class Evaluated(Predictor, Protocol):
-    """A model that can be evaluated: ``mvision.model.Model``, or one that was exported."""
+    """A model that can be evaluated: ``mvision.model.Model``, or an exported one."""
 
-    def head(self, task: str) -> Finder:
+    def head(self, task: str) -> HasClasses:
         """The head that serves a task."""
         ...
 
@@ -55,7 +57,7 @@ class Evaluated(Predictor, Protocol):
 
 
 Metrics = dict[str, list[Metric]]
-"""By task: the metric of its head, then those that are reported beside it."""
+"""Task -> its main metric, then those that are reported besides."""
 
 
 @dataclass
@@ -68,10 +70,10 @@ class Validation:
 
 
 def make_metrics(model: Evaluated, split: Annotated, tasks: Sequence[str] | None = None) -> Metrics:
-    """The metrics of the model's tasks (or of these) on the annotations of a split; made once, used every time.
+    """The metrics of the model's tasks (or of these), prepared for the annotations of a split.
 
-    A head is asked for the classes that it can find alone: one that finds keypoints, not for the boxes of classes that
-    have none.
+    They are prepared once and can be used for any number of evaluations. A head is evaluated on the classes that it
+    predicts only: a keypoint head not on classes without keypoints.
     """
     annotations = split.coco_dict
     return {
@@ -81,29 +83,33 @@ def make_metrics(model: Evaluated, split: Annotated, tasks: Sequence[str] | None
 
 
 def tables(validation: Sequence[Validation]) -> list[str]:
-    """COCO's table of every metric, for a terminal; with a heading where there are several."""
-    found = [
+    """The table of every metric, for a terminal; with a heading if there are several."""
+    entries = [
         (f"{part.name}, " if len(validation) > 1 else "", task, metric)
         for part in validation
-        for task, of_task in part.metrics.items()
-        for metric in of_task
+        for task, metrics in part.metrics.items()
+        for metric in metrics
     ]
-    if len(found) == 1:
-        return [found[0][2].table()]
-    return [f"{name}{task}, {metric.name}\n{metric.table()}" for name, task, metric in found]
+    if len(entries) == 1:
+        return [entries[0][2].table()]
+    return [f"{name}{task}, {metric.name}\n{metric.table()}" for name, task, metric in entries]
 
 
 def evaluate_all(
     model: Evaluated, validation: Sequence[Validation], *, accelerator: Accelerator | None = None
 ) -> dict[str, dict[str, float]]:
-    """``evaluate`` on every data set. Figures of a task on a second one have that one's name before theirs."""
+    """``evaluate`` on every data set.
+
+    The first data set that is used for a task gives its figures their plain names; those of the others have the name of
+    the data set in front: ``OTHER/AP``.
+    """
     figures: dict[str, dict[str, float]] = {}
     for part in validation:
-        for task, found in evaluate(model, part.loader, part.metrics, accelerator=accelerator).items():
+        for task, values in evaluate(model, part.loader, part.metrics, accelerator=accelerator).items():
             if task not in figures:
-                figures[task] = found
+                figures[task] = values
             else:
-                figures[task] |= {f"{part.name}/{name}": value for name, value in found.items()}
+                figures[task] |= {f"{part.name}/{name}": value for name, value in values.items()}
     return {task: figures[task] for task in model.tasks}
 
 
@@ -115,35 +121,35 @@ def evaluate(
     accelerator: Accelerator | None = None,
     progress: bool = True,
 ) -> dict[str, dict[str, float]]:
-    """COCO's figures of a model by task, on every image that the loaders of all processes yield, each counted once.
+    """The figures of a model by task, over every image that the loaders of all processes yield, each counted once.
 
     Args:
-        model: in any mode, which it keeps; not wrapped for distribution. Boxes of all scores are evaluated.
+        model: in any mode, which it keeps; not wrapped for distribution. Results of all scores are evaluated.
         loader: batches of uint8 or float images and their targets, of which ``image_id`` and ``size`` are read. With
-            several processes each has its own part; repetitions that fill up the last batch do no harm.
-        metrics: by task, see ``make_metrics``. They are reset first and hold the results afterwards (``tables``).
-        accelerator: gives device, precision and the other processes; None is this process, at the weights' precision.
-        progress: show a bar on the main process.
+            several processes each has its own share; repeated images that fill up the last batch do no harm.
+        metrics: by task, see ``make_metrics``. They are reset first, and hold the results afterwards (``tables``).
+        accelerator: for precision and the other processes; None is this process alone, in the weights' precision.
+        progress: show a progress bar on the main process.
 
     Returns:
         ``{task: {"AP": ..., ...}}``, the same on every process. The figures of further metrics have the metric's name
-        before theirs: ``bbox/AP``.
+        in front: ``bbox/AP``.
     """
-    every = [metric for of_task in metrics.values() for metric in of_task]
-    for metric in every:
+    all_metrics = [metric for of_task in metrics.values() for metric in of_task]
+    for metric in all_metrics:
         metric.reset()
     quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
     with eval_mode(model):
-        # None switches the bar off where there is no terminal.
+        # With disable=None there is a bar in a terminal only.
         for batch in tqdm(loader, desc="evaluating", disable=True if quiet else None, leave=False):
             for file, reason in batch.skipped:
                 tqdm.write(f"skipped {file}: {reason}")
             if batch.targets:
                 _evaluate_batch(model, batch, metrics, accelerator)
     if accelerator is not None and accelerator.num_processes > 1:
-        for states in gather_object([[metric.state() for metric in every]]):
-            for metric, state in zip(every, states):
-                metric.merge(state)
+        for measurements in gather_object([[metric.measured for metric in all_metrics]]):
+            for metric, measured in zip(all_metrics, measurements):
+                metric.merge(measured)
     figures = {}
     for task, (main, *others) in metrics.items():
         figures[task] = main.compute()
@@ -155,7 +161,7 @@ def evaluate(
 def _evaluate_batch(
     model: Evaluated, batch: EvaluationBatch, metrics: Metrics, accelerator: Accelerator | None
 ) -> None:
-    """Every head's own results, with its own scores: linking them is for who looks at objects, not at tasks."""
+    """Measure what every head predicts, with its own scores; poses are not linked to other heads' objects."""
     images = batch.images.to(model.device, non_blocking=True)
     if accelerator is None:
         outputs = model(images)
@@ -164,8 +170,8 @@ def _evaluate_batch(
             outputs = model(images)
     sizes = [target.size for target in batch.targets]
     image_ids = [target.image_id for target in batch.targets]
-    found = model.results(outputs, sizes, threshold=0.0)
+    predicted = model.results(outputs, sizes, threshold=0.0)
     for task, of_task in metrics.items():
-        results = [entry for image_id, each in zip(image_ids, found[task]) for entry in each.to_coco(image_id)]
+        entries = [entry for i, instances in zip(image_ids, predicted[task]) for entry in instances.to_coco(i)]
         for metric in of_task:
-            metric.update(results, image_ids)
+            metric.update(entries, image_ids)

@@ -1,8 +1,8 @@
-"""PCK, the share of keypoints that were found: a figure for data that has neither areas nor sigmas of its own.
+"""PCK, the share of correct keypoints: a figure that needs neither areas nor sigmas from the data.
 
-Source: Yang and Ramanan, "Articulated Human Detection with Flexible Mixtures of Parts", TPAMI 2013: a point is correct
-within a fraction of the longer side of the object's box. There the objects' places are given; here they have to be
-found as well.
+Source: Yang and Ramanan, "Articulated Human Detection with Flexible Mixtures of Parts", TPAMI 2013: a keypoint is
+correct if it is nearer to its labelled place than a fraction of the longer side of the object's box. In the paper it is
+given which object a prediction belongs to; here predictions are matched to objects first.
 """
 
 from __future__ import annotations
@@ -13,44 +13,44 @@ from typing import Any
 import numpy as np
 
 FRACTION = 0.1
-SAME_OBJECT = 0.5  # mean distance of all points, in longer sides of the box, up to which a result means the object
-MOST_RESULTS = 20  # per image, as in COCO's figures of keypoints
+MATCH_DISTANCE = 0.5  # largest mean distance of a matched prediction's points, as a fraction of the box's longer side
+MAX_RESULTS = 20  # per image, as for COCO's figures of keypoints
 
 
 def correct_points(
     objects: Sequence[dict[str, Any]], scores: np.ndarray, classes: np.ndarray, points: Sequence[Sequence[float]]
 ) -> tuple[int, int]:
-    """Correct and labelled keypoints of one image.
+    """The number of correct and of labelled keypoints in one image.
+
+    The ``MAX_RESULTS`` predictions with the highest scores are matched in the order of their scores, each to the
+    nearest object of its class that is not matched yet. The points of objects without a prediction are not correct.
 
     Args:
         objects: COCO annotations with ``category_id``, ``bbox`` (xywh) and ``keypoints``.
-        scores: (R,) of the results, in any order.
-        classes: (R,) their category ids.
+        scores: (R,) of the predictions, in any order.
+        classes: (R,) category ids of the predictions.
         points: R flat lists of x, y, score.
-
-    From the best of the ``MOST_RESULTS`` on, each result stands for the nearest object of its class that no better one
-    stands for. The points of objects without result are not correct.
     """
-    labelled = [np.reshape(entry["keypoints"], (-1, 3)) for entry in objects]
+    gt_points = [np.reshape(entry["keypoints"], (-1, 3)) for entry in objects]
     sides = [max(*entry["bbox"][2:], 1e-9) for entry in objects]
-    free = {index for index, truth in enumerate(labelled) if (truth[:, 2] > 0).any()}
-    total = sum(int((labelled[index][:, 2] > 0).sum()) for index in free)
+    unmatched = {index for index, gt in enumerate(gt_points) if (gt[:, 2] > 0).any()}
+    total = sum(int((gt_points[index][:, 2] > 0).sum()) for index in unmatched)
     correct = 0
-    for result in np.argsort(-scores, kind="stable")[:MOST_RESULTS]:
-        found = np.reshape(points[result], (-1, 3))[:, :2]
+    for prediction in np.argsort(-scores, kind="stable")[:MAX_RESULTS]:
+        predicted = np.reshape(points[prediction], (-1, 3))[:, :2]
         distances = {
-            index: _distances(found, labelled[index]) / sides[index]
-            for index in free
-            if objects[index]["category_id"] == classes[result]
+            index: _distances(predicted, gt_points[index]) / sides[index]
+            for index in unmatched
+            if objects[index]["category_id"] == classes[prediction]
         }
         nearest = min(distances, key=lambda index: distances[index].mean(), default=None)
-        if nearest is not None and distances[nearest].mean() <= SAME_OBJECT:
+        if nearest is not None and distances[nearest].mean() <= MATCH_DISTANCE:
             correct += int((distances[nearest] <= FRACTION).sum())
-            free.remove(nearest)
+            unmatched.remove(nearest)
     return correct, total
 
 
-def _distances(found: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Of the labelled points."""
-    seen = truth[:, 2] > 0
-    return np.hypot(*(found[seen] - truth[seen, :2]).T)
+def _distances(predicted: np.ndarray, gt: np.ndarray) -> np.ndarray:
+    """Distances in pixels of the labelled points."""
+    labelled = gt[:, 2] > 0
+    return np.hypot(*(predicted[labelled] - gt[labelled, :2]).T)

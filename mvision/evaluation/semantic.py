@@ -1,8 +1,8 @@
-"""Mean IoU of classes over pixels, by segmentation-models-pytorch's metrics."""
+"""Mean IoU of classes over pixels, with the counting of segmentation-models-pytorch's metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -10,110 +10,89 @@ import segmentation_models_pytorch as smp
 import torch
 from pycocotools import mask as coco_mask
 
-from mvision.evaluation.ground_truth import Truth
+from mvision.evaluation.ground_truth import GroundTruth
 from mvision.evaluation.metric import Metric
+from mvision.evaluation.tables import figure_text, text_table
 from mvision.structures import Category
 
-UNKNOWN = -1
+IGNORED = -1  # label of pixels that do not count
 
 
 class SemanticMetric(Metric):
-    """Collects the regions of images and computes the IoU of every class over all pixels seen.
+    """IoU of every class over the pixels of all images; class 0 are the pixels of no class.
 
-    Pixels of crowd regions and in the boxes of objects without a mask count for nothing. Where objects overlap, the
-    smaller one is seen. Arguments, attributes and methods are those of ``CocoMetric``.
+    Pixels of crowd regions and in the boxes of objects without a mask are ignored. Where objects overlap, the smallest
+    one's class is the pixel's class; where results overlap, that of the highest score.
+
+    Raises:
+        UserError: none of the model's classes is in the data, or the annotations cannot be evaluated.
     """
 
     name = "semantic"
 
-    def __init__(self, coco_dict: dict[str, Any], categories: Sequence[Category]) -> None:
-        super().__init__(coco_dict, categories)
-        self.truth = Truth(coco_dict, self.categories, "segm")
+    def __init__(self, annotations: dict[str, Any], categories: Sequence[Category]) -> None:
+        super().__init__(annotations, categories)
+        self.truth = GroundTruth(annotations, self.categories, "segm")
         self.notes = self.truth.notes
-        self._numbers = {category.id: number for number, category in enumerate(self.categories, start=1)}
+        self._class_numbers = {category.id: number for number, category in enumerate(self.categories, start=1)}
+        dataset = self.truth.dataset(set(self._class_numbers.values()))
         self._objects: dict[int, list[dict[str, Any]]] = {}
-        everything = self.truth.dataset(set(range(1, len(self.categories) + 1)))
-        for annotation in everything["annotations"]:
+        for annotation in dataset["annotations"]:
             self._objects.setdefault(annotation["image_id"], []).append(annotation)
-        self._sizes = {image["id"]: (image["height"], image["width"]) for image in everything["images"]}
-        self.reset()
+        self._sizes = {image["id"]: (image["height"], image["width"]) for image in dataset["images"]}
 
-    def reset(self) -> None:
-        """Forget all results."""
-        self._counts: dict[Any, np.ndarray] = {}
-
-    def update(self, results: Iterable[dict[str, Any]], image_ids: Iterable[Any]) -> None:
-        """Add the regions of some images: entries with ``category_id`` and ``segmentation`` (run lengths)."""
-        by_image: dict[Any, list[dict[str, Any]]] = {image_id: [] for image_id in image_ids}
-        for entry in results:
-            by_image[entry["image_id"]].append(entry)
-        for image_id, entries in by_image.items():
-            if image_id not in self._counts:
-                self._counts[image_id] = self._count(self.truth.image_numbers[image_id], entries)
-
-    def state(self) -> dict[Any, Any]:
-        """Everything added so far; see ``merge``."""
-        return dict(self._counts)
-
-    def merge(self, state: dict[Any, Any]) -> None:
-        """Add what another process has collected; an image that is already here is not counted twice."""
-        for image_id, counts in state.items():
-            self._counts.setdefault(image_id, counts)
-
-    def compute(self) -> dict[str, float]:
-        """``mIoU`` over the classes that the data has (without "none of them"), ``accuracy``, ``IoU/<class>``.
-
-        -1 for a class that no pixel of the data has.
-        """
-        total = np.sum(list(self._counts.values()), axis=0) if self._counts else np.zeros((3, len(self.categories) + 1))
-        tp, fp, fn = (torch.from_numpy(row)[None] for row in total.astype(np.int64))
-        ious = smp.metrics.iou_score(tp, fp, fn, torch.zeros_like(tp), reduction=None)[0].tolist()
-        labelled = ((tp + fn)[0] > 0).tolist()
-        seen = [iou for iou, known in zip(ious[1:], labelled[1:]) if known]
-        pixels = int((tp + fn).sum())
-        figures = {
-            "mIoU": float(np.mean(seen)) if seen else -1.0,
-            "accuracy": int(tp.sum()) / pixels if pixels else -1.0,
-        }
-        for category, iou, known in zip(self.categories, ious[1:], labelled[1:]):
-            figures[f"IoU/{category.name}"] = iou if known else -1.0
-        return figures
-
-    def table(self) -> str:
-        """The figures, one a line."""
-        figures = self.compute()
-        lines = [
-            f"Mean IoU of the classes = {_shown(figures['mIoU'])}",
-            f"Pixel accuracy = {_shown(figures['accuracy'])}",
-        ]
-        width = max([5, *(len(category.name) for category in self.categories)])
-        lines += ["", f"{'class':<{width}}    IoU"]
-        lines += [f"{c.name:<{width}}  {_shown(figures[f'IoU/{c.name}'])}" for c in self.categories]
-        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
-
-    def _count(self, number: int, entries: list[dict[str, Any]]) -> np.ndarray:
-        """(3, C + 1) true positive, false positive and false negative pixels of one image."""
-        size = self._sizes[number]
-        truth, found = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
-        # Crowds first: what is labelled in front of them counts.
-        objects = sorted(self._objects.get(number, []), key=lambda a: (not a["iscrowd"], -a["area"]))
-        for annotation in objects:
+    def measure(self, image_id: Any, results: list[dict[str, Any]]) -> np.ndarray:
+        """(3, classes + 1) int64: true positive, false positive and false negative pixels of every class."""
+        if image_id not in self.truth.image_numbers:
+            raise ValueError(f"image id {image_id!r} is not in the annotations")
+        number = self.truth.image_numbers[image_id]
+        gt, predicted = np.zeros((2, *self._sizes[number]), dtype=np.int64)
+        # Crowd regions first: an object that is labelled in front of one counts.
+        for annotation in sorted(self._objects.get(number, []), key=lambda a: (not a["iscrowd"], -a["area"])):
             inside = coco_mask.decode(annotation["segmentation"]).astype(bool)
-            truth[inside] = UNKNOWN if annotation["iscrowd"] else annotation["category_id"]
-        for entry in sorted(entries, key=lambda e: e["score"]):
-            if entry["category_id"] in self._numbers and entry.get("segmentation"):
-                found[coco_mask.decode(entry["segmentation"]).astype(bool)] = self._numbers[entry["category_id"]]
-        known = truth != UNKNOWN
-        if not known.any():
+            gt[inside] = IGNORED if annotation["iscrowd"] else annotation["category_id"]
+        for entry in sorted(results, key=lambda e: e["score"]):
+            if entry["category_id"] in self._class_numbers and entry.get("segmentation"):
+                inside = coco_mask.decode(entry["segmentation"]).astype(bool)
+                predicted[inside] = self._class_numbers[entry["category_id"]]
+        counted = gt != IGNORED
+        if not counted.any():
             return np.zeros((3, len(self.categories) + 1), dtype=np.int64)
         tp, fp, fn, _ = smp.metrics.get_stats(
-            torch.from_numpy(found[known])[None],
-            torch.from_numpy(truth[known])[None],
+            torch.from_numpy(predicted[counted])[None],
+            torch.from_numpy(gt[counted])[None],
             mode="multiclass",
             num_classes=len(self.categories) + 1,
         )
         return torch.cat((tp, fp, fn)).numpy()
 
+    def compute(self) -> dict[str, float]:
+        """``mIoU`` over the classes that are in the data (not class 0), ``accuracy``, and ``IoU/<class>``.
 
-def _shown(value: float) -> str:
-    return "-" if value < 0 else f"{value:.3f}"
+        -1 for a class without a pixel in the data.
+        """
+        empty = np.zeros((3, len(self.categories) + 1), dtype=np.int64)
+        tp, fp, fn = torch.from_numpy(sum(self.measured.values(), start=empty))[:, None]
+        ious = smp.metrics.iou_score(tp, fp, fn, torch.zeros_like(tp), reduction=None)[0].tolist()
+        in_data = ((tp + fn)[0] > 0).tolist()
+        values = [iou if labelled else -1.0 for iou, labelled in zip(ious, in_data)][1:]
+        known = [value for value in values if value >= 0]
+        pixels = int((tp + fn).sum())
+        return {
+            "mIoU": float(np.mean(known)) if known else -1.0,
+            "accuracy": int(tp.sum()) / pixels if pixels else -1.0,
+            **{f"IoU/{category.name}": value for category, value in zip(self.categories, values)},
+        }
+
+    def table(self) -> str:
+        """The figures over all classes, and one line per class."""
+        figures = self.compute()
+        rows = [["class", "IoU"], *([c.name, figure_text(figures[f"IoU/{c.name}"])] for c in self.categories)]
+        lines = [
+            f"Mean IoU of the classes = {figure_text(figures['mIoU'])}",
+            f"Pixel accuracy = {figure_text(figures['accuracy'])}",
+            "",
+            *text_table(rows),
+            *(f"note: {note}" for note in self.notes),
+        ]
+        return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mvision.evaluation import Metric
@@ -28,27 +28,14 @@ class CenterMetric(Metric):
         for entry in annotations["annotations"]:
             if not entry["iscrowd"]:
                 self.labelled[entry["image_id"]].append((entry["category_id"], _center(entry["bbox"])))
-        self.reset()
 
-    def reset(self) -> None:
-        self.hits: dict[Any, int] = {}
-
-    def update(self, results: Iterable[dict[str, Any]], image_ids: Iterable[Any]) -> None:
-        of_image = defaultdict(list)
-        for entry in sorted(results, key=lambda entry: -entry["score"]):
-            of_image[entry["image_id"]].append((entry["category_id"], _center(entry["bbox"])))
-        for image in image_ids:
-            self.hits.setdefault(image, self._count_hits(image, of_image[image]))
-
-    def state(self) -> dict[Any, Any]:
-        return self.hits
-
-    def merge(self, state: dict[Any, Any]) -> None:
-        self.hits = {**state, **self.hits}
+    def measure(self, image_id: Any, results: list[dict[str, Any]]) -> int:
+        results = sorted(results, key=lambda entry: -entry["score"])
+        return self._count_hits(image_id, [(entry["category_id"], _center(entry["bbox"])) for entry in results])
 
     def compute(self) -> dict[str, float]:
-        total = sum(len(self.labelled[image]) for image in self.hits)
-        return {"hit_rate": sum(self.hits.values()) / total if total else -1.0}
+        total = sum(len(self.labelled[image]) for image in self.measured)
+        return {"hit_rate": sum(self.measured.values()) / total if total else -1.0}
 
     def table(self) -> str:
         return f"centres with a prediction nearby: {self.compute()['hit_rate']:.3f}"
