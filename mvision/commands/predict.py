@@ -9,11 +9,12 @@ from mvision.config import DataConfig, config_of_run
 from mvision.data import CocoSplit, find_layout
 from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
-from mvision.heads import head_class
+from mvision.heads import head_class, known_tasks
 from mvision.inference.output import Summary
 from mvision.inference.predict_sources import predict_sources
 from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
+from mvision.weights import rtdetr
 
 SAMPLES = 8
 RUNS = Path("runs")
@@ -64,8 +65,8 @@ def newest_run(tasks: Sequence[str] = (), runs: Path = RUNS) -> Path:
     """
     weights = [best for best in runs.glob(f"*/*/{BEST}") if set(tasks) <= set(best.parent.parent.name.split("+"))]
     if not weights:
-        wanted = " ".join(f"--task {task}" for task in tasks or ("detection",))
-        published = " or PekingU/rtdetr_r18vd" if set(tasks) <= {"detection"} else ""
+        wanted = " ".join(f"--task {task}" for task in tasks or known_tasks()[:1])
+        published = f" or {rtdetr.EXAMPLE}" if set(tasks) <= {rtdetr.TASK} else ""
         raise UserError(
             f"no run to predict with in {runs.resolve()}: train one with 'mvision train {wanted}', or give --weights, "
             f"such as a .safetensors file{published}"

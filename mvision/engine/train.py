@@ -210,5 +210,5 @@ def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) 
         assert isinstance(loader, Loader)
         dataset = loader.dataset
         assert isinstance(dataset, Dataset)
-        write_prediction_grid(best, dataset, run.path / "predictions.jpg")
+        write_prediction_grid(best, dataset, run.path / "predictions.jpg", log=accelerator.print)
         accelerator.print(f"best weights (epoch {trainer.progress.best_epoch + 1}): {run.path / BEST}")

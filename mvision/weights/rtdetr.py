@@ -21,6 +21,9 @@ from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
 from mvision.structures.coco_names import coco_categories
 
+TASK, EXAMPLE = "detection", "PekingU/rtdetr_r18vd"
+"""What the published models do, and one of them."""
+
 _RESNETS = {
     ("basic", (2, 2, 2, 2)): "resnet18d",
     ("basic", (3, 4, 6, 3)): "resnet34d",
@@ -97,7 +100,7 @@ _RENAMED = [
     (r"\.o_proj\.", ".out_proj."),
     (r"\.(?:mlp\.)?fc1\.", ".ffn.layers.0."),
     (r"\.(?:mlp\.)?fc2\.", ".ffn.layers.1."),
-    (r"^head\.", "heads.detection.decoder."),
+    (r"^head\.", f"heads.{TASK}.decoder."),
 ]
 _STAGE = re.compile(
     r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers\.(\d+)\.(.*)\.(convolution|normalization)\."
@@ -167,7 +170,7 @@ def _model_config(
     sections = {
         "backbone": backbone,
         "neck": _neck(published),
-        "heads": {"detection": _head(published)},
+        "heads": {TASK: _head(published)},
         "categories": _categories(published.get("id2label") or {}, tensors, path),
         "image_size": [size.get("height", 640), size.get("width", 640)],
     }
@@ -230,7 +233,7 @@ def _head(published: dict[str, Any]) -> dict[str, Any]:
 
 def _categories(labels: dict[str, str], tensors: dict[str, Tensor], path: Path) -> list[dict[str, Any]]:
     """The classes: with COCO's ids and names if they are COCO's 80 (in any spelling), else numbered from 0."""
-    bias = tensors.get("heads.detection.decoder.class_heads.0.bias")
+    bias = tensors.get(f"heads.{TASK}.decoder.class_heads.0.bias")
     if bias is None:
         raise UserError(f"{path.parent}: the weights have no classifier: not a model for object detection")
     names = [labels.get(str(index), f"LABEL_{index}") for index in range(len(bias))]
