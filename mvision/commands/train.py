@@ -1,4 +1,4 @@
-"""The config that a run starts from: a shipped model, a file, the weights it starts from, or the run it continues."""
+"""``mvision train``: the config of a run, from a shipped model, a file, the initial weights or the resumed run."""
 
 from __future__ import annotations
 
@@ -22,35 +22,35 @@ def run_config(
     options: dict[str, Any] | None = None,
     assignments: list[str] | None = None,
 ) -> Config:
-    """Combine what the user named; what was not named follows from the rest.
+    """The complete config of a run.
 
     Args:
-        tasks: the heads; empty: those of the config.
+        tasks: each gets a head; empty: the tasks of the initial weights or of the config.
         model, file, options, assignments: see ``mvision.config.load_config``.
-        init: weights to start from. Unless ``model`` or ``file`` says otherwise, the run gets their architecture.
-        resume: a run to continue, with its own config; only ``options`` and ``assignments`` can change it.
+        init: weights to start from. Without ``model`` and ``file`` the run has their architecture.
+        resume: a run to continue with its own config, which ``options`` and ``assignments`` can change.
 
     Raises:
-        UserError: anything unknown, or ``resume`` together with what it excludes.
+        UserError: an unknown name, key or value; ``resume`` together with ``tasks``, ``model``, ``file`` or ``init``.
     """
     if resume is not None:
-        named = {"--task": tasks, "--model": model, "--config": file, "--init": init}
-        for option in (option for option, value in named.items() if value):
+        excluded = {"--task": tasks, "--model": model, "--config": file, "--init": init}
+        for option in (option for option, value in excluded.items() if value):
             raise UserError(f"--resume {resume}: a run goes on with its own config; leave {option} out")
         if not (resume / RUN_CONFIG).is_file():
             raise UserError(f"--resume {resume}: not the folder of a run, there is no {RUN_CONFIG} in it")
         return load_config(file=resume / RUN_CONFIG, overrides=options, assignments=assignments)
-    known: dict[str, Any] = {}
+    of_weights: dict[str, Any] = {}
     if init is not None and model is None and file is None:
         weights = read_weights(init).config
         tasks = tasks or list(weights.heads)
-        model, known = _architecture(weights)
-        known |= _heads_like(weights, tasks)
-    return load_config(model, file, tasks, {**known, **(options or {})}, assignments)
+        model, of_weights = _architecture(weights)
+        of_weights |= _heads_like(weights, tasks)
+    return load_config(model, file, tasks, {**of_weights, **(options or {})}, assignments)
 
 
 def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """Of weights: the shipped model nearest to them (for how to train), and their own backbone and neck."""
+    """A shipped model with the backbone of these weights (for its training settings), and their backbone and neck."""
     backbones = {load_config(name).model.backbone.name: name for name in shipped_configs()}
     sections = {
         "model.backbone": config.backbone.model_dump(),
@@ -61,10 +61,10 @@ def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
 
 
 def _heads_like(config: ModelConfig, tasks: list[str]) -> dict[str, Any]:
-    """Settings of the heads for ``tasks`` that let them take over the weights' heads.
+    """Settings with which the heads of ``tasks`` can be initialised with weights that have this config.
 
-    A task that the weights know has its head's settings. Another gets what its own schema has in common with that of a
-    head it is related to: a mask head gets the decoder of a detection head.
+    The head of a task that the weights have too gets the same settings. Any other head gets the settings of the schema
+    that it has in common with a head of the weights: instance segmentation gets the decoder's of a detection head.
     """
     heads = config.heads
     sections: dict[str, Any] = {}
