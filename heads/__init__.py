@@ -1,6 +1,6 @@
-"""Heads: one task each. The dictionary below is the only place where a task's name meets its class.
+"""Heads, one for each task. The dictionary below is the only place that names the class of a task.
 
-Classes are imported when they are asked for, so that the names alone (for help texts) cost nothing.
+A class is imported when it is used first, so that listing the tasks (for help texts) does not import torch.
 """
 
 from __future__ import annotations
@@ -27,23 +27,26 @@ HEADS: dict[str, str | dict[str, str]] = {
     },
     "semantic-seg": "mvision.heads.semantic:SemanticHead",
 }
-"""Task -> class; where there are several, by the setting ``kind`` of the task's section under ``model.heads``, the
-default first."""
+"""Task -> class. A task with several classes has a dictionary of them by the setting ``kind`` of the task's section
+under ``model.heads``, the default first."""
 
 ENTRY_POINTS = "mvision.heads"
-"""The group under which another package announces a head: ``task = package.module:HeadClass``."""
+"""Entry-point group in which another package adds a head: ``task = package.module:HeadClass``."""
 
 
 def known_tasks() -> list[str]:
-    """Every task that there is a head for, those of other packages last."""
+    """All tasks, those of other packages last."""
     return [*HEADS, *sorted(_outside())]
 
 
 def head_class(task: str, settings: Mapping[str, Any] | Settings | None = None) -> type[Head]:
-    """The head of a task: of the kind that ``settings`` (its section of a config) name, else the default.
+    """The head class of a task.
+
+    Args:
+        settings: the task's section of a config; its ``kind`` chooses among several classes. None: the default.
 
     Raises:
-        UserError: the task is unknown, or has no head of that kind.
+        UserError: the task is unknown, or has no class of that kind.
     """
     if task not in HEADS:
         outside = _outside()
@@ -62,7 +65,10 @@ def head_class(task: str, settings: Mapping[str, Any] | Settings | None = None) 
 
 
 def serving_task(task: str, tasks: Iterable[str]) -> str:
-    """The task whose head gives the outputs of ``task`` in a model with these tasks: it, or one that includes it."""
+    """The task whose head computes the outputs of ``task`` in a model with ``tasks``: one that includes it, or itself.
+
+    See ``Head.includes``.
+    """
     return next((other for other in tasks if task in head_class(other).includes), task)
 
 

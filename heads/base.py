@@ -1,4 +1,4 @@
-"""The interface of a head: a module with its loss, its post-processing and its metric."""
+"""The interface of a head: a module with a loss, a post-processing and a metric."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from mvision.structures import Category, Instances, Targets
 
 ConfigT = TypeVar("ConfigT", bound=Settings)
 OutputsT = TypeVar("OutputsT")
-"""What a head returns in training: a NamedTuple, which wrappers for mixed precision and several processes look into."""
+"""A head's training outputs: a NamedTuple, in which accelerate and DistributedDataParallel reach the tensors."""
 
 
 class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
-    """One task on the neck's maps.
+    """A task on the neck's maps.
 
     Class attributes:
-        Config: the settings, a pydantic model that the YAML's section of this head mirrors one to one.
-        needs: the fields of ``Targets`` that supervise the head; images without them are skipped for it.
+        Config: the settings, with the keys of the task's section under ``model.heads`` of a config file.
+        needs: the fields of ``Targets`` that supervise the head. A data set that lacks one of them is not used for its
+            task.
         evaluator: the metric of the task.
-        primary_metric: the one of its figures by which the best weights of a run are chosen.
-        more_evaluators: further metrics, whose figures are reported beside those of ``evaluator`` (as ``bbox/AP``).
-        kind: what the results are: ``objects``, ``poses`` of objects, or ``regions``, one for each class in the image.
-            In a joint model poses are linked to objects, and regions stay apart.
-        includes: tasks of which this head gives everything itself. In a joint model it serves them as well, with what
-            ``outputs_of`` says, and they get no head of their own; its settings have to contain theirs.
+        primary_metric: the figure of that metric by which the best weights of a run are chosen, the higher the better.
+        more_evaluators: further metrics; their figures are reported with their name in front, such as ``bbox/AP``.
+        kind: what ``postprocess`` returns: ``objects``, ``poses`` of objects, or ``regions``, one for each class in the
+            image. A joint model links poses to objects and returns regions separately.
+        includes: other tasks whose outputs are part of this head's, see ``outputs_of``. In a joint model they get no
+            head of their own. ``Config`` has to have all settings of theirs.
     """
 
     Config: ClassVar[type[Settings]]
@@ -48,13 +49,13 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
         categories: list[Category],
         lateral: int | None = None,
     ) -> None:
-        """Build the head.
+        """Build the head with random weights.
 
         Args:
-            config: its settings.
+            config: the settings.
             channels, strides: of the neck's maps, finest first.
             categories: all classes of the model.
-            lateral: channels of the backbone's map that ``lateral_stride`` asks for; None where there is none.
+            lateral: channels of the backbone's map of stride ``lateral_stride``; None where the backbone has none.
         """
         super().__init__()
         self.config = config
@@ -62,25 +63,25 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
 
     @classmethod
     def lateral_stride(cls, config: ConfigT) -> int | None:
-        """Stride of a map that the head wants from the backbone itself, besides the neck's; None for none.
+        """Stride of a map of the backbone that the head takes besides the neck's maps; None if it takes none.
 
-        It is given where the backbone has it and the neck's maps are all coarser.
+        The head gets it only if the backbone has such a map, and if it is finer than all of the neck's.
         """
         return None
 
     @classmethod
     def predicted(cls, categories: list[Category]) -> list[Category]:
-        """Those of the classes that the head can find, which have a row of their own in its layers: all by default."""
+        """Those of the model's classes that the head predicts, in order: all, unless a subclass can do some only."""
         return categories
 
     @property
     def classes(self) -> list[Category]:
-        """The classes that this head finds, see ``predicted``."""
+        """The classes that this head predicts, see ``predicted``."""
         return self.predicted(self.categories)
 
     @classmethod
     def outputs_of(cls, task: str, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the head of an included task would give, out of this one's outputs (not in training)."""
+        """The outputs of an included task, taken from the inference outputs of this head."""
         raise NotImplementedError(f"{cls.__name__} includes no task {task}")
 
     @abstractmethod
@@ -90,20 +91,25 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
         """Raw outputs.
 
         Args:
-            maps: the neck's, each (B, C, H/s, W/s), finest first.
-            lateral: the backbone's map of stride ``lateral_stride``, where the head was built with its channels.
-            targets: in training only (denoising queries are made from them).
+            maps: the neck's, each (B, C, H / stride, W / stride), finest first.
+            lateral: the backbone's map (B, lateral, H / stride, W / stride), if the head was built with its channels.
+            targets: the labels, in training only: denoising queries are made from them.
 
         Returns:
-            A dictionary of tensors for ``postprocess``; in training what ``loss`` reads.
+            Without ``targets`` a dictionary of tensors for ``postprocess``, with them the input of ``loss``.
         """
 
     @abstractmethod
     def loss(self, outputs: OutputsT, targets: list[Targets]) -> dict[str, Tensor]:
-        """Named scalar terms, already weighted; their sum is the loss. Without any object they are finite."""
+        """Named scalar terms, already weighted; their sum is the loss. They are finite for a batch without objects."""
 
     @abstractmethod
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
     ) -> list[Instances]:
-        """Instances in pixels of the original images, whose (height, width) are ``sizes``; scores >= ``threshold``."""
+        """The predictions with scores >= ``threshold`` (0..1), in pixels of the original images.
+
+        Args:
+            outputs: of ``forward`` without targets.
+            sizes: (height, width) of the original images.
+        """

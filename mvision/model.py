@@ -1,4 +1,4 @@
-"""A model is a backbone, a neck and one head per task."""
+"""A model: a backbone, a neck and heads for its tasks."""
 
 from __future__ import annotations
 
@@ -25,20 +25,28 @@ from mvision.structures import Category, Instances, Targets
 
 
 class Features(NamedTuple):
-    """``maps``: the neck's, each (B, C, H/s, W/s), finest first; ``laterals``: the backbone's own by their stride."""
+    """Inputs of the heads.
+
+    ``maps``: the neck's, each (B, C, H / stride, W / stride), finest first. ``laterals``: maps that the backbone
+    returned for the heads, by their stride.
+    """
 
     maps: list[Tensor]
     laterals: dict[int, Tensor]
 
 
 class Model(nn.Module):
-    """Backbone, neck and heads, wired by their channels and strides.
+    """Backbone, neck and heads, each built for the channels and strides of the one before.
 
     Args:
         config: the complete description; ``categories`` and at least one head are required.
 
     Attributes:
-        heads: by task name. A task that another one includes (detection beside instance-seg) has none of its own.
+        heads: by task name. A task that another task of the model includes has no head of its own: instance-seg
+            predicts boxes and classes, so its head serves detection too.
+
+    Raises:
+        UserError: no head, no categories, or a backbone or head that cannot be built as configured.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -49,21 +57,26 @@ class Model(nn.Module):
             raise UserError("model.categories is empty: pass num_classes or categories, or train on a data set")
         self.config = config
         own = [task for task in config.heads if serving_task(task, config.heads) == task]
-        wanted = (self._class(task).lateral_stride(config.heads[task]) for task in own)
-        self.backbone = Backbone(config.backbone, config.image_size, {stride for stride in wanted if stride})
+        laterals = {self._lateral_stride(task) for task in own} - {0}
+        self.backbone = Backbone(config.backbone, config.image_size, laterals)
         self.neck = HybridEncoder(
             in_channels=self.backbone.channels, strides=self.backbone.strides, **config.neck.model_dump()
         )
         self.heads = nn.ModuleDict({task: self.new_head(task, config.categories) for task in own})
 
     def new_head(self, task: str, categories: list[Category]) -> Head:
-        """A head with random weights, wired to this model's maps, for these classes."""
-        settings, cls = self.config.heads[task], self._class(task)
-        lateral = self.backbone.laterals.get(cls.lateral_stride(settings) or 0)
-        return cls(settings, self.neck.out_channels, self.neck.strides, categories, lateral)
+        """A head with random weights for this model's maps and these classes."""
+        lateral = self.backbone.laterals.get(self._lateral_stride(task))
+        return self._class(task)(
+            self.config.heads[task], self.neck.out_channels, self.neck.strides, categories, lateral
+        )
 
     def _class(self, task: str) -> type[Head]:
         return head_class(task, self.config.heads[task])
+
+    def _lateral_stride(self, task: str) -> int:
+        """Stride of the backbone's map that the head of a task takes besides the neck's; 0 for none."""
+        return self._class(task).lateral_stride(self.config.heads[task]) or 0
 
     @property
     def categories(self) -> list[Category]:
@@ -72,12 +85,12 @@ class Model(nn.Module):
 
     @property
     def tasks(self) -> list[str]:
-        """What the model does."""
+        """The tasks of the model, those without a head of their own included."""
         return list(self.config.heads)
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     def head(self, task: str) -> Head:
@@ -87,16 +100,16 @@ class Model(nn.Module):
         return head
 
     def evaluators(self, task: str) -> list[type[Metric]]:
-        """The metrics of a task, its main one first; none that another task of this model reports already."""
+        """The metrics of a task, its main one first, without those that an included task of this model has already."""
         cls = self._class(task)
-        elsewhere = {self._class(other).evaluator for other in cls.includes if other in self.tasks}
-        return [metric for metric in (cls.evaluator, *cls.more_evaluators) if metric not in elsewhere]
+        included = {self._class(other).evaluator for other in cls.includes if other in self.tasks}
+        return [metric for metric in (cls.evaluator, *cls.more_evaluators) if metric not in included]
 
     def features(self, images: Tensor) -> Features:
-        """What the heads work on.
+        """The inputs of the heads.
 
         Args:
-            images: (B, 3, H, W), float in 0..1 or uint8; normalisation happens inside.
+            images: (B, 3, H, W) RGB, float in 0..1 or uint8 in 0..255; the backbone normalises them.
         """
         maps = self.backbone(images)
         laterals = dict(zip(self.backbone.laterals, maps))
@@ -104,15 +117,14 @@ class Model(nn.Module):
 
     def run_head(self, task: str, features: Features, targets: list[Targets] | None = None) -> Any:
         """The raw outputs of the head ``task`` (a key of ``heads``), see ``Head.forward``."""
-        lateral = features.laterals.get(self._class(task).lateral_stride(self.config.heads[task]) or 0)
-        return self.heads[task](features.maps, lateral, targets)
+        return self.heads[task](features.maps, features.laterals.get(self._lateral_stride(task)), targets)
 
     def forward(self, images: Tensor, targets: list[Targets] | None = None) -> dict[str, Any]:
-        """Raw outputs by task name; in training by the name of the head.
+        """Raw outputs by task; in training only of the tasks that have a head of their own, see ``heads``.
 
         Args:
-            images: (B, 3, H, W), float in 0..1 or uint8.
-            targets: in training only; the outputs then hold what ``loss`` needs.
+            images: (B, 3, H, W) RGB, float in 0..1 or uint8 in 0..255.
+            targets: in training only; each head then returns what its ``loss`` needs.
         """
         features = self.features(images)
         outputs = {
@@ -126,7 +138,7 @@ class Model(nn.Module):
         return outputs
 
     def loss(self, outputs: dict[str, Any], targets: list[Targets]) -> dict[str, Tensor]:
-        """Named, weighted terms of all heads, as ``task/term``; their sum is the loss."""
+        """The terms of all heads, named ``task/term`` and already weighted; their sum is the loss."""
         return {
             f"{task}/{name}": value
             for task in self.heads
@@ -134,53 +146,62 @@ class Model(nn.Module):
         }
 
     def _labels_for(self, task: str, targets: list[Targets]) -> list[Targets]:
-        """What a head may learn from every image: the labels that were made for the tasks that it serves."""
+        """The labels that supervise the head ``task``.
+
+        An image may be labelled for some tasks only (``Targets.tasks``): the head gets the labels of those that it
+        serves, and none if it serves none of them.
+        """
         served = [other for other in self.tasks if serving_task(other, self.tasks) == task]
-        chosen = []
-        for target in targets:
-            if target.tasks is not None:
-                needs = [self._class(other).needs for other in served if other in target.tasks]
-                target = target.only(frozenset().union(*needs))
-            chosen.append(target)
-        return chosen
+        needs = {other: self._class(other).needs for other in served}
+        return [
+            target
+            if target.tasks is None
+            else target.only({name for other in served if other in target.tasks for name in needs[other]})
+            for target in targets
+        ]
 
     def postprocess(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.5
     ) -> list[Instances]:
-        """What was found in every image, in pixels of images of these (height, width).
+        """The results of all heads, one ``Instances`` per image, in pixels of the original images.
 
-        The heads of a joint model see the same objects. Poses are linked to what the first head of objects found (see
-        ``mvision.heads.linking``), regions are in ``Instances.regions``.
+        Poses are linked to objects (see ``mvision.heads.linking``), regions are in ``Instances.regions``. Of several
+        heads that predict objects the first one's results are taken; ``results`` has those of every head.
+
+        Args:
+            outputs: of ``forward``.
+            sizes: (height, width) of the original images.
+            threshold: lowest score, 0..1.
         """
         order = ("objects", "poses", "regions")
         tasks = sorted(self.heads, key=lambda task: order.index(self.head(task).kind))
-        first = self.head(tasks[0]).postprocess(outputs[tasks[0]], sizes, threshold)
+        merged = self.head(tasks[0]).postprocess(outputs[tasks[0]], sizes, threshold)
         for task in tasks[1:]:
             head = self.head(task)
             if head.kind == "poses":
-                # Which pose belongs to an object that is sure is a question of place, not of the pose's own score.
-                found = head.postprocess(outputs[task], sizes, 0.0)
-                first = [link_poses(*pair, threshold) for pair in zip(first, found)]
+                # Poses of any score: an object above the threshold gets its pose even where that one's score is lower.
+                poses = head.postprocess(outputs[task], sizes, 0.0)
+                merged = [link_poses(*pair, threshold) for pair in zip(merged, poses)]
             elif head.kind == "regions":
-                found = head.postprocess(outputs[task], sizes, threshold)
-                first = [replace(objects, regions=regions) for objects, regions in zip(first, found)]
-        return first
+                regions = head.postprocess(outputs[task], sizes, threshold)
+                merged = [replace(objects, regions=others) for objects, others in zip(merged, regions)]
+        return merged
 
     def results(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.0
     ) -> dict[str, list[Instances]]:
-        """What every head found, by task, each with its own scores and without links: what metrics are computed on."""
-        found = {task: self.head(task).postprocess(outputs[task], sizes, threshold) for task in self.heads}
-        return {task: found[serving_task(task, self.tasks)] for task in self.tasks}
+        """The results of every task, not merged, for metrics; arguments as in ``postprocess``."""
+        by_head = {task: self.head(task).postprocess(outputs[task], sizes, threshold) for task in self.heads}
+        return {task: by_head[serving_task(task, self.tasks)] for task in self.tasks}
 
     def predict(
         self, images: Sequence[str | Image | np.ndarray], threshold: float = 0.5, batch_size: int | None = None
     ) -> list[Instances]:
-        """Find objects in files, PIL images or (H, W, 3) uint8 RGB arrays; scores >= ``threshold`` (0..1) are kept."""
+        """Predict on files, PIL images or (H, W, 3) uint8 RGB arrays; see ``mvision.inference.predict_images``."""
         return predict_images(self, images, threshold=threshold, batch_size=batch_size)
 
     def fuse(self) -> Model:
-        """Re-parameterise for inference, in place: same outputs, fewer operations, no more training."""
+        """Re-parameterise for inference, in place: the same outputs with fewer operations; training ends here."""
         self.backbone.fuse()
         fuse_modules(self)
         return self
@@ -196,11 +217,15 @@ def create_model(
     """A model with random weights (or a pretrained backbone, with ``backbone__pretrained=True``).
 
     Args:
-        name: a shipped model or any timm feature backbone.
-        tasks: the heads.
-        num_classes: classes are then named "0", "1", ...; or give ``categories`` (names or ``Category``).
-        settings: anything in the model's section of the config, levels joined by two underscores, such as
+        name: a shipped model or the name of a backbone (see ``BackboneConfig.name``).
+        tasks: each gets a head.
+        num_classes: classes are then named "0", "1", ...
+        categories: the classes instead of their number, as names or ``Category``.
+        settings: any key of the config's section ``model``, levels joined by two underscores, such as
             ``neck__embed_dim=192`` or ``image_size=320``.
+
+    Raises:
+        UserError: neither num_classes nor categories; an unknown name, task or setting.
     """
     classes: Sequence[Category | str]
     if categories is not None:

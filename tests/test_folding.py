@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvision.backbone import Backbone
-from mvision.backbone.folding import Seen, fold_norms, watch
+from mvision.backbone.folding import Observed, fold_norms, observe
 from mvision.config import BackboneConfig
 
 SIZE = (64, 96)
@@ -92,13 +92,13 @@ def test_only_a_norm_that_alone_reads_a_convolution_is_folded(kind: str) -> None
     image = torch.rand(1, 3, 8, 8)
     with torch.no_grad():
         expected = net(image)
-        assert watch(net, call).followers == ({"conv": "norm"} if kind == "plain" else {})
+        assert observe(net, call).followers == ({"conv": "norm"} if kind == "plain" else {})
         found = fold_norms(net, call)(image)
     assert norms(net) == (kind != "plain")
     for a, b in zip(expected, found):
         torch.testing.assert_close(a, b)
     if kind == "plain":
-        assert watch(net, call) == Seen({"conv": "act"}, {"conv": [1, 3, 8, 8]})
+        assert observe(net, call) == Observed({"conv": "act"}, {"conv": [1, 3, 8, 8]})
 
 
 def test_a_network_that_needs_data_stays_as_it_is() -> None:
@@ -108,5 +108,5 @@ def test_a_network_that_needs_data_stays_as_it_is() -> None:
             return self.norm(self.conv(x))
 
     net = stir(Looks("plain"))
-    assert watch(net, call) == Seen()
+    assert observe(net, call) == Observed()
     assert norms(fold_norms(net, call)) == 1

@@ -1,7 +1,7 @@
-"""Backbones: images as they are in, NCHW maps of the wanted strides out, whatever the network and its library.
+"""Backbones: one interface for feature networks of timm and segmentation-models-pytorch.
 
-What the libraries leave to their users happens here: input range and normalisation, layouts, side lengths that have to
-be multiples of a patch, and layers that nothing depends on.
+It covers what the libraries leave to their users: normalisation of the input, the memory layout of the maps, image
+sides that are not a multiple of the patch size, and layers whose outputs are not used.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ class Backbone(nn.Module):
     """A feature network of timm, or of segmentation-models-pytorch as ``smp:NAME``.
 
     Args:
-        config: which network, which strides, which normalisation.
-        image_size: (height, width) that a network with a fixed input size is built for.
-        laterals: strides of maps that heads want besides those of ``config``; those that the network lacks, or that
-            are not finer than all others, are left out.
+        config: the network, strides and normalisation.
+        image_size: (height, width) of the input, for networks that are built for a fixed size.
+        laterals: strides of the maps that heads take besides those of ``config.strides``. Strides that the network does
+            not have, or that are not finer than all of ``config.strides``, are left out.
 
     Attributes:
-        channels, strides: of the maps for the neck, finest first. The maps of a plain ViT all have its one stride.
+        channels, strides: of the maps for the neck, finest first. All maps of a plain ViT have the same stride.
         laterals: stride -> channels of the maps for heads, finest first.
         any_size: images of other sizes than ``image_size`` are accepted too.
-        mean, std: (3, 1, 1), saved with the weights that they belong to; None where images stay in 0..1.
+        mean, std: (3, 1, 1), subtracted from and divided by images in 0..1, and saved with the weights; None: images
+            are not normalised.
 
     Raises:
-        UserError: unknown network, strides that it does not have, a size that it cannot take, or pretrained weights
-            that are neither in the cache nor to be downloaded.
+        UserError: an unknown network, strides that it does not have, a size that it cannot take, or pretrained weights
+            that are neither in the cache nor can be downloaded.
     """
 
     mean: Tensor | None
@@ -56,7 +57,7 @@ class Backbone(nn.Module):
         self.channels, self.strides = plan.channels[len(finer) :], plan.strides[len(finer) :]
         self._keep, self._multiple = plan.keep, plan.multiple
         self.net = build_pretrained(plan, config.name) if config.pretrained else plan.build()
-        # Distributed training would wait for the gradients of layers that no map depends on.
+        # Distributed training needs a gradient for every trainable parameter.
         for name in unused:
             self.net.get_parameter(name).requires_grad_(False)
         self._channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
@@ -90,7 +91,7 @@ class Backbone(nn.Module):
         return [maps[index] for index in self._keep]
 
     def fuse(self) -> Backbone:
-        """Re-parameterise what timm can, and fold norms into convolutions, in place: the same maps in eval mode."""
+        """Re-parameterise in place what timm can, and fold norms into convolutions; maps in eval mode stay the same."""
         from timm.utils.model import reparameterize_model
 
         size = [-(-side // self._multiple) * self._multiple for side in self.image_size]
@@ -99,7 +100,7 @@ class Backbone(nn.Module):
         return self
 
     def set_normalization(self, mean: Tensor | None, std: Tensor | None) -> None:
-        """Normalise as other weights were trained: (3, 1, 1) each, or None to leave images in 0..1."""
+        """Use the normalisation that loaded weights were trained with: (3, 1, 1) each, or None for none."""
         like = next(self.net.parameters())
         self.mean = None if mean is None else mean.to(like)
         self.std = None if std is None else std.to(like)
@@ -107,7 +108,7 @@ class Backbone(nn.Module):
 
 
 def check_backbone_name(name: str) -> None:
-    """Raise UserError, with the nearest names, unless timm or (``smp:NAME``) segmentation-models-pytorch knows it."""
+    """Raise UserError unless timm or, for ``smp:NAME``, segmentation-models-pytorch has a network of this name."""
     if name.startswith(SMP):
         known = [SMP + encoder for encoder in smp_names()]
         if name not in known:
@@ -125,20 +126,20 @@ def check_backbone_name(name: str) -> None:
 
 
 def freeze(module: nn.Module) -> None:
-    """Stop training a module for good: no gradients, and norms and dropout in eval mode whatever its parent is in."""
+    """Exclude a module from training: no gradients, and eval mode in each forward pass, whatever its parent's mode."""
     module.requires_grad_(False)
     module.eval()
-    module.register_forward_pre_hook(_back_to_eval)
+    module.register_forward_pre_hook(_set_eval)
 
 
-def _back_to_eval(module: nn.Module, args: Any) -> None:
-    """A function of the module's, not a closure, so that frozen modules can be copied and pickled."""
+def _set_eval(module: nn.Module, args: Any) -> None:
+    """On module level, not a closure, so that frozen modules can be copied and pickled."""
     if module.training:
         module.eval()
 
 
 def _add_stage1_shortcut(net: nn.Module, name: str) -> None:
-    """The projection on the first shortcut of RT-DETR's ResNet-18/34 "vd", as the identity until weights are loaded."""
+    """Add the projection that RT-DETR's ResNet-18/34 "vd" have on their first shortcut, initially the identity."""
     block = net.get_submodule("layer1.0") if hasattr(net, "layer1") else None
     if block is None or getattr(block, "downsample", "absent") is not None:
         raise UserError(f"model.backbone.stage1_shortcut is for resnet18d and resnet34d, not for {name}")
@@ -150,7 +151,7 @@ def _add_stage1_shortcut(net: nn.Module, name: str) -> None:
 
 
 def _to_multiple(images: Tensor, multiple: int) -> Tensor:
-    """Stretch to the next multiple (a ViT's patches have to fit): positions relative to the image stay the same."""
+    """Resize the sides to the next multiple, as a ViT's patches need; positions relative to the image stay the same."""
     height, width = images.shape[-2:]
     if height % multiple == 0 and width % multiple == 0:
         return images

@@ -13,10 +13,10 @@ class BackboneConfig(Settings):
     Attributes:
         name: the model's name in its library.
         pretrained: load the library's weights (needs network or its cache).
-        strides: the strides of the maps handed to the neck. A plain ViT has one stride only: its last
-            ``len(strides)`` maps are taken, and the neck builds the pyramid.
-        normalize: ``auto`` takes mean and std from the backbone's own config; ``none`` leaves images in 0..1.
-        stage1_shortcut: add the projection that the published ResNet-18/34 "vd" have in their first stage.
+        strides: of the maps for the neck, finest first. A plain ViT has one stride only: ``len(strides)`` of its maps
+            are taken, and the neck resamples them into a pyramid.
+        normalize: ``auto`` uses the mean and standard deviation of the library's weights; ``none`` keeps 0..1.
+        stage1_shortcut: add the projection that the published ResNet-18/34 "vd" have on their first shortcut.
     """
 
     name: str = "resnet18d"

@@ -1,7 +1,7 @@
-"""Feature networks of timm and segmentation-models-pytorch: how to build them, and which of their maps to read.
+"""Feature networks of timm and segmentation-models-pytorch: how to build them, and which of their maps to take.
 
-Everything that has to be known beforehand (channels, strides, accepted sizes, idle layers) is found out by building and
-running the network on the meta device: without data, in a moment, and without touching the random state.
+Channels, strides, accepted image sizes and unused layers are determined by building and running the network on the meta
+device, which has shapes but no data: that is fast and leaves the random state alone.
 """
 
 from __future__ import annotations
@@ -25,14 +25,16 @@ SMP = "smp:"
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """How to build a feature network, and what to read from it.
+    """How to build a feature network, and which of its maps to take.
 
     Attributes:
-        build: a new network with random weights, or the library's (True), that returns a list of maps.
-        keep: indices into that list.
-        statistics: mean and std of its input in 0..1, given whether weights are the library's.
-        multiple: side lengths of its input have to be multiples of this; 1 where any will do.
-        fixed: its input size may be fixed when it is built.
+        build: returns a new network, with the library's weights if its argument is True, else with random ones. The
+            network returns a list of maps.
+        keep: indices into that list, finest map first.
+        channels, strides: of the kept maps.
+        statistics: mean and std of the input (in 0..1) by channel; the argument is that of ``build``.
+        multiple: the sides of the input have to be multiples of this; 1 for any size.
+        fixed: the network is built for an image size and may accept no other.
     """
 
     build: Callable[..., nn.Module]
@@ -46,16 +48,16 @@ class FeaturePlan:
 
 @lru_cache(maxsize=64)
 def plan_network(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> FeaturePlan:
-    """The plan for maps of these strides, finest first; for a plain ViT, which has one stride, for as many maps.
+    """The plan for maps of these strides, finest first. A plain ViT has one stride; it is planned for as many maps.
 
     Raises:
-        UserError: the network gives no maps, or none of these strides.
+        UserError: the network returns no feature maps, or none of a given stride.
     """
     return _smp_plan(name, strides) if name.startswith(SMP) else _timm_plan(name, strides, image_size)
 
 
 def pyramid_of(name: str) -> list[int]:
-    """The strides of the maps that a network offers, finest first; empty for a plain ViT, which has one stride only."""
+    """The strides of all maps of a network, finest first; empty for a plain ViT, whose maps have one stride."""
     if name.startswith(SMP):
         return [stride for stride in _smp_strides(name)[0] if stride]
     _, _, reductions = _timm_facts(name)
@@ -99,25 +101,25 @@ def _timm_plan(name: str, strides: tuple[int, ...], image_size: tuple[int, int])
 
 @cache
 def _timm_facts(name: str) -> tuple[frozenset[str], list[int], list[int]]:
-    """Size arguments of the network's class; channels and strides of all its maps. Nothing is allocated."""
+    """Names of the constructor's arguments; channels and strides of all maps, without allocating the weights."""
     import timm
 
     arguments = inspect.signature(type(_without_data(lambda: timm.create_model(name))).__init__).parameters
     try:
         info = _without_data(lambda: timm.create_model(name, features_only=True)).feature_info.info
     except (AttributeError, RuntimeError) as error:
-        raise UserError(f"backbone '{name}' gives no feature maps in timm: choose another one") from error
+        raise UserError(f"backbone '{name}' returns no feature maps in timm: choose another one") from error
     return frozenset(arguments), [entry["num_chs"] for entry in info], [entry["reduction"] for entry in info]
 
 
 def _spread(blocks: int, count: int) -> list[int]:
-    """Blocks of a plain ViT to read: the last one, and others at equal steps before it (5, 8, 11 of 12 for three)."""
+    """Blocks of a plain ViT to take maps from: the last one and others at equal steps (5, 8, 11 of 12 for three)."""
     step = max(1, blocks // (count + 1))
     return [max(0, blocks - 1 - step * index) for index in reversed(range(count))]
 
 
 def _by_stride(name: str, available: Sequence[int], wanted: Sequence[int]) -> list[int]:
-    """Index of the deepest map of every wanted stride."""
+    """Index of the last map of every wanted stride."""
     missing = [stride for stride in wanted if stride not in available]
     if missing or not wanted or sorted(set(wanted)) != list(wanted):
         raise UserError(
@@ -142,7 +144,7 @@ def _smp_plan(name: str, strides: tuple[int, ...]) -> FeaturePlan:
         return encoders.get_encoder(encoder_name, depth=max(keep), weights=weights if pretrained else None)
 
     def statistics(pretrained: bool) -> tuple[Sequence[float], Sequence[float]]:
-        if not pretrained:  # the numbers come with the weights, from the network
+        if not pretrained:  # the library would download them together with the weights
             return IMAGENET_MEAN, IMAGENET_STD
         with cache_only_if_unreachable():
             facts = encoders.get_preprocessing_params(encoder_name, pretrained=weights)
@@ -153,7 +155,7 @@ def _smp_plan(name: str, strides: tuple[int, ...]) -> FeaturePlan:
 
 @cache
 def _smp_strides(name: str) -> tuple[list[int], list[int]]:
-    """Stride (0 for levels without a map) and channels of every level of an encoder. Nothing is allocated."""
+    """Stride (0 for levels without a map) and channels of every level of an encoder, without allocating its weights."""
     from segmentation_models_pytorch import encoders
 
     channels = _without_data(lambda: encoders.get_encoder(name.removeprefix(SMP), weights=None)).out_channels
@@ -162,7 +164,7 @@ def _smp_strides(name: str) -> tuple[list[int], list[int]]:
 
 
 def _smp_weights(encoder_name: str) -> str:
-    """The weights trained on ImageNet alone where there are such, else the first named."""
+    """The name of the weights trained on ImageNet where there are such, else of the first in the library's list."""
     from segmentation_models_pytorch import encoders
 
     choices = list(encoders.encoders[encoder_name]["pretrained_settings"])
@@ -179,7 +181,10 @@ def smp_names() -> list[str]:
 
 @lru_cache(maxsize=64)
 def probe(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> tuple[list[str], bool]:
-    """Run the network once: the parameters that no map depends on, and whether other image sizes work too.
+    """Run the network once on the meta device.
+
+    Returns:
+        The names of the parameters that no kept map depends on, and whether other image sizes are accepted too.
 
     Raises:
         UserError: it cannot take images of this (height, width).
@@ -200,11 +205,11 @@ def probe(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> t
 
 
 def _without_data(build: Callable[[], nn.Module]) -> Any:
-    """A network whose weights have shapes only: at once, whatever its size, and without touching the random state."""
+    """A network on the meta device: its weights have shapes but no data, and the random state is left alone."""
     try:
         with torch.device("meta"), torch.inference_mode(False):
             return build()
-    except RuntimeError as error:  # some constructors compute with tensors
+    except RuntimeError as error:  # some constructors compute with their tensors
         if "meta tensor" not in str(error):
             raise
     with torch.random.fork_rng(devices=[]):
@@ -212,14 +217,14 @@ def _without_data(build: Callable[[], nn.Module]) -> Any:
 
 
 def _try(net: nn.Module, height: int, width: int) -> tuple[list[Tensor], str]:
-    """The maps for an image of this size, or the reason why there are none. Both empty: it cannot be told."""
+    """The maps for an image of this size, or an error message; neither if the network cannot run without data."""
     try:
         with torch.device("meta"), torch.inference_mode(False), torch.enable_grad():
             return net(torch.empty(1, 3, height, width)), ""
     except (AssertionError, RuntimeError, ValueError) as error:
         if isinstance(error, NotImplementedError) or "meta tensor" in str(error):
             return [], ""
-        return [], str(error).splitlines()[0] if str(error) else "the network does not say why"
+        return [], str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def build_pretrained(plan: FeaturePlan, name: str) -> nn.Module:
@@ -227,9 +232,9 @@ def build_pretrained(plan: FeaturePlan, name: str) -> nn.Module:
     try:
         with cache_only_if_unreachable():
             return plan.build(pretrained=True)
-    # Network, disk and library fail in many ways; the network itself has been built before, so it is about its weights.
+    # Downloads and files fail with many types of errors. The architecture has been built before, so it is the weights.
     except Exception as error:
         raise UserError(
-            f"pretrained weights of backbone {name} cannot be loaded ({download_problem(error)}): connect to the network "
-            f"once, or set model.backbone.pretrained=false, or start from weights with --init"
+            f"pretrained weights of backbone {name} cannot be loaded ({download_problem(error)}): connect to the "
+            f"network once, or set model.backbone.pretrained=false, or start from weights with --init"
         ) from error

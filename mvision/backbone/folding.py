@@ -1,4 +1,4 @@
-"""Norms folded into the convolutions before them, in networks of other libraries: found by watching one call.
+"""Folding of norms into the convolutions before them, in networks of other libraries, whose structure one call shows.
 
 Needs torch alone.
 """
@@ -18,14 +18,14 @@ from torch.overrides import TorchFunctionMode
 
 
 def fold_norms(net: nn.Module, call: Callable[[nn.Module], Any]) -> nn.Module:
-    """Fold every BatchNorm2d with running statistics that is all that reads a convolution into it, in place.
+    """Fold every BatchNorm2d with running statistics into its convolution, in place, if nothing else uses that output.
 
-    Outputs in eval mode stay the same. What else the norm's module does (timm's have an activation) stays.
+    Outputs in eval mode stay the same. The dropout and activation that timm's norm modules contain are kept.
 
     Args:
-        call: runs a module of this kind on inputs without data (the meta device).
+        call: calls a network with the structure of ``net`` on the meta device.
     """
-    for name, follower in watch(net, call).followers.items():
+    for name, follower in observe(net, call).followers.items():
         conv, norm = net.get_submodule(name), net.get_submodule(follower)
         if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d) or norm.running_mean is None:
             continue
@@ -38,51 +38,51 @@ def fold_norms(net: nn.Module, call: Callable[[nn.Module], Any]) -> nn.Module:
 
 
 @dataclass
-class Seen:
-    """What a call shows of a network's convolutions, by their names.
+class Observed:
+    """What was observed of a network's convolutions in one call, by their names.
 
     Attributes:
-        followers: the name of the one module that reads it, where nothing else does. Either of them runs once, and the
-            convolution's weights are used as they are (some networks standardise them first). Identities are looked
-            through.
-        shapes: of its input, (B, C, H, W).
+        followers: the name of the only module that uses a convolution's output. Contained are convolutions where both
+            modules run once and nothing else uses the output or the weight (some networks standardise the weight
+            first). ``nn.Identity`` does not count as a module.
+        shapes: (B, C, H, W) of a convolution's input.
     """
 
     followers: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
 
 
-def watch(net: nn.Module, call: Callable[[nn.Module], Any]) -> Seen:
-    """What ``call`` shows of a copy of the network without data; nothing where it does not run without."""
+def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
+    """Call a copy of the network on the meta device; nothing is observed if it cannot run there."""
     watched = copy.deepcopy(net).to("meta").eval()
-    # timm's norms hold an activation, and are read from as a whole.
+    # timm's norms contain an activation; such a module counts as one.
     leaves = {n: m for n, m in watched.named_modules() if isinstance(m, nn.BatchNorm2d) or not any(m.children())}
-    runs: Counter[str] = Counter()
-    made: dict[str, int] = {}
-    read: dict[int, list[str]] = {}
+    runs: Counter[str] = Counter()  # calls of each module
+    output_of: dict[str, int] = {}  # module -> id of its output
+    readers_of: dict[int, list[str]] = {}  # id of a tensor -> modules that get it as input
     uses = _Uses()
-    seen = Seen()
+    observed = Observed()
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             runs[name] += 1
             for tensor in _tensors(inputs):
-                read.setdefault(id(tensor), []).append(name)
+                readers_of.setdefault(id(tensor), []).append(name)
                 if isinstance(module, nn.Conv2d):
-                    seen.shapes[name] = list(tensor.shape)
+                    observed.shapes[name] = list(tensor.shape)
 
         return hook
 
     def after(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
             if isinstance(output, Tensor):
-                made[name] = id(uses.keep(output))
+                output_of[name] = id(uses.keep(output))
 
         return hook
 
     for name, module in leaves.items():
         if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]  # what is written into the input would hide who reads it
+            module.inplace = False  # type: ignore[assignment]  # an output with the id of the input hides its readers
         if not isinstance(module, nn.Identity):
             module.register_forward_pre_hook(before(name))
             module.register_forward_hook(after(name))
@@ -90,23 +90,23 @@ def watch(net: nn.Module, call: Callable[[nn.Module], Any]) -> Seen:
         with torch.no_grad(), uses:
             results = call(watched)
     except (NotImplementedError, RuntimeError):
-        return Seen()
+        return Observed()
     returned = {id(tensor) for tensor in _tensors([results])}
     for name, module in leaves.items():
-        output = made.get(name, 0)
-        readers = read.get(output, [])
+        output = output_of.get(name, 0)
+        readers = readers_of.get(output, [])
         if not isinstance(module, nn.Conv2d) or len(readers) != 1 or output in returned:
             continue
         once = runs[name] == runs[readers[0]] == len(uses.of(output)) == 1
         if once and uses.of(id(module.weight)) == ["conv2d"]:
-            seen.followers[name] = readers[0]
-    return seen
+            observed.followers[name] = readers[0]
+    return observed
 
 
 class _Uses(TorchFunctionMode):
-    """By the ``id`` of a tensor the names of the functions that made tensors of it.
+    """Records, by the ``id`` of a tensor, the names of the torch functions that computed tensors from it.
 
-    All tensors are kept, so that no id comes again.
+    It keeps all tensors alive, so that no id is used twice.
     """
 
     def __init__(self) -> None:

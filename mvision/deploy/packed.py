@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mvision.backbone.folding import watch
+from mvision.backbone.folding import observe
 from mvision.compat import pack_convolution_weight, packed_convolution
 from mvision.model import Model
 
@@ -39,7 +39,7 @@ class PackedConv2d(nn.Module):
 def pack(model: Model) -> Model:
     """Replace the convolutions of a fused model on a CPU, in place; outputs stay the same except for rounding."""
     size, dtype = (1, 3, *model.config.image_size), next(model.parameters()).dtype
-    seen = watch(model, lambda watched: watched(torch.empty(size, dtype=dtype, device="meta")))
+    seen = observe(model, lambda watched: watched(torch.empty(size, dtype=dtype, device="meta")))
     for name, shape in seen.shapes.items():
         conv = model.get_submodule(name)
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):

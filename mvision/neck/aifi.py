@@ -31,9 +31,9 @@ class AIFI(nn.Module):
         """x: (B, C, H, W), position: (1, H, W, C), window: largest side of a window in tokens, 0 for global."""
         tokens = x.permute(0, 2, 3, 1)
         tokens = self._windowed(tokens, position, window) if window > 0 else self._global(tokens, position)
-        y = tokens.permute(0, 3, 1, 2).to(x.dtype)  # autocast leaves the last LayerNorm in float32
-        # y lies channels-last in memory. In a contiguous model that layout would spread to every later convolution.
-        # Compilers choose layouts themselves.
+        y = tokens.permute(0, 3, 1, 2).to(x.dtype)  # under autocast on CUDA a LayerNorm returns float32
+        # y is channels-last in memory, and all later convolutions would return channels-last too. Compilers choose the
+        # layout themselves.
         if torch.jit.is_scripting() or not torch.compiler.is_compiling():
             return y.contiguous() if x.is_contiguous() else y
         return y
@@ -45,7 +45,7 @@ class AIFI(nn.Module):
         return y.reshape(tokens.shape)
 
     def _windowed(self, tokens: Tensor, position: Tensor, window: int) -> Tensor:
-        """Everything but the attention acts on single tokens, so the map is cut once, before all layers."""
+        """Apply the layers inside windows; only attention mixes tokens, so the map is divided once, before them."""
         batch, height, width, channels = tokens.shape
         source, real, slot, length = _window_index(height, width, window, tokens.device)
         mask: Tensor | None = None
@@ -59,16 +59,16 @@ class AIFI(nn.Module):
 
 
 def _window_index(height: int, width: int, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
-    """How a map of height x width tokens is cut into windows of at most window x window.
+    """Indices that divide a map of height x width tokens into windows of at most window x window, and back.
 
-    The windows are the fewest that cover the map, all of one size, so each axis is padded by less than one token per
-    window, and a map of at most window x window tokens is one window without padding. Indices rather than reshapes,
-    since these export with any dynamic size.
+    The windows are the fewest that cover the map, all of the same size, so each axis is padded by less than one token
+    per window, and a map of at most window x window tokens is one window without padding. Indices are used instead of
+    reshapes because they can be exported with dynamic sizes.
 
     Returns:
-        source: (windows * length,) map index of every token, window after window; padded tokens repeat the edge.
-        real: (windows * length,) bool, False for padded tokens.
-        slot: (height * width,) where each token of the map is in `source`.
+        source: (windows * length,) index in the map of every token, window after window; padding repeats the edge.
+        real: (windows * length,) bool, False for padding.
+        slot: (height * width,) index in `source` of every token of the map.
         length: tokens per window.
     """
     rows, columns = (height + window - 1) // window, (width + window - 1) // window
@@ -87,7 +87,7 @@ def _window_index(height: int, width: int, window: int, device: torch.device) ->
 
 
 def _divide(x: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Quotient and remainder; ONNX export has no remainder by a dynamic size."""
+    """Quotient and remainder, without `%`: ONNX export has no remainder by a dynamic size."""
     quotient = x // divisor
     return quotient, x - quotient * divisor
 
@@ -95,8 +95,8 @@ def _divide(x: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
 class SincosPosition(nn.Module):
     """Fixed 2D position embedding, channels [sin y | cos y | sin x | cos x], dim / 4 frequencies each.
 
-    For square maps these are the numbers of the original RT-DETR code; for others that code mixes up rows and columns,
-    and `transformers` has them in this, the meant order.
+    For square maps the values equal those of the original RT-DETR code. For others that code confuses rows and columns;
+    `transformers` computes them as here.
 
     Raises:
         ValueError: dim is not a multiple of 4.
@@ -114,7 +114,7 @@ class SincosPosition(nn.Module):
     def forward(self, x: Tensor, scale: int = 0) -> Tensor:
         """(1, H, W, dim) for a map x (B, dim, H, W), in its dtype; the same for every scale."""
         height, width = x.shape[-2:]
-        # The reference computes in float64. Many graph runtimes and MPS have none, and float32 is within 1e-5 of it.
+        # The reference computes in float64, which MPS and many runtimes lack; float32 differs by less than 1e-5.
         dtype = torch.float64
         if x.dtype != torch.float64 and (in_graph() or x.device.type == "mps"):
             dtype = torch.float32
@@ -140,7 +140,7 @@ class LearnedPosition(nn.Module):
         nn.init.trunc_normal_(self.scales, std=0.02)
 
     def forward(self, x: Tensor, scale: int = 0) -> Tensor:
-        """(1, H, W, dim) for a map x (B, dim, H, W) of the given attended scale, in its dtype."""
+        """(1, H, W, dim) for a map x (B, dim, H, W) in its dtype; `scale` counts the scales with attention."""
         grid = F.interpolate(self.grid, size=x.shape[-2:], mode="bicubic", align_corners=False)
         return (grid.permute(0, 2, 3, 1) + self.scales[scale]).to(x.dtype)
 
@@ -154,5 +154,5 @@ def in_graph() -> bool:
 
 
 def is_static(size: int) -> bool:
-    """Is this size a plain number? Sizes are symbols in dynamic graphs, where comparing them would fix them."""
+    """Is this size a plain number? In a dynamic graph it is a symbol, and comparing it would make the size fixed."""
     return isinstance(size, int)

@@ -28,10 +28,10 @@ AttentionMode = Literal["global", "window", "auto"]
 
 
 class HybridEncoder(nn.Module):
-    """Project every map to `embed_dim` channels, attend inside scales, fuse top-down, then bottom-up.
+    """Project every map to `embed_dim` channels, apply attention inside scales, fuse top-down, then bottom-up.
 
-    Any number of scales, channels, strides and map sizes: a fused map always has the size of the map it came from.
-    Maps that repeat a stride (a plain ViT's all do) are resampled into a pyramid first, see `pyramid_strides`.
+    Any number of scales, channels, strides and map sizes: an output map has the size of its input map. Only maps that
+    repeat a stride (all maps of a plain ViT have the same) are resampled into a pyramid first, see `pyramid_strides`.
 
     Cost: the fusion is linear in the number of pixels, and so is attention in windows; global attention on a scale of n
     tokens is O(n^2), which is small on the coarsest scale (n = 400 at 640 x 640).
@@ -43,19 +43,21 @@ class HybridEncoder(nn.Module):
         attention_levels: scales with attention: "coarsest" (the paper's choice), "all", or indices into the maps
             (0 is the finest; [] for none).
         share_attention: one set of attention weights for all these scales instead of one per scale.
+        num_heads: attention heads.
         num_layers: Transformer layers per scale.
         ffn_dim, dropout, attention_act: of these layers.
-        position: "sincos" (fixed) or "learned" (a grid resized to the map, plus one vector per attended scale).
+        position: "sincos" (fixed) or "learned" (a grid resized to the map, plus one vector per scale with attention).
         attention: "global", "window" (inside windows of at most window_size x window_size tokens), or "auto": windows
-            on maps of more than window_threshold tokens. The weights are the same, so the attribute may be changed
-            later. A graph exported with dynamic sizes has one form only: global for "auto", and for "window" the one
-            for maps larger than a window.
-        window_threshold: 1600 tokens are a 1280 x 1280 image at stride 32.
+            on maps of more than window_threshold tokens, global on others. The weights are the same, so the attribute
+            may be changed later. A graph exported with dynamic sizes holds one form only: global for "auto", and for
+            "window" the one for maps larger than a window.
+        window_size: largest side of a window in tokens.
+        window_threshold: in tokens; 1600 are a 1280 x 1280 image at stride 32.
         depth: RepBlocks in every fusion block.
-        expansion: width of the fusion blocks' inside relative to embed_dim.
-        rep_identity: give the RepBlocks RepVGG's identity branch (published RT-DETR weights come without).
+        expansion: channels inside the fusion blocks relative to embed_dim.
+        rep_identity: give the RepBlocks RepVGG's identity branch (the published RT-DETR models have none).
         conv_act: activation of all convolutions.
-        norm_eps: of all BatchNorms.
+        norm_eps: epsilon of all BatchNorms.
 
     Attributes:
         strides: stride of every output map, strictly increasing.
@@ -103,32 +105,25 @@ class HybridEncoder(nn.Module):
         self.attention: str = attention
         self.window_size, self.window_threshold = window_size, window_threshold
 
-        conv = partial(ConvNorm, embed_dim, embed_dim, act=conv_act, eps=norm_eps)
-        fusion = partial(
-            CSPRepLayer,
-            2 * embed_dim,
-            embed_dim,
-            depth=depth,
-            expansion=expansion,
-            identity=rep_identity,
-            act=conv_act,
-            eps=norm_eps,
-        )
         self.projections = nn.ModuleList(ConvNorm(c, embed_dim, act=None, eps=norm_eps) for c in self.in_channels)
         self.resamplers = nn.ModuleList(
             _resampler(embed_dim, a, b, conv_act, norm_eps) for a, b in zip(self.in_strides, self.strides)
         )
         num_scales = len(self.attention_levels)
         self.position = _position(position, embed_dim, num_scales)
-        # Which attended scales each set of weights serves; nested lists so that TorchScript can unroll the outer one.
+        # The scales with attention that share one set of weights. A nested list, so that TorchScript can unroll the
+        # loop over the sets.
         self.scale_groups = [list(range(num_scales))] if share_attention else [[i] for i in range(num_scales)]
         self.aifi = nn.ModuleList(
             AIFI(embed_dim, num_heads, num_layers, ffn_dim, dropout=dropout, act=attention_act)
             for group in self.scale_groups
             if group
         )
+        conv = partial(ConvNorm, embed_dim, embed_dim, act=conv_act, eps=norm_eps)
+        csp = partial(CSPRepLayer, 2 * embed_dim, embed_dim, depth=depth, expansion=expansion, identity=rep_identity)
+        fusion = partial(csp, act=conv_act, eps=norm_eps)
         steps = [max(1, round(b / a)) for a, b in zip(self.strides[:-1], self.strides[1:])]
-        # lateral_convs and top_down run from the coarsest scale, downsample_convs and bottom_up from the finest.
+        # In the order of use: the first two lists start at the coarsest scale, the last two at the finest.
         self.lateral_convs = nn.ModuleList(conv() for _ in steps)
         self.top_down = nn.ModuleList(fusion() for _ in steps)
         self.downsample_convs = nn.ModuleList(conv(kernel_size=_down_kernel(step), stride=step) for step in steps)
@@ -164,7 +159,7 @@ class HybridEncoder(nn.Module):
         return maps
 
     def fuse(self) -> HybridEncoder:
-        """Re-parameterise for inference, in place: fold every norm, merge every RepBlock; same outputs in eval mode."""
+        """Re-parameterise for inference, in place: all norms and RepBlocks are folded, outputs in eval mode kept."""
         return fuse_modules(self)
 
     def _window(self, x: Tensor) -> int:
@@ -177,7 +172,7 @@ class HybridEncoder(nn.Module):
         return self.window_size if self.attention == "window" else 0
 
     def _check_features(self, features: list[Tensor]) -> None:
-        if torch.jit.is_tracing():  # sizes are tensors there, and every comparison of them warns
+        if torch.jit.is_tracing():  # sizes are tensors then, and comparing them prints warnings
             return
         if len(features) != len(self.in_channels):
             raise ValueError(
@@ -194,11 +189,11 @@ class HybridEncoder(nn.Module):
 
 
 def pyramid_strides(strides: Sequence[int]) -> list[int]:
-    """Strictly increasing output strides for input strides in which some repeat.
+    """Strictly increasing output strides for input strides of which some may be equal.
 
-    All alike, as in a plain ViT: a pyramid around that stride, as in ViTDet (Li et al., ECCV 2022): 16, 16, 16 becomes
-    8, 16, 32, and four maps become 4, 8, 16, 32. A stride is halved only as long as it stays a whole number. Else
-    every map that repeats a stride, as in dilated CNNs, is shrunk by twos until its stride exceeds the one before.
+    If all are equal, as in a plain ViT, they become a pyramid around that stride, as in ViTDet (Li et al., ECCV 2022):
+    16, 16, 16 becomes 8, 16, 32, and four maps become 4, 8, 16, 32. A stride is halved only while it stays a whole
+    number. If only some are equal, as in dilated CNNs, a repeated stride is doubled until it exceeds the one before it.
     """
     targets = list(strides)
     if len(set(targets)) == 1:
@@ -232,14 +227,14 @@ def _position(position: str, embed_dim: int, num_scales: int) -> nn.Module:
 
 
 def _down_kernel(step: int) -> int:
-    """The smallest odd kernel >= 3 whose windows, `step` apart, miss no pixel: 3 for 2 (as in RT-DETR), 7 for 4."""
+    """Kernel of the downsampling by `step`: 3 for 2 (as in RT-DETR), 7 for 4; neighbouring windows overlap."""
     return max(3, 2 * step - 1)
 
 
 def _fit(x: Tensor, like: Tensor) -> Tensor:
-    """x (B, C, H, W) at the size of `like`, nearest neighbour.
+    """x (B, C, H, W) resized to the size of `like` by nearest neighbour.
 
-    Stride-2 convolutions round sizes up where many backbones round down; nearest from n + 1 to n drops the last row.
+    Stride-2 convolutions round sizes up, many backbones round them down: x may be one row or column larger.
     """
     size = like.shape[-2:]
     if is_static(size[0] * size[1]) and x.shape[-2:] == size:
@@ -248,7 +243,7 @@ def _fit(x: Tensor, like: Tensor) -> Tensor:
 
 
 def _dynamic_export(height: int, width: int) -> bool:
-    """Is a graph with a dynamic map size being exported? (torch.compile may look at sizes: it recompiles.)"""
+    """Is a graph with a dynamic map size being exported? (torch.compile may compare sizes, it compiles others anew.)"""
     if torch.jit.is_scripting():
         return False
     else:
@@ -257,7 +252,7 @@ def _dynamic_export(height: int, width: int) -> bool:
 
 
 def _resolve_levels(levels: str | Sequence[int], num_levels: int) -> list[int]:
-    """Ascending indices of the attended maps."""
+    """Ascending indices of the maps with attention."""
     if isinstance(levels, str):
         _check_choice("attention_levels", levels, ("coarsest", "all"))
         return [num_levels - 1] if levels == "coarsest" else list(range(num_levels))

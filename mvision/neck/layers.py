@@ -44,7 +44,7 @@ def get_activation(name: str | None) -> nn.Module:
 class ConvNorm(nn.Module):
     """Convolution without bias, BatchNorm2d, activation: (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)).
 
-    The output size holds for the default padding and odd kernels. `fuse` folds the norm into the convolution.
+    This output size is that of the default padding and odd kernels. `fuse` folds the norm into the convolution.
 
     Args:
         padding: pixels on every side; None for `(kernel_size - 1) // 2`.
@@ -138,14 +138,13 @@ class RepBlock(nn.Module):
 
 
 class CSPRepLayer(nn.Module):
-    """RT-DETR's fusion block: a 1x1 path through `depth` RepBlocks and one past them, summed.
+    """RT-DETR's fusion block: the sum of two paths, a 1x1 convolution with `depth` RepBlocks and a 1x1 convolution.
 
     (B, in, H, W) -> (B, out, H, W).
 
     Args:
         depth: number of RepBlocks, >= 0.
-        expansion: width of both paths relative to out_channels; unless the paths have out_channels already, a last
-            1x1 ConvNorm brings their sum there.
+        expansion: channels of both paths relative to out_channels; if they differ from it, a last 1x1 ConvNorm follows.
         identity: passed to every `RepBlock`.
     """
 
@@ -181,7 +180,7 @@ class MLP(nn.Module):
     """`num_layers` linear layers, (..., in_dim) -> (..., out_dim), an activation between every two.
 
     Args:
-        act: a key of `ACTIVATIONS`; between layers only, so the output is unbounded.
+        act: a key of `ACTIVATIONS`; not applied to the output.
         dropout: probability, after every activation.
     """
 
@@ -254,7 +253,10 @@ class SelfAttention(nn.Module):
 
 
 def _explicit_is_faster(q: Tensor) -> bool:
-    """In bf16 on CPU the fused kernel's backward takes four times as long as plain matrix products (150 queries)."""
+    """In bf16 on a CPU the backward pass of the fused kernel takes four times as long as that of plain matrix products.
+
+    (Measured with 150 queries.)
+    """
     return (
         q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and not torch.compiler.is_compiling()
     )
@@ -300,15 +302,18 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Around operators that reduced precision is too coarse for. Tensors without data (meta) have no autocast."""
+    """A context without autocast on the device of `x`, for operators that are too imprecise in half precision.
+
+    On the meta device (tensors without data), which has no autocast, it does nothing.
+    """
     return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def fuse_modules(module: Module) -> Module:
     """Fuse every `ConvNorm` and `RepBlock` in the tree, in place, and return the module.
 
-    Outputs in eval mode stay the same (to rounding: the folding itself is done in float64). Calling it again changes
-    nothing. The fused state_dict has other keys, so load weights first.
+    Outputs in eval mode stay the same up to rounding (the folding is computed in float64). Calling it again changes
+    nothing. The fused state_dict has other keys, so load weights before.
     """
     if isinstance(module, (ConvNorm, RepBlock)):
         module.fuse()
@@ -322,8 +327,8 @@ def fuse_modules(module: Module) -> Module:
 def _fold(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Kernel and bias, in float64 on the CPU, of a bias-free convolution followed by a norm in eval mode.
 
-    Works for every norm with running statistics (BatchNorm2d, SyncBatchNorm, frozen variants). On the CPU because some
-    accelerators have no float64.
+    Works for every norm with running statistics (BatchNorm2d, SyncBatchNorm, frozen variants). Computed on the CPU
+    because some accelerators have no float64.
     """
     state = {name: getattr(norm, name, None) for name in ("running_mean", "running_var", "weight", "bias")}
     mean, var, gamma, beta = (None if value is None else _exact(value) for value in state.values())
