@@ -15,8 +15,7 @@ import torch
 from torch import multiprocessing
 
 from mvision.data import Batch
-from mvision.evaluation import BoxMetric
-from mvision.evaluation.evaluate import evaluate, make_metrics
+from mvision.evaluation import BoxMetric, Metric, Validation, evaluate, evaluate_all, make_metrics, tables
 from mvision.structures import Category, Instances, Targets
 from tests.fake_model import CATEGORIES, SIZE, FakeModel, paint
 
@@ -46,6 +45,8 @@ class Data:
                         "image_id": 7 * index,
                         "category_id": CATEGORIES[rectangles[-1][0]].id,
                         "bbox": [float(x + shift), 2.0 * y, float(w * stretch), 2.0 * h],
+                        "area": float(w * stretch) * 2.0 * h,
+                        "iscrowd": 0,
                     }
                 )
             self.images.append(paint(SIZE, rectangles))
@@ -126,7 +127,10 @@ def test_conversion_keeps_up_with_many_boxes() -> None:
     found = Instances(boxes, scores, rng.integers(0, 3, 300), (400, 400), CATEGORIES)
     coco_dict = {
         "images": [{"id": i, "height": 400, "width": 400} for i in range(72)],
-        "annotations": [{"image_id": i, "category_id": 3, "bbox": [9, 9, 50, 50], "id": i} for i in range(72)],
+        "annotations": [
+            {"id": i, "image_id": i, "category_id": 3, "bbox": [9, 9, 50, 50], "area": 2500, "iscrowd": 0}
+            for i in range(72)
+        ],
         "categories": [{"id": c.id, "name": c.name} for c in CATEGORIES],
     }
     metric = BoxMetric(coco_dict, CATEGORIES)
@@ -169,3 +173,78 @@ def test_metrics_follow_the_heads() -> None:
     assert list(metrics) == ["detection"]
     assert metrics["detection"][0].name == "bbox"
     assert metrics["detection"][0].compute()["AP/unseen"] == -1
+
+
+class TwoMetrics(FakeModel):
+    """Reports a second metric besides its main one."""
+
+    def evaluators(self, task: str) -> list[type[Metric]]:
+        return [BoxMetric, Second]
+
+
+class Second(Metric):
+    """The number of results with a score of at least one half."""
+
+    name = "second"
+
+    def measure(self, image_id: object, results: list[dict]) -> int:
+        return sum(entry["score"] >= 0.5 for entry in results)
+
+    def compute(self) -> dict[str, float]:
+        return {"count": float(sum(self.measured.values()))}
+
+    def table(self) -> str:
+        return f"count {self.compute()['count']:.0f}"
+
+
+def test_figures_of_further_metrics_have_the_name_of_the_metric() -> None:
+    data, model = Data(), TwoMetrics()
+    found = evaluate(model, data.batches(), make_metrics(model, data), progress=False)["detection"]
+    expected = figures(data, data.batches())
+    assert {name: found[name] for name in expected} == expected
+    assert set(found) - set(expected) == {"second/count"}
+    assert found["second/count"] > 0
+
+
+def test_figures_on_further_data_sets_have_the_name_of_the_data_set() -> None:
+    data, model = Data(), FakeModel()
+    first = list(data.batches())[:2]
+    parts = [
+        Validation(name, batches, make_metrics(model, data, tasks))
+        for name, batches, tasks in (("a", first, None), ("b", list(data.batches()), None), ("c", [], []))
+    ]
+    found = evaluate_all(model, parts)["detection"]
+    on_a, on_b = figures(data, iter(first)), figures(data, data.batches())
+    assert on_a != on_b
+    assert found == {**on_a, **{f"b/{name}": value for name, value in on_b.items()}}
+
+
+def test_tables_have_headings_if_there_are_several() -> None:
+    data, model = Data(), TwoMetrics()
+    one = Validation("a", data.batches(), make_metrics(FakeModel(), data))
+    assert tables([one])[0].startswith("Average Precision")
+    two = Validation("b", data.batches(), make_metrics(model, data))
+    assert [text.splitlines()[0] for text in tables([two])] == ["detection, bbox", "detection, second"]
+    assert [text.splitlines()[0] for text in tables([one, two])] == [
+        "a, detection, bbox",
+        "b, detection, bbox",
+        "b, detection, second",
+    ]
+
+
+def test_only_the_tasks_that_a_data_set_is_used_for_get_metrics() -> None:
+    assert make_metrics(FakeModel(), Data(), []) == {}
+
+
+def test_a_metric_measures_every_image_once_and_only_when_it_was_seen() -> None:
+    metric = Second({}, CATEGORIES)
+    entry = {"image_id": 7, "score": 0.9}
+    metric.update([entry, entry], [7, 8])
+    assert metric.measured == {7: 2, 8: 0}
+    metric.update([entry], [7])
+    metric.merge({7: 5, 9: 1})
+    assert metric.measured == {7: 2, 8: 0, 9: 1}
+    with pytest.raises(ValueError, match="image id 7, which is not in image_ids"):
+        metric.update([entry], [8])
+    metric.reset()
+    assert metric.measured == {}

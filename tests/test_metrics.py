@@ -147,39 +147,27 @@ def test_no_images(backend: str) -> None:
     assert metric.table().splitlines()[0].endswith("maxDets=100 ] =     -")
 
 
-def test_missing_fields_are_filled_in(backend: str) -> None:
-    coco_dict, results = random_data()
-    for annotation in coco_dict["annotations"]:
-        annotation["iscrowd"] = 0
-    for metric in METRICS:
-        bare = copy.deepcopy(coco_dict)
-        for annotation in bare["annotations"]:
-            for key in ("area", "iscrowd", "num_keypoints"):
-                del annotation[key]
-        whole = evaluated(coco_dict, results, backend, metric).compute()
-        assert evaluated(bare, results, backend, metric).compute() == whole
-
-
-def test_area_of_a_box_alone(backend: str) -> None:
-    """40 x 20 = 800 is small, its mask of half the area too, but 40 x 40 is medium."""
+def test_objects_are_small_medium_or_large_by_their_area(backend: str) -> None:
+    """By that of the annotation: a result has none of its own, so 40 x 40 is medium for it."""
     data = {"images": [{"id": 0, "height": 99, "width": 99}], "categories": [{"id": 3, "name": "cat"}]}
     for height, name in ((20, "AP_small"), (40, "AP_medium")):
-        data["annotations"] = [{"id": 0, "image_id": 0, "category_id": 3, "bbox": [1, 2, 40, height]}]
+        entry = {"id": 0, "image_id": 0, "category_id": 3, "bbox": [1, 2, 40, height]}
+        data["annotations"] = [{**entry, "area": 40 * height, "iscrowd": 0}]
         result = {"image_id": 0, "category_id": 3, "bbox": [1, 2, 40, height], "score": 0.4}
         figures = evaluated(data, [result], backend).compute()
         assert figures[name] == figures["AP"] == pytest.approx(1)  # annotation and image have id 0: still matched
         assert min(figures["AP_small"], figures["AP_medium"]) == -1
 
 
-def test_polygons_uncompressed_runs_and_boxes_as_masks(backend: str) -> None:
-    polygon = [[1.0, 1.0, 2.0, 2.0], [10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
+def test_polygons_crowds_and_boxes_as_masks(backend: str) -> None:
+    polygon = [[10.0, 10.0, 40.0, 10.0, 40.0, 40.0, 10.0, 40.0]]
     image = {"id": 1, "height": 60, "width": 50}
-    base = {"image_id": 1, "category_id": 3, "bbox": [10, 10, 30, 30]}
-    runs = [50 * 60 - 600, 600]
+    base = {"image_id": 1, "category_id": 3, "bbox": [10, 10, 30, 30], "area": 900, "iscrowd": 0}
+    crowd = coco_mask.encode(np.asfortranarray(np.arange(50 * 60).reshape(50, 60).T >= 2400, dtype=np.uint8))
     annotations = [
         {**base, "id": 1, "segmentation": polygon},
-        {**base, "id": 2, "segmentation": {"size": [60, 50], "counts": runs}, "category_id": 7, "iscrowd": 1},
-        {**base, "id": 3, "segmentation": [], "category_id": 8},
+        {**base, "id": 2, "segmentation": crowd, "category_id": 7, "iscrowd": 1},
+        {**base, "id": 3, "category_id": 8},
     ]
     data = {
         "images": [image],
@@ -254,7 +242,16 @@ def keypoint_data(count: int, names: list[str], shift: float) -> tuple[dict, lis
     data = {
         "images": [{"id": 1, "height": 100, "width": 100}],
         "categories": [{"id": 1, "name": "thing"}],
-        "annotations": [{**base, "bbox": [0, 0, 100, 100], "keypoints": points.ravel().tolist()}],
+        "annotations": [
+            {
+                **base,
+                "id": 1,
+                "bbox": [0, 0, 100, 100],
+                "area": 10_000,
+                "iscrowd": 0,
+                "keypoints": points.ravel().tolist(),
+            }
+        ],
     }
     moved = (points + np.array([shift, 0, 0])).ravel().tolist()
     results = [{**base, "keypoints": moved, "score": 0.5}]
@@ -274,7 +271,7 @@ def test_sigmas_of_the_data_are_used(backend: str) -> None:
     value, notes = ap()
     assert value == pytest.approx(0.6)
     assert "info.keypoint_sigmas" in notes[0]
-    data["info"] = {"keypoint_sigmas": [0.05] * 5}
+    data["categories"][0]["keypoint_sigmas"] = [0.05] * 5
     assert ap() == (pytest.approx(0.3), [])
     assert ap(sigmas=[0.5] * 5)[0] == pytest.approx(1)
     with pytest.raises(UserError, match="4 keypoint sigmas"):
@@ -293,7 +290,7 @@ def test_classes_with_different_keypoints(backend: str) -> None:
     assert [figures[k] for k in ("AP", "AP/thing", "AP/other")] == pytest.approx([1, 1, 1])
     assert figures["AP/plain"] == -1
     data["annotations"][1]["keypoints"] = [1, 2, 2]
-    with pytest.raises(UserError, match="'other' has 3 points"):
+    with pytest.raises(UserError, match="1 keypoints, but class 'other' of the model has 3"):
         KeypointMetric(data, categories)
     with pytest.raises(UserError, match="no class"):
         KeypointMetric({**data, "annotations": []}, [Category(id=3, name="plain")])
@@ -309,3 +306,46 @@ def test_table(backend: str) -> None:
     dog = next(line for line in table.splitlines() if line.startswith("dog"))
     objects = sum(a["category_id"] == 7 and not a["iscrowd"] for a in coco_dict["annotations"])
     assert dog.split()[1:3] == [str(objects), f"{figures['AP/dog']:.3f}"]
+
+
+def test_the_class_table_has_the_main_figures() -> None:
+    coco_dict, results = random_data()
+    for name, columns in (("bbox", "AP AP50 AP75 AR100"), ("keypoints", "AP AP50 AP75 AR")):
+        lines = evaluated(coco_dict, results, "pycocotools", name).table().splitlines()
+        start = lines.index("") + 1
+        assert lines[start].split() == ["class", "objects", *columns.split()]
+        assert lines[start + 4].split() == ["never", "seen", "0", "-", "-", "-", "-"]
+
+
+def test_figures_follow_what_is_added_later(backend: str) -> None:
+    coco_dict, results = random_data()
+    ids = [image["id"] for image in coco_dict["images"]]
+    whole = evaluated(coco_dict, results, backend).compute()
+    metric = BoxMetric(coco_dict, CATEGORIES, backend=backend)
+    metric.update([r for r in results if r["image_id"] == ids[0]], ids[:1])
+    assert metric.compute() != whole
+    metric.update([r for r in results if r["image_id"] != ids[0]], ids[1:])
+    assert metric.compute() == whole
+
+
+def test_notes_stand_below_the_table() -> None:
+    data, results, categories = keypoint_data(5, list("abcde"), 0)
+    data["categories"].append({"id": 2, "name": "stranger"})
+    data["annotations"].append({**data["annotations"][0], "category_id": 2})
+    metric = KeypointMetric(data, categories)
+    metric.update(results, [1])
+    first, second = (line for line in metric.table().splitlines() if line.startswith("note: "))
+    assert "stranger" in first
+    assert "info.keypoint_sigmas" in second
+
+
+def test_results_without_the_part_that_is_compared_are_ignored() -> None:
+    coco_dict, results = random_data()
+    bare = [{key: value for key, value in entry.items() if key != "segmentation"} for entry in results]
+    ids = [image["id"] for image in coco_dict["images"]]
+    metric = MaskMetric(coco_dict, CATEGORIES)
+    metric.update(bare + [{**entry, "segmentation": None} for entry in bare], ids)
+    assert metric.compute()["AP"] == 0
+    foreign = BoxMetric(coco_dict, CATEGORIES[:1])
+    foreign.update(results, ids)
+    assert foreign.compute()["AP"] == pytest.approx(evaluated(coco_dict, results, "pycocotools").compute()["AP/cat"])

@@ -11,7 +11,7 @@ from mvision.structures import Category
 def make_object(x, y, visible=(2, 1), category_id=1):
     """A box 10 x 20 with its upper and lower end as points: 2 px is a tenth of its longer side."""
     points = [x + 5, y, visible[0], x + 5, y + 20, visible[1]]
-    return {"category_id": category_id, "bbox": [x, y, 10, 20], "keypoints": points}
+    return {"category_id": category_id, "bbox": [x, y, 10, 20], "keypoints": points, "area": 200, "iscrowd": 0}
 
 
 def result(x, y, shift=(0.0, 0.0)):
@@ -47,10 +47,22 @@ def test_objects_that_were_not_found_count():
 
 def test_it_is_among_the_figures():
     category = Category(id=7, name="tube", keypoints=["top", "end"])
-    entry = {"id": 1, "image_id": 3, **make_object(0, 0, category_id=7)}
+    entry = {"id": 1, "image_id": 3, "area": 200, "iscrowd": 0, **make_object(0, 0, category_id=7)}
     data = {"images": [{"id": n, "height": 50, "width": 50} for n in (3, 4)], "annotations": [entry]}
     metric = KeypointMetric({**data, "categories": [{"id": 7, "name": "tube"}]}, [category])
     metric.update([{"image_id": 3, "category_id": 7, "score": 0.5, "keypoints": result(0, 0, (0, 5))}], [3, 4])
     assert metric.compute()["PCK@0.1"] == 0.5
     assert any("PCK" in line and line.endswith("0.500") for line in metric.table().splitlines())
     assert "PCK@0.1" not in BoxMetric({**data, "categories": [{"id": 7, "name": "tube"}]}, [category]).compute()
+
+
+def test_predictions_after_the_twentieth_do_not_count():
+    wrong = [result(1000, 0)] * 19
+    assert counted([make_object(0, 0)], [*wrong, result(0, 0)]) == (2, 2)
+    assert counted([make_object(0, 0)], [*wrong, result(1000, 0), result(0, 0)]) == (0, 2)
+
+
+@pytest.mark.parametrize(("shift", "correct"), [(9.9, 1), (10.1, 0)])
+def test_a_prediction_half_a_box_away_is_of_another_object(shift, correct):
+    """One point is right; the mean distance of both decides whether the prediction is of this object."""
+    assert counted([make_object(0, 0)], [result(0, 0, (0, 2 * shift))]) == (correct, 2)

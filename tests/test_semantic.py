@@ -106,7 +106,7 @@ def rectangle(left: int, top: int, right: int, bottom: int) -> list[list[float]]
 def annotation(number: int, category: int, left: int, top: int, right: int, bottom: int, **more: object) -> dict:
     box = [left, top, right - left, bottom - top]
     return {
-        "id": number, "image_id": 5, "category_id": category, "bbox": box, "iscrowd": 0,
+        "id": number, "image_id": 5, "category_id": category, "bbox": box, "iscrowd": 0, "area": box[2] * box[3],
         "segmentation": rectangle(left, top, right, bottom), **more,
     }  # fmt: skip
 
@@ -147,6 +147,33 @@ def test_iou_over_pixels() -> None:
     empty.update([], [5])
     assert empty.compute()["IoU/owl"] == -1
     assert empty.compute()["mIoU"] == 0
+
+
+def test_where_results_overlap_the_highest_score_counts_and_crowds_are_ignored() -> None:
+    from mvision.structures.masks import encode_mask
+
+    data = {
+        "images": [{"id": 5, "width": 10, "height": 10}],
+        "annotations": [
+            annotation(1, 3, 0, 0, 10, 4),
+            annotation(2, 7, 0, 2, 10, 10, iscrowd=1),  # behind the first
+        ],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
+    }
+    everywhere = encode_mask(np.ones((10, 10), dtype=bool))
+    for scores, iou in (((0.6, 0.5), 1.0), ((0.5, 0.6), 0.0)):
+        metric = SemanticMetric(data, CATEGORIES)
+        results = [
+            {"image_id": 5, "category_id": category, "score": score, "segmentation": everywhere}
+            for category, score in zip((3, 7), scores)
+        ]
+        metric.update([*results, {**results[0], "category_id": 99, "score": 1.0}], [5])
+        assert metric.compute() == {"mIoU": iou, "accuracy": iou, "IoU/cat": iou, "IoU/dog": -1}
+        lines = [line.split() for line in metric.table().splitlines() if line]
+        assert lines[-2:] == [["cat", f"{iou:.3f}"], ["dog", "-"]]
+    with pytest.raises(ValueError, match="image id 6 is not in the annotations"):
+        metric.update([], [6])
+    assert set(SemanticMetric(data, CATEGORIES).compute().values()) == {-1.0}
 
 
 def test_train_evaluate_and_predict(squares: Path, tmp_path: Path) -> None:

@@ -80,12 +80,12 @@ class CocoMetric(Metric):
     """COCO's figures; ``BoxMetric``, ``MaskMetric`` and ``KeypointMetric`` fix what is compared.
 
     Args:
-        annotations: in COCO's format. Missing ``area``, ``iscrowd`` or ``num_keypoints`` are filled in.
+        annotations: in COCO's format and complete, as ``mvision.data.CocoSplit.coco_dict`` is.
         categories: the model's classes, matched with the data's by name. Classes that only one of them has are not
             evaluated.
         sigmas: per-keypoint standard deviations of the OKS as fractions of the object's scale. None takes, in this
-            order: those of ``categories`` (which the model was trained with), those of the data (in its categories or
-            ``info.keypoint_sigmas``), COCO's for COCO's 17 points, and else one value for all points, with a note.
+            order: those of ``categories`` (which the model was trained with), those of the data's categories, COCO's
+            for COCO's 17 points, and else one value for all points, with a note.
         backend: ``hotcoco`` or ``pycocotools``; None takes hotcoco if it is installed.
 
     Class attributes:
