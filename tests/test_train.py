@@ -123,6 +123,7 @@ def scripted_evaluation(monkeypatch, figures):
         return {"detection": {"AP": next(values)}}
 
     monkeypatch.setattr("mvision.engine.train.evaluate_all", evaluate_all)
+    monkeypatch.setattr("mvision.engine.checkpoint.plot_run", lambda records, path: None)  # most of a short run's time
     return evaluated
 
 
