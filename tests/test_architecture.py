@@ -1,152 +1,140 @@
-"""Imports between folders go downwards only, files and functions stay small, and what promises to be light is light."""
+"""Imports between folders go downwards only, files and functions stay small, and light modules import little.
+
+The layers and the imports themselves are read by ``docs/scripts/imports.py``, which also prints them.
+"""
 
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
-from collections.abc import Iterator
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"mvision": "mvision", "heads": "mvision.heads", "cli": "mvision.cli", "configs": "mvision.configs"}
+MAX_LAYERS, MAX_LOOSE_MODULES, MAX_LINES, MAX_LINES_OF_A_FUNCTION = 22, 6, 400, 60
+# cli parses, calls one function of commands and prints. Task names are for help texts, errors for suggestions.
+CLI_IMPORTS = {"commands", "errors", "heads"}
 
-# From the ground up, a layer each: a folder imports those before it and no others.
-LAYERS = (
-    *("errors", "settings", "compat", "machine", "neck", "storage", "builtin", "drawing", "structures", "inference"),
-    *("evaluation", "backbone", "heads", "config", "model", "data", "weights", "engine", "deploy", "commands", "cli"),
-)
-# The same inside folders that are divided once more.
-LAYERS_INSIDE = {
-    "mvision.data": ("formats", "augment", "loading", "tools"),
-    "mvision.heads": (
-        *("base", "pixel_features", "query", "detection", "instance_seg", "keypoints", "semantic", "linking"),
-    ),
-}
-# What may stand above all layers: the package's own names (which load what is asked for), and ``python -m mvision``.
-FACADES = {"mvision", "mvision.__main__", "mvision.data", "mvision.heads"}
-MOST_LAYERS, MOST_LOOSE_MODULES, MOST_LINES, MOST_LINES_OF_A_FUNCTION = 22, 6, 400, 60
+spec = importlib.util.spec_from_file_location("imports", ROOT / "docs" / "scripts" / "imports.py")
+assert spec is not None
+assert spec.loader is not None
+imports = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(imports)
 
 
-def _modules() -> dict[str, Path]:
-    found = {}
-    for folder, package in FOLDERS.items():
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            parts = path.relative_to(ROOT / folder).with_suffix("").parts
-            name = ".".join((package, *parts)).removesuffix(".__init__")
-            found[name] = path
-    return found
-
-
-MODULES = _modules()
-
-
-def _imports(tree: ast.AST) -> Iterator[str]:
-    """The modules that a file imports anywhere: inside functions and for type checkers count as well."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"relative import in line {node.lineno}"
-            for alias in node.names:
-                below = f"{node.module}.{alias.name}"
-                yield below if below in MODULES else str(node.module)
-
-
-TREES = {name: ast.parse(path.read_text(encoding="utf-8"), filename=str(path)) for name, path in MODULES.items()}
-IMPORTS = {name: set(_imports(tree)) for name, tree in TREES.items()}
-
-
-def _below(module: str, package: str) -> str:
-    """The folder or module right below ``package`` that ``module`` is or lies in."""
-    return module.removeprefix(f"{package}.").partition(".")[0]
-
-
-def test_every_folder_has_a_layer() -> None:
-    folders = {_below(name, "mvision") for name in MODULES if name not in {"mvision", "mvision.__main__"}}
-    assert folders - {"configs"} == set(LAYERS)  # configs/ holds YAML alone
-    assert len(folders) <= MOST_LAYERS
-    for package, layers in LAYERS_INSIDE.items():
-        assert {_below(name, package) for name in MODULES if name.startswith(f"{package}.")} == set(layers)
-
-
-@pytest.mark.parametrize("package", ["mvision", *LAYERS_INSIDE])
-def test_imports_go_down(package: str) -> None:
-    layers = LAYERS_INSIDE.get(package, LAYERS)
-    wrong = [
-        f"{name} -> {imported}"
-        for name, imports in IMPORTS.items()
-        for imported in imports
-        if name.startswith(f"{package}.") and imported.startswith(f"{package}.") and name not in FACADES
-        if _below(name, package) != _below(imported, package)
-        if layers.index(_below(imported, package)) > layers.index(_below(name, package))
+def check_imports(graph: dict[str, set[str]], layers: tuple[str, ...]) -> list[str]:
+    """``layer -> imported`` for every import that does not go down, and every layer that is not in the list."""
+    order = {layer: number for number, layer in enumerate(layers)}
+    return [
+        f"{layer} -> {other}"
+        for layer, imported in graph.items()
+        for other in imported
+        if layer not in order or other not in order or order[other] >= order[layer]
     ]
-    assert not wrong
 
 
-def test_the_package_itself_is_not_imported_from_within() -> None:
-    """Its version apart, which it has before it loads anything."""
-    users = {name for name, imports in IMPORTS.items() if "mvision" in imports}
-    for name in users:
-        names = {
-            alias.name
-            for node in ast.walk(TREES[name])
-            if isinstance(node, ast.ImportFrom) and node.module == "mvision"
-            for alias in node.names
-        }
-        assert names <= {"__version__"}, name
+@pytest.mark.parametrize("package", imports.LAYERS)
+def test_every_folder_has_a_layer_and_imports_lower_ones_only(package: str) -> None:
+    layers, graph = imports.LAYERS[package], imports.layer_imports(package)
+    assert set(graph) - {"configs"} == set(layers)  # configs/ holds YAML files alone
+    assert len(set(layers)) == len(layers) <= MAX_LAYERS
+    assert check_imports(graph, layers) == []
+    TopologicalSorter(graph).prepare()
 
 
-def test_no_cycles_between_modules() -> None:
-    graph = {name: {i for i in IMPORTS[name] if i in MODULES} for name in MODULES if name not in FACADES}
-    TopologicalSorter({name: needed - FACADES for name, needed in graph.items()}).prepare()  # raises CycleError
+def test_imports_upwards_and_circles_are_noticed() -> None:
+    layers = ("low", "middle", "high")
+    assert check_imports({"low": set(), "middle": {"low"}, "high": {"low", "middle"}}, layers) == []
+    assert check_imports({"low": {"high"}, "middle": {"low"}}, layers) == ["low -> high"]
+    assert check_imports({"low": {"new"}}, layers) == ["low -> new"]
+    code = "def f():\n    import mvision.cli.main\nif TYPE_CHECKING:\n    from mvision.data import Batch\n"
+    assert set(imports.imported_modules(ast.parse(code))) == {"mvision.cli.main", "mvision.data"}
+    assert set(imports.imported_modules(ast.parse("from mvision import errors, load"))) == {"mvision.errors", "mvision"}
+
+
+def test_no_circles_between_modules() -> None:
+    graph = {name: imports.IMPORTS[name] & imports.MODULES.keys() for name in imports.MODULES}
+    # The package's own module names what ``mvision.load`` and others are; nothing below imports it but for its version.
+    graph["mvision"] = set()
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+def test_within_the_package_only_its_version_is_imported_from_the_package_itself() -> None:
+    for name, tree in imports.TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.module == "mvision":
+                names = {alias.name for alias in node.names if f"mvision.{alias.name}" not in imports.MODULES}
+                assert names <= {"__version__"}, name
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "mvision":
+                assert node.attr == "__version__" or f"mvision.{node.attr}" in imports.MODULES, name
+
+
+def test_cli_imports_commands_and_little_else() -> None:
+    assert imports.layer_imports("mvision")["cli"] <= CLI_IMPORTS
+    users = {name for name, imported in imports.IMPORTS.items() if any("mvision.commands" in i for i in imported)}
+    assert {imports.layer_of(name, "mvision") for name in users} <= {"cli", "commands"}
 
 
 def test_few_loose_modules() -> None:
     loose = [path.name for path in (ROOT / "mvision").glob("*.py") if path.name != "__init__.py"]
-    assert len(loose) <= MOST_LOOSE_MODULES, loose
+    assert len(loose) <= MAX_LOOSE_MODULES, loose
 
 
 def test_files_and_functions_are_small() -> None:
-    scripts = [*(ROOT / "docs").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]
+    scripts = [path for folder in ("docs", "tests") for path in (ROOT / folder).rglob("*.py")]
     long = []
-    for path in [*MODULES.values(), *scripts]:
-        text = path.read_text(encoding="utf-8")
-        if text.count("\n") > MOST_LINES:
-            long.append(f"{path.relative_to(ROOT)}: {text.count(chr(10))} lines")
+    for path in [*imports.MODULES.values(), *scripts]:
+        text, name = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
+        if len(text.splitlines()) > MAX_LINES:
+            long.append(f"{name}: {len(text.splitlines())} lines")
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
-                if lines > MOST_LINES_OF_A_FUNCTION:
-                    long.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.name} has {lines} lines")
-    assert not long
+                if lines > MAX_LINES_OF_A_FUNCTION:
+                    long.append(f"{name}:{node.lineno}: {node.name} has {lines} lines")
+    assert long == []
 
 
 def test_mapped_folders_are_imported_by_their_package_name() -> None:
     """``import heads`` would make second copies of every class."""
-    outside = {name.partition(".")[0] for imports in IMPORTS.values() for name in imports}
-    tests = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "tests").rglob("*.py")]
-    outside |= {name.partition(".")[0] for tree in tests for name in _imports(tree)}
+    outside = {name.partition(".")[0] for imported in imports.IMPORTS.values() for name in imported}
+    for path in (ROOT / "tests").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        outside |= {name.partition(".")[0] for name in imports.imported_modules(tree)}
     assert not outside & {"heads", "cli", "configs"}
 
 
-def test_albumentations_is_used_in_one_place() -> None:
-    users = {name for name, imports in IMPORTS.items() if any(i.split(".")[0] == "albumentations" for i in imports)}
-    assert users <= {"mvision.data.augment.transforms"}
+@pytest.mark.parametrize(
+    ("library", "users"),
+    [
+        ("albumentations", {"mvision.data.augment"}),
+        ("click", {"mvision.cli"}),
+        ("supervision", {"mvision.drawing", "mvision.structures"}),
+        ("huggingface_hub", {"mvision.compat", "mvision.storage", "mvision.weights"}),
+    ],
+)
+def test_libraries_with_one_place(library: str, users: set[str]) -> None:
+    for name, imported in imports.IMPORTS.items():
+        if any(other.partition(".")[0] == library for other in imported):
+            assert any(f"{name}.".startswith(f"{user}.") for user in users), name
 
 
 def test_the_neck_needs_torch_alone() -> None:
-    """It and all that it stands on: a user may take the folder away."""
+    """A user may take the folder away, so it and all modules that it imports stay in it."""
     needed, outside, queue = {"mvision.neck"}, set(), ["mvision.neck"]
     while queue:
-        for imported in IMPORTS[queue.pop()]:
-            if imported in MODULES and imported not in needed:
+        for imported in imports.IMPORTS[queue.pop()]:
+            if imported in imports.MODULES and imported not in needed:
                 needed.add(imported)
                 queue.append(imported)
-            outside.add(imported.split(".")[0])
+            outside.add(imported.partition(".")[0])
     assert outside - sys.stdlib_module_names <= {"torch", "mvision"}
     assert all(name.startswith("mvision.neck") for name in needed)
 
@@ -156,6 +144,7 @@ def test_the_neck_needs_torch_alone() -> None:
     [
         ("mvision", "torch numpy timm pydantic"),
         ("mvision.cli.main", "torch numpy timm pydantic accelerate"),
+        ("mvision.compat", "torch accelerate openvino huggingface_hub"),
         ("mvision.neck", "timm albumentations cv2 pydantic accelerate"),
         ("mvision.heads", "torch numpy timm pydantic"),
     ],
@@ -164,3 +153,13 @@ def test_light_imports(imported: str, banned: str) -> None:
     code = f"import sys, {imported}; print([name for name in {banned.split()} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.stdout.strip() == "[]", done.stderr or done.stdout
+
+
+def test_the_script_prints_every_layer() -> None:
+    script = ROOT / "docs" / "scripts" / "imports.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=ROOT, check=True)
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    printed = {line[0]: line[1] for line in lines if len(line) == 2}
+    assert set(imports.LAYERS["mvision"]) <= set(printed)
+    assert {"evaluation", "config"} <= set(printed["model"].split(", "))
+    assert printed["neck"] == "-"

@@ -11,7 +11,7 @@ from mvision.structures import Category
 def make_object(x, y, visible=(2, 1), category_id=1):
     """A box 10 x 20 with its upper and lower end as points: 2 px is a tenth of its longer side."""
     points = [x + 5, y, visible[0], x + 5, y + 20, visible[1]]
-    return {"category_id": category_id, "bbox": [x, y, 10, 20], "keypoints": points, "area": 200, "iscrowd": 0}
+    return {"category_id": category_id, "bbox": [x, y, 10, 20], "keypoints": points}
 
 
 def result(x, y, shift=(0.0, 0.0)):
