@@ -1,19 +1,24 @@
-"""The benchmarks: what is compared is what it is called, and the figures are counted, not quoted."""
+"""The benchmarks compare what they name, and report what was measured."""
 
 from __future__ import annotations
 
 import json
-import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mvision import UserError
+from mvision.commands import benchmark_encoder as encoder_module
+from mvision.commands import benchmark_model as model_module
 from mvision.commands.benchmark_baselines import DeformableEncoder, PlainEncoder
-from mvision.commands.benchmark_encoder import benchmark_encoder, encoders
+from mvision.commands.benchmark_encoder import benchmark_encoder
 from mvision.commands.benchmark_model import benchmark_model
 from mvision.commands.benchmark_timing import alternate, median_ratio, peak_memory
+from mvision.weights import save_weights
+from tests.test_joint import make_model
 
 
 def maps(*shapes: tuple[int, int]) -> list[torch.Tensor]:
@@ -54,53 +59,139 @@ def test_calls_take_turns() -> None:
     assert median_ratio([2, 9, 4], [1, 3, 4]) == 2
 
 
+def test_warm_up_rounds_are_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    durations = iter([100.0, 100.0, 1.0, 2.0, 3.0])
+
+    def call() -> None:
+        clock[0] += next(durations)
+
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert alternate([call], torch.device("cpu"), 3, warmups=2) == [[1.0, 2.0, 3.0]]
+
+
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
-def test_peak_memory_sees_what_is_freed_again() -> None:
+def test_peak_memory_includes_what_is_freed_again() -> None:
     found = peak_memory(lambda: torch.ones(2**26).sum(), torch.device("cpu"))
     assert found is not None
     assert 0.8 * 2**28 < found < 1.5 * 2**28
 
 
-def test_encoder_benchmark(tmp_path: Path) -> None:
-    names = ["plain, 1 layer, fused", "deformable, 1 layer"]
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
+def test_written_out_attention_takes_the_memory_of_its_matrix() -> None:
+    threads = torch.get_num_threads()
+    fused, plain = (
+        encoder_module._memory_in_this_process(name, 32, 320, threads)
+        for name in ("plain, 1 layer, fused", "plain, 1 layer")
+    )
+    tokens = 40**2 + 20**2 + 10**2
+    assert fused is not None
+    assert plain is not None
+    assert plain - fused > 8 * tokens**2 * 4  # heads, pairs of tokens, bytes
+
+
+def take_seconds(monkeypatch: pytest.MonkeyPatch, module: Any, seconds: Callable[[int], float]) -> list[int]:
+    """No clocks: the call with index ``i`` takes ``seconds(i)``. Returns the number of calls of each benchmark."""
+    counts: list[int] = []
+
+    def fake(calls: Sequence[Callable[[], Any]], *_: object, **__: object) -> list[list[float]]:
+        for call in calls:
+            call()
+        counts.append(len(calls))
+        return [[seconds(index)] * 3 for index in range(len(calls))]
+
+    monkeypatch.setattr(module, "alternate", fake)
+    return counts
+
+
+def test_encoder_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_seconds(monkeypatch, encoder_module, lambda index: (0.1, 0.4, 0.05)[index])
+    memory = {"hybrid": 2**20, "plain, 1 layer, fused": 3 * 2**20, "deformable, 1 layer": None}
+    monkeypatch.setattr(encoder_module, "_memory", lambda name, *_: memory[name])
     text = benchmark_encoder(
-        sizes=[64, 128], embed_dim=32, repeats=3, device="cpu", output=tmp_path, names=names, log=lambda _: None
+        sizes=[128, 64], embed_dim=32, device="cpu", output=tmp_path, names=list(memory)[1:], log=lambda _: None
     )
     assert (tmp_path / "encoder.md").read_text() == text
+    assert "| encoder | 64 | 128 |\n|---|---|---|\n| hybrid | 100 ms (1.00) | 100 ms (1.00) |" in text
+    assert "| plain, 1 layer, fused | 400 ms (4.00) | 400 ms (4.00) |" in text
+    assert "| plain, 1 layer, fused | 3 MiB (3.00) | 3 MiB (3.00) |" in text
+    assert "| deformable, 1 layer | - | - |" in text
     records = json.loads((tmp_path / "encoder.json").read_text())["records"]
-    assert [(r["encoder"], r["size"]) for r in records] == [
-        (name, size) for size in (64, 128) for name in ("hybrid", *names)
-    ]
-    for record in records:
-        module = encoders(32)[record["encoder"]]()
-        if hasattr(module, "fuse"):
-            module.fuse()
-        assert record["parameters"] == sum(p.numel() for p in module.parameters())
-        assert record["memory"] is None or record["memory"] >= 0
+    assert [(r["encoder"], r["size"]) for r in records] == [(name, size) for size in (64, 128) for name in memory]
+    plain = records[1]
+    projections, levels = 32 * (512 + 1024 + 2048) + 3 * 32, 3 * 32
+    attention, feed_forward, norms = 4 * (32 * 32 + 32), (32 * 128 + 128) + (128 * 32 + 32), 2 * 2 * 32
+    assert plain["parameters"] == projections + levels + attention + feed_forward + norms
+    tokens = [64, 16, 4]
+    products = sum(count * channels * 32 for count, channels in zip(tokens, (512, 1024, 2048)))
+    products += 84 * (4 * 32 * 32 + 2 * 32 * 128) + 2 * 84**2 * 32  # linear layers; both products of attention
+    assert plain["flops"] == 2 * products
     hybrid = [r for r in records if r["encoder"] == "hybrid"]
-    assert all(r["ratio"] == 1 for r in hybrid)
-    assert hybrid[1]["flops"] / hybrid[0]["flops"] == pytest.approx(4, rel=0.02)  # attention on four tokens is nothing
+    assert hybrid[1]["flops"] / hybrid[0]["flops"] == pytest.approx(4, rel=0.02)  # attention on few tokens is little
     assert (tmp_path / "encoder.png").stat().st_size > 10000
 
 
-def test_model_benchmark(tmp_path: Path) -> None:
+def test_sizes_that_take_too_long_or_too_much_memory_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = take_seconds(monkeypatch, encoder_module, lambda index: (0.001, 2.5)[index])
+    monkeypatch.setattr(encoder_module, "_memory", lambda *_: None)
+    options: dict = {"embed_dim": 32, "device": "cpu", "output": tmp_path, "log": lambda _: None}
+    text = benchmark_encoder(sizes=[64, 96, 128, 256], names=["plain, 1 layer, fused"], **options)
+    assert counts == [2, 2, 2, 1]  # twice the side takes 16 times as long: 40 s
+    assert "| plain, 1 layer, fused | 2500 ms (2500.00) | 2500 ms (2500.00) | 2500 ms (2500.00) | left out |" in text
+    limits = [("plain, 1 layer", 800), ("plain, 1 layer", 1280), ("plain, 1 layer, fused", 1280)]
+    assert [encoder_module._is_too_much(*entry, []) for entry in limits] == [False, True, False]
+
+
+def test_model_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = take_seconds(monkeypatch, model_module, lambda index: 0.2 / (index + 1))
+    save_weights(make_model(["detection", "keypoints"]), tmp_path / "best.safetensors")
+    prepared: list[str] = []
+    monkeypatch.setattr(model_module, "export", lambda weights, format, **_: prepared.append(format))
+    monkeypatch.setattr(model_module, "ExportedModel", lambda path, precision: lambda images: None)
     text = benchmark_model(
-        model="tiny", batches=[1, 2], precisions=["fp32"], roads=["eager"], repeats=3, device="cpu", output=tmp_path,
-        tasks=["detection", "keypoints"], log=lambda _: None,
+        weights=str(tmp_path / "best.safetensors"), batches=[1, 2], runtimes=["openvino", "onnx"], device="cpu",
+        output=tmp_path, log=lambda _: None,
     )  # fmt: skip
-    assert "| head keypoints |" in text
     document = json.loads((tmp_path / "model.json").read_text())
-    assert [(row["batch"], row["road"], row["ratio"]) for row in document["totals"]] == [
-        (1, "eager", 1),
-        (2, "eager", 1),
+    assert (document["tasks"], document["size"]) == (["detection", "keypoints"], [64, 96])
+    assert [(part["batch"], part["precision"]) for part in document["parts"]] == [
+        *((1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16")),
     ]
-    part = document["parts"][0]["milliseconds"]
-    assert math.isclose(part["all of it"], sum(v for k, v in part.items() if k != "all of it"), rel_tol=0.5)
+    stages = ["preparation", "backbone", "neck", "head detection", "head keypoints", "post-processing", "all of it"]
+    assert list(document["parts"][0]["milliseconds"]) == stages
+    assert document["parts"][0]["milliseconds"]["backbone"] == pytest.approx(100)
+    expected = [("eager", "fp32"), ("eager", "bf16"), ("openvino", "fp32"), ("openvino", "bf16"), ("onnx", "fp32")]
+    for batch in (1, 2):
+        rows = [row for row in document["totals"] if row["batch"] == batch]
+        assert [(row["runtime"], row["precision"]) for row in rows] == expected
+        assert [row["milliseconds"] for row in rows] == pytest.approx([200, 100, 200 / 3, 50, 40])
+        assert [row["ratio"] for row in rows] == pytest.approx([1, 1 / 2, 1 / 3, 1 / 4, 1 / 5])
+    assert counts == [len(stages)] * 4 + [len(expected)] * 2
+    assert prepared == ["openvino", "onnx"]
+    assert (tmp_path / "model.md").read_text() == text
+    assert text.startswith(f"# {tmp_path / 'best.safetensors'}: detection, keypoints at 96 x 64")
+    assert "| 2 | openvino | bf16 | 50.0 ms | 0.25 |" in text
+    assert "| neck | 66.7 ms | 66.7 ms | 66.7 ms | 66.7 ms |" in text
 
 
-def test_unknown_roads(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--road tensorrt: choose one of eager, compiled, onnx, openvino"):
-        benchmark_model(roads=["tensorrt"], output=tmp_path)
+def test_ratios_are_to_the_first_candidate_without_eager_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    take_seconds(monkeypatch, model_module, lambda index: 0.2 / (index + 1))
+    benchmark_model(
+        model="tiny", batches=[1], precisions=["bf16"], runtimes=["eager"], device="cpu", output=tmp_path,
+        log=lambda _: None,
+    )  # fmt: skip
+    document = json.loads((tmp_path / "model.json").read_text())
+    assert [(row["runtime"], row["precision"], row["ratio"]) for row in document["totals"]] == [("eager", "bf16", 1)]
+    assert (document["model"], document["tasks"]) == ("tiny", ["detection"])
+
+
+def test_unknown_runtimes(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--runtime tensorrt: choose one of compiled, eager, onnx, openvino"):
+        benchmark_model(runtimes=["tensorrt"], output=tmp_path)
+    with pytest.raises(UserError, match="--precision bf61: did you mean 'bf16'"):
+        benchmark_model(precisions=["bf61"], output=tmp_path)
     with pytest.raises(UserError, match="give one of them"):
         benchmark_model(model="tiny", weights="x", output=tmp_path)
     assert not list(tmp_path.iterdir())

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from mvision import UserError, load
+from mvision.commands.export import export
 from mvision.commands.predict import predict_job
 from mvision.commands.val import validate
 from mvision.deploy import compare
 from mvision.deploy.compare import difference
-from mvision.commands.export import export
 from mvision.deploy.exported import ExportedModel, is_exported
 from mvision.inference.predict import predict_images
 from mvision.weights import save_weights

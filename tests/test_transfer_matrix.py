@@ -1,77 +1,121 @@
-"""The transfer matrix: what the starts take, going on where it stopped, and the page."""
+"""The transfer matrix: its starts and shares, how it continues, and its page."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mvision import UserError, load
+from mvision import Model, UserError, load
 from mvision.commands import transfer as matrix
 from mvision.commands.transfer_report import first_reach, page
+from mvision.config import Config
 from mvision.engine.train import train
+from mvision.storage.run_folder import RunFolder
+from mvision.structures import Category
+from mvision.weights import save_weights
 from tests.small_runs import fast_config
-
-OPTIONS = ["train.batch_size=2", "train.precision=fp32", "data.workers=0", "train.warmup_steps=2"]
 
 
 @pytest.fixture
-def source(squares: Path, tmp_path: Path) -> Path:
-    return train(fast_config(squares, train__epochs=1), output=tmp_path / "source", device="cpu")
+def source(tmp_path: Path) -> Path:
+    """The folder of a run with random weights of a detector."""
+    config = fast_config(tmp_path)
+    config.model.categories = [Category(id=0, name="blue"), Category(id=1, name="red")]
+    save_weights(Model(config.model), tmp_path / "source" / "best.safetensors")
+    return tmp_path / "source"
 
 
-def run(source: Path, squares: Path, output: Path, **more: object) -> str:
-    settings: dict = {"tasks": ["detection"], "seeds": 1, "epochs": 1, "fractions": (1.0, 0.5), **more}
-    messages: list[str] = []
-    return matrix.transfer_matrix(
-        str(source),
-        output=output,
-        data=str(squares),
-        device="cpu",
-        assignments=OPTIONS,
-        log=messages.append,
-        **settings,
-    )
+class Trainings:
+    """Takes the place of ``train``: writes what a training leaves, with one evaluation per ``val_interval``."""
 
+    def __init__(self) -> None:
+        self.calls: list[tuple[Config, dict[str, Any]]] = []
+        self.stop_at = 0
 
-def test_a_stopped_matrix_goes_on(source: Path, squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def stopping(config, **arguments):
-        calls.append((config.data.fraction, config.train.epochs, arguments["init_parts"], config.train.freeze))
-        if len(calls) == 4:
+    def __call__(self, config: Config, **arguments: Any) -> None:
+        self.calls.append((config, arguments))
+        if len(self.calls) == self.stop_at:
             raise KeyboardInterrupt
-        return train(config, **arguments)
+        print("in the log")
+        folder = arguments["output"]
+        folder.mkdir()
+        for epoch in range(config.train.epochs):
+            record: dict[str, Any] = {"epoch": epoch, "step": epoch + 1, "seconds": 2.0 * epoch}
+            if (epoch + 1) % config.train.val_interval == 0:
+                record["metrics"] = {"detection": {"AP": epoch / 10, "AP50": 0.9}}
+            RunFolder(folder).log(record)
+        (folder / "metrics.json").write_text(json.dumps({"detection": {"AP": 0.7}}))
 
-    monkeypatch.setattr(matrix, "train", stopping)
-    output = tmp_path / "matrix"
-    with pytest.raises(KeyboardInterrupt):
-        run(source, squares, output)
-    assert calls == [
-        (1.0, 1, None, []),
-        (1.0, 1, ("backbone",), []),
-        (1.0, 1, ("backbone", "neck"), []),
-        (1.0, 1, ("backbone", "neck"), ["backbone", "neck"]),
+
+@pytest.fixture
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
+    fake = Trainings()
+    monkeypatch.setattr(matrix, "train", fake)
+    return fake
+
+
+def run(source: Path, output: Path, messages: list[str] | None = None, **more: Any) -> str:
+    settings: dict = {"tasks": ["detection"], "seeds": 1, "epochs": 1, "fractions": (1.0, 0.5), **more}
+    log = [].append if messages is None else messages.append
+    return matrix.transfer_matrix(str(source), output=output, data="somewhere/data", device="cpu", log=log, **settings)
+
+
+def test_the_starts_of_a_matrix(source: Path, tmp_path: Path, trainings: Trainings) -> None:
+    run(source, tmp_path / "matrix", fractions=(1.0,), assignments=["train.lr=0.5"])
+    taken = [(arguments["init"], arguments["init_parts"], config.train.freeze) for config, arguments in trainings.calls]
+    weights = str(source)
+    assert taken == [
+        (None, None, []),
+        (weights, ("backbone",), []),
+        (weights, ("backbone", "neck"), []),
+        (weights, ("backbone", "neck"), ["backbone", "neck"]),
     ]
+    for config, arguments in trainings.calls:
+        assert (config.data.root, config.train.lr, arguments["device"]) == ("somewhere/data", 0.5, "cpu")
+        assert config.model.neck.embed_dim == 32  # the architecture of the weights
+
+
+def test_a_share_of_the_images_gets_more_epochs(source: Path, tmp_path: Path, trainings: Trainings) -> None:
+    run(source, tmp_path / "matrix", fractions=(1.0, 0.25), epochs=4, seeds=2)
+    settings = [(c.train.seed, c.data.fraction, c.train.epochs, c.train.val_interval) for c, _ in trainings.calls[::4]]
+    assert settings == [(0, 1.0, 4, 1), (0, 0.25, 16, 3), (1, 1.0, 4, 1), (1, 0.25, 16, 3)]
+    records = [json.loads(line) for line in (tmp_path / "matrix" / "cells.jsonl").read_text().splitlines()]
+    assert [point["score"] for point in records[0]["curve"]] == [0.0, 0.1, 0.2, 0.3]
+    assert [point["epoch"] for point in records[4]["curve"]] == [3, 6, 9, 12, 15]
+    assert records[0]["best"] == {"AP": 0.7}
+
+
+def test_a_stopped_matrix_continues(source: Path, tmp_path: Path, trainings: Trainings) -> None:
+    output = tmp_path / "matrix"
+    trainings.stop_at = 4
+    with pytest.raises(KeyboardInterrupt):
+        run(source, output)
     assert len((output / "cells.jsonl").read_text().splitlines()) == 3
-    text = run(source, squares, output)
-    assert len(calls) == 9
-    assert calls[-1][:2] == (0.5, 2)  # half of the images, twice as often
+    messages: list[str] = []
+    text = run(source, output, messages)
+    assert len(trainings.calls) == 4 + 5  # the stopped one again, and the four that were missing
+    assert messages[0] == f"8 cells, 3 of them finished: {output / 'cells.jsonl'}"
+    assert len(messages) == 1 + 5
     records = [json.loads(line) for line in (output / "cells.jsonl").read_text().splitlines()]
-    assert len({(r["task"], r["start"], r["fraction"], r["seed"]) for r in records}) == len(records) == 8
+    cells = [(record["start"], record["fraction"]) for record in records]
+    assert cells == list(itertools.chain(*(zip(matrix.STARTS, [fraction] * 4) for fraction in (1.0, 0.5))))
     assert text == (output / "README.md").read_text()
     assert "| detection | 50% |" in text
     assert (output / "curves.png").stat().st_size > 10000
     assert not list((output / "runs").glob("*/"))
-    run(source, squares, output)
-    assert len(calls) == 9
+    assert (output / "runs" / "detection-random-1-0.log").read_text() == "in the log\n"
+    run(source, output)
+    assert len(trainings.calls) == 9
     with pytest.raises(UserError, match="its cells were made with epochs 1, now it is 2; choose another --output"):
-        run(source, squares, output, epochs=2)
+        run(source, output, epochs=2)
 
 
-def test_starts_take_what_they_say(source: Path, squares: Path, tmp_path: Path) -> None:
+def test_starts_take_their_parts(source: Path, squares: Path, tmp_path: Path) -> None:
     trained = load(source).state_dict()
     options = {"train__epochs": 1, "train__lr": 1e-12, "train__weight_decay": 0.0, "train__ema_decay": 0.0}
     for number, (parts, frozen) in enumerate(matrix.STARTS.values()):
@@ -108,7 +152,7 @@ def test_when_a_curve_reaches_a_value() -> None:
     assert first_reach(curve, 0.4) is None
 
 
-def test_the_page_says_what_is_missing() -> None:
+def test_the_page_has_means_and_shares_of_epochs() -> None:
     assert "No cell is finished" in page([], "x.png")
     setup = {"source": "detection", "backbone": "b", "image_size": [64, 96], "data": "d", "epochs": 4, "options": []}
 
@@ -123,8 +167,23 @@ def test_the_page_says_what_is_missing() -> None:
     assert "| t | 100% | 0.75 |" in text  # 3 of 4 epochs
 
 
-@pytest.mark.parametrize(("fraction", "tasks", "words"), [(0.0, ["detection"], "--fraction 0"), (1.0, [], "--task")])
-def test_bad_input(source: Path, squares: Path, tmp_path: Path, fraction: float, tasks: list, words: str) -> None:
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fractions": (0.0,)}, "--fraction 0"),
+        ({"fractions": (1.5,)}, "--fraction 1.5"),
+        ({"tasks": []}, "--task"),
+        ({"assignments": ["train.epoch=3"]}, "'epochs'"),
+    ],
+)
+def test_bad_input(source: Path, tmp_path: Path, trainings: Trainings, options: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        run(source, squares, tmp_path / "m", fractions=(fraction,), tasks=tasks)
+        run(source, tmp_path / "m", **options)
     assert not (tmp_path / "m").exists()
+    assert not trainings.calls
+
+
+def test_a_damaged_line_is_named(source: Path, tmp_path: Path, trainings: Trainings) -> None:
+    (tmp_path / "cells.jsonl").write_text('{"task": "detec')
+    with pytest.raises(UserError, match="cells.jsonl: a line is not JSON .*; remove that line"):
+        run(source, tmp_path)
