@@ -7,23 +7,23 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mvision.structures import Category
-from mvision.structures.oks import COCO_SIGMAS, DEFAULT_SIGMA, check_sigmas, keypoint_sigmas, oks, similarity
+from mvision.structures.oks import COCO_SIGMAS, DEFAULT_SIGMA, check_sigmas, keypoint_sigmas, oks, point_similarity
 
 
-def reference(found: np.ndarray, truth: np.ndarray, areas: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
-    """COCOeval.computeOks of every found object with every labelled one, (found, truth)."""
+def reference(pred: np.ndarray, gt: np.ndarray, areas: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
+    """COCOeval.computeOks of every predicted object with every labelled one, (pred, gt)."""
     data, results = COCO(), COCO()
     entry = {"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "iscrowd": 0}
     labelled = [
         {**entry, "id": n, "area": float(area), "keypoints": points.ravel().tolist(), "num_keypoints": 1}
-        for n, (points, area) in enumerate(zip(truth, areas), start=1)
+        for n, (points, area) in enumerate(zip(gt, areas), start=1)
     ]
-    guessed = [
-        # Equal scores would be kept in order too, but then nothing here would say so.
+    predicted = [
+        # Falling scores: computeOks sorts by them.
         {**entry, "id": n, "score": 1 - n / 100, "keypoints": points.ravel().tolist()}
-        for n, points in enumerate(found, start=1)
+        for n, points in enumerate(pred, start=1)
     ]
-    for coco, annotations in ((data, labelled), (results, guessed)):
+    for coco, annotations in ((data, labelled), (results, predicted)):
         coco.dataset = {"images": [{"id": 1}], "categories": [{"id": 1}], "annotations": annotations}
         coco.createIndex()
     evaluator = COCOeval(data, results, "keypoints")
@@ -35,31 +35,30 @@ def reference(found: np.ndarray, truth: np.ndarray, areas: np.ndarray, sigmas: n
 @pytest.mark.parametrize("count", [1, 5, 17])
 def test_oks_is_that_of_pycocotools(count: int) -> None:
     rng = np.random.default_rng(count)
-    truth = np.concatenate((rng.uniform(0, 200, (6, count, 2)), rng.integers(0, 3, (6, count, 1))), -1)
-    truth[:, 0, 2] = 2  # without a labelled point COCO measures the distance to a box instead
-    found = np.concatenate((truth[:4, :, :2] + rng.normal(0, 6, (4, count, 2)), np.ones((4, count, 1))), -1)
+    gt = np.concatenate((rng.uniform(0, 200, (6, count, 2)), rng.integers(0, 3, (6, count, 1))), -1)
+    gt[:, 0, 2] = 2  # without a labelled point COCO measures the distance to a box instead
+    pred = np.concatenate((gt[:4, :, :2] + rng.normal(0, 6, (4, count, 2)), np.ones((4, count, 1))), -1)
     areas, sigmas = rng.uniform(0, 20000, 6), rng.uniform(0.02, 0.2, count)
     areas[5] = 0.0
-    expected = reference(found, truth, areas, sigmas)
-    value = oks(*(torch.from_numpy(x) for x in (found[:, None, :, :2], truth[None], areas[None], sigmas)))
+    expected = reference(pred, gt, areas, sigmas)
+    value = oks(*(torch.from_numpy(x) for x in (pred[:, None, :, :2], gt[None], areas[None], sigmas)))
     assert expected.max() > 0.3
     np.testing.assert_allclose(value.numpy(), expected, rtol=1e-12, atol=1e-15)
 
 
 def test_points_without_label_do_not_count() -> None:
-    truth = torch.tensor([[0.0, 0, 2], [9, 9, 0]])
-    near = oks(torch.zeros(2, 2), truth, torch.tensor(4.0), torch.tensor([0.1, 0.1]))
-    assert near == 1
-    truth[0, 2] = 0
-    assert oks(torch.zeros(2, 2), truth, torch.tensor(4.0), torch.tensor([0.1, 0.1])) == 0
+    gt = torch.tensor([[0.0, 0, 2], [9, 9, 0]])
+    assert oks(torch.zeros(2, 2), gt, torch.tensor(4.0), torch.tensor([0.1, 0.1])) == 1
+    gt[0, 2] = 0
+    assert oks(torch.zeros(2, 2), gt, torch.tensor(4.0), torch.tensor([0.1, 0.1])) == 0
 
 
 def test_gradients_are_finite_at_the_extremes() -> None:
     """An object without area, and points that are exact or far away."""
-    found = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 1.0]]], requires_grad=True)
-    similarity(found, torch.zeros(2, 2, 2), torch.tensor([0.0, 1e-6]), torch.full((2,), 0.02)).sum().backward()
-    assert found.grad is not None
-    assert found.grad.isfinite().all()
+    pred = torch.tensor([[[0.0, 0.0], [1.0, 1.0]], [[0.0, 0.0], [1.0, 1.0]]], requires_grad=True)
+    point_similarity(pred, torch.zeros(2, 2, 2), torch.tensor([0.0, 1e-6]), torch.full((2,), 0.02)).sum().backward()
+    assert pred.grad is not None
+    assert pred.grad.isfinite().all()
 
 
 def test_sigmas_are_the_data_sets_else_cocos_else_one_for_all() -> None:

@@ -1,8 +1,8 @@
-"""What the keypoint head costs over the encoder alone, and what fusing its RepBlocks and the neck's saves.
+"""Time of keypoint models compared with their backbone and neck alone, and the time that fusing RepBlocks saves.
 
     python docs/scripts/keypoint_cost.py
 
-Everything in one run, the models alternating; medians, and ratios of times measured one after the other.
+All variants of a model alternate in one process. Times are medians; ratios are medians of ratios of neighbouring times.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from mvision import create_model
 from mvision.machine import keep_freed_memory
@@ -27,7 +26,7 @@ PERSON = Category(id=1, name="person", keypoints=list(COCO_SIGMAS))
 
 
 def main() -> None:
-    """One row per model."""
+    """Print a Markdown table with one row per model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
@@ -40,12 +39,12 @@ def main() -> None:
 
 
 def row(name: str, repeats: int) -> str:
-    """One model."""
+    """The times of one model."""
     plain = build(name)
     fused = copy.deepcopy(plain).fuse()
     height, width = plain.config.image_size
     images = torch.rand(1, 3, height, width)
-    calls = [lambda: encode(fused, images), lambda: fused(images), lambda: plain(images)]
+    calls = [lambda: fused.features(images), lambda: fused(images), lambda: plain(images)]
     encoder, whole, unfused = times(calls, repeats)
     over, saved = ratio(whole, encoder), ratio(unfused, whole)
     return f"| {name} | {width} x {height} | {ms(encoder)} | {ms(whole)} | {over:.2f} | {ms(unfused)} | {saved:.2f} |"
@@ -55,7 +54,8 @@ def build(name: str) -> Model:
     """A shipped model for people with COCO's 17 points, ready for inference."""
     torch.manual_seed(0)
     model = create_model(name, ["keypoints"], categories=[PERSON])
-    # Norms of random weights have to see a batch: else activations fade to numbers that a CPU is slow with.
+    # The norms need statistics of a batch: with random weights and without them, activations shrink to denormal numbers,
+    # which are slow on CPUs.
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
@@ -64,14 +64,9 @@ def build(name: str) -> Model:
     return model.eval()
 
 
-def encode(model: Model, images: Tensor) -> list[Tensor]:
-    """Backbone and neck."""
-    return model.neck(model.backbone(images)[len(model.backbone.laterals) :])
-
-
 @torch.inference_mode()
 def times(calls: list[Callable[[], object]], repeats: int) -> list[list[float]]:
-    """Seconds of every call, in turn."""
+    """Seconds of every repetition of every call; the calls take turns."""
     for call in calls:
         call()
     taken: list[list[float]] = [[] for _ in calls]
@@ -84,7 +79,7 @@ def times(calls: list[Callable[[], object]], repeats: int) -> list[list[float]]:
 
 
 def ms(seconds: list[float]) -> str:
-    """The median."""
+    """Their median, for the table."""
     return f"{1000 * statistics.median(seconds):.1f} ms"
 
 

@@ -1,7 +1,7 @@
-"""What leaving NMS out costs: the keypoint head's one-to-one layers beside its one-to-many layers with NMS.
+"""Accuracy without NMS: the dense keypoint head's one-to-one layers compared with its one-to-many layers and box NMS.
 
-The same weights, the same images. The one-to-many layers are those that taught the neck; with them the head gives
-several cells per object, of which box NMS keeps one. Prints one row per way in markdown.
+The same weights, the same images. With the one-to-many layers, several grid points predict an object, and NMS keeps one
+of them. Prints a Markdown table with one row per kind of layers and IoU threshold of NMS.
 
     python docs/scripts/keypoint_duplicates.py RUN
 """
@@ -19,7 +19,8 @@ import mvision
 from mvision.config import load_config
 from mvision.data import CocoSplit, Loader, build_eval_loader, find_layout
 from mvision.evaluation.evaluate import make_metrics
-from mvision.heads.keypoints.head import KeypointHead
+from mvision.heads.keypoints import KeypointHead
+from mvision.heads.keypoints.grid import PoseLayers
 from mvision.structures import Instances
 
 NMS_IOUS = (0.5, 0.65, 0.8)
@@ -27,12 +28,11 @@ CANDIDATES = 300
 
 
 def main(run: str) -> None:
-    """One evaluation per way."""
+    """One evaluation per row."""
     model = mvision.load(f"{run}/best.safetensors").eval()
     config = load_config(file=Path(run) / "config.yaml")
-    split = CocoSplit(
-        find_layout(config.data.root).split(config.data.val, ["keypoints"]), frozenset({"boxes", "keypoints"})
-    )
+    fields = ("boxes", "keypoints")
+    split = CocoSplit(find_layout(config.data.root).split(config.data.val, fields, poses_only=True), fields)
     loader = build_eval_loader(split, config.data, batch_size=16, image_size=config.model.image_size)
     head = model.head("keypoints")
     assert isinstance(head, KeypointHead)
@@ -40,23 +40,22 @@ def main(run: str) -> None:
     _row(model, split, loader, "one-to-one", None)
     for iou in NMS_IOUS:
         _row(model, split, loader, "one-to-one", iou)
-    _many_to_one(head)
+    _predict_one2many(head)
     head.config.num_instances = CANDIDATES
     for iou in (None, *NMS_IOUS):
         _row(model, split, loader, "one-to-many", iou)
 
 
-def _many_to_one(head: KeypointHead) -> None:
-    """Predict with the layers taught one-to-many: those of their classes that the head finds."""
-    many = head.many
-    assert many is not None
-    if many.score is not None:
-        score = nn.Linear(many.score.in_features, len(head.labels))
-        with torch.no_grad():
-            score.weight.copy_(many.score.weight[head.labels])
-            score.bias.copy_(many.score.bias[head.labels])
-        many.score = score
-    head.one = many
+def _predict_one2many(head: KeypointHead) -> None:
+    """Replace the one-to-one layers by the one-to-many layers, without their classes that have no keypoints."""
+    layers = head.many
+    assert isinstance(layers, PoseLayers)
+    score = nn.Linear(layers.score.in_features, len(head.class_labels))
+    with torch.no_grad():
+        score.weight.copy_(layers.score.weight[head.class_labels])
+        score.bias.copy_(layers.score.bias[head.class_labels])
+    layers.score = score
+    head.one = layers
 
 
 @torch.no_grad()

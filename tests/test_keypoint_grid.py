@@ -1,0 +1,90 @@
+"""Grid points of keypoint heads, and how the numbers of their last layers become boxes and points."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mvision.heads.keypoints.grid import (
+    FINEST_SIZE,
+    MAX_LOG_SCALE,
+    SINGLE_LEVEL_SIZE,
+    GridPoints,
+    PointLayers,
+    PoseLayers,
+    RawPoints,
+    RawPoses,
+    make_grid,
+    raw_at,
+)
+
+GRID = GridPoints(torch.tensor([[0.5, 0.25], [0.1, 0.9]]), torch.tensor([0.1, 0.2]))
+
+
+def test_grid_points_are_the_centres_of_the_maps_positions() -> None:
+    grid = make_grid([torch.zeros(1, 3, 2, 4, dtype=torch.bfloat16), torch.zeros(1, 3, 1, 2, dtype=torch.bfloat16)])
+    assert grid.centres.dtype == torch.float32
+    assert grid.centres[:5].tolist() == [[0.125, 0.25], [0.375, 0.25], [0.625, 0.25], [0.875, 0.25], [0.125, 0.75]]
+    assert grid.centres[8:].tolist() == [[0.25, 0.5], [0.75, 0.5]]
+    assert grid.sizes.tolist() == pytest.approx([FINEST_SIZE] * 8 + [2 * FINEST_SIZE] * 2)
+    assert make_grid([torch.zeros(1, 3, 1, 1)]).sizes.tolist() == pytest.approx([SINGLE_LEVEL_SIZE])
+
+
+def test_new_layers_predict_the_reference_with_a_low_score() -> None:
+    for layers in (PoseLayers(8, 3, 2), PointLayers(8, 2)):
+        raw = layers(torch.zeros(1, 2, 8))
+        pred = layers.decode(raw, GRID)
+        torch.testing.assert_close(pred.points[0], GRID.centres[:, None].expand(2, 2, 2))
+        torch.testing.assert_close(layers.score_logits(raw).sigmoid(), torch.full_like(layers.score_logits(raw), 0.01))
+        torch.testing.assert_close(layers.rank(torch.zeros(1, 2, 8)), layers.score_logits(raw))
+    boxes = PoseLayers(8, 3, 2)(torch.zeros(1, 2, 8))
+    torch.testing.assert_close(
+        PoseLayers(8, 3, 2).decode(boxes, GRID).boxes[0],
+        torch.cat((GRID.centres, GRID.sizes[:, None].expand(2, 2)), -1),
+    )
+
+
+def test_points_of_poses_are_relative_to_the_box() -> None:
+    layers = PoseLayers(8, 1, 2)
+    raw = RawPoses(
+        points=torch.tensor([[-0.5, 0.5, 0.25, 0.0, 3.0, -3.0]] * 2),
+        logits=torch.zeros(2, 1),
+        boxes=torch.tensor([[1.0, -1.0, math.log(2.0), 0.0]] * 2),
+    )
+    pred = layers.decode(raw, GRID)
+    torch.testing.assert_close(pred.boxes, torch.tensor([[0.6, 0.15, 0.2, 0.1], [0.3, 0.7, 0.4, 0.2]]))
+    torch.testing.assert_close(pred.points[0], torch.tensor([[0.5, 0.2], [0.65, 0.15]]))
+    torch.testing.assert_close(pred.visibility, torch.tensor([[3.0, -3.0]] * 2))
+
+
+def test_boxes_have_no_gradient_from_points_and_a_largest_size() -> None:
+    boxes = torch.zeros(2, 4, requires_grad=True)
+    points = torch.ones(2, 6, requires_grad=True)
+    pred = PoseLayers(8, 1, 2).decode(RawPoses(points, torch.zeros(2, 1), boxes), GRID)
+    pred.points.sum().backward(retain_graph=True)
+    assert boxes.grad is None
+    assert (points.grad[:, :4] != 0).all()
+    pred.boxes.sum().backward()
+    assert (boxes.grad != 0).all()
+    huge = PoseLayers(8, 1, 2).decode(RawPoses(points, torch.zeros(2, 1), boxes.detach() + 99), GRID)
+    torch.testing.assert_close(huge.boxes[:, 2], GRID.sizes * math.exp(MAX_LOG_SCALE))
+
+
+def test_minimal_boxes_are_drawn_around_the_points() -> None:
+    layers = PointLayers(8, 3)
+    raw = RawPoints(torch.tensor([[-1.0, 0.0, 3.0, 2.0, 1.0, 1.0, 0.0, 0.0, math.log(3.0)]] * 2))
+    pred = layers.decode(raw, GRID)
+    torch.testing.assert_close(pred.points[0], torch.tensor([[0.4, 0.25], [0.8, 0.45], [0.6, 0.35]]))
+    torch.testing.assert_close(pred.boxes[0], torch.tensor([0.6, 0.35, 0.4, 0.2]))
+    torch.testing.assert_close(layers.score_logits(raw).sigmoid(), torch.full((2, 1), (0.5 + 0.5 + 0.75) / 3))
+
+
+def test_raw_numbers_are_taken_together() -> None:
+    raw = RawPoses(torch.rand(2, 5, 6), torch.rand(2, 5, 1), torch.rand(2, 5, 4))
+    index = (torch.tensor([[1], [0]]), torch.tensor([[4, 2], [0, 3]]))
+    taken = raw_at(raw, index)
+    assert isinstance(taken, RawPoses)
+    assert all(torch.equal(part[1, 0], whole[0, 0]) for part, whole in zip(taken, raw))
+    assert all(torch.equal(part[0, 1], whole[1, 2]) for part, whole in zip(taken, raw))
