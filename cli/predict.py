@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
+from mvision.machine import InferencePrecisionOption
+from mvision.machine import InferencePrecisionOption
 
 UNIT = click.FloatRange(0, 1)
 
@@ -20,7 +22,7 @@ UNIT = click.FloatRange(0, 1)
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
 @click.option(
     "--precision",
-    type=OneOf(["auto", "fp32", "bf16"]),
+    type=OneOf(get_args(InferencePrecisionOption)),
     default="auto",
     show_default=True,
     metavar="P",
@@ -33,7 +35,7 @@ def predict(
     weights: str | None,
     threshold: float,
     output: Path | None,
-    precision: Literal["auto", "fp32", "bf16"],
+    precision: InferencePrecisionOption,
     device: str | None,
 ) -> None:
     """Find objects in every SOURCE: an image, a folder, a glob, a video or a camera's number.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import get_args
 
 import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
+from mvision.machine import InferencePrecisionOption
+from mvision.machine import InferencePrecisionOption
 
 
 @click.command(short_help="Evaluate weights: the COCO table and AP by class.")
@@ -20,7 +22,7 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
 @click.option(
     "--precision",
-    type=OneOf(["auto", "fp32", "bf16"]),
+    type=OneOf(get_args(InferencePrecisionOption)),
     metavar="P",
     help="Compute as predict does: auto, fp32 or bf16.  [default: as in training]",
 )
@@ -33,7 +35,7 @@ def val(
     output: Path | None,
     batch_size: int | None,
     workers: int | None,
-    precision: Literal["auto", "fp32", "bf16"] | None,
+    precision: InferencePrecisionOption | None,
     device: str | None,
 ) -> None:
     """Evaluate weights on a split of the data: the COCO table and AP of every class.
