@@ -9,7 +9,6 @@ import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
 from mvision.machine import InferencePrecisionOption
-from mvision.machine import InferencePrecisionOption
 
 UNIT = click.FloatRange(0, 1)
 

@@ -9,7 +9,6 @@ import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
 from mvision.machine import InferencePrecisionOption
-from mvision.machine import InferencePrecisionOption
 
 
 @click.command(short_help="Evaluate weights: the COCO table and AP by class.")
