@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -17,6 +18,7 @@ from mvision.cli.options import (
     device_option,
 )
 from mvision.heads import known_tasks
+from mvision.machine import PrecisionOption
 
 TASKS = known_tasks()
 
@@ -47,7 +49,7 @@ TASKS = known_tasks()
 @device_option
 @click.option(
     "--precision",
-    type=OneOf(["auto", "fp32", "bf16", "fp16"]),
+    type=OneOf(get_args(PrecisionOption)),
     metavar="P",
     help="fp32, bf16 or fp16.  [default: bf16 where the hardware has it]",
 )

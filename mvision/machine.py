@@ -1,4 +1,7 @@
-"""Facts about the machine that the program runs on: device, precision, cores, names, memory allocation."""
+"""Facts about the machine that the program runs on: device, precision, cores, names, memory allocation.
+
+torch is imported inside the functions: the command line and the processes that draw the built-in data do without it.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,13 @@ import ctypes
 import os
 import platform
 from pathlib import Path
-from typing import Literal
-
-import torch
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from mvision.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionOption = Literal["auto", "fp32", "bf16", "fp16"]
@@ -19,7 +23,6 @@ PrecisionOption = Literal["auto", "fp32", "bf16", "fp16"]
 InferencePrecision = Literal["fp32", "bf16"]
 InferencePrecisionOption = Literal["auto", "fp32", "bf16"]
 """Of prediction."""
-DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -28,6 +31,8 @@ def resolve_device(name: str | None) -> torch.device:
     Raises:
         UserError: the device cannot be used on this machine.
     """
+    import torch
+
     if name is None:
         has_mps = torch.backends.mps.is_available()
         return torch.device("cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu")
@@ -42,11 +47,20 @@ def resolve_device(name: str | None) -> torch.device:
 
 def resolve_precision(precision: PrecisionOption, device: torch.device) -> Precision:
     """``auto`` is bf16 on hardware that computes in it, else fp16 on other CUDA GPUs and fp32 everywhere else."""
+    import torch
+
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def torch_dtype(precision: Precision) -> torch.dtype:
+    """torch's type of a precision."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 def cpu_has_bf16() -> bool:
@@ -80,6 +94,8 @@ def cpu_name() -> str:
 
 def device_name(device: torch.device) -> str:
     """The name of a GPU, or of the processor."""
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
@@ -105,6 +121,8 @@ def channels_last_is_safe(model: nn.Module, device: torch.device) -> bool:
     On a CPU, torch 2.14 computes the weight gradient of a strided 1x1 convolution with at most 4 input channels (the
     first layer of RepVGG and MobileOne) with a float32 kernel that writes beyond the end of its memory.
     """
+    from torch import nn
+
     return device.type != "cpu" or not any(
         isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels <= 4
         for m in model.modules()

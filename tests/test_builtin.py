@@ -68,7 +68,7 @@ def test_files_are_the_same_whatever_the_number_of_processes(tmp_path: Path, mon
     monkeypatch.setattr(drawing, "_start", lambda *args, start=drawing._start: starts.append(1) or start(*args))
     contents = []
     for cores in (1, 3):
-        monkeypatch.setattr(drawing, "_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(drawing, "cores", lambda cores=cores: cores)
         target = tmp_path / str(cores)
         target.mkdir()
         generate_builtin(target, train=9, val=4, seed=1)
@@ -81,7 +81,7 @@ def test_files_are_the_same_whatever_the_number_of_processes(tmp_path: Path, mon
 @pytest.mark.parametrize("program", ["raise SystemExit(1)", "print('{', flush=True, end='')"])
 def test_a_process_that_dies_costs_time_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str):
     monkeypatch.setattr(drawing, "_WORTH_A_PROCESS", 1)
-    monkeypatch.setattr(drawing, "_cores", lambda: 2)
+    monkeypatch.setattr(drawing, "cores", lambda: 2)
     monkeypatch.setattr(drawing, "_WORKER", program)
     folder = ensure_builtin(tmp_path, train=2, val=1)
     assert len(list((folder / "images").iterdir())) == 3
@@ -382,7 +382,7 @@ def test_no_process_goes_on_drawing_after_an_error_of_the_caller(tmp_path: Path,
         raise ValueError("stop")
 
     workers = []
-    monkeypatch.setattr(drawing, "_cores", lambda: 2)
+    monkeypatch.setattr(drawing, "cores", lambda: 2)
     monkeypatch.setattr(drawing, "_start", lambda *a, start=drawing._start: workers.append(start(*a)) or workers[-1])
     with pytest.raises(ValueError, match="stop") as caught:
         ensure_builtin(tmp_path, train=400, val=1, progress=stop)

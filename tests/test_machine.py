@@ -101,7 +101,6 @@ def test_networks_that_crash_in_channels_last_are_recognised() -> None:
 
 
 def test_commands_offer_the_precisions_that_there_are() -> None:
-    """The command line repeats the names, because importing them would import torch."""
     for command, precision in (
         ("train", set(get_args(machine.PrecisionOption))),
         ("predict", set(get_args(machine.InferencePrecisionOption))),
@@ -110,4 +109,6 @@ def test_commands_offer_the_precisions_that_there_are() -> None:
         option = next(p for p in cli.commands[command].params if p.name == "precision")
         assert isinstance(option.type, click.Choice)
         assert set(option.type.choices) == precision
-    assert set(machine.DTYPES) == set(get_args(machine.Precision))
+    for name, size in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
+        assert machine.torch_dtype(name).itemsize == size
+    assert machine.torch_dtype("bf16") != machine.torch_dtype("fp16")

@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 
 from mvision.builtin.scene import generate_image
+from mvision.machine import cores
 
 Job = tuple[str, int]  # split, index
 _JPEG_QUALITY = 88
@@ -34,7 +35,7 @@ def draw_all(folder: Path, seed: int, train: int, val: int) -> Generator[tuple[s
         OSError: a file can't be written.
     """
     jobs = list_jobs(train, val)
-    count = min(_cores(), _MAX_PROCESSES, len(jobs) // _WORTH_A_PROCESS)
+    count = min(cores() if _can_start_processes() else 1, _MAX_PROCESSES, len(jobs) // _WORTH_A_PROCESS)
     workers: list[subprocess.Popen[str] | None] = []
     try:
         for first in range(count if count > 1 else 0):
@@ -93,10 +94,6 @@ def _next_line(worker: subprocess.Popen[str] | None) -> str:
     return worker.stdout.readline() if worker is not None and worker.stdout is not None else ""
 
 
-def _cores() -> int:
-    """Cores this process may use; none to spare where there is no interpreter to start (a frozen program)."""
-    if not sys.executable or getattr(sys, "frozen", False):
-        return 1
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+def _can_start_processes() -> bool:
+    """Not where there is no interpreter to start (a frozen program)."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)

@@ -14,7 +14,7 @@ from mvision.deploy.exported import is_exported
 from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated, Validation, evaluate_all, make_metrics, tables
-from mvision.machine import DTYPES, InferencePrecisionOption, keep_freed_memory, resolve_device, resolve_precision
+from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device, resolve_precision, torch_dtype
 from mvision.storage.atomic import write_text
 from mvision.weights import load
 
@@ -74,7 +74,7 @@ def validate(
     ]
     trained_in = resolve_precision(run.train.precision if run is not None else "auto", chosen)
     autocast = "fp32" if runtime is not None else trained_in
-    with torch.autocast(chosen.type, DTYPES[autocast], enabled=autocast != "fp32"):
+    with torch.autocast(chosen.type, torch_dtype(autocast), enabled=autocast != "fp32"):
         metrics = evaluate_all(model, validation)
     if output is not None:
         write_text(output / METRICS, json.dumps(metrics, indent=2) + "\n")

@@ -8,7 +8,7 @@ import torch
 
 from mvision.compat import has_packed_convolutions
 from mvision.deploy.packed import pack
-from mvision.machine import DTYPES, InferencePrecision
+from mvision.machine import InferencePrecision, torch_dtype
 from mvision.model import Model
 
 PRECISIONS: tuple[InferencePrecision, ...] = get_args(InferencePrecision)
@@ -25,6 +25,6 @@ def prepare(model: Model, precision: InferencePrecision = "fp32", packed: bool =
             does the same itself.
     """
     model.fuse().eval().requires_grad_(False)
-    model.to(DTYPES[precision])
+    model.to(torch_dtype(precision))
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return pack(model) if packed and model.device.type == "cpu" and has_packed_convolutions() else model
