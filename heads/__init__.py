@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any
 
-from mvision.errors import UserError
+from mvision.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from mvision.heads.base import Head
@@ -51,14 +51,14 @@ def head_class(task: str, settings: Mapping[str, Any] | Settings | None = None) 
     if task not in HEADS:
         outside = _outside()
         if task not in outside:
-            raise UserError(f"unknown task '{task}': choose one of {', '.join(known_tasks())}")
+            raise UserError(f"unknown task '{task}': {did_you_mean(task, known_tasks())}")
         return outside[task].load()
     path = HEADS[task]
     if not isinstance(path, str):
         given = settings.get("kind") if isinstance(settings, Mapping) else getattr(settings, "kind", None)
         kind = given or next(iter(path))
         if kind not in path:
-            raise UserError(f"model.heads.{task}.kind: {kind!r} is unknown; choose one of {', '.join(path)}")
+            raise UserError(f"model.heads.{task}.kind: {kind!r} is unknown; {did_you_mean(str(kind), path)}")
         path = path[kind]
     module, _, name = path.partition(":")
     return getattr(import_module(module), name)
