@@ -54,7 +54,7 @@ def build(name: str) -> Model:
     """A shipped model for people with COCO's 17 points, ready for inference."""
     torch.manual_seed(0)
     model = create_model(name, ["keypoints"], categories=[PERSON])
-    # The norms need statistics of a batch: with random weights and without them, activations shrink to denormal numbers,
+    # The norms need the statistics of a batch: without these, activations of random weights shrink to denormal numbers,
     # which are slow on CPUs.
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):

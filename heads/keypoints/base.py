@@ -233,7 +233,7 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         all_scores = self.scores(outputs)
         scores, index = all_scores.flatten(1).topk(all_scores.shape[1], dim=1)
         corners = cxcywh_to_xyxy(outputs["boxes"].float()).clamp(0, 1)
-        # Labelled points lie in the image: moving a predicted point from outside to the border can only be nearer.
+        # Labelled points lie in the image, so moving predicted points into it cannot take them further away from these.
         points = torch.cat((outputs["keypoints"].float().clamp(0, 1), visibility[..., None]), -1)
         return [
             self._instances(corners[image], points[image], scores[image, keep], index[image, keep], size)

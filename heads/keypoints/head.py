@@ -61,8 +61,6 @@ class KeypointHead(BaseKeypointHead[KeypointConfig]):
 
     Config = KeypointConfig
 
-    all_labels: Tensor  # (categories,) int64, 0, 1, ...; a non-persistent buffer
-
     def __init__(
         self,
         config: KeypointConfig,
@@ -77,7 +75,6 @@ class KeypointHead(BaseKeypointHead[KeypointConfig]):
         if config.pixel_dim:
             sizes = (config.pixel_dim, config.map_dim, config.embed_dim, self.num_points)
             self.maps = Heatmaps(channels, strides, lateral, *sizes)
-        self.register_buffer("all_labels", torch.arange(len(categories)), persistent=False)
 
     @classmethod
     def lateral_stride(cls, config: KeypointConfig) -> int | None:
@@ -91,7 +88,10 @@ class KeypointHead(BaseKeypointHead[KeypointConfig]):
 
     def branch_classes(self, branch: Branch) -> tuple[Tensor, Tensor]:
         """All classes for the one-to-many layers, see ``new_last_layers``."""
-        return (self.all_labels, self.all_labels) if branch == "one2many" else super().branch_classes(branch)
+        if branch == "one2one":
+            return super().branch_classes(branch)
+        all_labels = torch.arange(len(self.categories), device=self.class_labels.device)
+        return all_labels, all_labels
 
     def forward(
         self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 from torch import Tensor
@@ -12,7 +11,7 @@ from mvision.heads.keypoints.base import BaseKeypointHead, Branch, KeypointOutpu
 from mvision.heads.keypoints.grid import PointLayers, RawPoints
 from mvision.heads.keypoints.losses import Assignment, ignored_grid_points, point_terms, score_target
 from mvision.heads.query.matching import mean_over_processes
-from mvision.structures import Category, Targets
+from mvision.structures import Targets
 
 
 class MinimalKeypointConfig(KeypointSettings):
@@ -33,25 +32,14 @@ class MinimalKeypointHead(BaseKeypointHead[MinimalKeypointConfig]):
 
     Config = MinimalKeypointConfig
 
-    def __init__(
-        self,
-        config: MinimalKeypointConfig,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        categories: list[Category],
-        lateral: int | None = None,
-    ) -> None:
-        classes = self.predicted(categories)
-        if len(classes) > 1:
-            names = ", ".join(category.name for category in classes[:5])
-            raise UserError(
-                f"model.heads.keypoints.kind: minimal has no scores for classes, and {len(classes)} have keypoints "
-                f"({names}); use dense"
-            )
-        super().__init__(config, channels, strides, categories, lateral)
-
     def new_last_layers(self, branch: Branch) -> PointLayers:
         """The same for both branches."""
+        if len(self.classes) > 1:
+            names = ", ".join(category.name for category in self.classes[:5])
+            raise UserError(
+                "model.heads.keypoints.kind: minimal has no scores for classes, and "
+                f"{len(self.classes)} have keypoints ({names}); use dense"
+            )
         return PointLayers(self.config.embed_dim, self.num_points)
 
     def forward(
