@@ -1,4 +1,4 @@
-"""A run's folder: where it is, what is in it, and how it is written so that nothing is ever half there."""
+"""A run's folder: its place, its files, and writing them so that a kill at any moment leaves complete ones."""
 
 from __future__ import annotations
 
@@ -15,14 +15,18 @@ BEST = "best.safetensors"
 
 
 class RunFolder:
-    """``runs/TASK/N`` with the files that product users rely on (see the README, "What a run leaves")."""
+    """``runs/TASK/N`` with the files that the README lists under "What a run leaves"."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     @classmethod
     def create(cls, output: Path | None, tasks: list[str]) -> RunFolder:
-        """``output``, or the next free number under ``runs/TASK``; UserError if it cannot be written or is in use."""
+        """A new folder: ``output``, or the next free number under ``runs/TASK``.
+
+        Raises:
+            UserError: the folder cannot be created, or ``output`` is not empty.
+        """
         try:
             if output is not None:
                 if output.exists() and any(output.iterdir()):
@@ -46,13 +50,14 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path) -> RunFolder:
-        """An existing run that can go on."""
-        if not (path / STATE / "progress.json").is_file():
-            raise UserError(f"--resume {path}: no saved state in {path / STATE}; it appears after the first epoch")
-        return cls(path)
+        """The folder of a run that can be continued; UserError if it has no saved state."""
+        run = cls(path)
+        if not (run.state() / "progress.json").is_file():
+            raise UserError(f"--resume {path}: no saved state in {path / STATE}; it is saved after the first epoch")
+        return run
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a small file whole or not at all."""
+        """Write a file of the run, see ``mvision.storage.atomic``."""
         write_text(self.path / name, text)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -68,12 +73,12 @@ class RunFolder:
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
     def cut_records(self, epoch: int) -> None:
-        """Forget epochs from ``epoch`` on: a run resumed from an earlier state writes them again."""
+        """Remove the lines of the epochs from ``epoch`` on: a run that is resumed trains these epochs again."""
         kept = [record for record in self.records() if record["epoch"] < epoch]
         self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
     def replace_state(self, fresh: Path) -> None:
-        """Make ``fresh`` the run's ``last/``; a kill in between leaves one of the two complete."""
+        """Make the folder ``fresh`` the run's saved state; after a kill the old or the new one is there."""
         state, old = self.path / STATE, self.path / f".{STATE}.old"
         shutil.rmtree(old, ignore_errors=True)
         if state.exists():
@@ -82,7 +87,7 @@ class RunFolder:
         shutil.rmtree(old, ignore_errors=True)
 
     def state(self) -> Path:
-        """The complete saved state (the previous one, should a kill have hit between the two renames)."""
+        """The folder of the saved state, which is the previous one after a kill between the two renames."""
         old = self.path / f".{STATE}.old"
         if not (self.path / STATE).exists() and old.exists():
             old.replace(self.path / STATE)

@@ -27,10 +27,10 @@ from mvision.model import Model
 from mvision.neck.layers import ConvNorm
 from mvision.storage.atomic import whole_file
 from mvision.storage.hub import cache_only_if_unreachable, download_problem
+from mvision.storage.run_folder import BEST
 from mvision.weights.rtdetr import read_published
 from mvision.weights.transfer import transfer
 
-BEST = "best.safetensors"
 PUBLISHED = "model.safetensors"
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
 FORMS = "a run's folder, a .safetensors file, a folder with config.json and model.safetensors, or a Hub id"
