@@ -24,7 +24,7 @@ def _decoder(config=SMALL, **options):
     return decoder
 
 
-def test_anchors_sit_on_cells_and_double_per_level():
+def test_anchors_are_centred_on_tokens_and_double_per_level():
     anchors, valid = make_anchors([(40, 40), (2, 2)], torch.device("cpu"), torch.float64)
     boxes = anchors.sigmoid()[0]
     torch.testing.assert_close(boxes[41], torch.tensor([1.5 / 40, 1.5 / 40, 0.05, 0.05], dtype=torch.float64))
@@ -32,11 +32,23 @@ def test_anchors_sit_on_cells_and_double_per_level():
     assert valid.all()
 
 
-def test_cells_at_the_very_border_are_switched_off():
-    anchors, valid = make_anchors([(100, 100)], torch.device("cpu"), torch.float32)
-    assert not valid[0, 0]
-    assert valid[0, 101]
-    assert (anchors[0, 0] == torch.finfo(torch.float32).max).all()
+def test_tokens_at_the_border_have_no_anchor():
+    anchors, valid = make_anchors([(80, 80), (40, 40), (20, 20)], torch.device("cpu"), torch.float32)
+    border = torch.ones(80, 80, dtype=torch.bool)
+    border[1:-1, 1:-1] = False
+    assert torch.equal(valid[0, :6400, 0], ~border.flatten())
+    assert valid[0, 6400:].all()
+    assert (anchors[0, ~valid[0, :, 0]] == torch.finfo(torch.float32).max).all()
+
+
+def test_tokens_at_the_border_are_selected_without_their_features():
+    decoder = _decoder(SMALL.model_copy(update={"num_queries": 420})).eval()
+    decoded = decoder(_maps(1, sizes=((4, 80), (2, 40))))  # all tokens are queries; eight lie at the border
+    nothing = decoder.memory_class(decoder.memory_proj(torch.zeros(32)))
+    same = torch.isclose(decoded.encoder_logits[0], nothing, atol=1e-6).all(-1)
+    at_border = (decoded.encoder_boxes[0] == 1).all(-1)
+    assert same.sum() == 8
+    assert torch.equal(same, at_border)
 
 
 def test_inference_returns_the_last_layer_alone_and_equals_training():
@@ -49,12 +61,12 @@ def test_inference_returns_the_last_layer_alone_and_equals_training():
     torch.testing.assert_close(last.boxes[0], every.boxes[-1])
 
 
-def test_selected_cells_have_the_best_scores_and_their_own_boxes():
+def test_selected_tokens_have_the_best_scores_and_their_own_boxes():
     decoder = _decoder().eval()
     maps = _maps()
     few = decoder(maps)
     decoder.config = SMALL.model_copy(update={"num_queries": 60})
-    every = decoder(maps)  # all cells, best first
+    every = decoder(maps)  # all tokens, best first
     scores = every.encoder_logits.amax(-1)
     assert (scores[:, :-1] >= scores[:, 1:]).all()
     torch.testing.assert_close(few.encoder_logits, every.encoder_logits[:, :9])
@@ -70,7 +82,7 @@ def test_dense_predictions_have_heads_of_their_own_and_training_alone_has_them()
     assert dense.boxes.shape == (2, 60, 4)
     (dense.logits.sum() + dense.boxes.sum()).backward()
     assert decoder.memory_class.weight.grad is None
-    # The box head starts at zero: every cell predicts its anchor.
+    # The box head starts at zero: every token predicts its anchor.
     torch.testing.assert_close(dense.boxes, dense.anchors.expand(2, -1, -1))
     assert _decoder()(maps, every_layer=True).dense is None
 
@@ -96,13 +108,13 @@ def test_number_of_queries_is_free_after_training():
     assert few.shape[1] == 9
     assert many.shape[1] == 30
     decoder.config = SMALL.model_copy(update={"num_queries": 500})
-    assert decoder(maps).boxes[-1].shape[1] == 60  # no more than there are cells
+    assert decoder(maps).boxes[-1].shape[1] == 60  # no more than there are tokens
 
 
 def test_denoising_queries_do_not_change_the_others():
     decoder = _decoder(num_denoising=10)
-    truth = pad_targets(make_targets(2, 1), torch.device("cpu"))
-    noisy = make_denoising(truth, 5, 9, 10, 0.5, 1.0)
+    padded = pad_targets(make_targets(2, 1), torch.device("cpu"))
+    noisy = make_denoising(padded, 5, 9, 10, 0.5, 1.0)
     maps = _maps()
     with_noise, without = decoder(maps, noisy, every_layer=True), decoder(maps, every_layer=True)
     split = noisy.labels.shape[1]
@@ -129,6 +141,6 @@ def test_boxes_stay_in_float32_under_autocast():
 
 
 def test_denoising_needs_its_embedding():
-    truth = pad_targets(make_targets(1), torch.device("cpu"))
+    padded = pad_targets(make_targets(1), torch.device("cpu"))
     with pytest.raises(ValueError, match="num_denoising > 0"):
-        _decoder()(_maps(1), make_denoising(truth, 5, 9, 10, 0.5, 1.0))
+        _decoder()(_maps(1), make_denoising(padded, 5, 9, 10, 0.5, 1.0))

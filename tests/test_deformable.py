@@ -1,4 +1,4 @@
-"""Deformable attention: the ways of sampling, against each other and against a plain loop."""
+"""Deformable attention: its implementations of sampling, against each other and against a plain loop."""
 
 import pytest
 import torch
@@ -14,12 +14,12 @@ from mvision.heads.query.deformable import (
 )
 
 SHAPES = [(5, 7), (3, 4)]
-CELLS = 5 * 7 + 3 * 4
+TOKENS = 5 * 7 + 3 * 4
 
 
 def _inputs(dtype=torch.float64, reach=1.4):
     torch.manual_seed(0)
-    value = torch.randn(2, CELLS, 3, 4, dtype=dtype)
+    value = torch.randn(2, TOKENS, 3, 4, dtype=dtype)
     # Some points lie outside of the image on every side.
     locations = torch.rand(2, 6, 3, len(SHAPES) * 2, 2, dtype=dtype) * reach - (reach - 1) / 2
     weights = torch.rand(2, 6, 3, len(SHAPES) * 2, dtype=dtype)
@@ -64,7 +64,7 @@ def test_training_in_bf16_takes_the_matrix_unless_it_is_too_large(monkeypatch):
     value, locations, _ = _inputs(torch.float32)
     assert deformable._matrix_is_faster(value.bfloat16(), locations)
     assert not deformable._matrix_is_faster(value, locations)
-    monkeypatch.setattr(deformable, "MATRIX_ELEMENTS", 2 * 3 * 6 * CELLS - 1)
+    monkeypatch.setattr(deformable, "MATRIX_ELEMENTS", 2 * 3 * 6 * TOKENS - 1)
     assert not deformable._matrix_is_faster(value.bfloat16(), locations)
 
 
@@ -76,7 +76,7 @@ def test_sampling_in_bf16_is_finite_and_close(sample):
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
 
 
-def test_nearest_sampling_takes_the_cell_under_the_point():
+def test_nearest_sampling_takes_the_token_under_the_point():
     value, _, _ = _inputs()
     locations = torch.zeros(2, 1, 3, 2, 2, dtype=torch.float64)
     locations[..., 0, :] = torch.tensor([2.2 / 7, 3.1 / 5])  # finest level: column 2, row 3
@@ -90,7 +90,7 @@ def test_training_and_inference_agree():
     torch.manual_seed(0)
     attention = DeformableAttention(12, 3, 2, 4)
     torch.nn.init.normal_(attention.sampling_offsets.weight)
-    queries, memory = torch.randn(2, 6, 12), torch.randn(2, CELLS, 12)
+    queries, memory = torch.randn(2, 6, 12), torch.randn(2, TOKENS, 12)
     references = torch.rand(2, 6, 4)
     with_gradient = attention(queries, references, memory, SHAPES)
     with torch.no_grad():

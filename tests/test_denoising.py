@@ -9,14 +9,14 @@ from tests.test_matching import make_targets
 
 
 def _make(*counts, **settings):
-    truth = pad_targets(make_targets(*counts), torch.device("cpu"))
+    gt = pad_targets(make_targets(*counts), torch.device("cpu"))
     options = {"num_classes": 3, "num_queries": 7, "num_denoising": 12, "label_noise": 0.5, "box_noise": 1.0}
-    return truth, make_denoising(truth, **{**options, **settings})
+    return gt, make_denoising(gt, **{**options, **settings})
 
 
 def test_groups_hold_a_positive_and_a_negative_of_every_object():
-    truth, noisy = _make(3, 1)
-    assert noisy.groups == 4  # 12 wished, 3 objects in the fullest image
+    gt, noisy = _make(3, 1)
+    assert noisy.groups == 4  # 12 intended, 3 objects in the fullest image
     assert noisy.labels.shape == (2, 4 * 2 * 3)
     per_group = noisy.assignment.view(2, 4, 2, 3)
     assert (per_group[0, :, 0] == torch.arange(3)).all()
@@ -28,11 +28,9 @@ def test_groups_hold_a_positive_and_a_negative_of_every_object():
 
 def test_positives_stay_nearer_than_negatives():
     torch.manual_seed(0)
-    truth, noisy = _make(4, num_denoising=400)
-    half = truth.boxes[:, None, None, :, 2:].repeat(1, 1, 1, 1, 2) / 2
-    moved = (
-        cxcywh_to_xyxy(noisy.boxes.view(1, 100, 2, 4, 4)) - cxcywh_to_xyxy(truth.boxes)[:, None, None]
-    ).abs() / half
+    gt, noisy = _make(4, num_denoising=400)
+    half = gt.boxes[:, None, None, :, 2:].repeat(1, 1, 1, 1, 2) / 2
+    moved = (cxcywh_to_xyxy(noisy.boxes.view(1, 100, 2, 4, 4)) - cxcywh_to_xyxy(gt.boxes)[:, None, None]).abs() / half
     assert moved[:, :, 0].max() <= 1 + 1e-4
     assert moved[:, :, 1].median() > 1  # one to two half sides, where the image's border does not clip
     assert ((noisy.boxes >= 0) & (noisy.boxes <= 1)).all()
@@ -40,19 +38,19 @@ def test_positives_stay_nearer_than_negatives():
 
 def test_label_noise_changes_half_of_its_share_to_random_classes():
     torch.manual_seed(0)
-    truth, noisy = _make(4, num_denoising=8000)
-    changed = (noisy.labels.view(1, -1, 4) != truth.labels[:, None]).float().mean().item()
+    gt, noisy = _make(4, num_denoising=8000)
+    changed = (noisy.labels.view(1, -1, 4) != gt.labels[:, None]).float().mean().item()
     assert abs(changed - 0.5 * 0.5 * 2 / 3) < 0.02  # a third of the random classes is the old one
     _, clean = _make(4, label_noise=0.0)
-    assert (clean.labels.view(1, -1, 4) == truth.labels[:, None]).all()
+    assert (clean.labels.view(1, -1, 4) == gt.labels[:, None]).all()
 
 
-def test_nobody_sees_the_answers():
+def test_queries_attend_to_no_ground_truth_of_others():
     _, noisy = _make(3)
     size, group = noisy.labels.shape[1], 6
     mask = noisy.mask
     assert mask.shape == (size + 7, size + 7)
-    assert not mask[size:, :size].any()  # ordinary queries do not see denoising queries
+    assert not mask[size:, :size].any()  # selected queries do not attend to denoising queries
     assert mask[:, size:].all()
     blocks = mask[:size, :size].view(size // group, group, size // group, group)
     for row in range(size // group):
@@ -60,10 +58,10 @@ def test_nobody_sees_the_answers():
             assert (blocks[row, :, column] == (row == column)).all()
 
 
-def test_no_objects_or_no_wish_give_none():
+def test_without_objects_or_switched_off_there_is_none():
     assert _make(0, 0)[1] is None
     assert _make(3, num_denoising=0)[1] is None
 
 
-def test_more_objects_than_wished_still_give_one_group():
+def test_more_objects_than_intended_still_give_one_group():
     assert _make(5, num_denoising=2)[1].groups == 1

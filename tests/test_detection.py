@@ -52,6 +52,14 @@ def test_postprocess_gives_the_best_pairs_in_pixels():
     )
 
 
+def test_a_score_equal_to_the_threshold_is_kept():
+    head = make_head("detection", num_queries=2)
+    logits = torch.tensor([[[0.0, -9.0, -9.0], [-1e-3, -9.0, -9.0]]])  # probabilities 0.5 and a little less
+    boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]]])
+    (kept,) = head.postprocess({"logits": logits, "boxes": boxes}, [(100, 100)], threshold=0.5)
+    assert kept.scores.tolist() == [0.5]
+
+
 def test_duplicates_can_be_dropped():
     logits = torch.tensor([[[2.0, -9.0, -9.0], [1.0, -9.0, -9.0], [-9.0, 0.5, -9.0], [0.2, -9.0, -9.0]]])
     boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.4, 0.36], [0.5, 0.5, 0.4, 0.36], [0.5, 0.5, 0.4, 0.2]]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,82 @@ def test_a_batch_that_lacks_labels_trains_what_it_has_and_touches_the_rest(masks
     assert "heads.instance-seg.decoder.memory_class" in moved
 
 
+def gradients_by_part(model: Model, tasks: frozenset[str] | None) -> dict[str, float]:
+    """Largest gradient of the parts of a joint model, for images that are labelled for these tasks."""
+    targets = [replace(target, tasks=tasks) for target in make_targets()]
+    model.zero_grad()
+    terms = model.loss(model(torch.rand(2, 3, 64, 96), targets), targets)
+    torch.stack([value.float() for value in terms.values()]).sum().backward()
+    parts = {
+        "boxes": "heads.instance-seg.decoder",
+        "masks": "heads.instance-seg.mask_embed",
+        "keypoints": "heads.keypoints",
+        "backbone": "backbone",
+    }
+    return {
+        part: max(p.grad.abs().max().item() for name, p in model.named_parameters() if name.startswith(prefix))
+        for part, prefix in parts.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("tasks", "trained"),
+    [
+        (None, {"boxes", "masks", "keypoints", "backbone"}),
+        ({"detection"}, {"boxes", "backbone"}),
+        ({"instance-seg"}, {"boxes", "masks", "backbone"}),
+        ({"keypoints"}, {"keypoints", "backbone"}),
+        ({"detection", "keypoints"}, {"boxes", "keypoints", "backbone"}),
+        ({"semantic-seg"}, set()),
+    ],
+)
+def test_an_image_trains_the_heads_of_its_tasks_alone(tasks: set[str] | None, trained: set[str]) -> None:
+    """Everything is labelled in the images; ``Targets.tasks`` excludes what is not to be used."""
+    gradients = gradients_by_part(make_model(TASKS), None if tasks is None else frozenset(tasks))
+    assert {part for part, value in gradients.items() if value > 0} == trained
+
+
+def test_each_image_of_a_batch_has_its_own_tasks() -> None:
+    model, (target, _) = make_model(TASKS), make_targets()
+    batch = [replace(target, tasks=frozenset({task})) for task in ("detection", "keypoints")]
+    first, second = model._labels_for("instance-seg", batch)
+    assert (len(first), first.masks, first.keypoints) == (2, None, None)
+    assert len(second) == 0
+    first, second = model._labels_for("keypoints", batch)
+    assert len(first) == 0
+    assert torch.equal(second.keypoints, target.keypoints)
+    assert model._labels_for("instance-seg", [target]) == [target]
+
+
+def test_an_object_above_the_threshold_gets_a_pose_below_it() -> None:
+    model = make_model(["detection", "keypoints"])
+    asked = {}
+
+    def results(task: str, instances: Instances) -> None:
+        def postprocess(outputs: object, sizes: object, threshold: float) -> list[Instances]:
+            asked[task] = threshold
+            return [instances.filter(instances.scores >= threshold)]
+
+        model.heads[task].postprocess = postprocess
+
+    results("detection", found([A, C], [0.9, 0.4], [1, 1]))
+    results("keypoints", poses([B], [0.2]))
+    (merged,) = model.postprocess({"detection": {}, "keypoints": {}}, [(100, 100)], threshold=0.5)
+    assert asked == {"detection": 0.5, "keypoints": 0.0}
+    assert len(merged) == 1
+    assert merged.keypoints is not None
+    assert merged.keypoints[0].any()
+
+
+def test_metrics_of_included_tasks_are_reported_once() -> None:
+    from mvision.evaluation import BoxMetric, MaskMetric
+
+    joint, alone = make_model(["detection", "instance-seg"]), make_model(["instance-seg"])
+    assert joint.evaluators("instance-seg") == [MaskMetric]
+    assert joint.evaluators("detection") == [BoxMetric]
+    assert alone.evaluators("instance-seg") == [MaskMetric, BoxMetric]
+
+
 def found(boxes: list[list[float]], scores: list[float], labels: list[int], **more: np.ndarray) -> Instances:
     return Instances(
         boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
@@ -252,7 +329,7 @@ def test_train_evaluate_and_predict_with_half_of_the_labels_missing(squares: Pat
 
 
 def test_weights_of_tasks(squares: Path, tmp_path: Path) -> None:
-    from mvision.engine.train import _total
+    from mvision.engine.epoch import _total
 
     def total(**settings: object) -> float:
         config = load_config("tiny", overrides={f"train.{key}": value for key, value in settings.items()}).train

@@ -47,11 +47,11 @@ def test_layers_are_independent():
     torch.manual_seed(0)
     logits, boxes = torch.randn(3, 2, 4, 2), torch.rand(3, 2, 4, 4)
     assignment = torch.tensor([[[0, 1, -1, -1], [-1] * 4], [[-1, 0, 1, -1], [-1] * 4], [[1, -1, -1, 0], [-1] * 4]])
-    truth = pad_targets(TARGETS, torch.device("cpu"))
-    together = set_losses(logits, boxes, assignment, truth)
+    gt = pad_targets(TARGETS, torch.device("cpu"))
+    together = set_losses(logits, boxes, assignment, gt)
     for layer in range(3):
         one = slice(layer, layer + 1)
-        alone = set_losses(logits[one], boxes[one], assignment[one], truth)
+        alone = set_losses(logits[one], boxes[one], assignment[one], gt)
         for name, value in together.items():
             torch.testing.assert_close(value[layer], alone[name][0])
 
@@ -69,9 +69,9 @@ def test_without_objects_losses_are_finite_and_differentiable():
 
 
 def test_a_given_total_takes_the_place_of_the_number_of_objects():
-    truth = pad_targets(TARGETS, torch.device("cpu"))
+    gt = pad_targets(TARGETS, torch.device("cpu"))
     logits, boxes = torch.randn(1, 2, 4, 2), torch.rand(1, 2, 4, 4)
     assignment = torch.tensor([[[0, 0, 1, -1], [-1] * 4]])
-    by_objects, by_tokens = (set_losses(logits, boxes, assignment, truth, total=total) for total in (None, 3.0))
+    by_objects, by_tokens = (set_losses(logits, boxes, assignment, gt, total=total) for total in (None, 3.0))
     for name, value in by_objects.items():
         torch.testing.assert_close(by_tokens[name], value * 2 / 3)

@@ -27,7 +27,7 @@ def _cost(logits, boxes, target):
     return 2 * focal + 5 * l1 - 2 * giou
 
 
-def test_matching_finds_the_cheapest_assignment_of_every_layer_and_image():
+def test_matching_is_the_cheapest_assignment_of_every_layer_and_image():
     torch.manual_seed(1)
     targets = make_targets(3, 0, 1)
     logits, boxes = torch.randn(2, 3, 5, 3), torch.rand(2, 3, 5, 4) * 0.5 + 0.2
@@ -42,8 +42,8 @@ def test_matching_finds_the_cheapest_assignment_of_every_layer_and_image():
         )
         matched = assignment[layer, image]
         assert sorted(matched[matched >= 0].tolist()) == list(range(count))
-        found = sum(cost[query, matched[query]].item() for query in range(5) if matched[query] >= 0)
-        assert abs(found - cheapest) < 1e-5
+        cost_of_match = sum(cost[query, matched[query]].item() for query in range(5) if matched[query] >= 0)
+        assert abs(cost_of_match - cheapest) < 1e-5
 
 
 def test_predictions_that_are_not_finite_are_matched_last():
@@ -78,7 +78,7 @@ def _one(*boxes, labels=None):
     return pad_targets([Targets(boxes=boxes, labels=labels, areas=boxes[:, 2] * boxes[:, 3])], torch.device("cpu"))
 
 
-def test_dense_assignment_takes_the_cells_around_the_middle_of_the_level_that_fits():
+def test_dense_assignment_takes_the_tokens_around_the_middle_of_the_level_that_fits():
     anchors = torch.cat((_anchors(16, 0.1), _anchors(8, 0.4)))
     assignment = anchor_assignment(anchors, _one([0.5, 0.5, 0.4, 0.4]), top_k=4)[0]
     positive = assignment >= 0
@@ -87,7 +87,7 @@ def test_dense_assignment_takes_the_cells_around_the_middle_of_the_level_that_fi
     assert ((anchors[positive, :2] - 0.5).abs() < 0.1).all()
 
 
-def test_cells_outside_of_the_object_are_never_taken():
+def test_tokens_outside_of_the_object_are_never_taken():
     anchors = _anchors(8, 0.3)
     assignment = anchor_assignment(anchors, _one([0.5, 0.5, 0.15, 0.15]), top_k=50)[0]
     centres = anchors[assignment >= 0, :2]
@@ -95,20 +95,20 @@ def test_cells_outside_of_the_object_are_never_taken():
     assert ((centres - 0.5).abs() < 0.075).all()
 
 
-def test_a_contested_cell_goes_to_the_smaller_object():
+def test_a_token_of_two_objects_goes_to_the_smaller_object():
     assignment = anchor_assignment(_anchors(1, 0.5), _one([0.5, 0.5, 0.9, 0.9], [0.5, 0.5, 0.3, 0.3]))
     assert assignment.item() == 1
 
 
-def test_an_object_smaller_than_a_cell_gets_the_nearest_one():
+def test_an_object_smaller_than_the_grid_gets_the_nearest_one():
     assignment = anchor_assignment(_anchors(4, 0.25), _one([0.501, 0.501, 0.001, 0.001]))
     assert (assignment >= 0).sum() == 1
 
 
 def test_dense_assignment_without_objects_or_with_padding():
     anchors = _anchors(4, 0.25)
-    truth = pad_targets(make_targets(0, 0), torch.device("cpu"))
-    assert (anchor_assignment(anchors, truth) == -1).all()
+    gt = pad_targets(make_targets(0, 0), torch.device("cpu"))
+    assert (anchor_assignment(anchors, gt) == -1).all()
     mixed = anchor_assignment(anchors, pad_targets(make_targets(0, 3), torch.device("cpu")))
     assert (mixed[0] == -1).all()
     assert set(mixed[1].tolist()) <= {-1, 0, 1, 2}

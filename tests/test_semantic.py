@@ -1,8 +1,10 @@
-"""Semantic segmentation: what is taught, what comes out, and mean IoU over pixels."""
+"""Semantic segmentation: the ground truth made from masks, predicted regions, and mean IoU over pixels."""
 
 from __future__ import annotations
 
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from mvision import UserError, load
-from mvision.config import load_config
+from mvision.config import load_config, parse_model_config
 from mvision.engine.train import train
 from mvision.evaluation.semantic import SemanticMetric
 from mvision.heads.semantic import IGNORED, SemanticHead, SemanticOutputs, class_map, likeliest_class
@@ -39,17 +41,45 @@ def test_smaller_objects_lie_on_larger_ones() -> None:
     assert class_map(make_target(), (8, 8)).eq(0).all()
 
 
-def test_the_box_of_an_object_without_mask_teaches_nothing() -> None:
+def test_the_box_of_an_object_without_mask_is_ignored() -> None:
     target = make_target((0.0, 0.0, 0.5, 0.5), (0.25, 0.25, 1.0, 1.0), masked=[False, True])
     gt = class_map(target, (8, 8))
     assert gt[0, 0] == IGNORED
-    assert gt[3, 3] == 2  # another object's mask is known there
+    assert gt[3, 3] == 2  # the mask of another object
     assert gt[0, 7] == 0
     target.masks = None
     assert class_map(target, (8, 8)).eq(IGNORED).all()
 
 
-def test_unknown_pixels_have_no_gradient() -> None:
+def test_pixels_without_an_object_are_ignored_unless_all_classes_are_labelled() -> None:
+    target = make_target((0.0, 0.0, 0.5, 0.5))
+    for labelled, elsewhere in ((None, 0), ([True, True], 0), ([True, False], IGNORED), ([False], IGNORED)):
+        target.labelled_classes = None if labelled is None else torch.tensor(labelled)
+        gt = class_map(target, (8, 8))
+        assert gt[0, 0] == 1
+        assert gt[7, 7] == elsewhere
+        empty = replace(make_target(), labelled_classes=target.labelled_classes)
+        assert class_map(empty, (8, 8)).eq(elsewhere).all()
+
+
+def test_weights_with_retired_settings_still_load() -> None:
+    old = {"dropout": 0.1, "focal_weight": 2.0, "dice_weight": 1.0, "gamma": 1.0, "embed_dim": 32}
+    heads = parse_model_config({"heads": {"semantic-seg": old}}).heads
+    assert heads["semantic-seg"] == SemanticHead.Config(embed_dim=32)
+    with pytest.raises(UserError, match=r"model.heads.semantic-seg.gamma: 2.0 is not supported any more"):
+        parse_model_config({"heads": {"semantic-seg": {"gamma": 2.0}}})
+
+
+def test_the_loss_is_focal_and_dice() -> None:
+    """On one pixel per class the terms are known: with equal logits every probability is one half."""
+    head = make_head("semantic-seg")
+    target = make_target((0.0, 0.0, 0.5, 1.0))
+    terms = head.loss(SemanticOutputs(torch.zeros(1, 2, 2, 2)), [target])
+    assert terms["focal"].item() == pytest.approx(2 * 0.5 * math.log(2))  # weight 2, gamma 1
+    assert terms["dice"].item() == pytest.approx(0.5, abs=1e-4)  # 1 - 2 * 1 / (2 + 2)
+
+
+def test_ignored_pixels_have_no_gradient() -> None:
     head = make_head("semantic-seg")
     logits = torch.randn(1, 4, 8, 8, requires_grad=True)
     target = make_target((0.0, 0.0, 0.5, 0.5), masked=[False])
@@ -74,6 +104,8 @@ def test_regions_are_the_likeliest_class_of_every_pixel() -> None:
     assert not masks[0, 46:].any()
     assert found.boxes[0].tolist()[:3] == [0, 0, 160]
     assert len(head.postprocess({"logits": logits}, [(80, 160)], threshold=0.9)[0]) == 1
+    (equal,) = head.postprocess({"logits": logits}, [(80, 160)], threshold=float(found.scores[1]))
+    assert equal.labels.tolist() == [1, 2]  # a score equal to the threshold is kept
     logits[0, 0] = 99
     (nothing,) = head.postprocess({"logits": logits}, [(80, 160)], threshold=0.0)
     assert len(nothing) == 0
