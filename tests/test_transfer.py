@@ -153,3 +153,25 @@ def test_keypoints_start_from_detection_with_backbone_and_neck(source: Path) -> 
         for name, value in model.state_dict().items():
             if name.startswith("neck."):
                 assert torch.equal(value, there[name]), name
+
+
+def test_only_the_parts_that_are_asked_for_are_loaded(source: Path) -> None:
+    model = make_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    line = init_from(model, source, parts=["backbone"])
+    assert line.endswith("backbone loaded; neck not loaded; head detection not loaded")
+    there = read_weights(source).tensors
+    for name, value in model.state_dict().items():
+        expected = there if name.startswith("backbone.") else before
+        assert torch.equal(value, expected[name]), name
+
+
+def test_what_a_head_does_not_get_is_named(source: Path) -> None:
+    config = make_model().config.model_dump()
+    config["heads"] = {"instance-seg": {**config["heads"]["detection"], "pixel_dim": 16, "mask_dim": 8}}
+    line = init_from(Model(parse_model_config(config)), source)
+    part = next(part for part in line.split("; ") if part.startswith("head instance-seg"))
+    assert part.startswith("head instance-seg loaded in part (")
+    assert ", not " in part
+    assert "decoder" not in part.partition(", not ")[2]
+    assert line.endswith("3 of 3 classes matched by name")
