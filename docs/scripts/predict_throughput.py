@@ -1,9 +1,9 @@
-"""A thousand images through ``mvision predict``: memory over the run, and throughput beside the model alone.
+"""Memory and throughput of ``mvision predict`` on a thousand images, and throughput of the model alone.
 
     python docs/scripts/predict_throughput.py --weights RUN [--data DIR] [--count 1000]
 
-The model alone is called on images that are decoded and resized already, before and after the run; both decode nothing,
-draw nothing and write nothing. ``predict`` reads the validation images of the data again and again.
+The model alone is measured before and after, on images that were decoded and resized already. ``predict`` reads copies
+of the validation images of the data.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from mvision.inference.predict_sources import predict_sources
 from mvision.machine import keep_freed_memory, resolve_device
 from mvision.structures.images import read_image, resize_image
 
-SETTLED = 50  # images after which memory has to be flat
-ALONE = 200  # images that the model alone is timed on, before and after
+SETTLED = 50  # images after which memory should not grow any more
+ALONE = 200  # images on which the model alone is measured, each time
 
 
 def main() -> None:
-    """Two lines: memory and throughput."""
+    """Print memory and throughput."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--weights", required=True)
     parser.add_argument("--data")
@@ -42,8 +42,8 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     device = resolve_device(None)
-    model, road = open_fastest(options.weights, [], device, options.precision)
-    print(f"{road}\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {model.config.image_size}")
+    model, runtime = open_fastest(options.weights, [], device, options.precision)
+    print(f"{runtime}\ntorch {torch.__version__}, {torch.get_num_threads()} threads, {model.config.image_size}")
     _, parts = read_validation(DataConfig(root=options.data), None, model.tasks)
     split = parts[0][2]
     files = [split.folder / record.file for record in split.records]

@@ -1,14 +1,14 @@
-"""Every way of running RT-DETR here beside ``transformers``: the same weights, the same images, in turn.
+"""RT-DETR in every runtime compared with ``transformers``: the same weights and images, taking turns.
 
     python docs/scripts/reference_speed.py [--models r18 r50] [--batches 1 8] [--training] [--our-allocator]
 
-Random weights that the reference saved and ``mvision.load`` read. Needs transformers, and openvino and onnxruntime for
-their rows. ``PyTorch`` and ``openvino`` in bf16 are what ``mvision predict`` takes without and with an export. The last
-column is the largest difference from PyTorch in fp32 (of the better quarter of the queries: probabilities and
-coordinates); what bf16 costs is told by AP on trained weights, not by it.
+The weights are random, saved by the reference and read by ``mvision.load``. Needs transformers, openvino and
+onnxruntime. ``mvision predict`` uses PyTorch in bf16, or openvino in bf16 where there is an export. The last column is
+the largest difference of probabilities and coordinates from PyTorch in fp32, over the quarter of the queries with the
+highest scores. The effect of bf16 on AP can only be measured with trained weights.
 
-The reference runs in a process of its own, with memory as it is by default; ``mvision`` tells glibc to keep what is
-freed (``keep_freed_memory``), and with ``--our-allocator`` so does the reference's process.
+The reference runs in its own process with glibc's default settings. ``mvision`` lets glibc keep freed memory
+(``keep_freed_memory``); with ``--our-allocator`` the reference's process does so too.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mvision import Model, load
 from mvision.commands.benchmark_timing import alternate, median_ratio
+from mvision.commands.export import export
 from mvision.deploy.compare import difference
-from mvision.deploy.export import export
 from mvision.deploy.exported import ExportedModel
 from mvision.deploy.fast import PRECISIONS, prepare
 from mvision.machine import keep_freed_memory
@@ -42,11 +42,11 @@ from tests.reference import as_labels, build_reference, random_images, random_ta
 CPU = torch.device("cpu")
 Call = Callable[[Tensor], Any]
 OBJECTS, BATCH, SIDE = 8, 4, 320  # of the training step
-RATE, CURVE = 1e-4, (0, 5, 10, 15, 20)  # learning rate, and the steps whose loss is told
+RATE, CURVE = 1e-4, (0, 5, 10, 15, 20)  # learning rate, and the steps whose loss is printed
 
 
 def main() -> None:
-    """One table per model and batch."""
+    """Print a table per model and batch size."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["r18", "r50"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
@@ -65,13 +65,13 @@ def main() -> None:
                 if options.training:
                     training(name, reference, load(saved), options.repeats)
                     continue
-                ways = roads(saved, folder)
+                calls = runtimes(saved, folder)
                 for batch in options.batches:
-                    inference(name, reference, ways, batch, options.size, options.repeats)
+                    inference(name, reference, calls, batch, options.size, options.repeats)
 
 
 class Reference:
-    """The reference's model in another process, which does what it is asked and nothing in between."""
+    """The reference's model in another process, which is idle between two requests."""
 
     def __init__(self, saved: Path, our_allocator: bool) -> None:
         context = multiprocessing.get_context("spawn")
@@ -81,7 +81,7 @@ class Reference:
         self.process.start()
 
     def ask(self, name: str, *arguments: Any) -> Any:
-        """What the function of this name gives there."""
+        """Run the request ``name`` in the other process and return its answer."""
         self.connection.send((name, *arguments))
         return self.connection.recv()
 
@@ -123,37 +123,42 @@ def _reference_step(model: nn.Module) -> Callable[[], float]:
     return stepper(model, lambda: model(images, labels=labels).loss)
 
 
-def roads(saved: Path, folder: Path) -> dict[str, Call]:
-    """By name: from uint8 images (B, 3, H, W) to raw outputs."""
-    ways: dict[str, Call] = {f"PyTorch {precision}": prepare(load(saved), precision) for precision in PRECISIONS}
+def runtimes(saved: Path, folder: Path) -> dict[str, Call]:
+    """By runtime and precision, a function from uint8 images (B, 3, H, W) to raw outputs."""
+    calls: dict[str, Call] = {f"PyTorch {precision}": prepare(load(saved), precision) for precision in PRECISIONS}
     for format in ("onnx", "openvino"):
         export(str(saved), format=format, output=folder / format, log=lambda line: None)
         for precision in PRECISIONS if format == "openvino" else PRECISIONS[:1]:
-            ways[f"{format} {precision}"] = ExportedModel(folder / format, precision=precision)
-    return ways
+            calls[f"{format} {precision}"] = ExportedModel(folder / format, precision=precision)
+    return calls
 
 
-def inference(name: str, reference: Reference, ways: dict[str, Call], batch: int, size: int, repeats: int) -> None:
-    """A table."""
+def inference(
+    name: str, reference: Reference, candidates: dict[str, Call], batch: int, size: int, repeats: int
+) -> None:
+    """Print the table of one model and batch size."""
     pixels = (255 * random_images(batch, size, size)).to(torch.uint8)
     pixels = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as predict makes them
     reference.ask("images", batch, size, size)
     with torch.no_grad():
-        expected = ways["PyTorch fp32"](pixels)
-        calls = [lambda: reference.ask("predict"), *(lambda call=call: call(pixels) for call in ways.values())]
+        expected = candidates["PyTorch fp32"](pixels)
+        calls = [lambda: reference.ask("predict"), *(lambda call=call: call(pixels) for call in candidates.values())]
         taken = alternate(calls, CPU, repeats, warmups=2, seconds=240)
         print(f"| {name}, batch {batch}, {size} x {size} | milliseconds | of the reference | largest difference |")
         print("|---|---|---|---|")
         print(f"| transformers fp32 | {_milliseconds(taken[0])} | 1.00 | |")
-        for (way, call), times in zip(ways.items(), taken[1:]):
-            found, where = difference(expected, call(pixels))
+        for (runtime, call), times in zip(candidates.items(), taken[1:]):
+            largest, output = difference(expected, call(pixels))
             ratio = median_ratio(times, taken[0])
-            print(f"| {way} | {_milliseconds(times)} | {ratio:.2f} | {found:.1e} ({where}) |", flush=True)
+            print(f"| {runtime} | {_milliseconds(times)} | {ratio:.2f} | {largest:.1e} ({output}) |", flush=True)
     print()
 
 
 def training(name: str, reference: Reference, model: Model, repeats: int) -> None:
-    """Forward, loss, backward and optimiser on four images of 320 x 320 with eight objects each."""
+    """Print times and losses of training steps on four images of 320 x 320 with eight objects each.
+
+    A step is forward, loss, backward and optimiser.
+    """
     images, targets = random_images(BATCH, SIDE, SIDE), random_targets([OBJECTS] * BATCH, 80, torch.float32)
     images = images.contiguous(memory_format=torch.channels_last)
 
@@ -172,17 +177,17 @@ def training(name: str, reference: Reference, model: Model, repeats: int) -> Non
     calls = [lambda step=step, curve=curve: curve.append(step()) for step, curve in zip(steps, losses.values())]
     rounds = max(repeats, CURVE[-1] + 1)
     taken = alternate(calls, CPU, rounds - 2, warmups=2)
-    told = " | ".join(f"step {step}" for step in CURVE)
-    print(f"| {name}, training step | milliseconds | of the reference | loss at {told} |")
+    steps_printed = " | ".join(f"step {step}" for step in CURVE)
+    print(f"| {name}, training step | milliseconds | of the reference | loss at {steps_printed} |")
     print("|---" * (3 + len(CURVE)) + "|")
-    for (way, curve), times in zip(losses.items(), taken):
+    for (runtime, curve), times in zip(losses.items(), taken):
         values = " | ".join(f"{curve[step]:.2f}" for step in CURVE)
-        print(f"| {way} | {_milliseconds(times)} | {median_ratio(times, taken[0]):.2f} | {values} |")
+        print(f"| {runtime} | {_milliseconds(times)} | {median_ratio(times, taken[0]):.2f} | {values} |")
     print(flush=True)
 
 
 def stepper(model: nn.Module, loss: Callable[[], Tensor]) -> Callable[[], float]:
-    """A training step that gives the loss."""
+    """A function that makes one training step and returns its loss."""
     optimizer = torch.optim.AdamW(model.parameters(), RATE, fused=True)
 
     def step() -> float:
