@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +63,27 @@ def conformance_head(task: str) -> MinimalKeypointHead:
     return cls(cls.Config(embed_dim=16, num_instances=12), [16] * 3, test_heads.STRIDES, categories)
 
 
-@pytest.mark.parametrize(
-    ("check", "more"),
-    [
-        (test_heads.test_every_parameter_gets_a_finite_gradient, ()),
-        (test_heads.test_a_batch_without_objects_trains, (torch.float32,)),
-        (test_heads.test_a_batch_without_objects_trains, (torch.bfloat16,)),
-        (test_heads.test_terms_are_scalars_and_fall_when_trained, ()),
-        (test_heads.test_results_are_sorted_inside_the_image_and_above_the_threshold, ()),
-        (test_heads.test_fused_equals_unfused, ()),
-        (test_heads.test_export_with_a_free_batch, ()),
-    ],
-)
-def test_conformance(check: Any, more: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def conformance_cases() -> Iterator[tuple[Any, dict[str, Any]]]:
+    """Every test of the conformance suite that takes a task, with every value of its other argument."""
+    for name, check in vars(test_heads).items():
+        if name.startswith("test_") and "task" in inspect.signature(check).parameters:
+            marks = getattr(check, "pytestmark", [])
+            yield from ((check, {mark.args[0]: value}) for mark in marks for value in mark.args[1])
+            if not marks:
+                yield check, {}
+
+
+CASES = list(conformance_cases())
+
+
+@pytest.mark.parametrize(("check", "more"), CASES, ids=[f"{check.__name__}-{more}" for check, more in CASES])
+def test_conformance(check: Any, more: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(test_heads, "make_head", conformance_head)
-    check("keypoints", *more)
+    check("keypoints", **more)
+
+
+def test_the_whole_conformance_suite_is_found() -> None:
+    assert len(CASES) >= 7
 
 
 def test_it_is_one_convolution_to_x_y_and_score() -> None:
