@@ -44,7 +44,11 @@ def test_a_sound_set(tmp_path: Path) -> None:
     assert report.usable
     assert report.verdict == "sound: every split can serve detection"
     assert "64 x 48 (3)" in report.text()
-    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["tasks"] == ["detection", "instance-seg"]
+    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["tasks"] == [
+        "detection",
+        "instance-seg",
+        "semantic-seg",
+    ]
 
 
 def test_objects_without_segmentation_are_named_where_others_have_one(tmp_path: Path) -> None:
@@ -141,7 +145,7 @@ def test_convert_writes_what_was_read(tmp_path: Path) -> None:
         before, after = (CocoSplit(layout.split(name), FIELDS) for layout in (old, new))
         assert after.records[0].file == f"{name}/1.png"
         assert len(after.problems) == 0
-        np.testing.assert_array_equal(after.objects.boxes, before.objects.boxes)
+        np.testing.assert_array_equal(after.labels.boxes, before.labels.boxes)
         assert after.coco_dict["annotations"] == before.coco_dict["annotations"]
         source, copy = before.folder / "1.png", after.folder / after.records[0].file
         assert source.read_bytes() == copy.read_bytes()

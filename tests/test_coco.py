@@ -36,18 +36,18 @@ def test_category_ids_with_gaps_become_contiguous_labels(tmp_path: Path) -> None
         (13, "middle"),
         (90, "last"),
     ]
-    assert split.objects.labels.tolist() == [1, 2, 0]
+    assert split.labels.labels.tolist() == [1, 2, 0]
     assert [entry["category_id"] for entry in split.coco_dict["annotations"]] == [13, 90, 1]
 
 
 def test_boxes_in_fractions_and_by_image(tmp_path: Path) -> None:
     split = read(tmp_path, coco([annotation(2, [8, 12, 16, 24]), annotation(1), annotation(2)], images=3))
-    assert split.objects.start.tolist() == [0, 1, 3, 3]
-    np.testing.assert_allclose(split.objects.boxes[1], (8 / 64, 12 / 48, 24 / 64, 36 / 48))
-    assert split.objects.boxes.dtype == np.float32
-    assert split.objects.areas[1] == pytest.approx(16 * 24 / (48 * 64))
-    assert split.objects.outlines is None
-    assert split.objects.keypoints is None
+    assert split.start.tolist() == [0, 1, 3, 3]
+    np.testing.assert_allclose(split.labels.boxes[1], (8 / 64, 12 / 48, 24 / 64, 36 / 48))
+    assert split.labels.boxes.dtype == np.float32
+    assert split.labels.areas[1] == pytest.approx(16 * 24 / (48 * 64))
+    assert split.labels.outlines is None
+    assert split.labels.keypoints is None
 
 
 def test_skeleton_counts_from_zero(tmp_path: Path) -> None:
@@ -74,8 +74,8 @@ def test_run_lengths(tmp_path: Path, compressed: bool) -> None:
     split = read(tmp_path, coco([entry]), ALL)
     assert split.coco_dict["annotations"][0]["bbox"] == [30, 5, 20, 15]
     assert split.coco_dict["annotations"][0]["area"] == mask.sum()
-    assert split.objects.outlines is not None
-    outline = split.objects.outlines[0]
+    assert split.labels.outlines is not None
+    outline = split.labels.outlines[0]
     assert outline is not None
     drawn = rasterise(outline, np.ones(2), np.zeros(2), (0, 0, 64, 48), (48, 64))
     assert np.array_equal(drawn, mask)
@@ -88,8 +88,8 @@ def test_parts_of_a_polygon_are_united(tmp_path: Path) -> None:
         [20.0, 20.0, 45.0, 20.0, 45.0, 25.0, 20.0, 25.0],
     ]
     split = read(tmp_path, coco([annotation(segmentation=parts)]), ALL)
-    assert split.objects.outlines is not None
-    outline = split.objects.outlines[0]
+    assert split.labels.outlines is not None
+    outline = split.labels.outlines[0]
     assert isinstance(outline, list)
     assert len(outline) == 3
     drawn = rasterise(outline, np.ones(2), np.zeros(2), (0, 0, 64, 48), (48, 64))
@@ -100,7 +100,7 @@ def test_parts_of_a_polygon_are_united(tmp_path: Path) -> None:
 
 def test_crowds_stay_for_evaluation_and_are_marked(tmp_path: Path) -> None:
     split = read(tmp_path, coco([annotation(), annotation(iscrowd=1)]))
-    assert split.objects.crowd.tolist() == [False, True]
+    assert split.labels.crowd.tolist() == [False, True]
     assert [entry["iscrowd"] for entry in split.coco_dict["annotations"]] == [0, 1]
 
 
@@ -169,7 +169,7 @@ def test_unusable_boxes_are_counted_and_skipped(tmp_path: Path, bbox: Any, kind:
     bad = {**annotation(), "bbox": bbox}
     split = read(tmp_path, coco([bad, annotation(), bad]))
     assert kinds(split) == {kind: 2}
-    assert len(split.objects) == 1
+    assert len(split.labels) == 1
     assert "1.png, annotation 1" in str(split.problems)
     assert [entry["id"] for entry in split.coco_dict["annotations"]] == [2]
 
@@ -177,8 +177,8 @@ def test_unusable_boxes_are_counted_and_skipped(tmp_path: Path, bbox: Any, kind:
 def test_box_over_the_border_is_clipped(tmp_path: Path) -> None:
     split = read(tmp_path, coco([annotation(bbox=[-4, 10, 10, 10]), annotation(bbox=[60, 10, 4.5, 10])]))
     assert kinds(split) == {"box reaching over the image's border": 1}  # half a pixel is rounding
-    np.testing.assert_allclose(split.objects.boxes[0] * (64, 48, 64, 48), (0, 10, 6, 20), atol=1e-5)
-    assert split.objects.boxes.max() <= 1
+    np.testing.assert_allclose(split.labels.boxes[0] * (64, 48, 64, 48), (0, 10, 6, 20), atol=1e-5)
+    assert split.labels.boxes.max() <= 1
 
 
 @pytest.mark.parametrize(
@@ -196,9 +196,9 @@ def test_box_over_the_border_is_clipped(tmp_path: Path) -> None:
 def test_unusable_segmentation_leaves_the_box(tmp_path: Path, segmentation: Any) -> None:
     split = read(tmp_path, coco([annotation(segmentation=segmentation)]), ("boxes", "masks"))
     assert kinds(split) == {"segmentation that cannot be used": 1}
-    assert len(split.objects) == 1
-    assert split.objects.outlines is not None
-    assert split.objects.outlines[0] is None
+    assert len(split.labels) == 1
+    assert split.labels.outlines is not None
+    assert split.labels.outlines[0] is None
     assert "segmentation" not in split.coco_dict["annotations"][0]
 
 
@@ -214,7 +214,7 @@ def test_keypoints(tmp_path: Path) -> None:
     entries = [annotation(category_id=1, keypoints=k) for k in (points, outside, [1, 2, 3], None)]
     split = read(tmp_path, coco(entries, PEOPLE), ALL[::2])
     assert kinds(split) == {"keypoint outside the image": 1, "keypoints of the wrong number": 1}
-    found = split.objects.keypoints
+    found = split.labels.keypoints
     assert found is not None
     np.testing.assert_allclose(found[0], [[10 / 64, 12 / 48, 2], [20 / 64, 24 / 48, 1], [0, 0, 0]])
     assert found[1, :, 2].tolist() == [2, 0, 0]
@@ -256,6 +256,44 @@ def test_annotation_ids_are_made_unique(tmp_path: Path) -> None:
     ids = [entry["id"] for entry in read(tmp_path, tree).coco_dict["annotations"]]
     assert len(set(ids)) == 3
     assert 0 not in ids
+
+
+def test_missing_keys_are_filled_in(tmp_path: Path) -> None:
+    triangle = [[10.0, 10.0, 30.0, 10.0, 10.0, 30.0]]
+    entries = [annotation(category_id=1, keypoints=[10, 12, 2, 0, 0, 0, 20, 24, 1]), annotation(category_id=1)]
+    entries += [annotation(category_id=1, segmentation=triangle), annotation(category_id=1, area=7)]
+    for entry in entries:
+        del entry["iscrowd"]
+    filled = read(tmp_path, coco(entries, PEOPLE), ALL).coco_dict["annotations"]
+    drawn = int(coco_mask.area(coco_mask.merge(coco_mask.frPyObjects(triangle, 48, 64))))
+    assert [entry["area"] for entry in filled] == [320, 320, drawn, 7]  # the box's, the mask's, the file's own
+    assert {entry["iscrowd"] for entry in filled} == {0}
+    assert [entry["num_keypoints"] for entry in filled] == [2, 0, 0, 0]
+    assert filled[1]["keypoints"] == [0] * 9
+
+
+def test_the_file_is_read_once(tmp_path: Path) -> None:
+    tree = coco([annotation(segmentation=SQUARE), annotation(bbox=[8.123456789012345, 8, 20, 16])])
+    split = read(tmp_path, tree, ("boxes", "masks"))
+    (tmp_path / "annotations" / "train.json").unlink()
+    first, second = split.coco_dict["annotations"]
+    assert first["segmentation"] == SQUARE
+    assert second["bbox"] == [8.123456789012345, 8, 20, 16]  # the file's numbers, where labels are rounded fractions
+
+
+def test_annotations_are_kept_only_where_they_are_wanted(tmp_path: Path) -> None:
+    write_set(tmp_path, coco([annotation()]))
+    split = CocoSplit(find_layout(tmp_path).split("train"), keep_annotations=False)
+    assert len(split.labels) == 1
+    with pytest.raises(ValueError, match="without keeping its annotations"):
+        _ = split.coco_dict
+
+
+def test_labels_are_sorted_by_image_and_annotations_are_not(tmp_path: Path) -> None:
+    entries = [annotation(2, category_id=7), annotation(1), annotation(2), annotation(1, category_id=7)]
+    split = read(tmp_path, coco(entries, images=3))
+    assert [split.labels.labels[split.rows(image)].tolist() for image in range(3)] == [[0, 1], [1, 0], []]
+    assert [entry["image_id"] for entry in split.coco_dict["annotations"]] == [2, 1, 2, 1]
 
 
 def test_coco_dict_is_what_pycocotools_expects(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

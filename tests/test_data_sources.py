@@ -69,12 +69,12 @@ def test_classes_of_one_name_are_one_class(boxes: Path, poses: Path) -> None:
     merged = merge_categories(splits)
     assert [(c.id, c.name, len(c.keypoints)) for c in merged] == [(2, "blue", 0), (5, "red", 4), (6, "green", 1)]
     read = CocoSplit(splits[1], ("boxes", "keypoints"), merged)
-    assert set(read.objects.labels.tolist()) == {1, 2}
+    assert set(read.labels.labels.tolist()) == {1, 2}
     assert read.labelled_classes is not None
     assert read.labelled_classes.tolist() == [False, True, True]
     alone = CocoSplit(splits[1], ("boxes", "keypoints"))
-    names = [[alone.categories[label].name for label in alone.objects.labels]]
-    assert names == [[merged[label].name for label in read.objects.labels]]
+    names = [[alone.categories[label].name for label in alone.labels.labels]]
+    assert names == [[merged[label].name for label in read.labels.labels]]
     annotations = read.coco_dict
     assert [c["name"] for c in annotations["categories"]] == ["red", "green"]
     assert {a["category_id"] for a in annotations["annotations"]} == {5, 6}

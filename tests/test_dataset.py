@@ -110,14 +110,14 @@ def test_keypoints_of_images_with_and_without_objects(tmp_path: Path) -> None:
     assert empty.boxes.shape == (0, 4)
 
 
-def test_crowds_are_no_targets_but_follow_the_image(tmp_path: Path) -> None:
-    tree = coco([annotation(bbox=[8, 8, 20, 16]), annotation(bbox=[0, 0, 32, 24], iscrowd=1)])
+def test_crowds_are_no_targets(tmp_path: Path) -> None:
+    tree = coco([annotation(bbox=[0, 0, 32, 24], iscrowd=1), annotation(bbox=[8, 8, 20, 16], category_id=7)])
     sample = Dataset(split_of(tmp_path, tree), AugmentConfig(photometric=0, zoom_out=0, crop=0, flip=1))[
         SampleKey(0, 0, SIZE)
     ]
     assert sample.targets is not None
-    assert len(sample.targets) == 1
-    np.testing.assert_allclose(sample.crowds, [[0.75, 0.25, 0.5, 0.5]], atol=1e-6)
+    assert sample.targets.labels.tolist() == [1]
+    np.testing.assert_allclose(sample.targets.boxes, [[1 - 18 / 64, 16 / 48, 20 / 64, 16 / 48]], atol=1e-6)
 
 
 def test_an_image_without_objects_is_a_sample(tmp_path: Path) -> None:

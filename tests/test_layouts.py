@@ -31,7 +31,7 @@ def test_unknown_split_names_the_nearest(tmp_path: Path) -> None:
     write_set(tmp_path, coco([annotation()]), "train_permissive")
     with pytest.raises(UserError, match="did you mean 'train_permissive'"):
         find_layout(tmp_path).split("train_permisive")
-    with pytest.raises(UserError, match=r"no split 'val': it has train_permissive"):
+    with pytest.raises(UserError, match=r"no split 'val': choose one of train_permissive"):
         find_layout(tmp_path).split("val")
 
 
@@ -61,18 +61,18 @@ def test_coco_original_picks_the_file_by_task(tmp_path: Path) -> None:
     assert {"train", "val"} <= set(layout.splits)
     fields = ("boxes", "keypoints")
 
-    boxes = CocoSplit(layout.split("train", ["detection"]))
+    boxes = CocoSplit(layout.split("train", ["boxes"]))
     assert [category.name for category in boxes.categories] == ["person", "dog"]
-    assert len(boxes.objects) == 2
+    assert len(boxes.labels) == 2
 
-    people = CocoSplit(layout.split("train", ["keypoints"]), fields)
+    people = CocoSplit(layout.split("train", fields, poses_only=True), fields)
     assert [category.name for category in people.categories] == ["person"]
     assert people.split.images == tmp_path / "train2017"
 
-    joint = CocoSplit(layout.split("train", ["detection", "keypoints"]), fields)
+    joint = CocoSplit(layout.split("train", fields), fields)
     assert [len(category.keypoints) for category in joint.categories] == [3, 0]
-    assert joint.objects.keypoints is not None
-    assert (joint.objects.keypoints[..., 2] > 0).sum(axis=1).tolist() == [2, 0]
+    assert joint.labels.keypoints is not None
+    assert (joint.labels.keypoints[..., 2] > 0).sum(axis=1).tolist() == [2, 0]
 
 
 def test_roboflow_export(tmp_path: Path) -> None:
@@ -115,9 +115,9 @@ def test_yolo_boxes(tmp_path: Path) -> None:
         ("a.png", 200, 100),
         ("b.png", 200, 100),
     ]
-    np.testing.assert_allclose(split.objects.boxes[0], (0.4, 0.3, 0.6, 0.7), atol=1e-6)
-    assert split.objects.labels.tolist() == [1, 0]
-    assert split.objects.start.tolist() == [0, 2, 2]
+    np.testing.assert_allclose(split.labels.boxes[0], (0.4, 0.3, 0.6, 0.7), atol=1e-6)
+    assert split.labels.labels.tolist() == [1, 0]
+    assert split.start.tolist() == [0, 2, 2]
     assert split.coco_dict["annotations"][0]["bbox"] == pytest.approx([80, 30, 40, 40])
 
 
@@ -125,8 +125,8 @@ def test_yolo_polygons(tmp_path: Path) -> None:
     layout = find_layout(_yolo(tmp_path, ["0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5"]))
     split = CocoSplit(layout.split("train"), ("boxes", "masks"))
     assert split.available == {"boxes", "masks"}
-    np.testing.assert_allclose(split.objects.boxes[0], (0.1, 0.1, 0.5, 0.5), atol=1e-6)
-    assert split.objects.areas[0] == pytest.approx(0.16, rel=0.02)
+    np.testing.assert_allclose(split.labels.boxes[0], (0.1, 0.1, 0.5, 0.5), atol=1e-6)
+    assert split.labels.areas[0] == pytest.approx(0.16, rel=0.02)
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -136,9 +136,9 @@ def test_yolo_pose(tmp_path: Path, dims: int) -> None:
     root = _yolo(tmp_path, [f"0 0.5 0.5 0.2 0.4 {points}"], kpt_shape=[3, dims], flip_idx=[0, 2, 1])
     split = CocoSplit(find_layout(root).split("train"), ("boxes", "keypoints"))
     assert split.categories[0].keypoints == ["point_0", "left_point_1", "right_point_1"]
-    assert split.objects.keypoints is not None
+    assert split.labels.keypoints is not None
     expected = [[0.5, 0.5, 2], [0.4, 0.6, 2 if dims == 2 else 1], [0, 0, 0]]
-    np.testing.assert_allclose(split.objects.keypoints[0], expected, atol=1e-6)
+    np.testing.assert_allclose(split.labels.keypoints[0], expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

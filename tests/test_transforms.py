@@ -9,18 +9,10 @@ import numpy as np
 import pytest
 
 from mvision.config import AugmentConfig
-from mvision.data.augment.geometry import (
-    Labels,
-    draw_masks,
-    fit,
-    flip,
-    join_labels,
-    mirror_keypoints,
-    new_labels,
-    paint,
-    place,
-)
+from mvision.data.augment.geometry import draw_masks, fit, flip, mirror_keypoints, paint, place
 from mvision.data.augment.transforms import EvalTransform, TrainTransform, crop, zoom_out
+from mvision.data.formats.labels import Labels, PictureLabels, join_labels
+from mvision.data.formats.segmentation import Outlines
 from mvision.structures import Category
 from mvision.structures.images import resize_image
 
@@ -59,19 +51,19 @@ class Scene:
     def aspect(self, index: int) -> float:
         return WIDTH / HEIGHT
 
-    def labels(self, index: int) -> Labels:
+    def labels(self, index: int) -> PictureLabels:
         whole = np.array((WIDTH, HEIGHT), dtype=float)
         outlines: list[Any] = [[outline / whole] for outline in OUTLINES]
         areas = [cv2.contourArea(o.astype(np.float32)) / whole.prod() for o in OUTLINES]
         boxes = np.array([(*o[0].min(axis=0), *o[0].max(axis=0)) for o in outlines])
-        return new_labels(
+        return Labels(
             boxes,
             np.arange(3),
             np.array(areas),
             np.zeros(3, dtype=bool),
             POINTS / (*whole, 1) if "keypoints" in self.fields else None,
-            outlines if "masks" in self.fields else None,
-        )
+            Outlines(outlines) if "masks" in self.fields else None,
+        ).picture(slice(None))
 
 
 def sample(seed: int, size: tuple[int, int] = SIZE, scene: Scene | None = None, **augment: float) -> Any:
@@ -84,7 +76,7 @@ def seen(image: np.ndarray, label: int) -> np.ndarray:
     return image[..., label] > 127
 
 
-def check_labels(image: np.ndarray, labels: Labels, size: tuple[int, int]) -> None:
+def check_labels(image: np.ndarray, labels: PictureLabels, size: tuple[int, int]) -> None:
     """Every label lies on its object's pixels, and every large object in the picture is labelled."""
     height, width = size
     masks = draw_masks(labels, size).astype(bool)
@@ -198,7 +190,7 @@ def test_a_cut_object_has_the_box_of_what_is_left_of_its_mask() -> None:
     """Of the L only the upright is left when the picture ends above its foot; clipping alone keeps the foot's width."""
 
     class Cut(Scene):
-        def labels(self, index: int) -> Labels:
+        def labels(self, index: int) -> PictureLabels:
             placement = fit((0.0, 0.0, 1.0, 0.58), (HEIGHT, WIDTH), (0, 0, WIDTH, HEIGHT), (HEIGHT, WIDTH))
             assert placement is not None
             return place(super().labels(index), placement)
@@ -233,7 +225,7 @@ def test_crop_of_an_image_without_objects() -> None:
     transform = TrainTransform(AugmentConfig(mosaic=0.5, mixup=0.5, vertical_flip=0.5), SWAP)
 
     class Empty(Scene):
-        def labels(self, index: int) -> Labels:
+        def labels(self, index: int) -> PictureLabels:
             return empty
 
     for seed in range(20):
@@ -283,10 +275,10 @@ def test_the_same_numbers_give_the_same_sample() -> None:
     assert not np.array_equal(first[0][0], first[1][0])
 
 
-def test_resting_is_without_mosaic_mixup_and_zoom_out() -> None:
-    resting = TrainTransform(AugmentConfig(mosaic=1, mixup=1, zoom_out=1), SWAP).resting().config
-    assert (resting.mosaic, resting.mixup, resting.zoom_out) == (0, 0, 0)
-    assert resting.flip == AugmentConfig().flip
+def test_light_augmentation_is_without_mosaic_mixup_and_zoom_out() -> None:
+    light = TrainTransform(AugmentConfig(mosaic=1, mixup=1, zoom_out=1), SWAP).light().config
+    assert (light.mosaic, light.mixup, light.zoom_out) == (0, 0, 0)
+    assert light.flip == AugmentConfig().flip
 
 
 def test_joining_keeps_what_is_absent_absent() -> None:

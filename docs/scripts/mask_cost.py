@@ -168,7 +168,7 @@ def large_image_memory(count: int = 300, size: tuple[int, int] = (3000, 4000)) -
 def loading(root: str, objects: int = 500) -> None:
     """A training sample with many objects: the labels of many images of a data set put on one."""
     split = CocoSplit(find_layout(root).split("train"), ("boxes", "masks"))
-    split.objects.start[1:] = min(objects, len(split.objects))
+    split.start[1:] = min(objects, len(split.labels))
     for stride, side in ((2, 640), (2, 1024)):
         dataset = Dataset(split, mask_stride=stride)
         with Peak() as peak:

@@ -100,6 +100,18 @@ class ModelConfig(Settings):
         return value
 
 
+class TransformConfig(Settings):
+    """One transform of albumentations.
+
+    Attributes:
+        name: its class, such as ``GaussianBlur``.
+        args: the arguments of the class; ``p`` is the probability.
+    """
+
+    name: str
+    args: dict[str, Any] = {}
+
+
 class AugmentConfig(Settings):
     """Training augmentation: probabilities in 0..1 unless said otherwise.
 
@@ -113,7 +125,18 @@ class AugmentConfig(Settings):
         mosaic: four images in one.
         mixup: blend of two images.
         multi_scale: batches at random sizes within this fraction of ``image_size`` (0 switches it off).
-        last_epochs: mosaic, mixup and zoom-out rest for this share of the run's end, 0..1.
+        last_epochs: share of the run's epochs, 0..1, at its end that are trained without mosaic, mixup and zoom-out.
+        extra: further transforms of albumentations, in this order, after all of the above::
+
+                extra:
+                  - name: GaussianBlur
+                    args: {blur_limit: [3, 7], p: 0.3}
+                  - name: Rotate
+                    args: {limit: 15, p: 0.5}
+
+            Those that move pixels move boxes, masks and keypoints with them; where one mirrors an object, its left and
+            right keypoints change places. Allowed are transforms of colour images to colour images that need nothing
+            but the image and its labels. A transform that moves pixels costs time for every mask.
     """
 
     photometric: float = Field(0.5, ge=0, le=1)
@@ -126,6 +149,7 @@ class AugmentConfig(Settings):
     mixup: float = Field(0.0, ge=0, le=1)
     multi_scale: float = Field(0.0, ge=0, lt=1)
     last_epochs: float = Field(0.1, ge=0, le=1)
+    extra: list[TransformConfig] = []
 
 
 class MoreDataConfig(Settings):
@@ -177,21 +201,22 @@ class TrainConfig(Settings):
         optimizer: ``adamw``, or ``muon`` (timm's): orthogonalised momentum for the weights of convolutions and linear
             layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
             embeddings and the last layers of classifiers get AdamW with Nesterov momentum.
-        lr: peak learning rate of neck and heads, for the whole batch as given.
+        lr: peak learning rate of neck and heads; it is not scaled with the batch size.
         backbone_lr: peak learning rate of the backbone; None: the same as ``lr``.
         weight_decay: on weights of convolutions and linear layers; norms, biases and embeddings have none.
-        beta2: of AdamW.
+        beta2: decay of the second moment in AdamW.
         warmup_steps: linear warm-up, in optimiser steps.
         schedule: after the warm-up: ``cosine`` to ``final_lr``, ``linear`` to it, or ``constant``.
         final_lr: fraction of the peak that the schedule ends at.
-        accumulate: batches per optimiser step.
+        accumulate: batches per optimiser step, which uses the mean of their losses.
         clip_norm: largest gradient norm; 0 switches clipping off.
         ema_decay: of the exponential moving average that is evaluated and saved; 0 switches it off.
         ema_warmup: steps over which the decay rises to its value (decay * (1 - exp(-step / ema_warmup))).
         val_interval: epochs between evaluations (the last epoch is always evaluated).
         patience: evaluations without a better AP before the run stops early; 0 never stops.
-        task_weights: of a joint model's tasks in the loss, by name; 1 where none is given. One head that does two tasks
-            has its own name's: instance-seg also for the boxes.
+        freeze: parts that are not trained.
+        task_weights: by head, the factor of its loss terms in the loss; 1 for the others. A head that serves two tasks
+            has one factor: that of instance-seg applies to its boxes too.
         trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
     """
 

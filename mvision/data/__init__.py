@@ -1,18 +1,18 @@
 """Data: annotation files and images in, batches out.
 
 Public:
-    find_layout(root) -> Layout                 recognise a folder; ``layout.split("train", tasks) -> Split``
+    find_layout(root) -> Layout                 recognise a folder; ``layout.split("train", fields) -> Split``
     CocoSplit(split, fields)                    read and check: ``categories``, ``records``, ``problems``, ``coco_dict``
     same_categories(train, val)                 labels of two splits mean the same, or UserError
     read_data_sources(config, tasks, ...)       the data sets of a run, each a ``DataSource``
     read_validation(config, split, tasks)       the same for an evaluation
     build_train_loader(split, config, ...)      Loader: ``for batch in loader.epoch(n)``, ``len(loader)``, ``close()``
     build_eval_loader(split, config, ...)       Loader: ``for batch in loader``
-    Batch                                       images (B, 3, H, W) uint8, targets, crowds, skipped
+    Batch                                       images (B, 3, H, W) uint8, targets, skipped
     Dataset, SampleKey                          single samples; ``dataset.truth(i)`` for drawing
-    check.check(layout) -> Report               for ``mvision data check``: ``text()``, ``to_dict()``, ``usable``
+    tools.check.check(layout) -> Report         for ``mvision data check``: ``text()``, ``to_dict()``, ``usable``
     contact_sheet(layout, split, ...)           for ``mvision data show``; ``write_image(path, sheet)``
-    convert.convert(layout, destination)        for ``mvision data convert``
+    tools.convert.convert(layout, destination)  for ``mvision data convert``
     read_image(path), resize_image(image, size) files to RGB; the one resize of training, evaluation and prediction
 """
 
@@ -29,7 +29,7 @@ _LAZY = {
     "Layout": "mvision.data.formats.layouts",
     "Loader": "mvision.data.loading.loader",
     "SampleKey": "mvision.data.loading.dataset",
-    "Split": "mvision.data.formats.layouts",
+    "Split": "mvision.data.formats.split",
     "build_eval_loader": "mvision.data.loading.loader",
     "build_train_loader": "mvision.data.loading.loader",
     "find_layout": "mvision.data.formats.layouts",
@@ -62,7 +62,8 @@ __all__ = [
 
 if TYPE_CHECKING:
     from mvision.data.formats.coco import CocoSplit, same_categories
-    from mvision.data.formats.layouts import Layout, Split, find_layout
+    from mvision.data.formats.layouts import Layout, find_layout
+    from mvision.data.formats.split import Split
     from mvision.data.loading.batch import Batch
     from mvision.data.loading.dataset import Dataset, SampleKey
     from mvision.data.loading.loader import Loader, build_eval_loader, build_train_loader
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use: albumentations and cv2 take seconds that `mvision predict` does not have to wait for.
+    # Loaded on first use: importing albumentations and cv2 takes seconds, and `mvision predict` needs neither.
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'mvision.data' has no attribute {name!r}")

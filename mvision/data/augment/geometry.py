@@ -1,25 +1,24 @@
-"""Where the pixels and labels of an image go: every geometric augmentation here is a stretch of a rectangle and a flip.
+"""Geometry of augmentation: a rectangle of an image is stretched onto a rectangle of the picture, and flipped.
 
 Because nothing is rotated, crop, zoom-out, mosaic tile and final resize together are one ``Placement`` per image: the
-pixels are resampled once, and boxes, keypoints and outlines follow by the same two numbers per axis.
+pixels are resampled once, and boxes, keypoints and outlines follow by a scale and an offset per axis.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mvision.data.formats.segmentation import Outline, rasterise
+from mvision.data.formats.labels import WHOLE, PictureLabels
+from mvision.data.formats.segmentation import rasterise
 from mvision.structures import Category
 from mvision.structures.images import resize_image
 
 Rect = tuple[float, float, float, float]  # x0, y0, x1, y1
 PixelRect = tuple[int, int, int, int]
 
-WHOLE: Rect = (0.0, 0.0, 1.0, 1.0)
 FILL = 114  # grey around a zoomed-out image
 MIN_VISIBLE = 0.25  # share of an object's area that has to be left after a cut for it to stay labelled ...
 MIN_COVER = 0.1  # ... unless the rest still covers this share of the picture: half a face is a face
@@ -55,82 +54,6 @@ class Placement:
         return np.array(self.target) / (width, height, width, height)
 
 
-@dataclass
-class Labels:
-    """The objects of one picture on their way to ``Targets``; everything in fractions of the picture.
-
-    Attributes:
-        boxes: (N, 4) float64 xyxy.
-        labels: (N,) int64.
-        areas: (N,) float64.
-        crowd: (N,) bool.
-        cut: (N,) bool: part of the object was left outside.
-        windows: (N, 4) float64: the part of the picture in which the object's own image is seen.
-        scale, offset: (N, 2) float64: where points of ``outlines``, which stay as they were read, lie now.
-        keypoints: (N, K, 3) float64 or None.
-        outlines: N outlines (or None each), or None altogether.
-    """
-
-    boxes: np.ndarray
-    labels: np.ndarray
-    areas: np.ndarray
-    crowd: np.ndarray
-    cut: np.ndarray
-    windows: np.ndarray
-    scale: np.ndarray
-    offset: np.ndarray
-    keypoints: np.ndarray | None
-    outlines: np.ndarray | None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, keep: np.ndarray) -> Labels:
-        """The objects that ``keep`` (bool mask or indices) selects, in every field together."""
-        chosen: dict[str, Any] = {
-            f.name: None if (value := getattr(self, f.name)) is None else value[keep] for f in fields(self)
-        }
-        return Labels(**chosen)
-
-
-def new_labels(
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    areas: np.ndarray,
-    crowd: np.ndarray,
-    keypoints: np.ndarray | None,
-    outlines: Sequence[Outline | None] | None,
-) -> Labels:
-    """Labels of a picture as it was read."""
-    count = len(labels)
-    packed = None
-    if outlines is not None:
-        packed = np.empty(count, dtype=object)
-        packed[:] = outlines
-    return Labels(
-        boxes=boxes.astype(np.float64),
-        labels=labels,
-        areas=areas.astype(np.float64),
-        crowd=crowd,
-        cut=np.zeros(count, dtype=bool),
-        windows=np.tile(np.array(WHOLE), (count, 1)),
-        scale=np.ones((count, 2)),
-        offset=np.zeros((count, 2)),
-        keypoints=None if keypoints is None else keypoints.astype(np.float64),
-        outlines=packed,
-    )
-
-
-def join_labels(parts: Sequence[Labels]) -> Labels:
-    """All objects of several pictures that share one canvas."""
-
-    def joined(name: str) -> Any:
-        values = [getattr(part, name) for part in parts]
-        return None if values[0] is None else np.concatenate(values)
-
-    return Labels(**{f.name: joined(f.name) for f in fields(Labels)})
-
-
 def fit(view: Rect, image_size: tuple[int, int], window: PixelRect, canvas_size: tuple[int, int]) -> Placement | None:
     """Show the ``view`` of an image in a ``window`` of a canvas, on whole pixels of both.
 
@@ -150,16 +73,20 @@ def fit(view: Rect, image_size: tuple[int, int], window: PixelRect, canvas_size:
             return None
         first = min(int(begin * extent + 0.5), extent - 1)
         last = max(int(end * extent + 0.5), first + 1)
-        room = window[axis + 2] - window[axis]
-        start = min(int((begin - low) / (high - low) * room + 0.5), room - 1)
-        stop = max(int((end - low) / (high - low) * room + 0.5), start + 1)
+        side = window[axis + 2] - window[axis]
+        start = min(int((begin - low) / (high - low) * side + 0.5), side - 1)
+        stop = max(int((end - low) / (high - low) * side + 0.5), start + 1)
         source[axis], source[axis + 2] = first, last
         target[axis], target[axis + 2] = window[axis] + start, window[axis] + stop
     return Placement((*source,), (*target,), image_size, canvas_size)  # type: ignore[arg-type]
 
 
 def paint(image: np.ndarray, placement: Placement, canvas: np.ndarray) -> np.ndarray:
-    """Draw the placed part of ``image`` (H, W, 3) on ``canvas`` (in place); returns it, or what covers it whole."""
+    """Draw the placed part of ``image`` (H, W, 3) on ``canvas``.
+
+    Returns:
+        ``canvas``, changed in place, or a new picture where the image covers all of it.
+    """
     x0, y0, x1, y1 = placement.source
     left, top, right, bottom = placement.target
     resized = resize_image(image[y0:y1, x0:x1], (bottom - top, right - left))
@@ -169,10 +96,11 @@ def paint(image: np.ndarray, placement: Placement, canvas: np.ndarray) -> np.nda
     return canvas
 
 
-def place(labels: Labels, placement: Placement, window: PixelRect | None = None) -> Labels:
-    """Labels of an image as they are on the canvas; what is cut to nearly nothing is gone.
+def place(labels: PictureLabels, placement: Placement, window: PixelRect | None = None) -> PictureLabels:
+    """Labels of an image as they are on the canvas, without the objects that are cut to nearly nothing.
 
-    ``window`` (pixels of the canvas) is where the image may be seen; None: anywhere.
+    Args:
+        window: x0, y0, x1, y1 in pixels of the canvas, in which the image is visible; None: all of the canvas.
     """
     height, width = placement.canvas_size
     bounds = np.array(WHOLE) if window is None else np.array(window) / (width, height, width, height)
@@ -198,15 +126,26 @@ def place(labels: Labels, placement: Placement, window: PixelRect | None = None)
         offset=labels.offset * scale + offset,
         keypoints=keypoints,
     )
-    room = (bounds[2:] - bounds[:2]).prod()
-    gone = (visible < MIN_VISIBLE) & (_extent(clipped) < MIN_COVER * room)
-    return moved[~gone] if gone.any() else moved
+    keep = stays_labelled(visible, clipped, bounds)
+    return moved if keep.all() else moved[keep]
 
 
-def flip(labels: Labels, axis: int, swap: np.ndarray | None = None) -> Labels:
+def stays_labelled(visible: np.ndarray, clipped: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """(N,) bool: whether enough of a cut object is left for it to stay labelled.
+
+    Args:
+        visible: (N,) the share of its box that is left.
+        clipped: (N, 4) what is left of the box, xyxy.
+        bounds: (4,) the picture, or the part of it where the object can be.
+    """
+    return (visible >= MIN_VISIBLE) | (_extent(clipped) >= MIN_COVER * (bounds[2:] - bounds[:2]).prod())
+
+
+def flip(labels: PictureLabels, axis: int, swap: np.ndarray | None = None) -> PictureLabels:
     """Mirror left-right (axis 0) or up-down (axis 1).
 
-    ``swap`` (classes, K): for each class the keypoint that each one becomes in a mirror (see ``mirror_keypoints``).
+    Args:
+        swap: (classes, K) for each class the keypoint that each one becomes in a mirror (see ``mirror_keypoints``).
     """
     low, high = axis, axis + 2
     boxes, windows = labels.boxes.copy(), labels.windows.copy()
@@ -220,8 +159,13 @@ def flip(labels: Labels, axis: int, swap: np.ndarray | None = None) -> Labels:
         keypoints = keypoints.copy()
         keypoints[..., axis] = np.where(keypoints[..., 2] > 0, 1 - keypoints[..., axis], 0)
         if swap is not None and len(labels):
-            keypoints = np.take_along_axis(keypoints, swap[labels.labels][..., None], axis=1)
+            keypoints = swap_keypoints(keypoints, swap[labels.labels])
     return replace(labels, boxes=boxes, windows=windows, scale=scale, offset=offset, keypoints=keypoints)
+
+
+def swap_keypoints(keypoints: np.ndarray, swap: np.ndarray) -> np.ndarray:
+    """Reorder the keypoints (N, K, 3) of each object by its row of ``swap`` (N, K)."""
+    return np.take_along_axis(keypoints, swap[..., None], axis=1)
 
 
 def mirror_keypoints(categories: Sequence[Category]) -> np.ndarray | None:
@@ -247,7 +191,7 @@ def mirror_keypoints(categories: Sequence[Category]) -> np.ndarray | None:
     return swap
 
 
-def draw_masks(labels: Labels, size: tuple[int, int], chosen: np.ndarray | None = None) -> np.ndarray:
+def draw_masks(labels: PictureLabels, size: tuple[int, int], chosen: np.ndarray | None = None) -> np.ndarray:
     """(N, height, width) uint8 masks of the objects (or the ``chosen`` ones); zeros where an object has no outline."""
     height, width = size
     indices = np.arange(len(labels)) if chosen is None else np.asarray(chosen)
@@ -260,10 +204,10 @@ def draw_masks(labels: Labels, size: tuple[int, int], chosen: np.ndarray | None 
     return masks
 
 
-def tighten(labels: Labels, canvas_size: tuple[int, int]) -> Labels:
-    """Boxes and areas of objects that were cut, taken anew from what is left of their masks.
+def tighten(labels: PictureLabels, canvas_size: tuple[int, int]) -> PictureLabels:
+    """Boxes and areas of objects that were cut, measured on what is left of their masks.
 
-    A cut-off arm makes a box smaller than clipping alone would. Objects of which next to nothing is left are gone.
+    Where an arm is cut off, the box is smaller than the clipped one. Objects without a pixel left are dropped.
     """
     if labels.outlines is None or not labels.cut.any():
         return labels

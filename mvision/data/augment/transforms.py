@@ -1,7 +1,7 @@
-"""Training augmentation and the plain stretch of evaluation: which views of which images make up a sample.
+"""Training augmentation, and the plain stretch of evaluation: the images of a sample, the part of each, the colours.
 
-Geometry is our own (``geometry.py``: one resampling per image, labels in closed form). This is the only file that
-imports albumentations, which changes the colours.
+Geometry is our own (``geometry.py``: one resampling per image, labels in closed form); albumentations changes the
+colours here, and has transforms that a config may add (``extra.py``).
 """
 
 from __future__ import annotations
@@ -13,28 +13,16 @@ import cv2
 import numpy as np
 
 from mvision.config import AugmentConfig
-from mvision.data.augment.geometry import (
-    FILL,
-    WHOLE,
-    Labels,
-    PixelRect,
-    Placement,
-    Rect,
-    fit,
-    flip,
-    join_labels,
-    paint,
-    place,
-    tighten,
-)
+from mvision.data.augment.extra import ExtraTransforms
+from mvision.data.augment.geometry import FILL, PixelRect, Placement, Rect, fit, flip, paint, place, tighten
+from mvision.data.formats.labels import WHOLE, PictureLabels, join_labels
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the package index for news on import
 
 import albumentations as A
 
-ZOOM_OUT = (
-    2.0  # largest canvas side in image sides; RT-DETR takes 4, which leaves nothing of small objects at 320 pixels
-)
+# Largest side of the canvas in sides of the image. RT-DETR has 4, where small objects vanish at an input of 320 pixels.
+ZOOM_OUT = 2.0
 CROP_SCALES = (0.3, 1.0)  # sides of a crop in sides of the image (SSD, section 2.2, as in torchvision's RandomIoUCrop)
 CROP_ASPECTS = (0.5, 2.0)
 CROP_OVERLAPS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -50,11 +38,11 @@ DARKEST = 0.2  # factor, however strong
 
 
 class Source(Protocol):
-    """Where the transform finds images and labels; ``Dataset`` is one."""
+    """Images and their labels by index; ``Dataset`` is one."""
 
     def __len__(self) -> int: ...
 
-    def labels(self, index: int) -> Labels:
+    def labels(self, index: int) -> PictureLabels:
         """Labels of an image, in fractions of it."""
         ...
 
@@ -72,7 +60,7 @@ class EvalTransform:
 
     def __call__(
         self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
-    ) -> tuple[np.ndarray, Labels]:
+    ) -> tuple[np.ndarray, PictureLabels]:
         """(h, w, 3) uint8 and the labels in fractions of it."""
         return _view(source, index, WHOLE, size, at_least=None)
 
@@ -81,25 +69,34 @@ class TrainTransform:
     """Random views, flips and colours."""
 
     def __init__(self, config: AugmentConfig, swap: np.ndarray | None = None) -> None:
-        """``swap``: see ``geometry.mirror_keypoints``."""
+        """Prepare the transform.
+
+        Args:
+            config: probabilities and strengths.
+            swap: see ``geometry.mirror_keypoints``.
+
+        Raises:
+            UserError: ``config.extra`` names a transform or an argument that does not exist.
+        """
         self.config = config
         self.swap = swap
         strength = config.photometric_strength
         factors = {name: (max(1 - strength * d, DARKEST), 1 + strength * d) for name, d in PHOTOMETRIC.items()}
         hue = min(strength * HUE, 0.5)
         self.photometric = A.ColorJitter(**factors, hue=(-hue, hue), p=1.0)
+        self.extra = ExtraTransforms(config.extra, swap) if config.extra else None
 
-    def resting(self) -> TrainTransform:
+    def light(self) -> TrainTransform:
         """The same without mosaic, mixup and zoom-out, for the end of a run."""
-        calm = self.config.model_copy(update={"mosaic": 0.0, "mixup": 0.0, "zoom_out": 0.0})
-        return TrainTransform(calm, self.swap)
+        config = self.config.model_copy(update={"mosaic": 0.0, "mixup": 0.0, "zoom_out": 0.0})
+        return TrainTransform(config, self.swap)
 
     def __call__(
         self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
-    ) -> tuple[np.ndarray, Labels]:
+    ) -> tuple[np.ndarray, PictureLabels]:
         """One training sample: (h, w, 3) uint8 and its labels in fractions of it.
 
-        All chance comes from ``rng``. Objects cut to next to nothing, or smaller than a pixel, are gone.
+        All chance comes from ``rng``. Objects of which next to nothing is visible, or less than a pixel, are dropped.
         """
         image, labels = self._picture(source, index, size, rng)
         if rng.random() < self.config.mixup:
@@ -113,13 +110,15 @@ class TrainTransform:
         if rng.random() < self.config.photometric:
             self.photometric.set_random_seed(int(rng.integers(2**31)))
             image = self.photometric(image=image)["image"]
-        labels = tighten(labels, size)
-        sides = (labels.boxes[:, 2:] - labels.boxes[:, :2]) * (size[1], size[0])
-        return image, labels[sides.prod(axis=1) >= 1.0]
+        labels = _measured(labels, size)
+        if self.extra is not None:
+            image, labels = self.extra(image, labels, rng)
+            labels = _measured(labels, size)
+        return image, labels
 
     def _picture(
         self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
-    ) -> tuple[np.ndarray, Labels]:
+    ) -> tuple[np.ndarray, PictureLabels]:
         if rng.random() < self.config.mosaic:
             return _mosaic(source, index, size, rng)
         view = WHOLE
@@ -130,6 +129,13 @@ class TrainTransform:
         return _view(source, index, view, size, at_least=size)
 
 
+def _measured(labels: PictureLabels, size: tuple[int, int]) -> PictureLabels:
+    """Boxes of cut objects as their masks have them; objects smaller than a pixel are dropped."""
+    labels = tighten(labels, size)
+    sides = (labels.boxes[:, 2:] - labels.boxes[:, :2]) * (size[1], size[0])
+    return labels[sides.prod(axis=1) >= 1.0]
+
+
 def zoom_out(rng: np.random.Generator) -> Rect:
     """A view larger than the image (SSD's "expansion"), the image anywhere in it."""
     side = rng.uniform(1.0, ZOOM_OUT)
@@ -137,12 +143,12 @@ def zoom_out(rng: np.random.Generator) -> Rect:
     return (-x, -y, side - x, side - y)
 
 
-def crop(labels: Labels, view: Rect, aspect: float, rng: np.random.Generator) -> Rect:
-    """A part of ``view`` with at least one object's centre in it (SSD's sampling).
+def crop(labels: PictureLabels, view: Rect, aspect: float, rng: np.random.Generator) -> Rect:
+    """A random part of ``view`` with at least one object's centre in it (SSD's sampling).
 
-    A minimum share is drawn, and every object whose centre lies in the crop has to keep at least that share of its
-    area. The share is of the object, not SSD's overlap of object and crop, which small objects can never reach. Without
-    a crop that meets it, the view stays as it is; an image without objects is cropped anywhere.
+    A minimum share is drawn at random; every object whose centre lies in the crop has to keep at least that share of
+    its area. (SSD asks for an overlap of object and crop, which small objects can never reach.) If none of the trials
+    meets this, the view stays as it is. An image without objects is cropped anywhere.
     """
     overlap = rng.choice(CROP_OVERLAPS)
     sides = rng.uniform(*CROP_SCALES, size=(CROP_TRIALS, 2))
@@ -167,7 +173,7 @@ def crop(labels: Labels, view: Rect, aspect: float, rng: np.random.Generator) ->
 
 def _view(
     source: Source, index: int, view: Rect, size: tuple[int, int], at_least: tuple[int, int] | None
-) -> tuple[np.ndarray, Labels]:
+) -> tuple[np.ndarray, PictureLabels]:
     """One view of one image on a canvas of its own."""
     height, width = size
     window = (0, 0, width, height)
@@ -178,14 +184,16 @@ def _view(
     return paint(image, placement, canvas), place(source.labels(index), placement)
 
 
-def _mosaic(source: Source, index: int, size: tuple[int, int], rng: np.random.Generator) -> tuple[np.ndarray, Labels]:
+def _mosaic(
+    source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, PictureLabels]:
     """Four images that meet in one point, each enlarged at random so that it fills its tile without a border."""
     height, width = size
     x, y = (_on_grid(side, rng) for side in (width, height))
     tiles: list[PixelRect] = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
     members = [index, *(int(member) for member in rng.integers(len(source), size=3))]
     canvas = np.full((height, width, 3), FILL, dtype=np.uint8)
-    parts = []
+    tile_labels = []
     for tile, member in zip(rng.permutation(4), members):
         window = tiles[tile]
         sides = np.array(((window[2] - window[0]) / width, (window[3] - window[1]) / height))
@@ -195,14 +203,14 @@ def _mosaic(source: Source, index: int, size: tuple[int, int], rng: np.random.Ge
         image, placement = _placed(source, member, view, window, size, reduced=True)
         if placement is not None:
             canvas = paint(image, placement, canvas)
-            parts.append(place(source.labels(member), placement, window))
-    return canvas, join_labels(parts)
+            tile_labels.append(place(source.labels(member), placement, window))
+    return canvas, join_labels(tile_labels)
 
 
 def _placed(
     source: Source, index: int, view: Rect, window: PixelRect, size: tuple[int, int], reduced: bool
 ) -> tuple[np.ndarray, Placement | None]:
-    """The image, decoded no larger than the view asks for where ``reduced``, and where it goes."""
+    """An image, and its place on the canvas; where ``reduced``, it is decoded no larger than the view needs."""
     enough = None
     if reduced:
         rows, columns = window[3] - window[1], window[2] - window[0]

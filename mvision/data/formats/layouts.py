@@ -1,65 +1,22 @@
-"""What a data folder is: a layout of COCO's, Roboflow's or YOLO's; all of them become COCO dictionaries."""
+"""What a data folder is: a layout of COCO's, Roboflow's or YOLO's; all of them are read as COCO dictionaries."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from mvision.data.formats.coco import read_json
-from mvision.data.formats.yolo import YoloSet, is_yolo_file, read_yolo_split, yolo_splits
-from mvision.errors import UserError
+from mvision.data.formats.split import Split
+from mvision.data.formats.yolo import is_yolo_file, yolo_splits
+from mvision.errors import UserError, did_you_mean
 
-KEYPOINT_TASK = "keypoints"
-EVERYTHING = ("detection", "instance-seg", KEYPOINT_TASK)  # tasks whose labels together are all that a split has
 USUAL_SPLITS = ("train", "val", "test")
 ROBOFLOW_FILE = "_annotations.coco.json"
 ROBOFLOW_NAMES = {"train": "train", "valid": "val", "val": "val", "test": "test"}
-
-
-@dataclass(frozen=True)
-class Split:
-    """One part of a data set.
-
-    Attributes:
-        name: such as ``train`` or ``val``.
-        images: the folder that the images' file names are relative to.
-        annotations: the COCO file, or the YOLO ``data.yaml``.
-        keypoints: a second COCO file whose keypoints belong to the same annotation ids (COCO's own layout has two).
-        yolo: set where the annotations are YOLO's and are converted when read.
-        fraction, seed: only this share of the images, drawn with this seed; a smaller share is part of a larger one.
-    """
-
-    name: str
-    images: Path
-    annotations: Path
-    keypoints: Path | None = None
-    yolo: YoloSet | None = None
-    fraction: float = 1.0
-    seed: int = 0
-
-    def load(self) -> dict[str, Any]:
-        """The annotations as a COCO dictionary.
-
-        Raises:
-            UserError: a file that is missing, malformed or no COCO (or YOLO) file.
-        """
-        raw = self._load()
-        return raw if self.fraction >= 1 else _some_images(raw, self.fraction, self.seed)
-
-    def _load(self) -> dict[str, Any]:
-        if self.yolo is not None:
-            return read_yolo_split(self.yolo, self.name)
-        raw = read_json(self.annotations)
-        if self.keypoints is not None:
-            _join_keypoints(raw, read_json(self.keypoints))
-        return raw
 
 
 @dataclass(frozen=True)
@@ -76,26 +33,28 @@ class Layout:
     description: str
     splits: dict[str, Split] = field(default_factory=dict)
 
-    def split(self, name: str = "val", tasks: Sequence[str] = ()) -> Split:
+    def split(self, name: str = "val", fields: Collection[str] = (), poses_only: bool = False) -> Split:
         """One split by name.
 
-        In COCO's own layout keypoints lie in files of their own: the task ``keypoints`` alone takes that file, together
-        with other tasks its keypoints are joined to the objects of ``instances_*.json``.
+        COCO's own layout has two annotation files for the same images: ``instances_*.json`` with all objects, and
+        ``person_keypoints_*.json``. Where ``fields`` contains ``keypoints``, the second file's keypoints are joined to
+        the objects of the first.
+
+        Args:
+            name: as in ``splits``.
+            fields: those of ``Targets`` that are needed: ``boxes``, ``masks``, ``keypoints``.
+            poses_only: only poses are asked for, no other objects: then the file of persons is taken alone.
 
         Raises:
             UserError: there is no such split; the message names the ones there are.
         """
         if name not in self.splits:
-            near = difflib.get_close_matches(name, self.splits, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"it has {', '.join(self.splits)}"
-            raise UserError(f"{self.root}: no split '{name}': {hint}")
+            raise UserError(f"{self.root}: no split '{name}': {did_you_mean(name, self.splits)}")
         split = self.splits[name]
         persons = self.splits.get(f"person_keypoints_{split.annotations.stem.removeprefix('instances_')}")
-        if persons is None or KEYPOINT_TASK not in tasks or persons.annotations == split.annotations:
+        if persons is None or "keypoints" not in fields or persons.annotations == split.annotations:
             return split
-        if set(tasks) == {KEYPOINT_TASK}:
-            return replace(persons, name=name)
-        return replace(split, keypoints=persons.annotations)
+        return replace(persons, name=name) if poses_only else replace(split, keypoints=persons.annotations)
 
 
 def usual_splits(layout: Layout) -> list[str]:
@@ -192,25 +151,6 @@ def _yolo(root: Path, file: Path) -> Layout:
     return Layout(root, f"YOLO data set in {file}: {_listing(splits)}", splits)
 
 
-def _join_keypoints(instances: dict[str, Any], persons: dict[str, Any]) -> None:
-    """Give the objects of ``instances`` the keypoints that ``persons`` has under the same ids, in place."""
-    points = {annotation.get("id"): annotation.get("keypoints") for annotation in persons["annotations"]}
-    for annotation in instances["annotations"]:
-        found = points.get(annotation.get("id"))
-        if found:
-            annotation["keypoints"] = found
-    about_points = {
-        key: v for key, v in (persons.get("info") or {}).items() if key in ("keypoint_sigmas", "flip_pairs")
-    }
-    instances["info"] = {**(instances.get("info") or {}), **about_points}
-    described = {category.get("id"): category for category in persons["categories"]}
-    for category in instances["categories"]:
-        for key in ("keypoints", "skeleton", "keypoint_sigmas", "sigmas", "flip_pairs"):
-            value = described.get(category.get("id"), {}).get(key)
-            if value is not None:
-                category[key] = value
-
-
 def _ordered(splits: dict[str, Split]) -> dict[str, Split]:
     """``train`` and ``val`` first."""
     return {name: splits[name] for name in sorted(splits, key=lambda n: (n != "train", n != "val", n))}
@@ -230,18 +170,3 @@ def _not_recognised(root: Path) -> str:
         f"--data {root}: no data set recognised (found: {found}); expected images/ + annotations/{{train,val}}.json, "
         f"COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, or a YOLO data.yaml{hint}"
     )
-
-
-def _some_images(raw: dict[str, Any], fraction: float, seed: int) -> dict[str, Any]:
-    """The annotations of a share of the images, at least one of them, in their order."""
-    count = len(raw["images"])
-    chosen = np.random.default_rng(seed).permutation(count)[: max(1, round(count * fraction))]
-    images = [raw["images"][index] for index in sorted(chosen.tolist())]
-    # What is no annotation of an image left out, broken ones too: whoever reads them next reports those.
-    everywhere, kept = ({image.get("id") for image in of if isinstance(image, dict)} for of in (raw["images"], images))
-    annotations = [
-        entry
-        for entry in raw["annotations"]
-        if not isinstance(entry, dict) or entry.get("image_id") not in everywhere - kept
-    ]
-    return {**raw, "images": images, "annotations": annotations}

@@ -1,10 +1,8 @@
-"""The labelled objects of a split: one annotation checked at a time, all of them in flat arrays."""
+"""One annotation at a time: checked, and completed to all that training, evaluation and conversion need."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ from mvision.data.formats.problems import Problems
 from mvision.data.formats.segmentation import (
     BadSegmentation,
     Outline,
-    Outlines,
     outline_area,
     outline_box,
     parse_segmentation,
@@ -23,102 +20,57 @@ from mvision.structures import Category
 BORDER = 1.0  # pixels by which a box may reach over the border unmentioned: rounding in COCO's own files
 
 
-@dataclass
-class CleanObject:
-    """One usable annotation in pixels of its image: xyxy ``box``, index of the category, and what else it has."""
-
-    box: tuple[float, float, float, float]
-    label: int
-    area: float
-    crowd: bool
-    outline: Outline | None
-    keypoints: np.ndarray | None
-
-
-@dataclass
-class Objects:
-    """All objects of a split; those of image i are the rows ``start[i]:start[i + 1]``.
-
-    Attributes:
-        start: (images + 1,) int64.
-        boxes: (M, 4) float32 xyxy in fractions of the image, inside it.
-        labels: (M,) int64 index into the categories.
-        areas: (M,) float32 fraction of the image.
-        crowd: (M,) bool: a region that holds many objects and is no training target.
-        keypoints: (M, K, 3) float32 x, y in fractions and visibility 0, 1, 2, or None where they were not asked for.
-            Classes with fewer keypoints than K, and objects without any, are filled with zeros.
-        outlines: polygons in fractions, run lengths as they are; None where masks were not asked for.
-    """
-
-    start: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    areas: np.ndarray
-    crowd: np.ndarray
-    keypoints: np.ndarray | None
-    outlines: Outlines | None
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def of(self, image: int) -> slice:
-        """Rows of one image."""
-        return slice(int(self.start[image]), int(self.start[image + 1]))
-
-
-def clean_object(
+def clean_annotation(
     annotation: dict[str, Any],
-    label: int,
     category: Category,
     size: tuple[int, int],
     fields: frozenset[str],
     problems: Problems,
     where: str,
-) -> CleanObject | None:
-    """Check one annotation; what is wrong with it goes to ``problems``. None where nothing of it can be used."""
+) -> dict[str, Any] | None:
+    """Check one annotation; what is wrong with it goes to ``problems``.
+
+    Args:
+        size: (height, width) of its image.
+        fields: those of ``Targets`` that are wanted.
+        where: file and annotation, for ``problems``.
+
+    Returns:
+        COCO's keys in the file's own pixels and at its precision: ``bbox`` (xywh, inside the image), ``area`` and
+        ``iscrowd``; where wanted ``keypoints`` ((K, 3) float64, zeros where not labelled) and, if it has a usable one,
+        ``segmentation`` (an ``Outline``). None where nothing of the annotation can be used.
+    """
     outline = _outline(annotation, size, fields, problems, where)
     box = _box(annotation, outline, size, problems, where)
     if box is None:
         return None
-    keypoints = _keypoints(annotation, category, size, problems, where) if "keypoints" in fields else None
+    width, height = box[2] - box[0], box[3] - box[1]
     area = _positive(annotation.get("area")) or (outline_area(outline, *size) if outline is not None else 0.0)
-    area = area or (box[2] - box[0]) * (box[3] - box[1])
-    return CleanObject(box, label, area, bool(annotation.get("iscrowd")), outline, keypoints)
-
-
-def pack_objects(
-    objects: Sequence[Sequence[CleanObject]], sizes: Sequence[tuple[int, int]], fields: frozenset[str], num_points: int
-) -> Objects:
-    """Objects image by image (``sizes``: height, width of each) to flat arrays in fractions of their images."""
-    flat = [item for of_image in objects for item in of_image]
-    scales = np.array(
-        [(width, height) for (height, width), of_image in zip(sizes, objects) for _ in of_image], dtype=np.float64
-    ).reshape(-1, 2)
-    boxes = np.array([item.box for item in flat], dtype=np.float64).reshape(-1, 4) / np.tile(scales, 2)
-    areas = np.array([item.area for item in flat], dtype=np.float64) / scales.prod(axis=1)
-    keypoints = None
+    entry: dict[str, Any] = {
+        "bbox": [box[0], box[1], width, height],
+        "area": area or width * height,
+        "iscrowd": int(bool(annotation.get("iscrowd"))),
+    }
+    if outline is not None and "masks" in fields:
+        entry["segmentation"] = outline
     if "keypoints" in fields:
-        keypoints = np.zeros((len(flat), num_points, 3), dtype=np.float32)
-        for row, item in enumerate(flat):
-            if item.keypoints is not None:
-                keypoints[row, : len(item.keypoints)] = item.keypoints / (*scales[row], 1)
-    outlines = None
-    if "masks" in fields:
-        outlines = Outlines(
-            [
-                [part / scales[row] for part in item.outline] if isinstance(item.outline, list) else item.outline
-                for row, item in enumerate(flat)
-            ]
-        )
-    return Objects(
-        start=np.cumsum([0, *(len(of_image) for of_image in objects)], dtype=np.int64),
-        boxes=boxes.astype(np.float32).clip(0, 1),
-        labels=np.array([item.label for item in flat], dtype=np.int64),
-        areas=areas.astype(np.float32),
-        crowd=np.array([item.crowd for item in flat], dtype=bool),
-        keypoints=keypoints,
-        outlines=outlines,
-    )
+        points = _keypoints(annotation, category, size, problems, where)
+        entry["keypoints"] = np.zeros((len(category.keypoints), 3)) if points is None else points
+    return entry
+
+
+def to_json(entry: dict[str, Any]) -> dict[str, Any]:
+    """The same annotation as a COCO file holds it: lists of numbers, with ``num_keypoints``."""
+    plain = dict(entry)
+    outline = entry.get("segmentation")
+    if isinstance(outline, dict):
+        plain["segmentation"] = {**outline, "counts": outline["counts"].decode()}
+    elif outline is not None:
+        plain["segmentation"] = [part.reshape(-1).tolist() for part in outline]
+    if "keypoints" in entry:
+        plain["keypoints"] = entry["keypoints"].reshape(-1).tolist()
+        plain["num_keypoints"] = int((entry["keypoints"][:, 2] > 0).sum())
+    return plain
 
 
 def _outline(
@@ -145,7 +97,7 @@ def _box(
     bbox = annotation.get("bbox")
     if isinstance(bbox, list) and len(bbox) == 4 and all(_is_number(value) for value in bbox):
         x, y, w, h = bbox
-        raw = (x, y, x + w, y + h)
+        raw = (float(x), float(y), float(x + w), float(y + h))
         if w <= 0 or h <= 0:
             problems.add("box without area: annotation skipped", f"{where}: bbox {bbox}")
             return None

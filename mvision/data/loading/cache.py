@@ -19,9 +19,9 @@ SHARED_MEMORY = Path("/dev/shm")  # torch's shared tensors live there; small in 
 
 
 class ImageCache:
-    """Room for every image of a split; whichever process decodes one first keeps it for all.
+    """Memory for the pixels of every image of a split, shared by all processes: each image is decoded once.
 
-    Two processes that decode the same image at once write the same bytes.
+    Two processes that decode the same image at the same time write the same bytes.
     """
 
     def __init__(self, records: Sequence[ImageRecord]) -> None:
@@ -32,24 +32,24 @@ class ImageCache:
         self.ready = torch.zeros(len(records), dtype=torch.bool).share_memory_()
 
     def get(self, index: int) -> np.ndarray | None:
-        """(H, W, 3) uint8, not to be written to, or None where it is not there yet."""
+        """(H, W, 3) uint8, which must not be changed; None where the image has not been put in yet."""
         if not self.ready[index]:
             return None
-        return self._room(index)
+        return self._pixels_of(index)
 
     def put(self, index: int, image: np.ndarray) -> None:
-        """Keep an image; one whose size is not the one in its annotations finds no room and is left out."""
+        """Keep an image, unless its size differs from the one in its annotations, for which the memory was made."""
         if image.shape == self.shapes[index]:
-            self._room(index)[:] = image
+            self._pixels_of(index)[:] = image
             self.ready[index] = True
 
-    def _room(self, index: int) -> np.ndarray:
+    def _pixels_of(self, index: int) -> np.ndarray:
         flat = self.pixels[int(self.start[index]) : int(self.start[index + 1])].numpy()
         return flat.reshape(self.shapes[index])
 
 
 def make_cache(records: Sequence[ImageRecord], caches: int = 1) -> ImageCache | None:
-    """A cache, where all decoded images take at most a quarter of the free memory, or its part of it; else None."""
+    """A cache if all decoded images fit into a quarter of the free memory, shared by ``caches``; else None."""
     needed = sum(record.height * record.width * 3 for record in records)
     return ImageCache(records) if needed <= _budget() // caches else None
 

@@ -1,6 +1,7 @@
-"""Samples: what happens to one is a function of (seed, epoch, index) alone, whoever loads it and in whatever order.
+"""Training and evaluation samples.
 
-Where an epoch shows an image several times, also of how often it did before.
+A sample is a function of (seed, epoch, index) alone: the process that loads it and the order of loading change nothing.
+Where an epoch shows an image several times, it also depends on how often it did so before.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils import data
 
 from mvision.config import AugmentConfig
-from mvision.data.augment.geometry import Labels, draw_masks, mirror_keypoints, new_labels
+from mvision.data.augment.geometry import draw_masks, mirror_keypoints
 from mvision.data.augment.transforms import EvalTransform, TrainTransform
 from mvision.data.formats.coco import CocoSplit
+from mvision.data.formats.labels import PictureLabels
 from mvision.data.loading.cache import ImageCache
 from mvision.errors import UserError
+from mvision.heads import head_class, known_tasks
 from mvision.structures import Instances, Targets
 from mvision.structures.images import BadImage, read_image
 from mvision.structures.masks import Masks, encode_mask
@@ -31,30 +33,35 @@ ASPECT_TOLERANCE = 0.03
 
 @dataclass(frozen=True)
 class SampleKey:
-    """What a sampler asks the data set for.
+    """One sample of a data set, as a sampler asks for it.
 
-    ``resting``: without mosaic, mixup and zoom-out (the end of a run). ``repeat``: how often the epoch showed the image
-    before.
+    Attributes:
+        epoch: counted from 0.
+        index: of the image.
+        image_size: (height, width) of the sample in pixels.
+        light: without mosaic, mixup and zoom-out (the end of a run).
+        repeat: how often the epoch showed the image before.
     """
 
     epoch: int
     index: int
     image_size: tuple[int, int]
-    resting: bool = False
+    light: bool = False
     repeat: int = 0
 
 
 @dataclass
 class Sample:
-    """One picture for the model, (h, w, 3) uint8 RGB, with its labels.
+    """One picture for the model with its labels.
 
-    ``image`` is None where neither the picture nor a replacement could be read. ``skipped`` lists (file, reason) of
-    those that could not. ``crowds`` (M, 4) are cxcywh boxes in 0..1 of regions with many unlabelled objects.
+    Attributes:
+        image: (h, w, 3) uint8 RGB, None where neither the image nor one in its place could be read.
+        targets: its labels, None without image.
+        skipped: (file, reason) of images that could not be read.
     """
 
     image: np.ndarray | None
     targets: Targets | None
-    crowds: Tensor
     skipped: list[tuple[str, str]] = field(default_factory=list)
 
 
@@ -63,7 +70,7 @@ class Transform(Protocol):
 
     def __call__(
         self, source: Dataset, index: int, size: tuple[int, int], rng: np.random.Generator
-    ) -> tuple[np.ndarray, Labels]: ...
+    ) -> tuple[np.ndarray, PictureLabels]: ...
 
 
 class Dataset(data.Dataset[Sample]):
@@ -94,12 +101,12 @@ class Dataset(data.Dataset[Sample]):
             tasks: what the labels are used for, see ``Targets.tasks``; None: all for which there are some.
 
         Raises:
-            UserError: masks or keypoints are asked for, and the annotations have none.
+            UserError: masks or keypoints are asked for, and the annotations have none, or see ``TrainTransform``.
         """
         if validate:
             require_fields(split)
         self.records = split.records
-        self.objects = split.objects
+        self.split_labels, self.start = split.labels, split.start
         self.folder = split.folder
         self.categories = split.categories
         self.labelled_classes = split.labelled_classes
@@ -109,12 +116,12 @@ class Dataset(data.Dataset[Sample]):
         self.cache = cache
         self.augmented = augment is not None
         self.transform: Transform
-        self.resting: Transform
+        self.light: Transform
         if augment is None:
-            self.transform = self.resting = EvalTransform()
+            self.transform = self.light = EvalTransform()
         else:
             train = TrainTransform(augment, mirror_keypoints(split.categories))
-            self.transform, self.resting = train, train.resting()
+            self.transform, self.light = train, train.light()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -124,8 +131,8 @@ class Dataset(data.Dataset[Sample]):
         skipped: list[tuple[str, str]] = []
         index = key.index
         for attempt in range(ATTEMPTS if self.augmented else 1):
-            # Where many files are damaged, a mosaic of four is unlikely to succeed: the later half goes without.
-            transform = self.resting if key.resting or attempt >= ATTEMPTS // 2 else self.transform
+            # Where many files are damaged, a mosaic of four is unlikely to succeed: the later attempts are without.
+            transform = self.light if key.light or attempt >= ATTEMPTS // 2 else self.transform
             more = (key.repeat,) if key.repeat else ()
             rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt, *more))
             try:
@@ -135,23 +142,12 @@ class Dataset(data.Dataset[Sample]):
                 if error.path == str(self.path(index)):  # else it was another image of a mosaic
                     index = int(rng.integers(len(self)))
                 continue
-            return Sample(image, *self._targets(labels, index, key.image_size), skipped)
-        return Sample(None, None, torch.zeros((0, 4)), skipped)
+            return Sample(image, self._targets(labels, index, key.image_size), skipped)
+        return Sample(None, None, skipped)
 
-    def labels(self, index: int) -> Labels:
+    def labels(self, index: int) -> PictureLabels:
         """Labels of one image as it was read, crowd regions among them."""
-        rows, objects = self.objects.of(index), self.objects
-        outlines = None
-        if objects.outlines is not None:
-            outlines = [objects.outlines[row] for row in range(rows.start, rows.stop)]
-        return new_labels(
-            objects.boxes[rows],
-            objects.labels[rows],
-            objects.areas[rows],
-            objects.crowd[rows],
-            None if objects.keypoints is None else objects.keypoints[rows],
-            outlines,
-        )
+        return self.split_labels.picture(slice(int(self.start[index]), int(self.start[index + 1])))
 
     def image(self, index: int, at_least: tuple[int, int] | None = None) -> np.ndarray:
         """(H, W, 3) uint8 RGB of one image in the geometry that its annotations assume.
@@ -196,7 +192,7 @@ class Dataset(data.Dataset[Sample]):
                 continue  # named when the split was evaluated
         return found
 
-    def to_instances(self, labels: Labels, size: tuple[int, int], path: str | None = None) -> Instances:
+    def to_instances(self, labels: PictureLabels, size: tuple[int, int], path: str | None = None) -> Instances:
         """Labels in pixels of a picture of this (height, width)."""
         height, width = size
         keypoints = None
@@ -227,9 +223,7 @@ class Dataset(data.Dataset[Sample]):
             return turned
         return image
 
-    def _targets(self, labels: Labels, index: int, size: tuple[int, int]) -> tuple[Targets, Tensor]:
-        boxes = torch.from_numpy(_cxcywh(labels.boxes))
-        crowd = torch.from_numpy(labels.crowd)
+    def _targets(self, labels: PictureLabels, index: int, size: tuple[int, int]) -> Targets:
         labels = labels[~labels.crowd] if labels.crowd.any() else labels
         record = self.records[index]
         masks = None
@@ -238,8 +232,8 @@ class Dataset(data.Dataset[Sample]):
         if labelled and stride is not None:
             masks = torch.from_numpy(draw_masks(labels, (-(-size[0] // stride), -(-size[1] // stride))))
         keypoints = None if labels.keypoints is None else torch.from_numpy(labels.keypoints.astype(np.float32))
-        targets = Targets(
-            boxes=boxes[~crowd],
+        return Targets(
+            boxes=torch.from_numpy(_cxcywh(labels.boxes)),
             labels=torch.from_numpy(labels.labels.astype(np.int64)),
             areas=torch.from_numpy(labels.areas.astype(np.float32)),
             masks=masks,
@@ -249,24 +243,23 @@ class Dataset(data.Dataset[Sample]):
             labelled_classes=None if self.labelled_classes is None else torch.from_numpy(self.labelled_classes),
             tasks=self.tasks,
         )
-        return targets, boxes[crowd]
 
 
 class MixedDataset(data.Dataset[Sample]):
     """The samples of several data sets, one after the other. Mosaic and mixup take the images of one."""
 
-    def __init__(self, parts: Sequence[Dataset]) -> None:
-        self.parts = list(parts)
-        self.start = np.cumsum([0, *map(len, parts)])
-        self.augmented = all(part.augmented for part in parts)
+    def __init__(self, datasets: Sequence[Dataset]) -> None:
+        self.datasets = list(datasets)
+        self.start = np.cumsum([0, *map(len, datasets)])
+        self.augmented = all(dataset.augmented for dataset in datasets)
 
     def __len__(self) -> int:
         return int(self.start[-1])
 
     def __getitem__(self, key: SampleKey) -> Sample:
-        """The sample of a key, whose index counts through all parts."""
+        """The sample of a key, whose index counts through all data sets."""
         number = int(np.searchsorted(self.start, key.index, side="right")) - 1
-        return self.parts[number][replace(key, index=key.index - int(self.start[number]))]
+        return self.datasets[number][replace(key, index=key.index - int(self.start[number]))]
 
 
 def require_fields(split: CocoSplit) -> None:
@@ -275,16 +268,13 @@ def require_fields(split: CocoSplit) -> None:
     Raises:
         UserError: they are not.
     """
-    words = {
-        "masks": ("a segmentation", "tasks instance-seg and semantic-seg need"),
-        "keypoints": ("keypoints", "task keypoints needs"),
-    }
     for name in sorted(split.fields - split.available):
-        what, who = words[name]
-        raise UserError(f"{split.split.annotations}: no object in it has {what}, which the {who}")
+        tasks = [task for task in known_tasks() if name in head_class(task).needs]
+        needed = f"the task{'s' * (len(tasks) > 1)} {' and '.join(tasks)} need{'s' * (len(tasks) == 1)}"
+        raise UserError(f"{split.split.annotations}: no object in it has {name}, which {needed}")
 
 
-def _masks(labels: Labels, size: tuple[int, int]) -> Masks:
+def _masks(labels: PictureLabels, size: tuple[int, int]) -> Masks:
     """Drawn one at a time: together they would fill the memory on large images."""
     return Masks((encode_mask(draw_masks(labels, size, np.array([index]))[0]) for index in range(len(labels))), size)
 

@@ -1,4 +1,4 @@
-"""Loaders: batches in the background, in processes that start cleanly and end with the run."""
+"""Loaders: batches made in the background, by worker processes that start cleanly and end with the main process."""
 
 from __future__ import annotations
 
@@ -21,22 +21,19 @@ from torch.utils.data import DataLoader
 from mvision.compat import stop_workers, worker_sentinels
 from mvision.config import DataConfig
 from mvision.data.formats.coco import CocoSplit
-from mvision.data.loading.batch import Batch, PackedBatch, pack
+from mvision.data.loading.batch import Batch, PackedBatch, Skipped, pack
 from mvision.data.loading.cache import make_cache
 from mvision.data.loading.dataset import Dataset, MixedDataset
 from mvision.data.loading.samplers import EvalBatches, TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.errors import UserError
 
-PREFETCH = 3  # batches in work per worker
-SETTLE = 5.0  # seconds until the end of a process is known for certain
+PREFETCH = 3  # batches that a worker makes ahead of their use
+SETTLE = 5.0  # seconds to wait for the end of a process
 
 
 class Loader:
-    """Batches of a split. ``for batch in loader`` is epoch 0 (all there is to evaluation); training calls ``epoch(n)``.
-
-    ``skipped`` maps the files that could not be read so far to the reasons.
-    """
+    """Batches of a split. Training calls ``epoch(n)``, evaluation ``for batch in loader``, which is epoch 0."""
 
     def __init__(
         self,
@@ -48,7 +45,6 @@ class Loader:
         self.dataset = dataset
         self.batches = batches
         self.workers = workers
-        self.skipped: dict[str, str] = {}
         parallel: dict[str, Any] = {}
         if workers > 0:
             parallel = {
@@ -83,32 +79,27 @@ class Loader:
             self.batches.epoch = number
         for packed in self._guarded():
             if isinstance(packed, PackedBatch):
-                batch = packed.unpack()
-                self.skipped.update(batch.skipped)
-                yield batch
-                continue
-            self.skipped.update(packed)
-            if not self.dataset.augmented:
-                size = self.batches.image_size
-                yield Batch(torch.zeros((0, 3, *size), dtype=torch.uint8), [], [], packed)
+                yield packed.unpack()
+            elif not self.dataset.augmented:
+                yield Batch(torch.zeros((0, 3, *self.batches.image_size), dtype=torch.uint8), [], packed)
             else:
                 files = "; ".join(f"{path}: {reason}" for path, reason in packed[:3])
                 raise UserError(f"no image of a whole batch can be read, nor any in its place: {files}, ...")
 
     def close(self) -> None:
-        """End the worker processes now; otherwise they end with the loader."""
+        """End the worker processes now and not with the loader."""
         stop_workers(self._loader)
 
-    def _guarded(self) -> Iterator[PackedBatch | list[tuple[str, str]]]:
+    def _guarded(self) -> Iterator[PackedBatch | Skipped]:
         try:
             with main_module_hidden():
                 iterator = iter(self._loader)  # starts the workers
             yield from iterator
         except UserError as error:
-            # The DataLoader wraps what a worker raised in a traceback's text; the last line is the message.
+            # The DataLoader turns an error of a worker into the text of its traceback; the last line is the message.
             raise UserError(str(error).strip().splitlines()[-1].removeprefix("mvision.errors.UserError: ")) from error
         except (RuntimeError, OSError, EOFError) as error:
-            # What a killed worker leaves behind depends on what it was doing; that it is gone is certain.
+            # Which error a killed worker causes here depends on what it was doing. That it has ended can be checked.
             if not wait(worker_sentinels(self._loader), timeout=SETTLE):
                 raise
             raise UserError(
@@ -133,12 +124,12 @@ def build_train_loader(
     """Shuffled, augmented batches.
 
     Args:
-        split: read with the fields that the heads need; or the parts of a run with several data sets.
+        split: read with the fields that the heads need; or the several data sets of a run.
         config: augmentation and number of workers.
         batch_size: total over all processes.
         image_size: (height, width) of the model's input.
         seed: of shuffling and augmentation; both depend on (seed, epoch, index) alone.
-        epochs: of the whole run, so that augmentation can rest at its end.
+        epochs: of the whole run; its last ones are without strong augmentation.
         mask_stride: masks are drawn at 1 / stride of the input size.
         rank, world_size: this process among all.
         device: where training happens; for CUDA the batches are in pinned memory.
@@ -152,19 +143,19 @@ def build_train_loader(
         dataset = Dataset(split, config.augment, seed, mask_stride, make_cache(split.records))
         images = len(dataset)
     else:
-        of_parts = [
+        datasets = [
             Dataset(
-                part.train,
+                source.train,
                 config.augment,
                 seed,
                 mask_stride,
-                make_cache(part.train.records, len(split)),
-                tasks=part.tasks,
+                make_cache(source.train.records, len(split)),
+                tasks=source.tasks,
             )
-            for part in split
+            for source in split
         ]
-        dataset = MixedDataset(of_parts)
-        images = [(len(one), part.weight) for one, part in zip(of_parts, split)]
+        dataset = MixedDataset(datasets)
+        images = [(len(one), source.weight) for one, source in zip(datasets, split)]
     batches = TrainBatches(
         images,
         batch_size,

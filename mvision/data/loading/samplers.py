@@ -1,4 +1,4 @@
-"""Which images make up which batch: functions of (seed, epoch), the same for any number of processes."""
+"""The images of each batch: a function of (seed, epoch), the same for any number of processes."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import numpy as np
 
 from mvision.data.loading.dataset import SampleKey
 
-SHUFFLE, SCALE = 1, 2  # keep the two uses of (seed, epoch) apart from each other and from the samples' own numbers
+SHUFFLE, SCALE = 1, 2  # so that shuffling, image sizes and samples do not draw the same numbers from (seed, epoch)
 STEP = 32  # image sizes are multiples of the coarsest stride
 
 
 class TrainBatches:
     """Batches of one epoch, shuffled; set ``epoch`` before iterating.
 
-    The permutation of all images is cut into batches of the total batch size, and each process takes its part of every
-    batch: one process and eight see the same batches. What does not fill a batch waits for the next epoch's shuffle. A
-    data set smaller than a batch makes one batch of what there is; with fewer images in a batch than processes some are
-    seen twice, so that no process is left without work. Of several data sets each gives its share to the permutation.
+    The permutation of all images is cut into batches of the total batch size, and each process takes its share of every
+    batch: one process and eight have the same batches. The images at the end that do not fill a batch are left out of
+    this epoch. A data set smaller than a batch is one batch. Where a batch has fewer images than there are processes,
+    some occur twice, so that no process is without work.
     """
 
     def __init__(
@@ -34,16 +34,24 @@ class TrainBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """``batch_size`` is the total over processes; ``epochs`` and ``last_epochs`` say when augmentation rests.
+        """Plan the batches.
 
-        ``num_images``: of one data set, or for each of several the number and how often an epoch shows each image.
+        Args:
+            num_images: of one data set, or for each of several the number and how often an epoch shows each image.
+            batch_size: total over processes.
+            image_size: (height, width) in pixels.
+            seed: of shuffling and sizes.
+            epochs: of the run; None: unknown, and ``last_epochs`` is ignored.
+            last_epochs: share of the epochs at the end with light augmentation, 0..1.
+            multi_scale: sizes differ by up to this fraction of ``image_size``.
+            rank, world_size: this process among all.
         """
-        self.parts = [(num_images, 1.0)] if isinstance(num_images, int) else list(num_images)
-        self.drawn = [max(1, round(count * weight)) for count, weight in self.parts]
+        self.sources = [(num_images, 1.0)] if isinstance(num_images, int) else list(num_images)
+        self.drawn = [max(1, round(count * weight)) for count, weight in self.sources]
         self.num_images, self.batch_size, self.image_size = sum(self.drawn), batch_size, image_size
         self.seed, self.multi_scale = seed, multi_scale
         self.rank, self.world_size = rank, world_size
-        self.resting_from = math.inf if epochs is None else epochs - round(epochs * last_epochs)
+        self.light_from = math.inf if epochs is None else epochs - round(epochs * last_epochs)
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -51,25 +59,25 @@ class TrainBatches:
 
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self._order()
-        resting = self.epoch >= self.resting_from
+        light = self.epoch >= self.light_from
         for number in range(len(self)):
             members = order[number * self.batch_size : (number + 1) * self.batch_size]
             members = members[np.arange(max(len(members), self.world_size)) % len(members)]
             size = self._size(number)
             own = members[self.rank :: self.world_size].tolist()
-            yield [SampleKey(self.epoch, index, size, resting, repeat) for index, repeat in own]
+            yield [SampleKey(self.epoch, index, size, light, repeat) for index, repeat in own]
 
     def _order(self) -> np.ndarray:
-        """(n, 2) images of this epoch, and how often each was shown in it before.
+        """(n, 2) indices of this epoch's images, and how often each occurs in it before.
 
-        Whole passes over each data set, and a part of one where its weight is uneven.
+        A data set of weight 2.5 is passed over twice, and half of it a third time.
         """
         rng = np.random.default_rng((self.seed, self.epoch, SHUFFLE))
-        if self.drawn == [count for count, _ in self.parts]:
+        if self.drawn == [count for count, _ in self.sources]:
             images = rng.permutation(self.num_images)
             return np.stack((images, np.zeros_like(images)), axis=1)
         chosen, start = [], 0
-        for (count, _), drawn in zip(self.parts, self.drawn):
+        for (count, _), drawn in zip(self.sources, self.drawn):
             passes = [
                 np.stack((start + rng.permutation(count), np.full(count, repeat)), axis=1)
                 for repeat in range(-(-drawn // count))
@@ -79,7 +87,7 @@ class TrainBatches:
         return rng.permutation(np.concatenate(chosen))
 
     def _size(self, number: int) -> tuple[int, int]:
-        """Height and width of a batch: whole steps of the longer side, the shorter one in proportion."""
+        """Height and width of a batch: the longer side changes in steps of 32 pixels, the shorter one in proportion."""
         height, width = self.image_size
         longer = max(height, width)
         steps = int(self.multi_scale * longer / STEP)

@@ -1,4 +1,4 @@
-"""Is a data set sound, and what is in it? Numbers per split, what is wrong with it, and a verdict."""
+"""``mvision data check``: numbers of every split, what is wrong with it, and a verdict."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from mvision.data.formats.coco import FIELDS, CocoSplit
-from mvision.data.formats.layouts import EVERYTHING, Layout, usual_splits
+from mvision.data.formats.layouts import Layout, usual_splits
 from mvision.data.formats.problems import Problem, Problems
 from mvision.data.loading.dataset import Dataset
 from mvision.errors import UserError
+from mvision.heads import head_class, known_tasks
 from mvision.structures.images import BadImage
 
 SMALL, MEDIUM = 32**2, 96**2  # COCO's limits of object area in pixels
@@ -58,9 +59,9 @@ class SplitReport:
 
     @property
     def tasks(self) -> list[str]:
-        """What the split can train."""
-        offered = {"detection": self.objects, "instance-seg": self.with_masks, "keypoints": self.with_keypoints}
-        return [task for task, count in offered.items() if count]
+        """The tasks that the split can train: those whose head needs no more than its objects have."""
+        counts = {"boxes": self.objects, "masks": self.with_masks, "keypoints": self.with_keypoints}
+        return [task for task in known_tasks() if all(counts.get(field) for field in head_class(task).needs)]
 
 
 @dataclass
@@ -128,9 +129,9 @@ def check(
     read: dict[str, CocoSplit] = {}
     reports: dict[str, SplitReport] = {}
     for name in names:
-        split = layout.split(name, EVERYTHING)
+        split = layout.split(name, FIELDS)
         try:
-            read[name] = CocoSplit(split, FIELDS)
+            read[name] = CocoSplit(split, FIELDS, keep_annotations=False)
         except UserError as error:
             reports[name] = SplitReport(str(split.annotations), error=str(error))
             continue
@@ -143,14 +144,15 @@ def check(
 
 
 def _count(split: CocoSplit) -> SplitReport:
-    objects = split.objects
+    objects = split.labels
     real = ~objects.crowd
-    pixels = np.repeat([record.height * record.width for record in split.records], np.diff(objects.start))
+    per_image = np.diff(split.start)
+    pixels = np.repeat([record.height * record.width for record in split.records], per_image)
     areas = (objects.areas * pixels)[real]
     sizes = Counter(f"{record.width} x {record.height}" for record in split.records)
     per_class = np.bincount(objects.labels[real], minlength=len(split.categories))
-    of_image = np.add.reduceat(np.append(real, False), objects.start[:-1]) if len(objects) else np.zeros(1)
-    of_image = np.where(np.diff(objects.start) > 0, of_image, 0)
+    images = np.repeat(np.arange(len(split)), per_image)
+    of_image = np.bincount(images[real], minlength=len(split))
     outlines = objects.outlines
     return SplitReport(
         annotations=str(split.split.annotations),
@@ -172,7 +174,7 @@ def _count(split: CocoSplit) -> SplitReport:
 
 
 def _decode(split: CocoSplit, progress: Callable[[int], None] | None) -> None:
-    """Read every image; what fails goes to the split's problems. Decoding frees the interpreter, so threads do."""
+    """Read every image, in threads (decoding releases the interpreter's lock); failures go to the split's problems."""
     dataset = Dataset(split, validate=False)
 
     def attempt(index: int) -> tuple[str, str] | None:
@@ -201,7 +203,7 @@ def _between(splits: dict[str, CocoSplit]) -> Problems:
     train = splits["train"]
     trained = {os.path.realpath(train.folder / record.file) for record in train.records}
     names = [(category.id, category.name) for category in train.categories]
-    seen = {train.categories[label].name for label in np.unique(train.objects.labels)}
+    seen = {train.categories[label].name for label in np.unique(train.labels.labels)}
     for name, split in splits.items():
         if name == "train":
             continue
@@ -210,7 +212,7 @@ def _between(splits: dict[str, CocoSplit]) -> Problems:
         for record in split.records:
             if os.path.realpath(split.folder / record.file) in trained:
                 problems.add(f"image of {name} that is in train too", record.file)
-        for label in np.unique(split.objects.labels):
+        for label in np.unique(split.labels.labels):
             if split.categories[label].name not in seen:
                 problems.add(f"class of {name} without an object in train", split.categories[label].name)
     return problems

@@ -1,4 +1,4 @@
-"""Any layout that can be read, written as ``images/`` + ``annotations/{train,val}.json``."""
+"""``mvision data convert``: a data set of any layout, written as ``images/`` + ``annotations/{train,val}.json``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvision.data.formats.coco import FIELDS, CocoSplit
-from mvision.data.formats.layouts import EVERYTHING, Layout, find_layout, usual_splits
+from mvision.data.formats.layouts import Layout, find_layout, usual_splits
 from mvision.errors import UserError
 
 
@@ -20,7 +20,8 @@ def convert(
 ) -> Layout:
     """Copy images and write the usable annotations of each split.
 
-    Images go to ``images/SPLIT/``, so that equal names in two splits do not meet; files that are missing are left out.
+    Images are copied to ``images/SPLIT/``, so that two splits may have files of the same name. Missing files are left
+    out.
 
     Args:
         layout: from ``find_layout``.
@@ -37,7 +38,7 @@ def convert(
     target = Path(destination).expanduser()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"{target}: is there already and not empty; choose a new folder")
-    chosen = [CocoSplit(layout.split(name, EVERYTHING), FIELDS) for name in (splits or usual_splits(layout))]
+    chosen = [CocoSplit(layout.split(name, FIELDS), FIELDS) for name in (splits or usual_splits(layout))]
     (target / "annotations").mkdir(parents=True)
     for split in chosen:
         _convert_split(split, target, progress)

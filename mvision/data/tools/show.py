@@ -6,7 +6,7 @@ import numpy as np
 
 from mvision.config import AugmentConfig
 from mvision.data.formats.coco import FIELDS, CocoSplit
-from mvision.data.formats.layouts import EVERYTHING, Layout
+from mvision.data.formats.layouts import Layout
 from mvision.data.loading.dataset import Dataset
 from mvision.drawing import grid
 from mvision.errors import UserError
@@ -39,7 +39,7 @@ def contact_sheet(
     Raises:
         UserError: no such split, broken annotations, or none of the chosen images can be read.
     """
-    annotations = CocoSplit(layout.split(split, EVERYTHING), FIELDS)
+    annotations = CocoSplit(layout.split(split, FIELDS), FIELDS, keep_annotations=False)
     dataset = Dataset(annotations, augment, seed, validate=False)
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
     pictures, reasons = [], []
