@@ -75,8 +75,10 @@ def test_a_resumed_run_equals_the_uninterrupted_one(squares, tmp_path, monkeypat
         return [{key: value for key, value in record.items() if key != "seconds"} for record in records_of(run)]
 
     assert without_time(resumed) == without_time(whole)
-    first, second = load(whole).state_dict(), load(resumed).state_dict()
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    averages = [torch.load(run / "last" / "custom_checkpoint_0.pkl", weights_only=True) for run in (whole, resumed)]
+    for first, second in ((load(whole).state_dict(), load(resumed).state_dict()), averages):
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -150,6 +152,23 @@ def test_the_moving_average_is_evaluated_and_saved_after_the_last_epoch_too(squa
     assert torch.equal(best[weight], average[f"module.{weight}"])
     assert not torch.allclose(trained[weight], best[weight], rtol=1e-3)
     assert torch.equal(evaluated[2][weight], best[weight])  # the last evaluation is that of the best weights
+
+
+def test_the_validation_images_are_evaluated(squares, tmp_path, monkeypatch):
+    file = squares / "annotations" / "val.json"
+    content = json.loads(file.read_text())
+    content["images"] = content["images"][2:]
+    content["annotations"] = [entry for entry in content["annotations"] if entry["image_id"] > 2]
+    file.write_text(json.dumps(content))
+    seen = []
+
+    def evaluate_all(model, validation, accelerator):
+        seen.append([target.image_id for part in validation for batch in part.loader for target in batch.targets])
+        return {"detection": {"AP": 0.5}}
+
+    monkeypatch.setattr("mvision.engine.train.evaluate_all", evaluate_all)
+    run_in_process(squares, tmp_path / "run", train__epochs=1)
+    assert seen == [[3, 4], [3, 4]]
 
 
 def test_the_schedule_is_over_the_steps_that_are_taken(squares, tmp_path, monkeypatch):
