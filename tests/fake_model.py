@@ -1,4 +1,4 @@
-"""A model that "finds" what is painted: one instance per coloured rectangle. It needs no training and no backbone."""
+"""A model that predicts one instance per coloured rectangle of a painted image, without training or a backbone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mvision.evaluation import BoxMetric, Metric
+from mvision.inference.predict import predict_images
 from mvision.structures import Category, Instances
 
 CATEGORIES = [Category(id=3, name="red"), Category(id=9, name="green"), Category(id=10, name="blue")]
@@ -18,7 +19,7 @@ SIZE = (96, 128)
 
 
 class FakeModel(nn.Module):
-    """Class ``i`` is a region where channel ``i`` is above 200 and the others below 60."""
+    """Class ``i`` is where channel ``i`` is above 200 and the others below 60."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,6 +59,9 @@ class FakeModel(nn.Module):
     ) -> dict[str, list[Instances]]:
         return {"detection": self.postprocess(outputs, sizes, threshold)}
 
+    def predict(self, images: Sequence[np.ndarray], threshold: float = 0.5) -> list[Instances]:
+        return predict_images(self, images, threshold)
+
 
 def find_rectangles(image: np.ndarray, size: tuple[int, int], threshold: float) -> Instances:
     boxes, labels, scores = [], [], []
@@ -70,14 +74,14 @@ def find_rectangles(image: np.ndarray, size: tuple[int, int], threshold: float) 
             scores.append(min(1.0, 0.3 + w * h / 2000))
     order = np.argsort(-np.array(scores), kind="stable")
     scale = np.array([size[1] / image.shape[2], size[0] / image.shape[1]] * 2, np.float32)
-    found = Instances(
+    instances = Instances(
         boxes=(np.array(boxes, np.float32).reshape(-1, 4) * scale)[order],
         scores=np.array(scores, np.float32)[order],
         labels=np.array(labels, np.int64)[order],
         size=size,
         categories=CATEGORIES,
     )
-    return found.filter(found.scores >= threshold)
+    return instances.filter(instances.scores >= threshold)
 
 
 def paint(size: tuple[int, int], rectangles: Sequence[tuple[int, tuple[int, int, int, int]]]) -> np.ndarray:

@@ -307,7 +307,7 @@ def test_the_font_is_chosen_for_the_class_names(labels_drawn: list[dict[str, Any
         found = instances([[50, 60, 150, 120]], categories=[Category(id=1, name=name)])
         pictures.append(draw_instances(GREY, found))
     assert not np.array_equal(*pictures)
-    assert labels_drawn[0]["font"] == _font_with(frozenset("я"))
+    assert labels_drawn[0]["font"] == _font_with(frozenset("я.0123456789"))
 
 
 def test_pictures_may_be_drawn_in_several_threads() -> None:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvision.structures.images import BadImage, image_size, read_image, resize_image
+from mvision.errors import UserError
+from mvision.structures.images import BadImage, image_size, read_image, resize_image, write_image
 from tests.coco_files import picture
 
 IMAGE = picture()
@@ -121,6 +122,42 @@ def test_large_jpeg_is_decoded_no_larger_than_needed(tmp_path: Path) -> None:
     assert read_image(path, at_least=(200, 300)).shape == (200, 300, 3)
     assert read_image(path, at_least=(201, 300)).shape == (400, 600, 3)
     assert read_image(path, at_least=(40, 60)).shape == (50, 75, 3)
+
+
+def test_a_turned_jpeg_is_decoded_no_larger_than_needed(tmp_path: Path) -> None:
+    """What is needed refers to the upright picture, here 600 x 400."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = _save(tmp_path / "big.jpg", Image.fromarray(picture(400, 600)), exif=exif)
+    assert read_image(path, at_least=(300, 200)).shape == (300, 200, 3)
+    assert read_image(path, at_least=(200, 300)).shape == (600, 400, 3)
+    assert read_image(path, at_least=(200, 300), rotate=False).shape == (200, 300, 3)
+
+
+def test_writing(tmp_path: Path) -> None:
+    write_image(tmp_path / "new" / "a.png", IMAGE)
+    assert np.array_equal(read_image(tmp_path / "new" / "a.png"), IMAGE)
+    write_image(str(tmp_path / "a.JPG"), cv2.GaussianBlur(IMAGE, (9, 9), 3))
+    assert np.abs(read_image(tmp_path / "a.JPG").astype(int) - cv2.GaussianBlur(IMAGE, (9, 9), 3)).mean() < 2
+    with pytest.raises(UserError, match=r"a\.xyz: no picture format of that suffix"):
+        write_image(tmp_path / "a.xyz", IMAGE)
+    with pytest.raises(UserError, match=r"a\.jpg: a picture of 70000 x 1 cannot be encoded"):
+        write_image(tmp_path / "a.jpg", np.zeros((1, 70000, 3), np.uint8))
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "a.png", IMAGE)
+    write = Path.write_bytes
+
+    def fail(self: Path, data: bytes) -> int:
+        write(self, bytes(data)[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", fail)
+    with pytest.raises(UserError, match=r"a\.png: cannot be written \(No space left on device\)"):
+        write_image(tmp_path / "a.png", IMAGE)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+    assert np.array_equal(read_image(tmp_path / "a.png"), IMAGE)
 
 
 @pytest.mark.parametrize("size", [(20, 20), (33, 70), (96, 128), (48, 30)])

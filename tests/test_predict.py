@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mvision.errors import UserError
 from mvision.inference import output as output_module
 from mvision.inference.predict import predict_images
 from mvision.inference.predict_sources import predict_sources
-from mvision.structures import Instances
+from mvision.structures import Category, Instances
 from mvision.structures.images import read_image
 from tests.fake_model import FakeModel, paint
 from tests.test_inference_sources import Camera, write_image, write_video
@@ -159,6 +160,61 @@ def test_masks_and_keypoints_are_written(model: FakeModel, tmp_path: Path, monke
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
     assert entry["keypoints"] == [1.23, 5, 0.5]
     assert np.array_equal(coco_mask.decode(entry["segmentation"]), mask[0])
+
+
+def test_regions_are_written_and_counted(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects and semantic regions of a joint model, whose classes are others."""
+    mask = np.zeros((2, 96, 128), bool)
+    mask[0, :50] = mask[1, 50:] = True
+    sky = [Category(id=5, name="grass"), Category(id=8, name="sky")]
+    boxes = np.array([[0, 0, 128, 50.128], [0, 50, 128, 96]], np.float32)
+    regions = Instances(boxes, np.array([0.7123456, 0.6]), np.array([1, 0]), (96, 128), sky, mask)
+
+    def joint(images: torch.Tensor, sizes: list[tuple[int, int]], threshold: float) -> list[Instances]:
+        results = FakeModel.postprocess(model, images, sizes, threshold)
+        return [replace(instances, regions=regions) for instances in results]
+
+    monkeypatch.setattr(model, "postprocess", joint)
+    for name, rectangles in (("a.png", [RED, BLUE]), ("b.png", [])):
+        save(tmp_path / "in" / name, paint((96, 128), rectangles))
+    summary = predict_sources(model, [tmp_path / "in"], tmp_path / "out", progress=False)
+    entries = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert [(e["file_name"], e["category_name"], e.get("region")) for e in entries] == [
+        ("a.png", "blue", None),
+        ("a.png", "red", None),
+        ("a.png", "sky", True),
+        ("a.png", "grass", True),
+        ("b.png", "sky", True),
+        ("b.png", "grass", True),
+    ]
+    segmentation = entries[2].pop("segmentation")
+    assert np.array_equal(coco_mask.decode(segmentation), mask[0])
+    assert entries[2] == {
+        "image_id": 1,
+        "file_name": "a.png",
+        "category_id": 8,
+        "category_name": "sky",
+        "bbox": [0, 0, 128, 50.13],
+        "score": 0.71235,
+        "region": True,
+    }
+    assert (dict(summary.instances), dict(summary.regions)) == ({"blue": 1, "red": 1}, {"sky": 2, "grass": 2})
+    assert ": 1 blue, 1 red, region sky in 2, region grass in 2\n" in str(summary)
+
+
+def test_the_orientation_of_a_photo(model: FakeModel, tmp_path: Path) -> None:
+    """A file whose EXIF data says that it is to be turned: results and picture are of the upright image."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn clockwise
+    turned = Image.fromarray(np.ascontiguousarray(np.rot90(paint((96, 128), [RED]))))
+    (tmp_path / "in").mkdir()
+    turned.save(tmp_path / "in" / "a.png", exif=exif)
+    predict_sources(model, [tmp_path / "in"], tmp_path / "out", progress=False)
+    (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert entry["bbox"] == [30, 20, 30, 40]
+    assert read_image(tmp_path / "out" / "a.png").shape == (96, 128, 3)
+    (result,) = predict_images(model, [tmp_path / "in" / "a.png"])
+    assert result.boxes.tolist() == [list(RED[1])]
 
 
 def test_equal_names_do_not_collide(model: FakeModel, tmp_path: Path) -> None:
@@ -307,6 +363,49 @@ def test_a_full_disk_under_predictions_json(model: FakeModel, tmp_path: Path, mo
     with pytest.raises(UserError, match=r"predictions\.json: cannot be written \(No space left"):
         predict_sources(model, [tmp_path / "a.png"], tmp_path / "out", progress=False)
     assert "predictions.json" not in written(tmp_path / "out")
+
+
+def test_an_error_removes_what_is_not_complete(
+    model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the second run: its video and predictions.json; those of the first run are left as they were."""
+    source = write_video(tmp_path / "clip.mp4")
+    predict_sources(model, [source], tmp_path / "out", threshold=0, progress=False)
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("clip.mp4", "predictions.json")}
+    add = output_module._VideoWriter.add
+
+    def fail(self: output_module._VideoWriter, picture: np.ndarray, time: float) -> None:
+        if time > 0.45:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add(self, picture, time)
+
+    monkeypatch.setattr(output_module._VideoWriter, "add", fail)
+    with pytest.raises(OSError, match="No space left"):
+        predict_sources(model, [source], tmp_path / "out", threshold=0, progress=False)
+    assert written(tmp_path / "out") == sorted(before)
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+def test_a_full_disk_under_a_video(model: FakeModel, tmp_path: Path) -> None:
+    source = write_video(tmp_path / "clip.mp4")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f".clip.mp4.{os.getpid()}.partial").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"clip\.mp4: cannot be written \(No space left"):
+        predict_sources(model, [source], tmp_path / "out", progress=False)
+    assert written(tmp_path / "out") == []
+
+
+def test_two_videos(model: FakeModel, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, frames in (("a.mp4", 4), ("b.mp4", 7)):
+        write_video(tmp_path / "in" / name, frames)
+    summary = predict_sources(model, [tmp_path / "in"], tmp_path / "out", progress=False)
+    assert summary.images == 11
+    assert written(tmp_path / "out") == ["a.mp4", "b.mp4", "predictions.json"]
+    for name, frames in (("a.mp4", 4), ("b.mp4", 7)):
+        with av.open(str(tmp_path / "out" / name)) as container:
+            assert sum(1 for _ in container.decode(video=0)) == frames
 
 
 def test_an_output_that_cannot_be_a_folder(model: FakeModel, tmp_path: Path) -> None:

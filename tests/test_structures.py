@@ -78,6 +78,31 @@ def test_filter_keeps_the_rows_together() -> None:
     assert np.array_equal(swapped.boxes, found.boxes[[2, 0]])
 
 
+def test_to_coco_marks_regions() -> None:
+    objects, regions = instances(count=2, masks=False, keypoints=False), instances(count=3, keypoints=False)
+    objects.regions = regions
+    entries = objects.to_coco(5)
+    assert [entry.get("region") for entry in entries] == [None, None, True, True, True]
+    assert [{**entry, "region": True} for entry in regions.to_coco(5)] == entries[2:]
+
+
+def test_resized() -> None:
+    """Boxes, masks and keypoints at twice the height and half the width."""
+    mask = np.zeros((1, 40, 50), bool)
+    mask[0, 10:20, 20:40] = True
+    points = np.array([[[30, 20, 0.7], [0, 0, 0.0]]], np.float32)
+    values = (np.array([[20, 10, 40, 20]], np.float32), np.array([0.9]), np.array([1]), (40, 50), CATEGORIES)
+    found = Instances(*values, mask, points).resized((80, 25))
+    assert found.size == (80, 25)
+    assert found.boxes.tolist() == [[10, 20, 20, 40]]
+    np.testing.assert_allclose(found.keypoints, [[[15, 40, 0.7], [0, 0, 0]]])
+    assert found.masks is not None
+    expected = np.zeros((1, 80, 25), bool)
+    expected[0, 20:40, 10:20] = True
+    assert np.array_equal(found.masks, expected)
+    assert instances(masks=False, keypoints=False).resized((80, 25)).masks is None
+
+
 def test_to_supervision() -> None:
     found = instances()
     detections = found.to_supervision()
@@ -93,6 +118,28 @@ def test_to_supervision() -> None:
     assert len(instances(count=0).to_supervision()) == 0
     with pytest.raises(UserError, match="no keypoints"):
         instances(keypoints=False).to_supervision_keypoints()
+
+
+def test_targets_of_some_fields() -> None:
+    full = Targets(
+        torch.rand(2, 4),
+        torch.tensor([1, 0]),
+        torch.rand(2),
+        masks=torch.ones(2, 3, 3, dtype=torch.uint8),
+        keypoints=torch.zeros(2, 1, 3),
+        labelled_classes=torch.tensor([True, False]),
+    )
+    boxes = full.only({"boxes"})
+    assert (len(boxes), boxes.masks, boxes.keypoints) == (2, None, None)
+    assert boxes.labelled_classes is full.labelled_classes
+    masks = full.only({"boxes", "masks"})
+    assert masks.masks is full.masks
+    assert masks.keypoints is None
+    nothing = full.only({"keypoints"})
+    assert (len(nothing), nothing.boxes.shape, nothing.areas.shape) == (0, (0, 4), (0,))
+    assert (nothing.masks, nothing.keypoints) == (None, None)
+    assert nothing.labelled_classes is not None
+    assert nothing.labelled_classes.tolist() == [False]
 
 
 def test_targets_move_with_all_their_tensors() -> None:

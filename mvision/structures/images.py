@@ -87,10 +87,11 @@ def write_image(path: str | Path, image: np.ndarray) -> None:
     path = Path(path)
     options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if path.suffix.lower() in (".jpg", ".jpeg") else []
     try:
-        _, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+        good, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     except cv2.error as error:
-        height, width = image.shape[:2]
-        raise UserError(f"{path}: no picture format of that suffix can hold {width} x {height}: use .png") from error
+        raise UserError(f"{path}: no picture format of that suffix: use .png or .jpg") from error
+    if not good:
+        raise UserError(f"{path}: a picture of {image.shape[1]} x {image.shape[0]} cannot be encoded")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
