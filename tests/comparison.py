@@ -1,4 +1,4 @@
-"""A reference model beside ours: the differences of everything on the way, in evaluation and in training."""
+"""A reference model and ours: the differences of maps, predictions, losses and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published RT-DETR architectures in ``transformers``, with random weights in which every term can be seen.
+"""Published RT-DETR architectures in ``transformers``, with random weights that make every term matter.
 
 Fresh models hide mistakes: their box heads are zero, their norms have no statistics, their biases vanish.
 """
@@ -100,7 +100,7 @@ def random_images(count: int, height: int, width: int, dtype: torch.dtype = torc
 def same_order(logits: Tensor, boxes: Tensor, other_logits: Tensor, other_boxes: Tensor) -> tuple[Tensor, Tensor]:
     """The second predictions with the queries in the order of the first.
 
-    Queries are sorted by a score of the encoder; in float32 near ties may come out the other way round.
+    Queries are sorted by a score of the encoder; in float32 nearly equal scores may swap places.
     """
     own, other = torch.cat((logits, boxes), -1), torch.cat((other_logits, other_boxes), -1)
     nearest = torch.cdist(own.double(), other.double()).argmin(-1)

@@ -32,7 +32,7 @@ def stir(net: nn.Module) -> nn.Module:
     return net.eval()
 
 
-# Norms beside activations, norms that hold them, a group of branches that timm itself merges, and smp's own network.
+# Norms next to activations, norms that contain them, branches that timm itself merges, and smp's own network.
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "repvgg_a0", "hgnetv2_b0", "smp:mobilenet_v2"])
 def test_a_fused_backbone_gives_the_same_maps_without_norms(name: str) -> None:
     backbone = Backbone(BackboneConfig(name=name), SIZE)

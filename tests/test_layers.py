@@ -213,11 +213,11 @@ def test_self_attention_equals_multihead_attention() -> None:
 
 @pytest.mark.parametrize("kind", [None, torch.bool, torch.float32])
 def test_self_attention_trains_in_bf16_as_it_predicts(kind: torch.dtype | None) -> None:
-    """With gradients the CPU takes another road, see `_explicit_is_faster`."""
+    """With gradients the CPU uses another implementation, see `_explicit_is_faster`."""
     torch.manual_seed(0)
     attention, x = SelfAttention(16, 4), torch.randn(2, 7, 16)
-    seen = (torch.rand(7, 7) < 0.5).fill_diagonal_(True)
-    mask = seen if kind is torch.bool else torch.randn(7, 7) if kind else None
+    allowed = (torch.rand(7, 7) < 0.5).fill_diagonal_(True)
+    mask = allowed if kind is torch.bool else torch.randn(7, 7) if kind else None
     with torch.autocast("cpu", torch.bfloat16):
         trained = attention(x, mask=mask)
         with torch.no_grad():

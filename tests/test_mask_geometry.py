@@ -1,7 +1,7 @@
-"""The whole road of a mask, there and back: a network that sees perfectly has to be right to the pixel.
+"""The geometry of masks from file to result: a model whose masks are exact has to be right to the pixel.
 
-Shapes are painted in pure colours, so that a "network" can read their masks off its own input, at the stride of real
-masks. What comes out at the end is compared with what was painted at the start.
+Shapes are painted in pure colours, so that a "model" can compute their masks from its own input, at the stride of real
+masks. Its results are compared with the painted shapes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ORIENTATIONS = {1: (0, False), 3: (2, False), 6: (1, False), 8: (3, False), 5: (
 
 
 def scene(size: tuple[int, int]) -> np.ndarray:
-    """(3, H, W) bool: a disc, a ring in two parts and a star, one beside the other."""
+    """(3, H, W) bool: a disc, two rings and a star that do not overlap."""
     height, width = size
     canvases = np.zeros((3, height, width), np.uint8)
     unit = min(size)
@@ -47,7 +47,7 @@ def scene(size: tuple[int, int]) -> np.ndarray:
 
 
 def write_scene(path: Path, masks: np.ndarray, orientation: int = 1) -> None:
-    """The picture stored as a camera held in another way would, so that readers have to turn it upright."""
+    """Store the picture rotated, as a camera held in another orientation does: readers have to rotate it back."""
     picture = np.ascontiguousarray(masks.transpose(1, 2, 0)).astype(np.uint8) * 255
     turns, mirrored = ORIENTATIONS[orientation]
     stored = np.rot90(picture, turns)
@@ -58,7 +58,7 @@ def write_scene(path: Path, masks: np.ndarray, orientation: int = 1) -> None:
 
 
 class Oracle(nn.Module):
-    """Query i finds colour i, as a mask of stride 4 like every mask head's."""
+    """Query i predicts colour i, with a mask of stride 4 as mask heads do."""
 
     def __init__(self, image_size: tuple[int, int]) -> None:
         super().__init__()

@@ -50,14 +50,14 @@ def max_difference(a: list[Tensor], b: list[Tensor]) -> float:
 
 @pytest.mark.parametrize(("height", "width"), [(96, 128), (333, 517), (97, 31), (1, 1)])
 @pytest.mark.parametrize("floor", [False, True])
-def test_any_size_comes_back(height: int, width: int, floor: bool) -> None:
+def test_maps_keep_their_size(height: int, width: int, floor: bool) -> None:
     maps = make_maps(max(height, 32), max(width, 32), floor=True) if floor else make_maps(height, width)
     outputs = make_neck()(maps)
     assert [x.shape for x in outputs] == [(2, 16, *x.shape[-2:]) for x in maps]
     assert all(x.isfinite().all() for x in outputs)
 
 
-def test_maps_of_unrelated_sizes_come_back() -> None:
+def test_maps_of_unrelated_sizes_keep_them() -> None:
     maps = [torch.randn(1, c, *size) for c, size in zip(CHANNELS, [(9, 30), (11, 7), (2, 5)])]
     assert [x.shape[-2:] for x in make_neck()(maps)] == [(9, 30), (11, 7), (2, 5)]
 
@@ -73,7 +73,7 @@ def test_any_number_of_maps_channels_and_strides(channels: list[int], strides: l
     assert neck.out_channels == [16] * len(channels)
 
 
-def test_downsampling_by_four_sees_every_pixel() -> None:
+def test_downsampling_by_four_uses_every_pixel() -> None:
     neck = make_neck([6, 10], [8, 32], attention_levels=[])
     fine = torch.randn(1, 6, 16, 16, requires_grad=True)
     neck.downsample_convs[0](neck.projections[0](fine)).square().sum().backward()

@@ -21,7 +21,7 @@ ANY_SHAPE = ([{0: torch.export.Dim.AUTO, 2: torch.export.Dim.AUTO, 3: torch.expo
 
 
 def other_maps() -> list[list[Tensor]]:
-    """Maps that follow one example at export: other sizes and batches, and sizes that no chain of rounding up gives."""
+    """Maps for a graph exported from one example: other sizes and batches, sizes rounded up and down."""
     return [make_maps(160, 192, 1), make_maps(333, 517, 3), make_maps(333, 517, 2, floor=True)]
 
 
@@ -44,7 +44,7 @@ def test_automatic_windows_export_as_global_attention_where_sizes_are_free() -> 
 
 
 @pytest.mark.xfail(
-    torch.__version__ < (2, 11), reason="torch 2.6's exporter knows no resize to a dynamic size", strict=False
+    torch.__version__ < (2, 11), reason="torch 2.6's exporter cannot resize to a dynamic size", strict=False
 )
 @torch.no_grad()
 def test_onnx_with_any_batch_and_size(tmp_path: Path) -> None:

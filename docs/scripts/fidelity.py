@@ -1,4 +1,4 @@
-"""How far mvision is from the reference implementation, for every published architecture at full size.
+"""Differences between mvision and the reference implementation, for every published architecture at full size.
 
 Random weights in ``transformers``, saved, loaded with ``mvision.load``, and compared: maps of the neck, logits, boxes,
 and every loss term (including denoising) in float64 and float32. Prints two tables in markdown.

@@ -1,8 +1,8 @@
-"""What one forward pass for three tasks costs beside the three models one after the other.
+"""Time of one forward pass of a joint model for three tasks, compared with those of three models for one task each.
 
     python docs/scripts/joint_latency.py
 
-Random weights, fused, one image; all models of a size alternate in one run; medians of the runs' ratios.
+Random weights, fused, one image; all models of a size take turns in one run; medians of the ratios.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def build(name: str, tasks: tuple[str, ...], size: tuple[int, int]) -> Model:
     """A model of a size that all share, ready for inference."""
     torch.manual_seed(0)
     model = create_model(name, tasks, categories=CATEGORIES, image_size=size)
-    # Norms of random weights have to see a batch: else activations fade to numbers that a CPU is slow with.
+    # Norms need the statistics of a batch: else activations become denormal numbers, with which a CPU is slow.
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None

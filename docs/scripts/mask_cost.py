@@ -1,8 +1,8 @@
-"""What masks cost: latency of the mask branch over detection alone, and memory where there is much to hold.
+"""The cost of masks: latency compared with detection alone, and memory with large images and many objects.
 
     python docs/scripts/mask_cost.py
 
-Everything in one run, the models alternating; medians and ratios of paired times.
+All in one run, in which the models take turns; medians, and ratios of paired times.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def build(name: str, task: str) -> Model:
     """A shipped model for 80 classes, ready for inference."""
     torch.manual_seed(0)
     model = create_model(name, [task], num_classes=80)
-    # Norms of random weights have to see a batch: else activations fade to numbers that a CPU is slow with.
+    # Norms need the statistics of a batch: else activations become denormal numbers, with which a CPU is slow.
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = None
@@ -88,7 +88,7 @@ def latency(repeats: int) -> None:
 
 
 def clock(work: Callable[[], object]) -> tuple[float, object]:
-    """Seconds, and what came out."""
+    """Seconds, and the result."""
     start = time.perf_counter()
     result = work()
     return time.perf_counter() - start, result
@@ -143,7 +143,7 @@ def step(model: Model, images: torch.Tensor, targets: list[Targets]) -> None:
 
 
 def large_image_memory(count: int = 300, size: tuple[int, int] = (3000, 4000)) -> None:
-    """Masks of many instances at the full size of a large image, from the network's grid to a drawn picture."""
+    """Masks of many instances at the full size of a large image, from the model's grid to a drawn picture."""
     model = build("small", "instance-seg")
     grid = torch.full((1, count, 160, 160), -4.0)
     rng = np.random.default_rng(0)

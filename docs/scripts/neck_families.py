@@ -3,8 +3,8 @@
     python docs/scripts/neck_families.py [--only NAME]...
 
 Weights are random and nothing is downloaded. Every row is one family with another embed_dim and number of maps. A cell
-is "ok", or says what failed; "backbone: ..." where the backbone fails by itself, without the neck. Odd: 333 x
-517 unless the backbone insists on multiples of its patch.
+is "ok" or the error; it starts with "backbone:" where the backbone fails without the neck. The odd size is 333 x 517
+unless the backbone accepts multiples of its patch size only.
 """
 
 from __future__ import annotations

@@ -112,15 +112,15 @@ def hungarian(
     layers, batch, queries, _ = logits.shape
     assignment = np.full((layers, batch, queries), -1, dtype=np.int64)
     if any(targets.counts):
-        cost = _pair_costs(logits, boxes, targets, box_weight, giou_weight)
+        costs = _pair_costs(logits, boxes, targets, box_weight, giou_weight)
         if more_costs is not None:
-            cost = cost + more_costs
+            costs = costs + more_costs
         # scipy refuses NaN; a huge cost has such pairs matched last.
-        cost = torch.nan_to_num(cost, nan=1e6, posinf=1e6, neginf=1e6).cpu().numpy()
+        finite = torch.nan_to_num(costs, nan=1e6, posinf=1e6, neginf=1e6).cpu().numpy()
         for image, count in enumerate(targets.counts):
             for layer in range(layers if count else 0):
-                query, target = linear_sum_assignment(cost[layer, image, :, :count])
-                assignment[layer, image, query] = target
+                query, gt_index = linear_sum_assignment(finite[layer, image, :, :count])
+                assignment[layer, image, query] = gt_index
     return torch.from_numpy(assignment).to(logits.device)
 
 
