@@ -9,14 +9,17 @@ from torch import Tensor, nn
 
 from mvision.neck.layers import ConvNorm, RepBlock
 
+STRIDE = 4  # of the pixel features, relative to the image
+
 
 class PixelFeatures(nn.Module):
     """The neck's maps, added at the size of the finest, then enlarged and added to the backbone's lateral if given.
 
+    The result has stride 4, or that of the neck's finest map if that is smaller.
+
     Args:
         channels, strides: of the neck's maps, finest first.
-        lateral: channels of the backbone's map of stride ``stride``, or None.
-        stride: of the result, unless the neck's finest map has a smaller one, which is kept then.
+        lateral: channels of the backbone's map of stride 4, or None.
         width: channels of the layers inside.
         out_channels: of the result.
     """
@@ -26,12 +29,11 @@ class PixelFeatures(nn.Module):
         channels: Sequence[int],
         strides: Sequence[int],
         lateral: int | None,
-        stride: int,
         width: int,
         out_channels: int,
     ) -> None:
         super().__init__()
-        self.scale = max(1, strides[0] // stride)
+        self.scale = max(1, strides[0] // STRIDE)
         self.projections = nn.ModuleList(ConvNorm(count, width, act=None) for count in channels)
         self.fuse_scales = RepBlock(width, width)
         self.lateral = None if lateral is None else ConvNorm(lateral, width, act=None)

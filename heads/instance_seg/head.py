@@ -26,13 +26,12 @@ from mvision.heads.instance_seg.losses import (
     sample_mask_points,
     uncertain_points,
 )
-from mvision.heads.pixel_features import PixelFeatures
+from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.head import Predictions, QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
 from mvision.structures import Category, Instances, Targets
 from mvision.structures.masks import Masks, encode_logits
 
-STRIDE = 4  # of the pixel features, and so of the masks before they are enlarged
 MASK_WEIGHT, DICE_WEIGHT = 5.0, 5.0  # of cross-entropy and Dice, in the loss and in the matching costs (Mask2Former's)
 PRIOR_WEIGHT = 2.0  # initially; the prior's logit in the centre of a box
 # The prior far outside of a box. Times the initial weight it is a probability of 0.002, low enough for the background
@@ -91,7 +90,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         lateral: int | None = None,
     ) -> None:
         super().__init__(config, channels, strides, categories, lateral)
-        self.pixels = PixelFeatures(channels, strides, lateral, STRIDE, config.pixel_dim, config.mask_dim)
+        self.pixels = PixelFeatures(channels, strides, lateral, config.pixel_dim, config.mask_dim)
         # The additional number is the weight of the prior, see MaskOutputs.
         self.mask_embed = MLP(config.embed_dim, config.embed_dim, config.mask_dim + 1, 3)
         last = self.mask_embed.layers[-1]

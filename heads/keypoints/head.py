@@ -18,7 +18,7 @@ from mvision.heads.keypoints.base import (
     Selected,
 )
 from mvision.heads.keypoints.grid import PoseLayers, RawPoses
-from mvision.heads.keypoints.heatmaps import STRIDE, Heatmaps, best_places, estimated_similarity_std
+from mvision.heads.keypoints.heatmaps import Heatmaps, best_places, estimated_similarity_std
 from mvision.heads.keypoints.losses import (
     Assignment,
     box_terms,
@@ -28,6 +28,7 @@ from mvision.heads.keypoints.losses import (
     score_target,
     visibility_term,
 )
+from mvision.heads.pixel_features import STRIDE
 from mvision.heads.query.matching import mean_over_processes
 from mvision.structures import Category, Targets
 

@@ -27,7 +27,6 @@ from mvision.neck.layers import without_autocast
 
 RESOLUTION = 24  # R, cells of a heatmap along each side
 WINDOW_SCALE = 1.3  # sides of a window divided by those of the object's box
-STRIDE = 4  # of the pixel features
 INITIAL_PRIOR_STD = 0.25  # standard deviation of a new prior, in sides of the box
 PRIOR_STD_RANGE = (0.02, 2.0)  # limits of the learned one, in sides of the box
 MIN_PRIOR_LOGIT = -8.0  # along each axis: places far from the prior's centre stay possible
@@ -44,7 +43,7 @@ class Heatmaps(nn.Module):
 
     Args:
         channels, strides: of the neck's maps, finest first.
-        lateral: channels of the backbone's map of stride ``STRIDE``, or None.
+        lateral: channels of the backbone's map of stride 4, or None.
         width: of the layers that make the pixel features.
         dim: d, the length of an embedding and the channels of the pixel features.
         token_width: channels of a token.
@@ -63,7 +62,7 @@ class Heatmaps(nn.Module):
     ) -> None:
         super().__init__()
         # ``pixels`` and ``embed`` are part of the names of tensors in weights files.
-        self.pixels = PixelFeatures(channels, strides, lateral, STRIDE, width, dim)
+        self.pixels = PixelFeatures(channels, strides, lateral, width, dim)
         self.num_points, self.dim = num_points, dim
         self.embed = nn.Linear(token_width, num_points * (dim + 1))
         nn.init.normal_(self.embed.weight, std=0.01)

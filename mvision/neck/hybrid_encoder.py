@@ -99,8 +99,7 @@ class HybridEncoder(nn.Module):
             raise ValueError(f"window_size={window_size} and num_layers={num_layers} must be at least 1")
         num_levels = len(self.in_channels)
         self.strides = pyramid_strides(self.in_strides)
-        self.out_channels = [embed_dim] * num_levels
-        self.embed_dim = embed_dim
+        self.embed_dim, self.out_channels = embed_dim, [embed_dim] * num_levels
         self.attention_levels = _resolve_levels(attention_levels, num_levels)
         self.attention: str = attention
         self.window_size, self.window_threshold = window_size, window_threshold
@@ -111,8 +110,7 @@ class HybridEncoder(nn.Module):
         )
         num_scales = len(self.attention_levels)
         self.position = _position(position, embed_dim, num_scales)
-        # The scales with attention that share one set of weights. A nested list, so that TorchScript can unroll the
-        # loop over the sets.
+        # Scales with attention, grouped by the set of weights that they share.
         self.scale_groups = [list(range(num_scales))] if share_attention else [[i] for i in range(num_scales)]
         self.aifi = nn.ModuleList(
             AIFI(embed_dim, num_heads, num_layers, ffn_dim, dropout=dropout, act=attention_act)
