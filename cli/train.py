@@ -82,7 +82,7 @@ def train(
       mvision train --task detection --data my_data --model small --epochs 50
     """
     from mvision.commands.train import run_config
-    from mvision.engine.train import train as train_model
+    from mvision.commands.train import train as train_model
 
     options = {
         "data.root": data,

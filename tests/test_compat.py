@@ -31,7 +31,8 @@ def test_every_entry_has_a_test() -> None:
 def test_worker_sentinels_and_stop_workers() -> None:
     loader = DataLoader(range(4), num_workers=1, persistent_workers=True, multiprocessing_context="fork")
     assert compat.worker_sentinels(loader) == []
-    list(loader)
+    iterator = iter(loader)  # kept: an iterator that is deleted ends its workers itself
+    next(iterator)
     sentinels = compat.worker_sentinels(loader)
     assert len(sentinels) == 1
     assert not wait(sentinels, timeout=0)

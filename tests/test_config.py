@@ -115,7 +115,7 @@ def test_settings_for_one_task_alone(tmp_path: Path) -> None:
         "model: {image_size: 64}\ntrain: {lr: 0.1}\ntasks: {keypoints: {model: {image_size: 96}, train: {lr: 0.2}}}\n"
     )
     own.write_text("base: base.yaml\ntrain: {lr: 0.3}\n")
-    for tasks, side in ((["keypoints"], 96), (["detection"], 64), (["detection", "keypoints"], 64)):
+    for tasks, side in ((["keypoints"], 96), (["detection"], 64), (["keypoints", "detection"], 64)):
         config = load_config(file=own, tasks=tasks)
         assert config.model.image_size == (side, side)
         assert config.train.lr == 0.3  # what lies above wins

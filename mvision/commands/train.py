@@ -1,4 +1,4 @@
-"""``mvision train``: the config of a run, from a shipped model, a file, the initial weights or the resumed run."""
+"""``mvision train``: the training and its config, from a shipped model, a file, initial weights or a resumed run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from mvision.config import RUN_CONFIG, Config, ModelConfig, load_config, shipped_configs
+from mvision.engine.train import train
 from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.settings import Settings
 from mvision.weights import read_weights
+
+__all__ = ["run_config", "train"]
 
 
 def run_config(

@@ -27,6 +27,7 @@ from mvision.data.loading.dataset import Dataset, MixedDataset
 from mvision.data.loading.samplers import EvalBatches, TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.errors import UserError
+from mvision.machine import cores
 
 PREFETCH = 3  # batches that a worker makes ahead of their use
 SETTLE = 5.0  # seconds to wait for the end of a process
@@ -200,10 +201,10 @@ def pick_workers(workers: int | None, on_cuda: bool, world_size: int = 1) -> int
     """
     if workers is not None:
         return workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores == 1:
+    available = cores()
+    if available == 1:
         return 0
-    per_process = cores // world_size
+    per_process = available // world_size
     return max(1, min(per_process - 1, 16)) if on_cuda else max(1, min(per_process // 4, 4))
 
 

@@ -18,6 +18,7 @@ from mvision.data.formats.problems import Problem, Problems
 from mvision.data.loading.dataset import Dataset
 from mvision.errors import UserError
 from mvision.heads import head_class, known_tasks
+from mvision.machine import cores
 from mvision.structures.images import BadImage
 
 SMALL, MEDIUM = 32**2, 96**2  # COCO's limits of object area in pixels
@@ -188,7 +189,7 @@ def _decode(split: CocoSplit, progress: Callable[[int], None] | None) -> None:
             return "image of another size than annotated: labels are scaled", f"{record.file}: {found}"
         return None
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with ThreadPoolExecutor(cores()) as pool:
         for problem in pool.map(attempt, range(len(split))):
             if problem is not None:
                 split.problems.add(*problem)
