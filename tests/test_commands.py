@@ -12,8 +12,8 @@ import cv2
 import pytest
 import torch
 
-from mvision import Model, UserError
-from mvision.commands import data, predict, val
+from mvision import Model, UserError, __version__
+from mvision.commands import data, info, predict, val
 from mvision.commands.predict import newest_run, predict_job, sample_images
 from mvision.commands.val import validate
 from mvision.structures import Category
@@ -38,6 +38,12 @@ def test_the_command_line_calls_the_commands_and_nobody_else_does() -> None:
     others = [*(ROOT / "mvision").rglob("*.py"), *(ROOT / "heads").rglob("*.py")]
     users = [path for path in others if any(name.startswith("mvision.commands") for name in imports(path))]
     assert {path.parent for path in users} == {ROOT / "mvision" / "commands"}
+
+
+def test_info_names_the_package_and_its_version() -> None:
+    lines = dict(line.split(maxsplit=1) for line in info.machine_text().splitlines())
+    assert lines["mvision"] == f"{__version__} in {ROOT / 'mvision'}"
+    assert lines["torch"] == torch.__version__.partition("+")[0]
 
 
 def make_run(folder: Path, root: Path, **settings: Any) -> Path:

@@ -60,7 +60,7 @@ def machine_text() -> str:
     """Machine, devices and versions, one per line."""
     device = resolve_device(None)
     rows = [
-        ("mvision", f"{__version__} in {Path(__file__).parent}"),
+        ("mvision", f"{__version__} in {Path(__file__).parents[1]}"),
         ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         *((name, _version(name)) for name in PACKAGES),
         ("cpu", f"{cpu_name()}, {cores()} cores, torch uses {torch.get_num_threads()}"),
