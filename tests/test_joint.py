@@ -262,6 +262,13 @@ def test_a_pose_goes_to_the_object_that_it_fits() -> None:
     assert linked.masks is objects.masks
 
 
+def test_a_pose_is_not_linked_to_an_object_of_another_class() -> None:
+    linked = link_poses(found([A], [0.9], [0]), poses([A], [0.6]), threshold=0.5)
+    assert linked.labels.tolist() == [0, 1]
+    assert linked.keypoints is not None
+    assert linked.keypoints[:, 0, 0].tolist() == [0, 1]
+
+
 def test_of_two_poses_the_surer_one_is_taken_and_the_other_is_no_object() -> None:
     linked = link_poses(found([A], [0.9], [1]), poses([A, B], [0.2, 0.9]), threshold=0.1)
     assert linked.keypoints is not None
