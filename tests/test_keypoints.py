@@ -199,9 +199,9 @@ def test_the_evaluator_expects_the_classes_that_the_head_predicts_with_the_same_
     settings = {"categories": categories, "image_size": 64, "heads__keypoints__sigmas": [0.3, 0.4]}
     points, boxes = make_metrics(create_model("tiny", ["keypoints"], **settings), split)["keypoints"]
     assert (points.name, boxes.name) == ("keypoints", "bbox")
-    assert points.truth.groups == [([1], [0.3, 0.4])]
+    assert points.ground_truth.groups == [([1], [0.3, 0.4])]
     assert [category.name for category in boxes.categories] == ["tube"]
-    assert boxes.truth.counts([1]) == [1]
+    assert boxes.ground_truth.counts([1]) == [1]
 
 
 def test_mistakes_are_reported_with_their_remedy():

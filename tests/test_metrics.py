@@ -182,7 +182,7 @@ def test_polygons_crowds_and_boxes_as_masks(backend: str) -> None:
     figures = metric.compute()
     assert figures["AP/cat"] == pytest.approx(1)
     assert figures["AP/dog"] == figures["AP/bird"] == -1  # a crowd, and an object without a mask: nothing counts there
-    assert metric.truth.counts([1]) == [1, 0, 0, 0]
+    assert metric.ground_truth.counts([1]) == [1, 0, 0, 0]
 
 
 def test_classes_meet_by_name(backend: str) -> None:

@@ -38,10 +38,10 @@ def test_sigmas_of_a_category_win_over_those_of_info(tmp_path: Path) -> None:
 
 def test_the_evaluator_takes_the_same_sigmas(tmp_path: Path) -> None:
     split = read(tmp_path, [{**DOG, "sigmas": [0.1, 0.2, 0.3]}])
-    assert KeypointMetric(split.coco_dict, split.categories).truth.groups == [([1], [0.1, 0.2, 0.3])]
+    assert KeypointMetric(split.coco_dict, split.categories).ground_truth.groups == [([1], [0.1, 0.2, 0.3])]
     # A model that knows none, such as one that was trained elsewhere: those of the data it is evaluated on.
     plain = [Category(id=3, name="dog", keypoints=LEGS)]
-    assert KeypointMetric(split.coco_dict, plain).truth.groups == [([1], [0.1, 0.2, 0.3])]
+    assert KeypointMetric(split.coco_dict, plain).ground_truth.groups == [([1], [0.1, 0.2, 0.3])]
 
 
 def test_flip_pairs_replace_names(tmp_path: Path) -> None:

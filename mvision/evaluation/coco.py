@@ -112,14 +112,14 @@ class CocoMetric(Metric):
         backend: Literal["hotcoco", "pycocotools"] | None = None,
     ) -> None:
         super().__init__(annotations, categories)
-        self.truth = GroundTruth(annotations, self.categories, self.name, sigmas)
-        self.notes = self.truth.notes
+        self.ground_truth = GroundTruth(annotations, self.categories, self.name, sigmas)
+        self.notes = self.ground_truth.notes
         self._backend = backend or ("hotcoco" if find_spec("hotcoco") else "pycocotools")
         self._class_numbers = {category.id: number for number, category in enumerate(self.categories, start=1)}
 
     def measure(self, image_id: Any, results: list[dict[str, Any]]) -> ImageResults:
         """The results of the evaluated classes, in a compact form."""
-        if image_id not in self.truth.image_numbers:
+        if image_id not in self.ground_truth.image_numbers:
             raise ValueError(f"image id {image_id!r} is not in the annotations")
         results = [e for e in results if e["category_id"] in self._class_numbers and e.get(self.key) is not None]
         rows = np.zeros((len(results), 6))
@@ -152,7 +152,7 @@ class CocoMetric(Metric):
         return lines
 
     def _class_table(self) -> list[str]:
-        counts = self.truth.counts(self.measured)
+        counts = self.ground_truth.counts(self.measured)
         columns = [figure for figure in self.figures if figure.name in ("AP", "AP50", "AP75", "AR100", "AR")]
         rows = [["class", "objects", *(figure.name for figure in columns)]]
         for index, category in enumerate(self.categories):
@@ -179,10 +179,10 @@ class CocoMetric(Metric):
             recall = np.full(shape, -1.0)
             precision = np.full((shape[0], 101, *shape[1:]), -1.0)
             run = _run_hotcoco if self._backend == "hotcoco" else _run_pycocotools
-            images = sorted(self.truth.image_numbers[image_id] for image_id in self.measured)
-            for classes, sigmas in self.truth.groups if images else []:
-                truth = self.truth.dataset(set(classes))
-                arrays = run(truth, self._results(set(classes)), self.name, images, classes, sigmas)
+            images = sorted(self.ground_truth.image_numbers[image_id] for image_id in self.measured)
+            for classes, sigmas in self.ground_truth.groups if images else []:
+                gt = self.ground_truth.dataset(set(classes))
+                arrays = run(gt, self._results(set(classes)), self.name, images, classes, sigmas)
                 indices = [number - 1 for number in classes]
                 precision[:, :, indices], recall[:, indices] = arrays
             self._computed = precision, recall
@@ -194,14 +194,14 @@ class CocoMetric(Metric):
         (n, 7) image, x, y, w, h, score, class for boxes; else COCO entries with a mask or points and without a box,
         because the evaluators then compute a result's area from these, as COCO's format demands.
         """
-        numbers = self.truth.image_numbers
-        ordered = sorted((numbers[image_id], found) for image_id, found in self.measured.items())
+        numbers = self.ground_truth.image_numbers
+        ordered = sorted((numbers[image_id], results) for image_id, results in self.measured.items())
         if self.key == "bbox":
-            return np.concatenate([np.insert(found.rows, 0, number, axis=1) for number, found in ordered])
+            return np.concatenate([np.insert(results.rows, 0, number, axis=1) for number, results in ordered])
         return [
             {"image_id": number, "category_id": int(row[5]), "score": float(row[4]), self.key: shape}
-            for number, found in ordered
-            for row, shape in zip(found.rows, found.shapes)
+            for number, results in ordered
+            for row, shape in zip(results.rows, results.shapes)
             if int(row[5]) in classes
         ]
 
@@ -214,7 +214,7 @@ class BoxMetric(CocoMetric):
 
 
 class MaskMetric(CocoMetric):
-    """AP of masks. The area of an object that is labelled with a box only is ignored."""
+    """AP of masks. An object that is labelled with a box only is treated as a crowd region: it is ignored."""
 
     name = "segm"
     key = "segmentation"
@@ -240,17 +240,17 @@ class KeypointMetric(CocoMetric):
 
     def _pck(self) -> float:
         """Share of the labelled points in the measured images that are predicted correctly; -1 if there are none."""
-        objects = self.truth.by_image()
+        objects = self.ground_truth.by_image()
         correct = total = 0
-        for image_id, found in self.measured.items():
-            of_image = objects.get(self.truth.image_numbers[image_id], [])
-            hits, labelled = correct_points(of_image, found.rows[:, 4], found.rows[:, 5], found.shapes)
+        for image_id, (rows, points) in self.measured.items():
+            of_image = objects.get(self.ground_truth.image_numbers[image_id], [])
+            hits, labelled = correct_points(of_image, rows[:, 4], rows[:, 5], points)
             correct, total = correct + hits, total + labelled
         return correct / total if total else -1.0
 
 
 def _run_hotcoco(
-    truth: dict[str, Any],
+    gt: dict[str, Any],
     results: Results,
     metric: str,
     images: list[int],
@@ -260,7 +260,7 @@ def _run_hotcoco(
     """Precision and recall, see ``CocoMetric._arrays``, with the classes in the order of ``classes``."""
     from hotcoco import COCO, COCOeval
 
-    data = COCO(truth)
+    data = COCO(gt)
     evaluator = COCOeval(data, data.load_res(results), metric)
     params = evaluator.params
     params.img_ids, params.cat_ids = images, classes
@@ -275,7 +275,7 @@ def _run_hotcoco(
 
 
 def _run_pycocotools(
-    truth: dict[str, Any],
+    gt: dict[str, Any],
     results: Results,
     metric: str,
     images: list[int],
@@ -288,13 +288,13 @@ def _run_pycocotools(
 
     with contextlib.redirect_stdout(io.StringIO()):  # it prints at every step
         data = COCO()
-        data.dataset = truth
+        data.dataset = gt
         data.createIndex()
         if len(results):
             predicted = data.loadRes(results)
         else:  # loadRes fails without a first result
             predicted = COCO()
-            predicted.dataset = {**truth, "annotations": []}
+            predicted.dataset = {**gt, "annotations": []}
             predicted.createIndex()
         evaluator = COCOeval(data, predicted, metric)
         evaluator.params.imgIds, evaluator.params.catIds = images, classes

@@ -32,10 +32,10 @@ class SemanticMetric(Metric):
 
     def __init__(self, annotations: dict[str, Any], categories: Sequence[Category]) -> None:
         super().__init__(annotations, categories)
-        self.truth = GroundTruth(annotations, self.categories, "segm")
-        self.notes = self.truth.notes
+        self.ground_truth = GroundTruth(annotations, self.categories, "segm")
+        self.notes = self.ground_truth.notes
         self._class_numbers = {category.id: number for number, category in enumerate(self.categories, start=1)}
-        dataset = self.truth.dataset(set(self._class_numbers.values()))
+        dataset = self.ground_truth.dataset(set(self._class_numbers.values()))
         self._objects: dict[int, list[dict[str, Any]]] = {}
         for annotation in dataset["annotations"]:
             self._objects.setdefault(annotation["image_id"], []).append(annotation)
@@ -43,9 +43,9 @@ class SemanticMetric(Metric):
 
     def measure(self, image_id: Any, results: list[dict[str, Any]]) -> np.ndarray:
         """(3, classes + 1) int64: true positive, false positive and false negative pixels of every class."""
-        if image_id not in self.truth.image_numbers:
+        if image_id not in self.ground_truth.image_numbers:
             raise ValueError(f"image id {image_id!r} is not in the annotations")
-        number = self.truth.image_numbers[image_id]
+        number = self.ground_truth.image_numbers[image_id]
         gt, predicted = np.zeros((2, *self._sizes[number]), dtype=np.int64)
         # Crowd regions first: an object that is labelled in front of one counts.
         for annotation in sorted(self._objects.get(number, []), key=lambda a: (not a["iscrowd"], -a["area"])):
