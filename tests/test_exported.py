@@ -1,0 +1,80 @@
+"""An exported model is used like a ``Model``, whatever runs its graph."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mvision import Model, UserError
+from mvision.deploy import exported
+from mvision.deploy.exported import ExportedModel, export_path, is_exported
+from mvision.inference.predict import predict_images
+from tests.test_joint import TASKS, make_model
+
+ALL = [*TASKS, "semantic-seg"]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return make_model(ALL).eval()
+
+
+@pytest.fixture(autouse=True)
+def opened(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every path is an export of the model, whose graph PyTorch runs."""
+    outputs = model(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
+    names = [(task, name) for task in outputs for name in outputs[task]]
+
+    def run(images: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            values = model(torch.from_numpy(images))
+        return [values[task][name].numpy() for task, name in names]
+
+    config = model.config.model_copy(deep=True)
+    monkeypatch.setattr(exported, "_open", lambda *_: (config, [f"{task}.{name}" for task, name in names], run))
+
+
+@pytest.mark.parametrize("tasks", [None, ["keypoints"], ["semantic-seg", "detection"]])
+def test_an_exported_model_runs_the_tasks_that_are_asked_for(tasks: list[str] | None, model: Model) -> None:
+    images = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8)
+    found = ExportedModel("x.onnx", tasks)
+    assert found.tasks == (tasks or ALL)
+    with torch.no_grad():
+        expected, outputs = model(images), found(images)
+    assert set(outputs) == set(tasks or ALL)
+    for task, values in outputs.items():
+        for name, value in values.items():
+            torch.testing.assert_close(value, expected[task][name])
+    assert [found.evaluators(task) for task in found.tasks if task in ("keypoints", "semantic-seg")] == [
+        model.evaluators(task) for task in found.tasks if task in ("keypoints", "semantic-seg")
+    ]
+
+
+def test_results_are_those_of_the_model(model: Model) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
+    (found,), (expected,) = predict_images(ExportedModel("x.onnx"), [picture], 0.0), model.predict([picture], 0.0)
+    assert len(found) == len(expected) > 0
+    for name in ("boxes", "scores", "labels", "keypoints"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-4)
+
+
+def test_wrong_tasks_and_images() -> None:
+    with pytest.raises(UserError, match="x.onnx: there is no head 'depth', only detection, instance-seg"):
+        ExportedModel("x.onnx", ["depth"])
+    with pytest.raises(UserError, match="takes uint8 images, not torch.float32"):
+        ExportedModel("x.onnx")(torch.zeros(1, 3, 64, 96))
+
+
+def test_paths_of_exports(tmp_path: Path) -> None:
+    weights = tmp_path / "best.safetensors"
+    assert export_path(weights, "onnx") == tmp_path / "best.onnx"
+    assert export_path(weights, "openvino_int8") == tmp_path / "best_openvino_int8"
+    assert is_exported("a/b.ONNX")
+    assert is_exported(tmp_path / "model.xml")
+    assert not is_exported(tmp_path)
+    (tmp_path / "model.xml").touch()
+    assert is_exported(tmp_path)
+    assert not is_exported(weights)
