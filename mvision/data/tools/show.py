@@ -8,7 +8,7 @@ from mvision.config import AugmentConfig
 from mvision.data.formats.coco import FIELDS, CocoSplit
 from mvision.data.formats.layouts import Layout
 from mvision.data.loading.dataset import Dataset
-from mvision.drawing import grid
+from mvision.drawing import draw_instances, grid
 from mvision.errors import UserError
 from mvision.structures.images import BadImage, resize_image, write_image
 
@@ -62,4 +62,4 @@ def _picture(dataset: Dataset, index: int, tile: int, augmented: bool) -> np.nda
         ratio = tile / max(image.shape[:2])
         image = resize_image(image, (max(round(image.shape[0] * ratio), 1), max(round(image.shape[1] * ratio), 1)))
     labels = labels[~labels.crowd]
-    return dataset.to_instances(labels, (image.shape[0], image.shape[1])).draw(image)
+    return draw_instances(image, dataset.to_instances(labels, (image.shape[0], image.shape[1])), scores=False)
