@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from mvision.heads.query.head import QueryOutputs
+from mvision.heads.query.matching import anchor_assignment, pad_targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 from tests.test_heads import make_features, make_head, make_targets, total
 
@@ -15,6 +16,19 @@ def test_loss_names_say_where_each_term_comes_from():
     terms = head.loss(head(make_features(), targets=targets), targets)
     places = ["", "_0", "_encoder", "_denoising_0", "_denoising_1", "_dense"]
     assert set(terms) == {f"{term}{place}" for term in ("class", "box", "giou") for place in places}
+
+
+def test_dense_terms_are_a_mean_over_positive_tokens():
+    head, targets = make_head("detection", dense_weight=0.5, num_denoising=0), make_targets(2, 1)
+    outputs = head(make_features(), targets=targets)
+    terms = head.loss(outputs, targets)
+    padded = pad_targets(targets, torch.device("cpu"))
+    assignment = anchor_assignment(outputs.dense.anchors, padded)
+    positive = assignment >= 0
+    assert positive.sum() > padded.total
+    image, _ = positive.nonzero(as_tuple=True)
+    l1 = (outputs.dense.boxes[positive] - padded.boxes[image, assignment[positive]]).abs().sum(-1)
+    torch.testing.assert_close(terms["box_dense"], 0.5 * 5.0 * l1.mean())
 
 
 def test_weights_scale_their_terms():
