@@ -103,6 +103,15 @@ def test_damaged_files_are_named_with_a_reason(tmp_path: Path, data: bytes, reas
     assert "\n" not in str(caught.value)
 
 
+def test_opencv_4_does_not_fill_a_truncated_jpeg_with_grey(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cv2, "imdecode", lambda data, flags: np.full((200, 200, 3), 128, np.uint8))
+    (tmp_path / "a.jpg").write_bytes(_jpeg())
+    assert (read_image(tmp_path / "a.jpg") == 128).all()
+    (tmp_path / "a.jpg").write_bytes(_jpeg()[:-500])
+    with pytest.raises(BadImage, match="truncated"):
+        read_image(tmp_path / "a.jpg")
+
+
 def test_missing_file() -> None:
     with pytest.raises(BadImage, match="No such file"):
         read_image("nowhere.jpg")

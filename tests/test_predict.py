@@ -229,6 +229,13 @@ def test_equal_names_do_not_collide(model: FakeModel, tmp_path: Path) -> None:
     assert files == [str(tmp_path / "one" / "a.jpg"), str(tmp_path / "two" / "a.jpg"), "A.bmp"]
 
 
+def test_equal_names_in_subfolders_do_not_collide(model: FakeModel, tmp_path: Path) -> None:
+    for name in ("one/a.jpg", "one/sub/a.jpg", "two/sub/a.jpg", "two/sub/A.png"):
+        save(tmp_path / name, paint((96, 128), [RED]))
+    predict_sources(model, [tmp_path / "one", tmp_path / "two"], tmp_path / "out", progress=False)
+    assert written(tmp_path / "out") == ["a.jpg", "predictions.json", "sub/A.png", "sub/a-2.jpg", "sub/a.jpg"]
+
+
 def test_sources_are_never_replaced(model: FakeModel, tmp_path: Path) -> None:
     path = save(tmp_path / "a.png", paint((96, 128), [RED]))
     before = path.read_bytes()
@@ -330,7 +337,10 @@ def test_ctrl_c_ends_a_camera_recording(model: FakeModel, tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cv2, "VideoCapture", Endless)
     monkeypatch.setattr(FakeModel, "forward", interrupted)
-    summary = predict_sources(model, ["0"], tmp_path / "out", progress=False)
+    try:
+        summary = predict_sources(model, ["0"], tmp_path / "out", progress=False)
+    except KeyboardInterrupt:
+        pytest.fail("the recording is lost")
     assert 5 < summary.images <= 30
     assert written(tmp_path / "out") == ["camera-0.mp4", "predictions.json"]
     with av.open(str(tmp_path / "out" / "camera-0.mp4")) as container:

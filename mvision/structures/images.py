@@ -54,8 +54,8 @@ def read_image(path: str | Path, at_least: tuple[int, int] | None = None, rotate
         raise BadImage(path, error.strerror or str(error)) from error
     if not data:
         raise BadImage(path, "the file is empty")
-    # cv2 reads a truncated JPEG without an error and fills the missing part with grey. So a file without an end marker
-    # near its end (truncated, or followed by other data such as a phone's video) is read by PIL, which reports it.
+    # OpenCV 4 reads a truncated JPEG without an error and fills the missing part with grey. So a file without an end
+    # marker near its end (truncated, or followed by a phone's video) is read by PIL, which reports damage.
     if data[:2] == JPEG_START and JPEG_END in data[-4096:]:
         image = _decode_jpeg(path, data, at_least, rotate)
         if image is not None:
