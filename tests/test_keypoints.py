@@ -192,7 +192,16 @@ def test_the_evaluator_expects_the_classes_that_the_head_predicts_with_the_same_
     """Boxes of classes without keypoints do not count as missed, and the config's sigmas are those of the metric."""
     categories = [Category(id=1, name="box"), Category(id=2, name="tube", keypoints=["top", "end"], sigmas=[0.1, 0.1])]
     objects = [
-        {"id": n, "image_id": 1, "category_id": n, "bbox": [0, 0, 9, 9], "keypoints": [1, 1, 2] * 2} for n in (1, 2)
+        {
+            "id": number,
+            "image_id": 1,
+            "category_id": number,
+            "bbox": [0, 0, 9, 9],
+            "area": 81,
+            "iscrowd": 0,
+            "keypoints": [1, 1, 2] * 2,
+        }
+        for number in (1, 2)
     ]
     data = {"images": [{"id": 1, "height": 9, "width": 9}], "annotations": objects}
     split = SimpleNamespace(coco_dict={**data, "categories": [{"id": c.id, "name": c.name} for c in categories]})

@@ -188,7 +188,7 @@ def test_where_results_overlap_the_highest_score_counts_and_crowds_are_ignored()
         "images": [{"id": 5, "width": 10, "height": 10}],
         "annotations": [
             annotation(1, 3, 0, 0, 10, 4),
-            annotation(2, 7, 0, 2, 10, 10, iscrowd=1),  # behind the first
+            annotation(2, 7, 0, 2, 10, 10, iscrowd=1, area=1),  # behind the first
         ],
         "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}],
     }
@@ -200,6 +200,7 @@ def test_where_results_overlap_the_highest_score_counts_and_crowds_are_ignored()
             for category, score in zip((3, 7), scores)
         ]
         metric.update([*results, {**results[0], "category_id": 99, "score": 1.0}], [5])
+        assert metric.measured[5].sum(axis=0)[1] == 40  # pixels of the cat, also those in front of the crowd
         assert metric.compute() == {"mIoU": iou, "accuracy": iou, "IoU/cat": iou, "IoU/dog": -1}
         lines = [line.split() for line in metric.table().splitlines() if line]
         assert lines[-2:] == [["cat", f"{iou:.3f}"], ["dog", "-"]]
