@@ -94,7 +94,7 @@ def test_mixup_joins_the_labels_of_both_pictures() -> None:
             weight = image[lit].max(axis=-1).mean() / 255
             assert MIXUP_WEIGHTS[0] - 0.01 <= weight <= MIXUP_WEIGHTS[1] + 0.01
             blend = one.astype(float) * weight + other * (1 - weight)
-            assert np.abs(image - blend).max() <= 4
+            assert np.abs(image - blend).mean() < 0.5
         pairs.add((first, second))
     assert len(pairs) > 12
     assert {second for _, second in pairs} == set(range(5))
