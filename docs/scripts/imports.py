@@ -23,9 +23,7 @@ LAYERS = {
         *("commands", "cli"),
     ),
     "mvision.data": ("formats", "augment", "loading", "tools"),
-    "mvision.heads": (
-        *("base", "pixel_features", "query", "detection", "instance_seg", "keypoints", "semantic", "linking"),
-    ),
+    "mvision.heads": tuple("base pixel_features query detection instance_seg keypoints semantic linking".split()),
 }
 
 
