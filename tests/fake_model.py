@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from mvision.evaluation import BoxMetric, Metric
@@ -90,3 +92,15 @@ def paint(size: tuple[int, int], rectangles: Sequence[tuple[int, tuple[int, int,
     for label, (x0, y0, x1, y1) in rectangles:
         image[y0:y1, x0:x1] = np.eye(3, dtype=np.uint8)[label] * 255
     return image
+
+
+def save(path: Path, image: np.ndarray) -> Path:
+    """Write an image file, and the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path)
+    return path
+
+
+def written(folder: Path) -> list[str]:
+    """The files below a folder, hidden ones included."""
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
