@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mvision.config import AugmentConfig, DataConfig
 from mvision.data import CocoSplit, Dataset, SampleKey, build_eval_loader, find_layout
+from mvision.evaluation import BoxMetric, MaskMetric, Metric
 from mvision.evaluation.evaluate import evaluate, make_metrics
 from mvision.heads.instance_seg.head import MaskConfig, MaskHead
 from mvision.inference.predict import predict_images
@@ -74,6 +75,9 @@ class Oracle(nn.Module):
 
     def head(self, task: str) -> MaskHead:
         return self.mask_head
+
+    def evaluators(self, task: str) -> list[type[Metric]]:
+        return [MaskMetric, BoxMetric]
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         assert tuple(images.shape[-2:]) == self.config.image_size
