@@ -72,7 +72,7 @@ def test_conversion_keeps_what_is_known_about_points(tmp_path: Path) -> None:
         ({"flip_pairs": [["front_a", "front_c"]]}, {}, "of category 'dog': no keypoint is called 'front_c'.*front_b"),
         ({}, {"flip_pairs": [["front_a", "nose"]]}, "info.flip_pairs: no keypoint is called 'nose'"),
         ({"flip_pairs": ["front_a"]}, {}, "has to be a list of pairs"),
-        ({"flip_pairs": [["front_a", "front_b"], ["tail", "front_a"]]}, {}, "'front_a' stands there twice"),
+        ({"flip_pairs": [["front_a", "front_b"], ["tail", "front_a"]]}, {}, "'front_a' occurs twice"),
     ],
 )
 def test_mistakes_are_one_line_with_file_and_category(

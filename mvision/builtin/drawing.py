@@ -90,10 +90,10 @@ def _start(folder: Path, *numbers: int) -> subprocess.Popen[str] | None:
 
 
 def _next_line(worker: subprocess.Popen[str] | None) -> str:
-    """A worker's next record; without a line end or empty when it is no more."""
+    """A worker's next record; empty, or without a line end, if the process has ended."""
     return worker.stdout.readline() if worker is not None and worker.stdout is not None else ""
 
 
 def _can_start_processes() -> bool:
-    """Not where there is no interpreter to start (a frozen program)."""
+    """False in a frozen program, where there is no interpreter to start."""
     return bool(sys.executable) and not getattr(sys, "frozen", False)

@@ -1,4 +1,4 @@
-"""One picture of the built-in set: what is in it, where it stands, what hides what."""
+"""One picture of the built-in set: its objects, their places, and which of them hide others."""
 
 import zlib
 from collections.abc import Callable
@@ -17,13 +17,13 @@ from mvision.builtin.clutter import sample_clutter
 from mvision.builtin.person import Person, person
 from mvision.builtin.things import ball, car, kite, mug, umbrella
 
-# Category ids have gaps on purpose, as COCO's have: whoever takes them for class indices fails on the first data set.
+# Category ids have gaps on purpose, as COCO's have: code that takes them for class indices fails here already.
 CATEGORY_IDS = {"person": 1, "dog": 3, "car": 4, "ball": 7, "kite": 8, "umbrella": 12, "mug": 17, "fish": 21}
 _MAKERS: dict[str, Callable[[np.random.Generator], list[Shape]]] = {
     "dog": dog, "car": car, "ball": ball, "kite": kite, "umbrella": umbrella, "mug": mug, "fish": fish,
 }  # fmt: skip
 _THINGS = tuple(_MAKERS)
-# How much likelier a class is at home; anything may turn up anywhere, so that the place never tells the class.
+# How much likelier a class is in its usual place; every class occurs everywhere, so that the place does not reveal it.
 _HABITAT = {
     "park": {"dog": 3, "ball": 2, "kite": 3},
     "street": {"car": 5, "dog": 2, "umbrella": 2},

@@ -22,7 +22,7 @@ SKELETON = (
     (16, 14), (14, 12), (17, 15), (15, 13), (12, 13), (6, 12), (7, 13), (6, 7), (6, 8), (7, 9),
     (8, 10), (9, 11), (2, 3), (1, 2), (1, 3), (2, 4), (3, 5), (4, 6), (5, 7),
 )  # fmt: skip
-_STAMP = "builtin.json"  # written last; says which version and settings the folder holds
+_STAMP = "builtin.json"  # written last; holds the version and the settings of the folder
 _STALE_SECONDS = 24 * 3600
 Progress = Callable[[int, int], None]
 
@@ -116,7 +116,7 @@ def _coco(split: str, seed: int, records: list[dict[str, Any]], offset: int) -> 
     images, annotations = [], []
     for number, record in enumerate(records, start=offset + 1):
         images.append({"id": number, **{key: record[key] for key in ("file_name", "width", "height")}, "license": 1})
-        # Room for 100 annotations an image keeps ids unique without counting through the other split.
+        # 100 ids per image keep ids unique without counting the annotations of the other split.
         items = enumerate(record["annotations"], start=1)
         annotations += [{"id": 100 * number + k, "image_id": number, **item} for k, item in items]
     categories: list[dict[str, Any]] = [
@@ -170,8 +170,8 @@ def _move_into_place(temporary: Path, folder: Path, is_complete: Callable[[], bo
 
 
 def _remove_stale(root: Path) -> None:
-    """Clear away what killed processes left behind more than a day ago."""
+    """Remove folders that killed processes left more than a day ago."""
     for path in root.glob(".builtin-v*-*"):
-        with suppress(FileNotFoundError):  # another process clears it away
+        with suppress(FileNotFoundError):  # another process removed it
             if time.time() - path.stat().st_mtime > _STALE_SECONDS:
                 shutil.rmtree(path, ignore_errors=True)

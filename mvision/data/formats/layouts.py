@@ -1,4 +1,4 @@
-"""What a data folder is: a layout of COCO's, Roboflow's or YOLO's; all of them are read as COCO dictionaries."""
+"""Recognises the layout of a data folder: COCO's, Roboflow's or YOLO's. All are read as COCO dictionaries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Layout:
 
     Attributes:
         root: the folder.
-        description: one line that says what was found.
+        description: one line for the user: the kind of layout, the folder, and its splits.
         splits: by name; ``train`` and ``val`` where the layout has them, and every other annotation file by its stem.
     """
 

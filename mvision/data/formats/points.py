@@ -1,4 +1,4 @@
-"""What a COCO file says about keypoints besides where they are: names, skeleton, tolerances, left and right.
+"""Keypoints in a COCO file apart from their positions: names, skeleton, sigmas, pairs of left and right.
 
 COCO's format has names and skeleton in the category. Beyond it, a category may hold ``keypoint_sigmas`` (or ``sigmas``)
 and ``flip_pairs``; ``info`` may hold ``keypoint_sigmas`` and ``flip_pairs`` for all classes that they fit.
@@ -16,9 +16,9 @@ from mvision.structures.oks import check_sigmas
 
 
 def skeleton(pairs: Any, count: int) -> list[tuple[int, int]]:
-    """Lines between ``count`` keypoints as 0-based pairs, without those that lead nowhere.
+    """Lines between ``count`` keypoints as 0-based pairs, without those whose ends do not exist.
 
-    COCO counts keypoints from 1 here; files that count from 0 give themselves away by a 0.
+    COCO counts keypoints from 1 here. Where the number 0 occurs, the file counts from 0.
     """
     if not isinstance(pairs, list):
         return []
@@ -66,7 +66,7 @@ def add_sigmas_and_pairs(raw: dict[str, Any], categories: dict[int, Category], w
 
 
 def describe_keypoints(category: Category) -> dict[str, Any]:
-    """The same for a category of a COCO file; empty for classes without keypoints."""
+    """The entries about keypoints of a category in a COCO file; none for classes without keypoints."""
     names = category.keypoints
     if not names:
         return {}
@@ -79,7 +79,7 @@ def describe_keypoints(category: Category) -> dict[str, Any]:
 
 
 def _shared_sigmas(value: Any, categories: Sequence[Category], where: str) -> list[float]:
-    """Those of ``info``, for every class with as many points; there has to be one."""
+    """The sigmas in ``info``, which hold for every class with as many keypoints; there has to be such a class."""
     if value is None:
         return []
     sigmas = _numbers(value, f"{where}: info.keypoint_sigmas")
@@ -116,4 +116,4 @@ def _check_pairs(pairs: Any, categories: Sequence[Category], where: str) -> None
     names = list(chain.from_iterable(pairs))
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise UserError(f"{where}: '{twice}' stands there twice; a keypoint has one mirror image")
+        raise UserError(f"{where}: '{twice}' occurs twice; a keypoint has one mirror image")

@@ -1,4 +1,4 @@
-"""What was wrong with a data set, in a form that can be counted, shown in one line and written to a report."""
+"""Faults of a data set, counted by kind, for a line in the log or a report."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ MAX_EXAMPLES = 5
 
 @dataclass
 class Problem:
-    """One kind of trouble: what it is and what was done about it, how often it occurs, and the first places."""
+    """One kind of fault.
+
+    Attributes:
+        kind: what is wrong, and what is done about it.
+        count: how often it occurs.
+        examples: the first few places.
+    """
 
     kind: str
     count: int = 0

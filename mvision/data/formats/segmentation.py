@@ -1,6 +1,6 @@
-"""Outlines of objects: COCO polygons and run lengths, checked, stored compactly, and rasterised late at any resolution.
+"""Outlines of objects: COCO's polygons and run lengths, checked, stored compactly, and rasterised at any resolution.
 
-Both kinds follow pycocotools' convention: pixel i covers [i, i + 1), and a pixel is inside where its centre is.
+Both follow pycocotools' convention: pixel i covers [i, i + 1), and a pixel is inside if its centre is.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def rasterise(
 
 
 class Outlines:
-    """The outlines of all objects of a split in a few flat arrays: millions of small lists would fill the memory.
+    """The outlines of all objects of a split in a few flat arrays, as millions of small lists would fill the memory.
 
     ``outlines[i]`` is the outline of object i or None.
     """
@@ -144,7 +144,7 @@ def _drawn_part(
     window: tuple[int, int, int, int],
     size: tuple[int, int],
 ) -> tuple[int, int, int, int]:
-    """The part of the window that the outline can reach: most objects are small, and empty pixels take time too."""
+    """The part of the window that can hold pixels of the outline; the rest need not be rasterised."""
     x0, y0, x1, y1 = outline_box(outline)
     corners = np.array(((x0, y0), (x1, y1)))
     if isinstance(outline, dict):
@@ -190,8 +190,9 @@ def _parse_run_lengths(segmentation: dict[str, Any], height: int, width: int) ->
 def _uncompress(counts: bytes) -> list[int]:
     """COCO's compressed run lengths as a list.
 
-    Five bits a character from '0' upwards, bit 6 says that more follow, and from the third run on the difference to the
-    run two before is stored. Done here because pycocotools reads a damaged string past its end without complaint.
+    Each character holds five bits of a number, counted from '0'; its sixth bit is set if more bits follow. From the
+    third run on, the difference to the run two before is stored. Done here because pycocotools reads past the end of a
+    damaged string without an error.
     """
     runs: list[int] = []
     value, shift = 0, 0

@@ -37,13 +37,13 @@ class YoloSet:
 
 
 def is_yolo_file(path: Path) -> bool:
-    """Whether a YAML file describes a YOLO data set: it has ``names`` and at least one split."""
+    """Whether a YAML file describes a YOLO data set, which has ``names`` and at least one split."""
     if path.suffix not in (".yaml", ".yml"):
         return False
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return path.stem == "data"  # it claims to be one: reading it gives the user the reason
+        return path.stem == "data"  # by its name it is one, and reading it gives the user the reason
     return isinstance(tree, dict) and "names" in tree and any(name in tree for name in SPLIT_NAMES)
 
 
@@ -139,7 +139,7 @@ def _pixel_keypoints(values: list[float], dims: int, width: int, height: int) ->
     keypoints: list[float] = []
     for start in range(0, len(values), dims):
         x, y = values[start], values[start + 1]
-        # Without a third number a point at the origin is YOLO's way to say "not labelled".
+        # Without a third number, a point at the origin stands for "not labelled".
         visible = values[start + 2] if dims == 3 else (0.0 if x == 0 and y == 0 else 2.0)
         keypoints += [x * width, y * height, visible] if visible > 0 else [0.0, 0.0, 0.0]
     return keypoints
@@ -169,7 +169,7 @@ def _sources(tree: dict[str, Any], key: str, file: Path) -> list[Path]:
     base = Path(os.path.normpath(file.parent / str(tree.get("path") or ".")))
     found = []
     for entry in map(str, entries):
-        # Roboflow writes ../train/images in a file that lies beside train/: the leading dots go as a last resort.
+        # Roboflow writes ../train/images in a file that lies beside train/: last, try it without the leading dots.
         stripped = entry
         while stripped.startswith("../"):
             stripped = stripped[3:]
@@ -182,7 +182,7 @@ def _sources(tree: dict[str, Any], key: str, file: Path) -> list[Path]:
 
 
 def _common_folder(paths: list[Path]) -> Path:
-    """The folder that file names are made relative to: the source itself, or what several have in common."""
+    """The folder that file names are made relative to: the source itself, or the common parent of several."""
     folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in paths]
     files = [path for path in paths if path.is_file()]
     folders += [image.parent for path in files for image in _listed(path)]
@@ -223,7 +223,7 @@ def _keypoints(tree: dict[str, Any], file: Path) -> tuple[list[str], int]:
 
 
 def _names_from_flip(flip: Any, count: int, file: Path) -> list[str]:
-    """Names whose left_/right_ pairs say what ``flip_idx`` says; augmentation finds the pairs by name."""
+    """Names with ``left_`` and ``right_`` for the pairs of ``flip_idx``: augmentation recognises pairs by name."""
     if not flip:
         return [f"point_{index}" for index in range(count)]
     if (

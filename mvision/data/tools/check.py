@@ -27,7 +27,7 @@ LISTED = 30  # classes shown in the text
 
 @dataclass
 class SplitReport:
-    """One split in numbers.
+    """The figures of one split.
 
     Attributes:
         annotations: the file.
@@ -67,7 +67,7 @@ class SplitReport:
 
 @dataclass
 class Report:
-    """A whole data set: what it is, its splits, and what is wrong between them."""
+    """A whole data set: its layout, its splits, and faults that concern several of them."""
 
     layout: str
     splits: dict[str, SplitReport]
