@@ -148,6 +148,9 @@ def test_a_grid_point_is_a_positive_of_one_object_in_one_to_many_training():
     rows = [[0.9, 0.8, 0.7, 0.0], [0.5, 0.9, 0.7, 0.6]]
     chosen = assign_one2many(*alignment_of(rows), 4, top_k=3)
     assert chosen.tolist() == [[True, False, False, False], [False, True, True, True]]
+    # In the other order: the one that it is aligned with best, and of equal ones the last.
+    swapped = assign_one2many(*alignment_of(rows[::-1]), 4, top_k=3)
+    assert swapped.tolist() == [[False, True, False, True], [True, False, True, False]]
     assert assign_one2many(*alignment_of(rows), 4, top_k=1).tolist() == [
         [True, False, False, False],
         [False, True, False, False],
