@@ -13,7 +13,7 @@ import torch
 from mvision import UserError
 from mvision.commands.val import validate
 from mvision.config import DataConfig, load_config
-from mvision.data import CocoSplit, build_train_loader, find_layout, read_data_sources
+from mvision.data import CocoSplit, build_train_loader, find_layout, read_data_sources, read_validation
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import merge_categories
 from mvision.engine.train import train
@@ -89,6 +89,18 @@ def test_one_class_with_two_kinds_of_keypoints_is_refused(boxes: Path, poses: Pa
         file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"poses.*train.json: class 'red' has other keypoints .* rename it in one"):
         merge_categories([find_layout(root).split("train") for root in (boxes, poses)])
+
+
+def test_the_tasks_of_a_data_set_count_in_evaluation_too(boxes: Path, poses: Path) -> None:
+    _, used = read_validation(data(boxes, poses), None, TASKS)
+    assert [(name, tasks, sorted(split.fields)) for name, tasks, split in used] == [
+        ("boxes", ["detection"], ["boxes"]),
+        ("poses", TASKS, ["boxes", "keypoints"]),
+    ]
+    _, used = read_validation(data(boxes, poses, tasks=["detection"]), None, ["detection"])
+    assert [sorted(split.fields) for _, _, split in used] == [["boxes"], ["boxes"]]
+    first, second = read_data_sources(data(boxes, poses, tasks=["detection"]), ["detection"], 0, silent)
+    assert [source.tasks for source in (first, second)] == [["detection"], ["detection"]]
 
 
 def test_every_data_set_is_used_for_its_tasks(boxes: Path, poses: Path) -> None:

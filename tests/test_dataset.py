@@ -69,6 +69,20 @@ def test_a_sample_depends_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     assert not same(first[SampleKey(0, 0, SIZE)], Dataset(split, STRONG, seed=2)[SampleKey(0, 0, SIZE)])
 
 
+def test_a_repeated_image_is_augmented_anew(tmp_path: Path) -> None:
+    dataset = Dataset(boxes_only(tmp_path), STRONG)
+    assert not same(dataset[SampleKey(0, 0, SIZE)], dataset[SampleKey(0, 0, SIZE, repeat=1)])
+    assert same(dataset[SampleKey(0, 0, SIZE, repeat=1)], dataset[SampleKey(0, 0, SIZE, repeat=1)])
+
+
+def test_light_samples_are_without_mosaic(tmp_path: Path) -> None:
+    split = boxes_only(tmp_path)
+    augment = AugmentConfig(photometric=0, zoom_out=1, crop=0, flip=0, mosaic=1, mixup=1)
+    light = Dataset(split, augment)[SampleKey(0, 2, SIZE, light=True)]
+    assert same(light, Dataset(split)[SampleKey(0, 2, SIZE)])
+    assert not same(Dataset(split, augment)[SampleKey(0, 2, SIZE)], light)
+
+
 def test_masks_are_drawn_at_the_stride_asked_for(tmp_path: Path) -> None:
     split = split_of(tmp_path, coco([annotation(segmentation=SQUARE)]), "masks")
     for stride, shape in ((1, (64, 96)), (2, (32, 48)), (4, (16, 24))):

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 
+from mvision.config import DataConfig
+from mvision.data import read_data_sources, read_validation
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.formats.layouts import find_layout
 from mvision.data.formats.yolo import label_file
@@ -73,6 +75,16 @@ def test_coco_original_picks_the_file_by_task(tmp_path: Path) -> None:
     assert [len(category.keypoints) for category in joint.categories] == [3, 0]
     assert joint.labels.keypoints is not None
     assert (joint.labels.keypoints[..., 2] > 0).sum(axis=1).tolist() == [2, 0]
+
+
+def test_the_tasks_of_a_run_decide_on_the_file_of_cocos_layout(tmp_path: Path) -> None:
+    config = DataConfig(root=str(_coco_original(tmp_path)))
+    for tasks, classes in ((["detection"], 2), (["keypoints"], 1), (["keypoints", "detection"], 2)):
+        (source,) = read_data_sources(config, tasks, 0, lambda _: None)
+        _, ((_, _, val),) = read_validation(config, None, tasks)
+        for split in (source.train, source.val, val):
+            assert len(split.categories) == classes
+            assert ("keypoints" in split.fields & split.available) == ("keypoints" in tasks)
 
 
 def test_roboflow_export(tmp_path: Path) -> None:
