@@ -126,6 +126,15 @@ def test_objects_outside_the_picture_are_dropped_in_every_field(fields: tuple[st
     assert cut.keypoints[0, 1].tolist() == [0, 0, 0]
 
 
+def test_an_object_with_little_left_is_dropped() -> None:
+    """The trapezium spans 0.625 to 0.875 of the width: a fifth of it is left here, and a half in the second case."""
+    labels = [
+        sample(extra("Affine", translate_percent={"x": [shift, shift], "y": [0, 0]}, scale=1.0))[1].labels.tolist()
+        for shift in (0.325, 0.25)
+    ]
+    assert labels == [[0, 1], [0, 1, 2]]
+
+
 def test_a_large_object_stays_though_little_of_it_is_left() -> None:
     class One(Scene):
         def labels(self, index: int) -> PictureLabels:
