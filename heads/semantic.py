@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mvision.errors import UserError
 from mvision.evaluation import SemanticMetric
 from mvision.heads.base import Head
-from mvision.settings import Settings
+from mvision.settings import Replacement, Settings
 from mvision.structures import Category, Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 from mvision.structures.masks import Masks, encode_mask
@@ -39,6 +39,13 @@ class SemanticConfig(Settings):
 
     pyramid_dim: int = Field(128, gt=0)
     embed_dim: int = Field(64, gt=0, multiple_of=32)
+
+    retired = {
+        "dropout": [Replacement(0.1)],
+        "focal_weight": [Replacement(2.0)],
+        "dice_weight": [Replacement(1.0)],
+        "gamma": [Replacement(1.0)],
+    }
 
 
 class SemanticOutputs(NamedTuple):

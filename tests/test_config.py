@@ -9,7 +9,6 @@ import pytest
 import yaml
 
 from mvision.config import Config, config_of_run, load_config, merge, parse_config, parse_model_config, shipped_configs
-from mvision.config.retired import without_retired
 from mvision.errors import UserError
 
 
@@ -259,17 +258,31 @@ def test_the_config_of_a_run_is_found_from_its_folder_and_its_files(tmp_path: Pa
     [
         ("train", {"channels_last": True, "lr": 0.5}, {"lr": 0.5}),
         ("model.heads.detection", {"learned_queries": False, "num_queries": 7}, {"num_queries": 7}),
-        ("model.heads.instance-seg", {"boxes_from_masks": False}, {}),
+        ("model.heads.instance-seg", {"learned_queries": False, "boxes_from_masks": False}, {}),
         ("model.heads.keypoints", {"predict": "instances", "map_dim": 8}, {"kind": "dense", "map_dim": 8}),
         ("model.heads.keypoints", {"predict": "points", "map_dim": 8, "depth": 2}, {"kind": "minimal", "depth": 2}),
-        ("model.neck", {"predict": "points"}, {"predict": "points"}),
-        ("data", {"channels_last": True}, {"channels_last": True}),
     ],
 )
 def test_retired_keys_are_replaced(section: str, old: dict[str, Any], new: dict[str, Any]) -> None:
     given = dict(old)
-    assert without_retired(section, old) == new
+    replaced, expected = (_in_section(section, settings) for settings in (old, new))
+    assert parse_config(replaced) == parse_config(expected)
     assert old == given
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("model.neck", "predict"), ("data", "channels_last"), ("model.heads.detection", "predict")]
+)
+def test_keys_are_retired_in_their_own_section_alone(section: str, key: str) -> None:
+    with pytest.raises(UserError, match=f"unknown key '{section}.{key}'"):
+        parse_config(_in_section(section, {key: True}))
+
+
+def _in_section(section: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A tree of settings with nothing but this section."""
+    for name in reversed(section.split(".")):
+        settings = {name: settings}
+    return settings
 
 
 @pytest.mark.parametrize("value", [True, [1], None])

@@ -29,6 +29,7 @@ from mvision.heads.instance_seg.losses import (
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.head import Predictions, QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
+from mvision.settings import Replacement
 from mvision.structures import Category, Instances, Targets
 from mvision.structures.masks import Masks, encode_logits
 
@@ -52,6 +53,13 @@ class MaskConfig(QueryConfig):
     pixel_dim: int = Field(128, gt=0)
     mask_dim: int = Field(32, gt=0)
     mask_points: int = Field(12544, gt=0)
+
+    retired = {
+        "boxes_from_masks": [Replacement(False)],
+        "pixel_stride": [Replacement(4)],
+        "mask_weight": [Replacement(5.0)],
+        "dice_weight": [Replacement(5.0)],
+    }
 
 
 class MaskOutputs(NamedTuple):

@@ -30,12 +30,14 @@ from mvision.heads.keypoints.assignment import (
 from mvision.heads.keypoints.grid import GridPoints, LastLayers, Predictions, RawPoints, RawPoses, make_grid, raw_at
 from mvision.heads.keypoints.losses import Assignment, compare, score_term
 from mvision.neck.layers import RepBlock
-from mvision.settings import Settings
+from mvision.settings import Replacement, Settings
 from mvision.structures import Category, Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 from mvision.structures.oks import check_sigmas, keypoint_sigmas
 
 Branch = Literal["one2one", "one2many"]
+# Settings of ``KeypointConfig`` alone, which older weights files have for both kinds.
+ONLY_DENSE = ("pixel_dim", "map_dim", "box_weight", "giou_weight", "visible_weight", "map_weight")
 
 
 class KeypointSettings(Settings):
@@ -67,6 +69,13 @@ class KeypointSettings(Settings):
     class_weight: float = Field(4.0, ge=0)
     oks_weight: float = Field(1.0, ge=0)
     point_weight: float = Field(2.0, ge=0)
+
+    retired = {
+        "predict": [
+            Replacement("instances", {"kind": "dense"}),
+            Replacement("points", {"kind": "minimal"}, without=frozenset(ONLY_DENSE)),
+        ],
+    }
 
 
 class MapInputs(NamedTuple):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mvision.heads.query.deformable import DeformableAttention, Shapes
 from mvision.heads.query.denoising import Denoising
 from mvision.neck.layers import MLP, ConvNorm, SelfAttention
-from mvision.settings import Settings
+from mvision.settings import Replacement, Settings
 from mvision.structures.boxes import inverse_sigmoid
 
 
@@ -49,6 +49,8 @@ class DecoderConfig(Settings):
     sampling: Literal["default", "discrete"] = "default"
     offset_scale: float = Field(0.5, gt=0)
     shared_class_head: bool = False
+
+    retired = {"learned_queries": [Replacement(False)]}
 
 
 class DenseOutputs(NamedTuple):

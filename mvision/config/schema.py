@@ -9,11 +9,10 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 
 from mvision.backbone.config import BackboneConfig
 from mvision.config.explain import explain
-from mvision.config.retired import without_retired
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
 from mvision.machine import PrecisionOption
-from mvision.settings import Settings
+from mvision.settings import Replacement, Settings, without_retired
 from mvision.structures import Category
 
 
@@ -61,7 +60,8 @@ class ModelConfig(Settings):
         for task, settings in value.items():
             given = {} if settings is None else settings
             if isinstance(given, dict):
-                given = without_retired(f"model.heads.{task}", given)
+                # A retired key can choose the kind, so those of the default kind are replaced first.
+                given = without_retired(head_class(task).Config, f"model.heads.{task}", given)
             schema = head_class(task, given).Config
             try:
                 typed[task] = given if isinstance(given, schema) else schema.model_validate(given)
@@ -242,10 +242,12 @@ class TrainConfig(Settings):
     seed: int = Field(0, ge=0)
     trackers: list[str] = []
 
+    retired = {"channels_last": [Replacement(True)]}
+
     @model_validator(mode="before")
     @classmethod
     def _without_retired(cls, value: Any) -> Any:
-        return without_retired("train", value) if isinstance(value, dict) else value
+        return without_retired(cls, "train", value) if isinstance(value, dict) else value
 
 
 class Config(Settings):
