@@ -178,15 +178,28 @@ class CocoMetric(Metric):
             shape = (len(IOUS), len(self.categories), len(self.areas), len(self.max_results))
             recall = np.full(shape, -1.0)
             precision = np.full((shape[0], 101, *shape[1:]), -1.0)
-            run = _run_hotcoco if self._backend == "hotcoco" else _run_pycocotools
             images = sorted(self.ground_truth.image_numbers[image_id] for image_id in self.measured)
             for classes, sigmas in self.ground_truth.groups if images else []:
-                gt = self.ground_truth.dataset(set(classes))
-                arrays = run(gt, self._results(set(classes)), self.name, images, classes, sigmas)
+                with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
+                    arrays = self._evaluate(images, classes, sigmas)
                 indices = [number - 1 for number in classes]
-                precision[:, :, indices], recall[:, indices] = arrays
+                precision[:, :, indices], recall[:, indices] = arrays["precision"], arrays["recall"]
             self._computed = precision, recall
         return self._computed
+
+    def _evaluate(self, images: list[int], classes: list[int], sigmas: list[float] | None) -> dict[str, np.ndarray]:
+        """The evaluator's arrays, with the classes in the order of ``classes``."""
+        new_evaluator = _hotcoco_evaluator if self._backend == "hotcoco" else _pycocotools_evaluator
+        gt = self.ground_truth.dataset(set(classes))
+        evaluator = new_evaluator(gt, self._results(set(classes)), self.name)
+        params = evaluator.params
+        params.imgIds, params.catIds = images, classes
+        if sigmas is not None:
+            params.kpt_oks_sigmas = np.asarray(sigmas)
+        evaluator.params = params  # hotcoco's are a copy
+        evaluator.evaluate()
+        evaluator.accumulate()
+        return evaluator.eval
 
     def _results(self, classes: set[int]) -> Results:
         """All results of some classes, for the evaluator.
@@ -249,57 +262,24 @@ class KeypointMetric(CocoMetric):
         return correct / total if total else -1.0
 
 
-def _run_hotcoco(
-    gt: dict[str, Any],
-    results: Results,
-    metric: str,
-    images: list[int],
-    classes: list[int],
-    sigmas: list[float] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Precision and recall, see ``CocoMetric._arrays``, with the classes in the order of ``classes``."""
+def _hotcoco_evaluator(gt: dict[str, Any], results: Results, metric: str) -> Any:
     from hotcoco import COCO, COCOeval
 
     data = COCO(gt)
-    evaluator = COCOeval(data, data.load_res(results), metric)
-    params = evaluator.params
-    params.img_ids, params.cat_ids = images, classes
-    if sigmas is not None:
-        params.kpt_oks_sigmas = sigmas
-    evaluator.params = params
-    evaluator.evaluate()
-    evaluator.accumulate()
-    arrays = evaluator.eval
-    assert arrays is not None
-    return arrays["precision"], arrays["recall"]
+    return COCOeval(data, data.loadRes(results), metric)
 
 
-def _run_pycocotools(
-    gt: dict[str, Any],
-    results: Results,
-    metric: str,
-    images: list[int],
-    classes: list[int],
-    sigmas: list[float] | None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """The same as ``_run_hotcoco``."""
+def _pycocotools_evaluator(gt: dict[str, Any], results: Results, metric: str) -> Any:
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints at every step
-        data = COCO()
-        data.dataset = gt
-        data.createIndex()
-        if len(results):
-            predicted = data.loadRes(results)
-        else:  # loadRes fails without a first result
-            predicted = COCO()
-            predicted.dataset = {**gt, "annotations": []}
-            predicted.createIndex()
-        evaluator = COCOeval(data, predicted, metric)
-        evaluator.params.imgIds, evaluator.params.catIds = images, classes
-        if sigmas is not None:
-            evaluator.params.kpt_oks_sigmas = np.asarray(sigmas)
-        evaluator.evaluate()
-        evaluator.accumulate()
-    return evaluator.eval["precision"], evaluator.eval["recall"]
+    data = COCO()
+    data.dataset = gt
+    data.createIndex()
+    if len(results):
+        predicted = data.loadRes(results)
+    else:  # loadRes fails without a first result
+        predicted = COCO()
+        predicted.dataset = {**gt, "annotations": []}
+        predicted.createIndex()
+    return COCOeval(data, predicted, metric)

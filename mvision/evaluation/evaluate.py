@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,7 +25,6 @@ class Annotated(Protocol):
     @property
     def coco_dict(self) -> dict[str, Any]:
         """The annotations in COCO's format."""
-        ...
 
 
 class EvaluationBatch(Protocol):
@@ -41,7 +41,6 @@ class HasClasses(Protocol):
     @property
     def classes(self) -> list[Category]:
         """The classes that it predicts."""
-        ...
 
 
 class Evaluated(Predictor, Protocol):
@@ -49,11 +48,9 @@ class Evaluated(Predictor, Protocol):
 
     def head(self, task: str) -> HasClasses:
         """The head that serves a task."""
-        ...
 
     def evaluators(self, task: str) -> list[type[Metric]]:
         """The metrics of a task, its main one first."""
-        ...
 
 
 Metrics = dict[str, list[Metric]]
@@ -163,11 +160,8 @@ def _evaluate_batch(
 ) -> None:
     """Measure what every head predicts, with its own scores; poses are not linked to other heads' objects."""
     images = batch.images.to(model.device, non_blocking=True)
-    if accelerator is None:
+    with nullcontext() if accelerator is None else accelerator.autocast():
         outputs = model(images)
-    else:
-        with accelerator.autocast():
-            outputs = model(images)
     sizes = [target.size for target in batch.targets]
     image_ids = [target.image_id for target in batch.targets]
     predicted = model.results(outputs, sizes, threshold=0.0)

@@ -36,7 +36,6 @@ class Sized(Protocol):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the model's input in pixels."""
-        ...
 
 
 class Predictor(Protocol):
@@ -45,41 +44,33 @@ class Predictor(Protocol):
     @property
     def config(self) -> Sized:
         """The model's config."""
-        ...
 
     @property
     def tasks(self) -> list[str]:
         """The names of the model's tasks."""
-        ...
 
     @property
     def device(self) -> torch.device:
         """The device that images have to be on."""
-        ...
 
     def modules(self) -> Iterator[nn.Module]:
         """As of every ``nn.Module``."""
-        ...
 
     def eval(self) -> Any:
         """As of every ``nn.Module``."""
-        ...
 
     def __call__(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
         """Raw outputs by task name, of (B, 3, H, W) uint8 images."""
-        ...
 
     def postprocess(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
     ) -> list[Instances]:
         """One ``Instances`` per image, with the results of all tasks combined."""
-        ...
 
     def results(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
     ) -> dict[str, list[Instances]]:
         """By task: the results of its head alone, one ``Instances`` per image."""
-        ...
 
 
 @contextmanager

@@ -18,6 +18,9 @@ IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
 JPEG_QUALITY = 92
+# Part of its size that a JPEG is decoded at, 1 / key -> cv2's flag.
+REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
+DAMAGED = (OSError, Image.DecompressionBombError, SyntaxError, ValueError)  # what PIL raises for files it cannot read
 
 
 class BadImage(Exception):
@@ -73,7 +76,7 @@ def image_size(path: str | Path) -> tuple[int, int, bool]:
         with Image.open(path) as image:
             turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
             width, height = image.size
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
+    except DAMAGED as error:
         raise BadImage(path, _reason(error)) from error
     return (width, height, True) if turned else (height, width, False)
 
@@ -124,7 +127,7 @@ def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rota
             width, height = header.size
             if header.getexif().get(0x0112) in (5, 6, 7, 8) and rotate:
                 width, height = height, width
-    except (OSError, SyntaxError, ValueError) as error:
+    except DAMAGED as error:
         raise BadImage(path, _reason(error)) from error
     flags = _reduction(height, width, at_least)
     if not rotate:
@@ -139,11 +142,7 @@ def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rota
 def _reduction(height: int, width: int, at_least: tuple[int, int] | None) -> int:
     if at_least is not None:
         ratio = min(height / max(at_least[0], 1), width / max(at_least[1], 1))
-        for factor, flag in (
-            (8, cv2.IMREAD_REDUCED_COLOR_8),
-            (4, cv2.IMREAD_REDUCED_COLOR_4),
-            (2, cv2.IMREAD_REDUCED_COLOR_2),
-        ):
+        for factor, flag in REDUCED.items():
             if ratio >= factor:
                 return flag
     return cv2.IMREAD_COLOR
@@ -156,16 +155,7 @@ def _decode(path: Path, data: bytes, rotate: bool) -> np.ndarray:
             image.load()
             upright = ImageOps.exif_transpose(image) if rotate else image
             return np.array(to_rgb(upright))
-    except (
-        OSError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        SyntaxError,
-        ValueError,
-        EOFError,
-        IndexError,
-        ZeroDivisionError,
-    ) as error:
+    except (*DAMAGED, EOFError, IndexError, ZeroDivisionError) as error:
         raise BadImage(path, _reason(error)) from error
 
 

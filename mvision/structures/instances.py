@@ -58,16 +58,9 @@ class Instances:
 
     def filter(self, keep: np.ndarray) -> Instances:
         """The instances that ``keep`` (bool mask or indices) selects."""
-        masks = None if self.masks is None else self.masks[keep]
-        keypoints = None if self.keypoints is None else self.keypoints[keep]
-        return replace(
-            self,
-            boxes=self.boxes[keep],
-            scores=self.scores[keep],
-            labels=self.labels[keep],
-            masks=masks,
-            keypoints=keypoints,
-        )
+        parts = {name: getattr(self, name) for name in ("boxes", "scores", "labels", "masks", "keypoints")}
+        kept: dict[str, Any] = {name: part[keep] for name, part in parts.items() if part is not None}
+        return replace(self, **kept)
 
     def resized(self, size: tuple[int, int]) -> Instances:
         """The same instances on the image at another size (height, width)."""
@@ -78,13 +71,8 @@ class Instances:
             masks = Masks((encode_logits(mask - np.float32(0.5), size) for mask in self.masks), size)
         if self.keypoints is not None:
             keypoints = self.keypoints * np.array([x, y, 1], np.float32)
-        return replace(
-            self,
-            boxes=self.boxes * np.array([x, y, x, y], np.float32),
-            size=size,
-            masks=masks,
-            keypoints=keypoints,
-        )
+        boxes = self.boxes * np.array([x, y, x, y], np.float32)
+        return replace(self, boxes=boxes, size=size, masks=masks, keypoints=keypoints)
 
     def to_coco(self, image_id: Any) -> list[dict[str, Any]]:
         """Entries of COCO's result format, in the order of the instances, then those of ``regions``.

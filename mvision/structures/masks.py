@@ -160,17 +160,11 @@ def _encode_part(part: np.ndarray, top: int, left: int, size: tuple[int, int]) -
     height, width = size
     columns = np.zeros((part.shape[1], height), dtype=bool)
     columns[:, top : top + part.shape[0]] = part.T
-    flat = columns.ravel()
-    changes = np.flatnonzero(flat[1:] != flat[:-1]) + 1
-    starts = changes + left * height
-    if len(flat) and flat[0]:
-        starts = np.concatenate(([left * height], starts))
-    runs = np.diff(starts, prepend=0, append=height * width)  # the first run is of zeros, and may be empty
-    if len(flat) and flat[-1]:
-        end = (left + part.shape[1]) * height
-        runs[-1] = end - (starts[-1] if len(starts) else 0)
-        if end < height * width:
-            runs = np.append(runs, height * width - end)
+    # With a zero at both ends there are as many changes to one as back to zero.
+    changes = np.flatnonzero(np.diff(np.pad(columns.ravel(), 1))) + left * height
+    runs = np.diff(changes, prepend=0, append=height * width)  # the first run is of zeros, and may be empty
+    if not runs[-1]:
+        runs = runs[:-1]
     return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width))
 
 

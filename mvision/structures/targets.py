@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,28 +43,17 @@ class Targets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """The same labels on another device."""
-        moved: dict[str, Any] = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()})
 
     def only(self, names: Collection[str]) -> Targets:
         """The same image with the labels in ``names`` alone: some of ``boxes``, ``masks`` and ``keypoints``.
 
         Without boxes there is no object left, and no class counts as labelled.
         """
-        masks = self.masks if "masks" in names else None
-        keypoints = self.keypoints if "keypoints" in names else None
-        if "boxes" in names:
-            return replace(self, masks=masks, keypoints=keypoints)
-        return replace(
-            self,
-            boxes=self.boxes[:0],
-            labels=self.labels[:0],
-            areas=self.areas[:0],
-            masks=None,
-            keypoints=None,
-            labelled_classes=torch.zeros(1, dtype=torch.bool, device=self.labels.device),
-        )
+        has_boxes = "boxes" in names
+        changed: dict[str, Any] = {n: None for n in ("masks", "keypoints") if not has_boxes or n not in names}
+        if not has_boxes:
+            changed |= {name: getattr(self, name)[:0] for name in ("boxes", "labels", "areas")}
+            changed["labelled_classes"] = torch.zeros(1, dtype=torch.bool, device=self.labels.device)
+        return replace(self, **changed)
