@@ -39,26 +39,7 @@ _LAZY = {
     "resize_image": "mvision.structures.images",
     "same_categories": "mvision.data.formats.coco",
 }
-__all__ = [
-    "BadImage",
-    "Batch",
-    "CocoSplit",
-    "Dataset",
-    "Layout",
-    "Loader",
-    "SampleKey",
-    "Split",
-    "build_eval_loader",
-    "build_train_loader",
-    "contact_sheet",
-    "find_layout",
-    "read_data_sources",
-    "read_image",
-    "read_validation",
-    "resize_image",
-    "same_categories",
-    "write_image",
-]
+__all__ = [*_LAZY]
 
 if TYPE_CHECKING:
     from mvision.data.formats.coco import CocoSplit, same_categories

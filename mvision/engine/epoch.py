@@ -33,12 +33,12 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
     )
     start = time.monotonic()
     count = 0
-    for index, loaded in enumerate(bar):
+    for count, loaded in enumerate(bar, start=1):
         for file, reason in loaded.skipped:
             tqdm.write(f"skipped {file}: {reason}")
         batch = loaded.to(accelerator.device)
         # The last group of an epoch may have fewer batches than ``accumulate``; its gradient is divided all the same.
-        last_of_group = (index + 1) % config.accumulate == 0 or index + 1 == len(loader)
+        last_of_group = count % config.accumulate == 0 or count == len(loader)
         with nullcontext() if last_of_group else accelerator.no_sync(trainer.model):
             with accelerator.autocast():
                 outputs = trainer.model(batch.images, batch.targets)
@@ -46,7 +46,6 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
             accelerator.backward(_total(terms, config) / config.accumulate)
         for name, value in terms.items():
             sums[_logged_name(name)] += float(value.detach())
-        count += 1
         if last_of_group:
             _optimize(trainer)
             batches_left = (config.epochs - epoch) * len(loader) - count

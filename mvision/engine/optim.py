@@ -62,13 +62,8 @@ def _factor(config: TrainConfig, step: int, total: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
-    if config.schedule == "cosine":
-        shape = 0.5 * (1 + math.cos(math.pi * progress))
-    elif config.schedule == "linear":
-        shape = 1 - progress
-    else:
-        shape = 1.0
-    return config.final_lr + (1 - config.final_lr) * shape
+    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    return config.final_lr + (1 - config.final_lr) * shapes[config.schedule]
 
 
 class Ema(ModelEmaV3):

@@ -20,11 +20,9 @@ NAMED = 3  # files that cannot be read and are named; more are counted
 
 def plot_run(records: list[dict[str, Any]], path: Path) -> None:
     """Losses and AP over the epochs, from the lines of ``metrics.jsonl``, as a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     losses, scores = figure.subplots(1, 2)
     epochs = [record["epoch"] + 1 for record in records]
     for name in records[0]["loss"]:

@@ -23,6 +23,7 @@ from mvision.structures import Instances
 from mvision.structures.images import write_image
 
 PREDICTIONS = "predictions.json"
+OPTIONAL_KEYS = ("segmentation", "keypoints", "region")  # of its entries, after those that all have
 VIDEO_CODECS = ("libx264", "mpeg4")  # in order of preference
 VIDEO_CLOCK = 90_000  # ticks per second: fine enough for any frame rate, and the usual clock of video files
 
@@ -58,11 +59,10 @@ class Summary:
 
 @dataclass
 class Rendered:
-    """A frame with its entries of ``predictions.json`` and, if it is a video's, the drawn picture."""
+    """A frame with its entries of ``predictions.json`` and, of a video, the drawn picture; None: it cannot be read."""
 
     frame: Frame
-    instances: Instances | None
-    entries: list[dict[str, Any]]
+    entries: list[dict[str, Any]] | None
     picture: np.ndarray | None = None
 
 
@@ -113,20 +113,20 @@ class Output:
         """Draw one numbered frame's instances; write the picture if it is an image file."""
         number, frame, instances = item
         if frame.image is None or instances is None:
-            return Rendered(frame, None, [])
+            return Rendered(frame, None)
         entries = self._entries(number, frame, instances)
         picture = instances.draw(frame.image)
         if frame.source.kind != "image":
-            return Rendered(frame, instances, entries, picture)
+            return Rendered(frame, entries, picture)
         write_image(self._paths[frame.source], picture)
-        return Rendered(frame, instances, entries)
+        return Rendered(frame, entries)
 
     def add(self, rendered: Rendered) -> Frame:
         """Write the entries and, of a video, the picture."""
         frame, summary = rendered.frame, self.summary
         if frame.problem:
             summary.skipped.append((frame.source.path, frame.problem))
-        if rendered.instances is None:
+        if rendered.entries is None:
             return frame
         summary.images += 1
         for entry in rendered.entries:
@@ -141,9 +141,9 @@ class Output:
 
     def _entries(self, number: int, frame: Frame, instances: Instances) -> list[dict[str, Any]]:
         """COCO results, rounded, with the names that a reader without the annotations needs."""
-        names = _class_names(instances)
+        names = instances.class_names
         if instances.regions is not None:
-            names += _class_names(instances.regions)
+            names += instances.regions.class_names
         entries = []
         for entry, name in zip(instances.to_coco(number), names, strict=True):
             named: dict[str, Any] = {"image_id": number, "file_name": self._names[frame.source]}
@@ -151,13 +151,9 @@ class Output:
                 named |= {"frame": frame.index, "time": round(frame.time, 3)}
             named |= {"category_id": entry["category_id"], "category_name": name}
             named |= {"bbox": [round(value, 2) for value in entry["bbox"]], "score": round(entry["score"], 5)}
-            if "segmentation" in entry:
-                named["segmentation"] = entry["segmentation"]
             if "keypoints" in entry:
-                named["keypoints"] = [round(value, 2) for value in entry["keypoints"]]
-            if "region" in entry:
-                named["region"] = entry["region"]
-            entries.append(named)
+                entry["keypoints"] = [round(value, 2) for value in entry["keypoints"]]
+            entries.append(named | {key: entry[key] for key in OPTIONAL_KEYS if key in entry})
         return entries
 
     def _video_of(self, source: Source, rate: float, picture: np.ndarray) -> _VideoWriter:
@@ -226,11 +222,6 @@ def _errors_name(path: Path) -> Iterator[None]:
         yield
     except (av.error.FFmpegError, OSError) as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-
-
-def _class_names(instances: Instances) -> list[str]:
-    names = instances.names
-    return [names[label] for label in instances.labels.tolist()]
 
 
 def _paths(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]:

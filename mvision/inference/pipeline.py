@@ -34,7 +34,8 @@ def ordered_map(
             yield pending.popleft().result()
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-        _close(items)
+        if isinstance(items, Generator):
+            items.close()
 
 
 def background(items: Iterable[T], ahead: int = 4) -> Generator[T, None, None]:
@@ -49,10 +50,5 @@ def background(items: Iterable[T], ahead: int = 4) -> Generator[T, None, None]:
             yield item
     finally:
         executor.shutdown(wait=True, cancel_futures=True)
-        _close(iterator)
-
-
-def _close(items: object) -> None:
-    close = getattr(items, "close", None)
-    if callable(close):
-        close()
+        if isinstance(iterator, Generator):
+            iterator.close()

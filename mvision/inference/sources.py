@@ -120,10 +120,7 @@ def _in_folder(folder: Path, leave_out: Path | None) -> list[Source]:
         raise UserError(f"source {error.filename}: cannot be read ({error.strerror})") from error
 
     files = [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names]
-    found = _pictures(files, folder, leave_out)
-    if not found:
-        raise UserError(f"source {folder}: no image or video in this folder ({_known_suffixes()})")
-    return found
+    return _pictures(files, folder, leave_out, f"{folder}: no image or video in this folder")
 
 
 def _in_glob(pattern: str, leave_out: Path | None) -> list[Source]:
@@ -131,14 +128,16 @@ def _in_glob(pattern: str, leave_out: Path | None) -> list[Source]:
     fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     # Unlike Path.glob, this takes patterns with a folder in front, absolute or not.
     files = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207
-    found = _pictures([file for file in files if file.is_file()], Path(*parts[:fixed]), leave_out)
-    if not found:
-        raise UserError(f"source {pattern}: matches no image or video ({_known_suffixes()})")
-    return found
+    files = [file for file in files if file.is_file()]
+    return _pictures(files, Path(*parts[:fixed]), leave_out, f"{pattern}: matches no image or video")
 
 
-def _pictures(files: list[Path], root: Path, leave_out: Path | None) -> list[Source]:
-    """Files with a known suffix in natural order, without hidden ones and those below ``leave_out``."""
+def _pictures(files: list[Path], root: Path, leave_out: Path | None, problem: str) -> list[Source]:
+    """Files with a known suffix in natural order, without hidden ones and those below ``leave_out``.
+
+    Raises:
+        UserError: there are none; ``problem`` is the message.
+    """
     known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
     excluded = None
     if leave_out is not None and root.resolve() in leave_out.resolve().parents:
@@ -149,16 +148,14 @@ def _pictures(files: list[Path], root: Path, leave_out: Path | None) -> list[Sou
         hidden = any(part.startswith(".") for part in name.split("/"))
         if not hidden and file.suffix.lower() in known and not (excluded and name.startswith(excluded)):
             found.append(Source(_kind(file), str(file), name, required=False))
+    if not found:
+        raise UserError(f"source {problem} ({' '.join(sorted(suffix[1:] for suffix in known))})")
     return sorted(found, key=lambda source: _natural(source.name))
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sorting key that compares numbers by value: frame-9 comes before frame-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _known_suffixes() -> str:
-    return " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES))
 
 
 def _read_image(source: Source) -> Frame:

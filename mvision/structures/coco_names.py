@@ -56,6 +56,4 @@ def coco_categories(names: Sequence[str]) -> list[Category] | None:
     """COCO's own categories in this order, if these are exactly its 80 classes (in any spelling); else None."""
     official = {category.name: category for category in COCO}
     words = [canonical(name) for name in names]
-    if sorted(words) != sorted(official):
-        return None
-    return [official[word] for word in words]
+    return [official[word] for word in words] if sorted(words) == sorted(official) else None

@@ -56,6 +56,12 @@ class Instances:
         """Class names; ``labels`` index into it."""
         return [category.name for category in self.categories]
 
+    @property
+    def class_names(self) -> list[str]:
+        """The class name of every instance."""
+        names = self.names
+        return [names[label] for label in self.labels.tolist()]
+
     def filter(self, keep: np.ndarray) -> Instances:
         """The instances that ``keep`` (bool mask or indices) selects."""
         parts = {name: getattr(self, name) for name in ("boxes", "scores", "labels", "masks", "keypoints")}
@@ -115,7 +121,7 @@ class Instances:
             confidence=self.scores,
             class_id=self.labels.astype(int),
             mask=None if self.masks is None else np.asarray(self.masks),
-            data={"class_name": self._class_names()},
+            data={"class_name": np.array(self.class_names, dtype=object)},
         )
 
     def to_supervision_keypoints(self) -> supervision.KeyPoints:
@@ -132,13 +138,9 @@ class Instances:
             xy=self.keypoints[..., :2].astype(np.float32),
             class_id=self.labels.astype(int),
             keypoint_confidence=self.keypoints[..., 2].astype(np.float32),
-            data={"class_name": self._class_names()},
+            data={"class_name": np.array(self.class_names, dtype=object)},
         )
 
     def draw(self, image: np.ndarray) -> np.ndarray:
         """A copy of ``image`` ((H, W, 3) uint8 RGB) with the instances drawn on it."""
         return draw_instances(image, self)
-
-    def _class_names(self) -> np.ndarray:
-        names = self.names
-        return np.array([names[label] for label in self.labels.tolist()], dtype=object)

@@ -33,6 +33,7 @@ from mvision.weights.transfer import transfer
 
 PUBLISHED = "model.safetensors"
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
+SUFFIXES = {".safetensors", *PICKLES}
 FORMS = "a run's folder, a .safetensors file, a folder with config.json and model.safetensors, or a Hub id"
 
 
@@ -152,10 +153,7 @@ def resolve_weights(source: str | Path) -> Path:
                 f"weights {path}: {path.suffix} files can run code when opened and are never read; give {FORMS}"
             )
         return path.parent if _is_published(path.parent) and path.name == PUBLISHED else path
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and path.suffix.lower() not in {
-        ".safetensors",
-        *PICKLES,
-    }:
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and path.suffix.lower() not in SUFFIXES:
         return _in_folder(_from_hub(str(source)))
     raise UserError(f"weights {source}: no such file or folder; give {FORMS}")
 
@@ -172,7 +170,7 @@ def _in_folder(folder: Path) -> Path:
         raise UserError(f"weights {folder}: there are several runs in it; name one, such as {runs[-1].parent}")
     if (folder / "config.yaml").is_file() or (folder / "last").is_dir():
         raise UserError(f"weights {folder}: this run has no {BEST} yet: it is written after the first evaluation")
-    others = sorted(file.name for file in folder.iterdir() if file.suffix in {".safetensors", *PICKLES})
+    others = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
     content = f"only {', '.join(others)}" if others else "no weights file"
     raise UserError(f"weights {folder}: there is {content} in this folder; give {FORMS}")
 

@@ -116,13 +116,11 @@ def read_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         UserError: a file cannot be read, or it is not an RT-DETR model, or one with a part that mvision does not have.
     """
     published = _json(folder / "config.json")
-    tensors = {}
     try:
-        for name, tensor in load_file(folder / "model.safetensors").items():
-            if not _COMPUTED.search(name):
-                tensors[mvision_name(name)] = tensor
+        loaded = load_file(folder / "model.safetensors")
     except (OSError, SafetensorError) as error:
         raise UserError(f"{folder / 'model.safetensors'}: cannot be read ({error})") from error
+    tensors = {mvision_name(name): tensor for name, tensor in loaded.items() if not _COMPUTED.search(name)}
     file = folder / "preprocessor_config.json"
     processor = _json(file) if file.is_file() else {}
     config = _model_config(published, processor, tensors, folder / "config.json")
@@ -165,10 +163,9 @@ def _model_config(
     if published.get("model_type") not in ("rt_detr", "rt_detr_v2"):
         raise UserError(f"{path}: model_type is {published.get('model_type')!r}; rt_detr and rt_detr_v2 can be read")
     _check(published, _FIXED, path)
-    backbone = _backbone(published.get("backbone_config") or {}, path)
     size = processor.get("size") or {}
     sections = {
-        "backbone": backbone,
+        "backbone": _backbone(published.get("backbone_config") or {}, path),
         "neck": _neck(published),
         "heads": {TASK: _head(published)},
         "categories": _categories(published.get("id2label") or {}, tensors, path),

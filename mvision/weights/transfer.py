@@ -139,11 +139,8 @@ def _counterpart(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
 def _match_classes(categories: list[Category], others: list[Category]) -> dict[int, int]:
     """Index in ``categories`` -> index in ``others``, for classes that both have (in any spelling)."""
     indices = {canonical(category.name): index for index, category in enumerate(others)}
-    return {
-        index: indices[canonical(category.name)]
-        for index, category in enumerate(categories)
-        if canonical(category.name) in indices
-    }
+    names = [canonical(category.name) for category in categories]
+    return {index: indices[name] for index, name in enumerate(names) if name in indices}
 
 
 def _class_rows(model: Model, others: list[Category]) -> dict[str, _ClassRows]:
