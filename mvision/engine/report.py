@@ -31,10 +31,9 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
     evaluated = [record for record in records if "metrics" in record]
     for task in evaluated[0]["metrics"] if evaluated else []:
         for figure_name, style in ((head_class(task).primary_metric, "-"), ("AP50", "--")):
-            if figure_name not in evaluated[0]["metrics"][task]:
-                continue
-            values = [record["metrics"][task][figure_name] for record in evaluated]
-            scores.plot([r["epoch"] + 1 for r in evaluated], values, style, label=f"{task} {figure_name}")
+            if figure_name in evaluated[0]["metrics"][task]:
+                values = [record["metrics"][task][figure_name] for record in evaluated]
+                scores.plot([r["epoch"] + 1 for r in evaluated], values, style, label=f"{task} {figure_name}")
     scores.set(xlabel="epoch", ylabel="validation AP or mIoU", ylim=(0, 1))
     for axes in (losses, scores):
         axes.grid(alpha=0.3)

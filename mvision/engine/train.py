@@ -145,21 +145,13 @@ def _loaders(
         "world_size": accelerator.num_processes,
         "device": accelerator.device,
     }
-    train_loader = build_train_loader(
-        sources if len(sources) > 1 else sources[0].train,
-        config.data,
-        seed=config.train.seed,
-        epochs=config.train.epochs,
-        **shared,
-    )
-    validation = [
-        Validation(
-            source.name,
-            build_eval_loader(source.val, config.data, **shared),
-            make_metrics(model, source.val, source.tasks),
-        )
-        for source in sources
-    ]
+    settings = config.train
+    split = sources if len(sources) > 1 else sources[0].train
+    train_loader = build_train_loader(split, config.data, seed=settings.seed, epochs=settings.epochs, **shared)
+    validation = []
+    for source in sources:
+        loader = build_eval_loader(source.val, config.data, **shared)
+        validation.append(Validation(source.name, loader, make_metrics(model, source.val, source.tasks)))
     return train_loader, validation
 
 
