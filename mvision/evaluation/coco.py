@@ -196,7 +196,6 @@ class CocoMetric(Metric):
         params.imgIds, params.catIds = images, classes
         if sigmas is not None:
             params.kpt_oks_sigmas = np.asarray(sigmas)
-        evaluator.params = params  # hotcoco's are a copy
         evaluator.evaluate()
         evaluator.accumulate()
         return evaluator.eval
