@@ -26,7 +26,8 @@ from tests.coco_files import PEOPLE, annotation, coco, write_set
 
 SQUARE = [[8.0, 8.0, 28.0, 8.0, 28.0, 24.0, 8.0, 24.0]]
 SIZE = (64, 96)
-STRONG = AugmentConfig(mosaic=0.5, mixup=0.5, multi_scale=0.4)
+EXTRA = [{"name": "Rotate", "args": {"limit": 20}}, {"name": "GaussNoise", "args": {"p": 1.0}}]
+STRONG = AugmentConfig.model_validate({"mosaic": 0.5, "mixup": 0.5, "multi_scale": 0.4, "extra": EXTRA})
 
 
 def split_of(root: Path, images: int = 10, fields: tuple[str, ...] = ("boxes",)) -> CocoSplit:
