@@ -51,8 +51,8 @@ class PackedBatch:
 
     Every tensor that leaves a worker costs a file descriptor and two system calls, and a batch of 16 has more than 60.
     So the images, which are large, are a tensor in shared memory, and all labels are arrays, which are copied with the
-    message. Measured with ``tiny`` on the built-in set (batches of 16 at 192 x 192, one worker, two busy cores, medians):
-    10 ms per batch against 46 ms with tensors for all labels; with masks 18 ms against 63 ms.
+    message. Median times of a batch with ``tiny`` on the built-in set (16 images of 192 x 192, one worker, two busy
+    cores): 10 ms against 46 ms with tensors for all labels; with masks 18 ms against 63 ms.
 
     Attributes:
         images: as in ``Batch``.
