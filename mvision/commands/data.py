@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -27,8 +26,8 @@ def check(folder: str | None, splits: Sequence[str] = (), *, quick: bool = False
         UserError: no data set is recognised, or it has no such split.
     """
     layout = find_layout(folder)
-    with _image_counter("reading") as progress:
-        return checking.check(layout, splits, quick=quick, progress=progress)
+    with tqdm(desc="reading", unit="img", leave=False) as bar:
+        return checking.check(layout, splits, quick=quick, progress=bar.update)
 
 
 def show(
@@ -58,17 +57,6 @@ def convert(folder: str, destination: Path, splits: Sequence[str] = ()) -> str:
         UserError: the data cannot be used, or the folder is not empty.
     """
     layout = find_layout(folder)
-    with _image_counter("copying") as progress:
-        converted = converting.convert(layout, destination, splits, progress=progress)
+    with tqdm(desc="copying", unit="img", leave=False) as bar:
+        converted = converting.convert(layout, destination, splits, progress=bar.update)
     return f"{layout.description}\n{converted.description}"
-
-
-@contextmanager
-def _image_counter(description: str) -> Iterator[Callable[[int], None]]:
-    """A progress line; yields the function to call with the number of further images."""
-    with tqdm(desc=description, unit="img", leave=False) as bar:
-
-        def count(images: int) -> None:
-            bar.update(images)
-
-        yield count

@@ -113,7 +113,7 @@ def check(
     layout: Layout,
     splits: Sequence[str] | None = None,
     quick: bool = False,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Report:
     """Read everything and report.
 
@@ -174,7 +174,7 @@ def _count(split: CocoSplit) -> SplitReport:
     )
 
 
-def _decode(split: CocoSplit, progress: Callable[[int], None] | None) -> None:
+def _decode(split: CocoSplit, progress: Callable[[int], object] | None) -> None:
     """Read every image, in threads (decoding releases the interpreter's lock); failures go to the split's problems."""
     dataset = Dataset(split, validate=False)
 

@@ -16,7 +16,7 @@ def convert(
     layout: Layout,
     destination: str | Path,
     splits: Sequence[str] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Callable[[int], object] | None = None,
 ) -> Layout:
     """Copy images and write the usable annotations of each split.
 
@@ -45,7 +45,7 @@ def convert(
     return find_layout(target)
 
 
-def _convert_split(split: CocoSplit, target: Path, progress: Callable[[int], None] | None) -> None:
+def _convert_split(split: CocoSplit, target: Path, progress: Callable[[int], object] | None) -> None:
     name = split.split.name
     tree = split.coco_dict
     kept = []
