@@ -60,6 +60,11 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
         super().__init__()
         self.config = config
         self.categories = categories
+        self.channels, self.strides, self.lateral_dim = channels, strides, lateral
+        self.build()
+
+    def build(self) -> None:
+        """Create the layers; the constructor calls this after it has stored its arguments."""
 
     @classmethod
     def lateral_stride(cls, config: ConfigT) -> int | None:

@@ -25,12 +25,7 @@ class PixelFeatures(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        lateral: int | None,
-        width: int,
-        out_channels: int,
+        self, channels: Sequence[int], strides: Sequence[int], lateral: int | None, width: int, out_channels: int
     ) -> None:
         super().__init__()
         self.scale = max(1, strides[0] // STRIDE)

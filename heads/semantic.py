@@ -17,7 +17,7 @@ from mvision.errors import UserError
 from mvision.evaluation import SemanticMetric
 from mvision.heads.base import Head
 from mvision.settings import Replacement, Settings
-from mvision.structures import Category, Instances, Targets
+from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 from mvision.structures.masks import Masks, encode_mask
 
@@ -70,24 +70,18 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
     primary_metric = "mIoU"
     kind = "regions"
 
-    def __init__(
-        self,
-        config: SemanticConfig,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        categories: list[Category],
-        lateral: int | None = None,
-    ) -> None:
-        super().__init__(config, channels, strides, categories, lateral)
-        if tuple(strides) != STRIDES:
-            others = ", ".join(map(str, strides))
+    def build(self) -> None:
+        """See ``Head.build``."""
+        config, channels = self.config, self.channels
+        if tuple(self.strides) != STRIDES:
+            others = ", ".join(map(str, self.strides))
             raise UserError(f"semantic-seg: made for maps of the strides 8, 16 and 32, this model has {others}")
         # Without the backbone's map of stride 4 the decoder gets the neck's finest map, enlarged, in its place.
-        levels = [channels[0] if lateral is None else lateral, *channels]
+        levels = [channels[0] if self.lateral_dim is None else self.lateral_dim, *channels]
         self.decoder = FPNDecoder(
             levels, pyramid_channels=config.pyramid_dim, segmentation_channels=config.embed_dim, dropout=DROPOUT
         )
-        self.classify = nn.Conv2d(config.embed_dim, len(categories) + 1, 1)
+        self.classify = nn.Conv2d(config.embed_dim, len(self.categories) + 1, 1)
         self.focal = FocalLoss(MULTICLASS_MODE, gamma=GAMMA, ignore_index=IGNORED)
         self.dice = DiceLoss(MULTICLASS_MODE, ignore_index=IGNORED)
 
@@ -156,15 +150,12 @@ def likeliest_class(logits: Tensor, classes: Sequence[int], size: tuple[int, int
 
     Only one class at a time is interpolated: all classes together need too much memory for a large photo.
     """
-    best = labels = None
+    best = torch.full(size, -torch.inf, dtype=logits.dtype, device=logits.device)
+    labels = torch.full(size, classes[0], device=logits.device)
     for index in classes:
         values = F.interpolate(logits[None, None, index], size=size, mode="bilinear", align_corners=False)[0, 0]
-        if best is None or labels is None:
-            best, labels = values, torch.full(size, index, device=logits.device)
-            continue
         labels = torch.where(values > best, index, labels)
         best = torch.maximum(values, best)
-    assert labels is not None
     return labels.cpu().numpy()
 
 

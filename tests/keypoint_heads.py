@@ -71,7 +71,7 @@ def with_gradients(outputs: KeypointOutputs) -> KeypointOutputs:
     """The same outputs with raw numbers that are leaves, so that they get gradients of their own."""
 
     def leaves(raw):
-        return raw and type(raw)(*(value.detach().requires_grad_() for value in raw))
+        return raw and type(raw)(*(None if value is None else value.detach().requires_grad_() for value in raw))
 
     return outputs._replace(one2one=leaves(outputs.one2one), one2many=leaves(outputs.one2many))
 

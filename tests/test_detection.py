@@ -47,7 +47,7 @@ def test_a_perfect_prediction_costs_nothing_but_confidence():
     boxes[0, 0, :2] = targets[0].boxes
     logits = torch.full((1, 1, 12, 3), -20.0)
     logits[0, 0, [0, 1], targets[0].labels] = 20.0
-    outputs = QueryOutputs(logits, boxes, logits[0], boxes[0], dense=None, denoising=None)
+    outputs = QueryOutputs(torch.cat((logits, logits)), torch.cat((boxes, boxes)), dense=None, denoising=None)
     assert total(head.loss(outputs, targets)).item() == pytest.approx(0, abs=1e-4)
 
 

@@ -25,6 +25,7 @@ from mvision.heads.keypoints.heatmaps import (
     pad_per_image,
     window,
 )
+from mvision.heads.pixel_features import PixelFeatures
 from mvision.structures.oks import point_similarity
 
 BOXES = torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.3, 0.6, 0.4, 0.3]])
@@ -32,7 +33,7 @@ BOXES = torch.tensor([[0.5, 0.5, 0.4, 0.6], [0.3, 0.6, 0.4, 0.3]])
 
 def new_maps(num_points: int = 3) -> Heatmaps:
     torch.manual_seed(0)
-    return Heatmaps([16] * 3, [8, 16, 32], None, 16, 8, 12, num_points).eval()
+    return Heatmaps(PixelFeatures([16] * 3, [8, 16, 32], None, 16, 8), 12, num_points).eval()
 
 
 def gaussians(boxes: torch.Tensor, points: torch.Tensor, width: float) -> torch.Tensor:

@@ -71,7 +71,7 @@ def test_masks_decide_the_matching_where_boxes_cannot() -> None:
     for swapped in (False, True):
         embeddings[:, 0, :, 0] = torch.tensor([1.0, -1.0]) if swapped else torch.tensor([-1.0, 1.0])
         boxes, logits = target.boxes[None], torch.zeros(1, 2, 3)
-        queries = QueryOutputs(logits[None], boxes[None], logits, boxes, dense=None, denoising=None)
+        queries = QueryOutputs(logits.expand(2, -1, -1, -1), boxes.expand(2, -1, -1, -1), dense=None, denoising=None)
         assert head.loss(MaskOutputs(queries, pixels, embeddings, None), [target])["dice"].item() < 5 * 0.25
 
 

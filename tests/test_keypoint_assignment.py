@@ -19,11 +19,11 @@ from mvision.structures import Targets
 SHAPES = [(8, 8), (4, 4)]
 CENTRES = grid_centres(SHAPES, torch.device("cpu"), torch.float32)
 SIZES = torch.cat((torch.full((64,), 0.1), torch.full((16,), 0.4)))
-CLASS_INDEX = torch.tensor([0, -1, 1])
+CLASS_LABELS = torch.tensor([0, 2])
 
 
-def make_gt(*targets, class_index=CLASS_INDEX):
-    return keypoint_targets(list(targets), class_index, 2, (64, 64), torch.float32)
+def make_gt(*targets):
+    return keypoint_targets(list(targets), CLASS_LABELS, torch.rand(3, 2), torch.ones(3, 2, dtype=torch.bool), (64, 64))
 
 
 def make_target(labels, visible=2.0, **more):
@@ -61,32 +61,32 @@ def test_images_without_keypoint_labels_are_marked():
 
 @pytest.mark.parametrize(("side", "level"), [(0.12, 0), (0.5, 1)])
 def test_candidates_lie_in_the_object_on_the_level_for_its_size(side, level):
-    found = candidates(CENTRES, SIZES, torch.tensor([[0.6, 0.4, side, side]]), 4)
-    best = found.grid_points[0, 0].item()
+    grid_points, location_prior, inside = candidates(CENTRES, SIZES, torch.tensor([[0.6, 0.4, side, side]]), 4)
+    best = grid_points[0, 0].item()
     assert (best >= 64) == bool(level)
-    assert found.location_prior[0, 0] == 1
-    real = found.grid_points[found.location_prior > 0]
+    assert location_prior[0, 0] == 1
+    real = grid_points[location_prior > 0]
     assert ((CENTRES[real] - torch.tensor([0.6, 0.4])).abs() <= side / 2).all()
-    assert found.inside.sum() == ((CENTRES - torch.tensor([0.6, 0.4])).abs() < side / 2).all(-1).sum()
+    assert inside.sum() == ((CENTRES - torch.tensor([0.6, 0.4])).abs() < side / 2).all(-1).sum()
 
 
 def test_the_location_prior_falls_to_zero_at_the_sides_of_the_box():
     """A box whose centre is a grid point: the next ones lie half and wholly on the way to its right side."""
     box = torch.tensor([[CENTRES[27, 0], CENTRES[27, 1], 0.5, 0.5]])
-    found = candidates(CENTRES[:64], torch.full((64,), 0.1), box, 64)
-    prior = torch.zeros(64).scatter(0, found.grid_points[0], found.location_prior[0])
+    grid_points, location_prior, _ = candidates(CENTRES[:64], torch.full((64,), 0.1), box, 64)
+    prior = torch.zeros(64).scatter(0, grid_points[0], location_prior[0])
     torch.testing.assert_close(prior[27:30], torch.tensor([1.0, 0.5, 0.0]))
 
 
 def test_an_object_between_all_grid_points_gets_the_nearest():
-    found = candidates(CENTRES, SIZES, torch.tensor([[0.2, 0.2, 0.01, 0.01]]), 5)
-    assert (found.location_prior > 0).sum() == 1
-    assert found.grid_points[0, 0].item() == 9
+    grid_points, location_prior, _ = candidates(CENTRES, SIZES, torch.tensor([[0.2, 0.2, 0.01, 0.01]]), 5)
+    assert (location_prior > 0).sum() == 1
+    assert grid_points[0, 0].item() == 9
 
 
 def test_there_are_no_more_candidates_than_grid_points():
-    assert candidates(CENTRES, SIZES, torch.tensor([[0.5, 0.5, 0.9, 0.9]]), 7).grid_points.shape == (1, 7)
-    assert candidates(CENTRES, SIZES, torch.zeros(0, 4), 100).grid_points.shape == (0, 80)
+    assert candidates(CENTRES, SIZES, torch.tensor([[0.5, 0.5, 0.9, 0.9]]), 7)[0].shape == (1, 7)
+    assert candidates(CENTRES, SIZES, torch.zeros(0, 4), 100)[0].shape == (0, 80)
 
 
 def alignment_of(rows):

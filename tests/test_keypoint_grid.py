@@ -14,10 +14,9 @@ from mvision.heads.keypoints.grid import (
     GridPoints,
     PointLayers,
     PoseLayers,
-    RawPoints,
-    RawPoses,
+    Raw,
+    decode,
     make_grid,
-    raw_at,
 )
 
 GRID = GridPoints(torch.tensor([[0.5, 0.25], [0.1, 0.9]]), torch.tensor([0.1, 0.2]))
@@ -35,25 +34,24 @@ def test_grid_points_are_the_centres_of_the_maps_positions() -> None:
 def test_new_layers_predict_the_reference_with_a_low_score() -> None:
     for layers in (PoseLayers(8, 3, 2), PointLayers(8, 2)):
         raw = layers(torch.zeros(1, 2, 8))
-        pred = layers.decode(raw, GRID)
+        pred = decode(raw, GRID)
         torch.testing.assert_close(pred.points[0], GRID.centres[:, None].expand(2, 2, 2))
-        torch.testing.assert_close(layers.score_logits(raw).sigmoid(), torch.full_like(layers.score_logits(raw), 0.01))
-        torch.testing.assert_close(layers.rank(torch.zeros(1, 2, 8)), layers.score_logits(raw))
+        torch.testing.assert_close(raw.logits.sigmoid(), torch.full_like(raw.logits, 0.01))
+        torch.testing.assert_close(layers.rank(torch.zeros(1, 2, 8)), raw.logits)
     boxes = PoseLayers(8, 3, 2)(torch.zeros(1, 2, 8))
     torch.testing.assert_close(
-        PoseLayers(8, 3, 2).decode(boxes, GRID).boxes[0],
+        decode(boxes, GRID).boxes[0],
         torch.cat((GRID.centres, GRID.sizes[:, None].expand(2, 2)), -1),
     )
 
 
 def test_points_of_poses_are_relative_to_the_box() -> None:
-    layers = PoseLayers(8, 1, 2)
-    raw = RawPoses(
+    raw = Raw(
         points=torch.tensor([[-0.5, 0.5, 0.25, 0.0, 3.0, -3.0]] * 2),
         logits=torch.zeros(2, 1),
         boxes=torch.tensor([[1.0, -1.0, math.log(2.0), 0.0]] * 2),
     )
-    pred = layers.decode(raw, GRID)
+    pred = decode(raw, GRID)
     torch.testing.assert_close(pred.boxes, torch.tensor([[0.6, 0.15, 0.2, 0.1], [0.3, 0.7, 0.4, 0.2]]))
     torch.testing.assert_close(pred.points[0], torch.tensor([[0.5, 0.2], [0.65, 0.15]]))
     torch.testing.assert_close(pred.visibility, torch.tensor([[3.0, -3.0]] * 2))
@@ -62,29 +60,30 @@ def test_points_of_poses_are_relative_to_the_box() -> None:
 def test_boxes_have_no_gradient_from_points_and_a_largest_size() -> None:
     boxes = torch.zeros(2, 4, requires_grad=True)
     points = torch.ones(2, 6, requires_grad=True)
-    pred = PoseLayers(8, 1, 2).decode(RawPoses(points, torch.zeros(2, 1), boxes), GRID)
+    pred = decode(Raw(points, torch.zeros(2, 1), boxes), GRID)
     pred.points.sum().backward(retain_graph=True)
     assert boxes.grad is None
     assert (points.grad[:, :4] != 0).all()
     pred.boxes.sum().backward()
     assert (boxes.grad != 0).all()
-    huge = PoseLayers(8, 1, 2).decode(RawPoses(points, torch.zeros(2, 1), boxes.detach() + 99), GRID)
+    huge = decode(Raw(points, torch.zeros(2, 1), boxes.detach() + 99), GRID)
     torch.testing.assert_close(huge.boxes[:, 2], GRID.sizes * math.exp(MAX_LOG_SCALE))
 
 
 def test_minimal_boxes_are_drawn_around_the_points() -> None:
     layers = PointLayers(8, 3)
-    raw = RawPoints(torch.tensor([[-1.0, 0.0, 3.0, 2.0, 1.0, 1.0, 0.0, 0.0, math.log(3.0)]] * 2))
-    pred = layers.decode(raw, GRID)
+    torch.nn.init.zeros_(layers.points.weight)
+    layers.points.bias.data = torch.tensor([-1.0, 0.0, 3.0, 2.0, 1.0, 1.0, 0.0, 0.0, math.log(3.0)])
+    raw = layers(torch.zeros(2, 8))
+    pred = decode(raw, GRID)
     torch.testing.assert_close(pred.points[0], torch.tensor([[0.4, 0.25], [0.8, 0.45], [0.6, 0.35]]))
     torch.testing.assert_close(pred.boxes[0], torch.tensor([0.6, 0.35, 0.4, 0.2]))
-    torch.testing.assert_close(layers.score_logits(raw).sigmoid(), torch.full((2, 1), (0.5 + 0.5 + 0.75) / 3))
+    torch.testing.assert_close(raw.logits.sigmoid(), torch.full((2, 1), (0.5 + 0.5 + 0.75) / 3))
 
 
 def test_raw_numbers_are_taken_together() -> None:
-    raw = RawPoses(torch.rand(2, 5, 6), torch.rand(2, 5, 1), torch.rand(2, 5, 4))
+    raw = Raw(torch.rand(2, 5, 6), torch.rand(2, 5, 1), torch.rand(2, 5, 4))
     index = (torch.tensor([[1], [0]]), torch.tensor([[4, 2], [0, 3]]))
-    taken = raw_at(raw, index)
-    assert isinstance(taken, RawPoses)
+    taken = raw.at(index)
     assert all(torch.equal(part[1, 0], whole[0, 0]) for part, whole in zip(taken, raw))
     assert all(torch.equal(part[0, 1], whole[1, 2]) for part, whole in zip(taken, raw))

@@ -9,7 +9,7 @@ import torch
 from mvision.engine import epoch
 from mvision.heads.keypoints import base as base_module
 from mvision.heads.keypoints import losses as losses_module
-from mvision.heads.keypoints.assignment import Candidates, KeypointTargets
+from mvision.heads.keypoints.assignment import KeypointTargets
 from mvision.heads.keypoints.grid import Predictions
 from mvision.heads.keypoints.heatmaps import MAX_SIGMA, RESOLUTION, window
 from mvision.heads.keypoints.losses import (
@@ -20,7 +20,6 @@ from mvision.heads.keypoints.losses import (
     map_term,
     point_terms,
     score_target,
-    score_term,
     visibility_term,
 )
 from mvision.structures.oks import keypoint_sigmas
@@ -40,6 +39,8 @@ def make_assignment(visibility=(2.0, 1.0, 0.0), is_positive=(True, False), exist
         points=torch.tensor([[[0.4, 0.5], [0.6, 0.5], [0.9, 0.9]]]),
         areas=torch.tensor([0.04]),
         scale=WIDE,
+        sigmas=torch.full((1, 3), sigma),
+        point_exists=torch.tensor([exists]),
         images_without_keypoints=torch.tensor([False]),
         labelled_classes=None,
     )
@@ -47,11 +48,9 @@ def make_assignment(visibility=(2.0, 1.0, 0.0), is_positive=(True, False), exist
     points = torch.tensor([[[[0.45, 0.5], [0.6, 0.54], [0.1, 0.1]], [[0.0, 0.0]] * 3]])
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]])
     pred = Predictions(boxes, points, torch.tensor([[[0.0, 1.0, 2.0]] * 2]))
-    sigmas, point_exists = torch.full((1, 3), sigma), torch.tensor([exists])
-    candidates = Candidates(torch.tensor([[0, 1]]), torch.tensor([[1.0, 0.5]]), torch.ones(1, 2, dtype=torch.bool))
+    grid_points, inside = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool)
     positive = torch.tensor([is_positive])
-    comparison = compare(pred, gt, sigmas)
-    return Assignment(gt, candidates, sigmas, point_exists, pred, comparison, torch.rand(1, 2), positive)
+    return Assignment(gt, grid_points, inside, pred, compare(pred, gt), torch.rand(1, 2), positive)
 
 
 def test_comparison_measures_lengths_in_an_image_of_area_one():
@@ -109,7 +108,8 @@ def test_scores_of_ignored_grid_points_and_of_unlabelled_classes_have_no_gradien
     labelled_classes = torch.tensor([[True, True, True], [True, False, True]])
     index = (torch.tensor([0, 1]), torch.tensor([1, 3]), torch.tensor([2, 1]))
     quality = torch.tensor([0.9, 0.8])
-    score_term(logits, index, quality, ignored, "vfl", 0.75, 2.0, labelled_classes).backward()
+    head = dense_head(3, class_loss="vfl", alpha=0.75, gamma=2.0)
+    head.score_term(logits, index, quality, ignored, labelled_classes).backward()
     sign = logits.grad.sign()
     expected = torch.ones(2, 4, 3)
     expected[0, 0] = 0

@@ -12,6 +12,7 @@ from mvision.evaluation.evaluate import make_metrics
 from mvision.heads import head_class
 from mvision.heads.keypoints import KeypointConfig, KeypointHead
 from mvision.heads.keypoints.base import KeypointOutputs
+from mvision.heads.keypoints.grid import decode
 from mvision.model import create_model
 from mvision.structures import Category
 from mvision.structures.boxes import cxcywh_to_xyxy
@@ -50,11 +51,11 @@ def test_training_outputs_are_named_tuples_that_mixed_precision_converts():
     head = dense_head(3)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = head(make_features(1), targets=[make_objects(head)])
-    assert outputs.one2one.logits.dtype == outputs.map_inputs.tokens.dtype == torch.bfloat16
+    assert outputs.one2one.logits.dtype == outputs.tokens.dtype == torch.bfloat16
     converted = convert_to_fp32(outputs)
     assert isinstance(converted, KeypointOutputs)
     assert converted.shape == (12, 8)
-    tensors = [*converted.grid, *converted.one2one, *converted.one2many, *converted.map_inputs]
+    tensors = [*converted.grid, *converted.one2one, *converted.one2many, converted.tokens, converted.pixels]
     assert {tensor.dtype for tensor in tensors} == {torch.float32}
 
 
@@ -101,9 +102,9 @@ def test_the_best_grid_points_are_selected_with_their_own_predictions():
     features = make_features(1)
     with torch.no_grad():
         outputs = head(features)
-        encoded = head.encode(features)
-        raw = head.one(encoded.tokens)
-        every = head.one.decode(raw, encoded.grid)
+        encoded = head(features, targets=make_targets(1))
+        raw = encoded.one2one
+        every = decode(raw, encoded.grid)
     best = raw.logits[0].amax(-1).argsort(descending=True)[:4]
     torch.testing.assert_close(outputs["logits"][0], raw.logits[0, best])
     torch.testing.assert_close(outputs["boxes"][0], every.boxes[0, best])
@@ -115,9 +116,10 @@ def test_heatmaps_replace_the_points_of_the_last_layers():
     head = dense_head(3).eval()
     with torch.no_grad():
         outputs = head(make_features(1))
-        selected = head.select(head.encode(make_features(1)))
-    torch.testing.assert_close(outputs["boxes"], selected.pred.boxes)
-    assert not torch.equal(outputs["keypoints"], selected.pred.points)
+        head.maps = None
+        plain = head(make_features(1))
+    torch.testing.assert_close(outputs["boxes"], plain["boxes"])
+    assert not torch.equal(outputs["keypoints"], plain["keypoints"])
     assert ((outputs["similarity"] > 0) & (outputs["similarity"] <= 1)).all()
     assert "similarity" not in dense_head(3, pixel_dim=0).eval()(make_features(1))
 

@@ -150,7 +150,7 @@ def test_every_points_score_learns_its_own_similarity() -> None:
     grid = outputs.grid
     offsets = (places - grid.centres[:, None]) / grid.sizes[:, None, None]
     raw = torch.cat((offsets.flatten(1), torch.zeros(len(offsets), 3)), -1)[None]
-    outputs = with_gradients(outputs._replace(one2one=type(outputs.one2one)(raw)))
+    outputs = with_gradients(outputs._replace(one2one=outputs.one2one._replace(points=raw)))
     terms = head.loss(outputs, [target])
     terms["class_one2one"].backward()
     gradient = outputs.one2one.points.grad[0, :, 6:]
@@ -191,7 +191,7 @@ def test_terms_are_means_over_positives() -> None:
     single = head(make_features(1), targets=[target])
 
     def twice(raw: Any) -> Any:
-        return type(raw)(*(value.repeat(2, 1, 1) for value in raw))
+        return type(raw)(*(None if value is None else value.repeat(2, 1, 1) for value in raw))
 
     double = single._replace(one2one=twice(single.one2one), one2many=twice(single.one2many))
     once, again = head.loss(single, [target]), head.loss(double, [target, target])

@@ -33,9 +33,8 @@ def test_set_losses_of_known_boxes():
 
 
 def test_matchability_aware_loss_keeps_poor_matches_at_full_weight():
-    logits, is_positive = torch.tensor([0.3, -0.4]), torch.tensor([True, False])
-    quality = torch.tensor([0.25, 0.0])
-    found = quality_focal(logits, quality, is_positive, "mal", alpha=0.75, gamma=1.5)
+    logits, positive = torch.tensor([0.3, -0.4]), torch.tensor([0])
+    found = quality_focal(logits, (positive,), torch.tensor([0.25]), "mal", alpha=0.75, gamma=1.5)
     prob = logits.sigmoid()
     soft = 0.25**1.5
     expected_positive = -(soft * prob[0].log() + (1 - soft) * (1 - prob[0]).log())

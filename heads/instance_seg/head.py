@@ -30,7 +30,7 @@ from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.head import Predictions, QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
 from mvision.settings import Replacement
-from mvision.structures import Category, Instances, Targets
+from mvision.structures import Instances, Targets
 from mvision.structures.masks import Masks, encode_logits
 
 MASK_WEIGHT, DICE_WEIGHT = 5.0, 5.0  # of cross-entropy and Dice, in the loss and in the matching costs (Mask2Former's)
@@ -89,16 +89,11 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
     more_evaluators = (BoxMetric,)
     includes = ("detection",)
 
-    def __init__(
-        self,
-        config: MaskConfig,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        categories: list[Category],
-        lateral: int | None = None,
-    ) -> None:
-        super().__init__(config, channels, strides, categories, lateral)
-        self.pixels = PixelFeatures(channels, strides, lateral, config.pixel_dim, config.mask_dim)
+    def build(self) -> None:
+        """See ``Head.build``."""
+        super().build()
+        config = self.config
+        self.pixels = PixelFeatures(self.channels, self.strides, self.lateral_dim, config.pixel_dim, config.mask_dim)
         # The additional number is the weight of the prior, see MaskOutputs.
         self.mask_embed = MLP(config.embed_dim, config.embed_dim, config.mask_dim + 1, 3)
         last = self.mask_embed.layers[-1]
@@ -143,10 +138,10 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         padded = self.pad(queries, targets)
         samples = sample_mask_points(targets, OVERSAMPLE * self.config.mask_points, queries.logits.device)
         pixels = read_features(outputs.pixels, samples.points)
-        _, boxes = self.all_layers(queries)
-        assignment = self.match(queries, padded, self._mask_costs(outputs.embeddings, boxes, pixels, samples))
+        costs = self._mask_costs(outputs.embeddings, queries.boxes, pixels, samples)
+        assignment = self.match(queries, padded, costs)
         terms = self.query_terms(queries, padded, assignment)
-        losses = self._mask_losses(outputs.embeddings, boxes, assignment, pixels, samples, padded.total)
+        losses = self._mask_losses(outputs.embeddings, queries.boxes, assignment, pixels, samples, padded.total)
         terms |= self.named(losses, self.layer_names(queries))
         denoising, embeddings = queries.denoising, outputs.denoising_embeddings
         if denoising is not None and embeddings is not None:

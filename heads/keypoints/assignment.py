@@ -30,14 +30,17 @@ class KeypointTargets:
 
     Attributes:
         image: (M,) int64, index of the object's image in the batch.
-        classes: (M,) int64, index among the classes that the layers predict.
+        classes: (M,) int64, index among the C classes that the layers predict.
         boxes: (M, 4) cxcywh in 0..1.
         points: (M, K, 3) x, y in 0..1 and visibility; 0 means not labelled.
         areas: (M,) as a fraction of the image.
         scale: (M, 2) factors for x and y that turn fractions of width and height into lengths in an image of area 1
             with the same aspect ratio.
+        sigmas: (M, K) of the object's class.
+        point_exists: (M, K) bool: which of the K points the object's class has.
         images_without_keypoints: (B,) bool: images whose annotations have no keypoints at all.
-        labelled_classes: (B, categories) or (B, 1) bool, see ``Targets.labelled_classes``; None: all in all images.
+        labelled_classes: (B, C) or (B, 1) bool: which of the predicted classes were labelled in each image, see
+            ``Targets.labelled_classes``; None: all in all images.
     """
 
     image: Tensor
@@ -46,6 +49,8 @@ class KeypointTargets:
     points: Tensor
     areas: Tensor
     scale: Tensor
+    sigmas: Tensor
+    point_exists: Tensor
     images_without_keypoints: Tensor
     labelled_classes: Tensor | None
 
@@ -54,61 +59,55 @@ class KeypointTargets:
         """(M,) bool: at least one point of the object is labelled."""
         return (self.points[..., 2] > 0).any(-1)
 
+    @property
+    def class_has_points(self) -> Tensor:
+        """(M,) bool: the object's class has keypoints, labelled or not."""
+        return self.point_exists.any(-1)
+
 
 def keypoint_targets(
-    targets: list[Targets], class_index: Tensor, num_points: int, shape: tuple[int, int], dtype: torch.dtype
+    targets: list[Targets], class_labels: Tensor, sigmas: Tensor, point_exists: Tensor, shape: tuple[int, int]
 ) -> KeypointTargets:
     """Collect the objects that a keypoint head learns.
 
     Args:
-        class_index: (categories,) int64, for every label its index among the predicted classes, -1 for the others.
-        num_points: K.
+        class_labels: (C,) int64, labels of the predicted classes.
+        sigmas, point_exists: (categories, K) by label, see ``KeypointTargets``.
         shape: height and width of the input, used for images whose original size is not known.
 
     Returns:
-        Everything on the device of ``class_index``.
+        Everything on the device of ``class_labels``, and in the precision of ``sigmas``.
     """
-    device = class_index.device
+    device, dtype, num_points = class_labels.device, sigmas.dtype, sigmas.shape[1]
     counts = torch.tensor([len(target) for target in targets])
-    image = torch.arange(len(targets)).repeat_interleave(counts).to(device)
-    classes = class_index[torch.cat([target.labels for target in targets]).to(device)]
+    labels = torch.cat([target.labels for target in targets]).to(device)
+    is_class = labels[:, None] == class_labels
+    keep = is_class.any(1)
+    image = torch.arange(len(targets)).repeat_interleave(counts).to(device)[keep]
+    labels = labels[keep]
     points = [
         target.boxes.new_zeros(len(target), num_points, 3) if target.keypoints is None else target.keypoints
         for target in targets
     ]
     heights, widths = torch.tensor([target.size if all(target.size) else shape for target in targets], dtype=dtype).T
     aspect = (widths / heights).sqrt()
-    keep = classes >= 0
-    image = image[keep]
+    labelled = labelled_classes(targets, device)
     return KeypointTargets(
         image=image,
-        classes=classes[keep],
+        classes=is_class[keep].int().argmax(1),
         boxes=torch.cat([target.boxes for target in targets]).to(device, dtype)[keep],
         points=torch.cat(points).to(device, dtype)[keep],
         areas=torch.cat([target.areas for target in targets]).to(device, dtype)[keep],
         scale=torch.stack((aspect, 1 / aspect), -1).to(device)[image],
+        sigmas=sigmas[labels],
+        point_exists=point_exists[labels],
         images_without_keypoints=torch.tensor([target.keypoints is None for target in targets], device=device),
-        labelled_classes=labelled_classes(targets, device),
+        labelled_classes=labelled if labelled is None or labelled.shape[1] == 1 else labelled[:, class_labels],
     )
 
 
-@dataclass
-class Candidates:
-    """Grid points that may become positives of an object.
-
-    Attributes:
-        grid_points: (M, n) int64, their indices.
-        location_prior: (M, n) in 0..1, how well the location of the grid point suits the object; 0: not a candidate.
-        inside: (M, S) bool: grid points whose centre lies in the object's box.
-    """
-
-    grid_points: Tensor
-    location_prior: Tensor
-    inside: Tensor
-
-
 @torch.no_grad()
-def candidates(centres: Tensor, sizes: Tensor, boxes: Tensor, count: int) -> Candidates:
+def candidates(centres: Tensor, sizes: Tensor, boxes: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     """The grid points that suit each object best: near its centre, on a level whose reference size is like its own.
 
     Args:
@@ -117,7 +116,10 @@ def candidates(centres: Tensor, sizes: Tensor, boxes: Tensor, count: int) -> Can
         boxes: (M, 4) cxcywh in 0..1.
         count: the largest n.
 
-    Only grid points inside the box are candidates; if there is none, the one nearest to its centre is.
+    Returns:
+        (M, n) int64, indices of the grid points; (M, n) in 0..1, the location prior: how well the location of a grid
+        point suits the object, 0 where it is not a candidate; and (M, S) bool, which grid points lie in the object's
+        box. Only these are candidates; if there is none, the one nearest to the box's centre is.
     """
     corners = cxcywh_to_xyxy(boxes)
     references = cxcywh_to_xyxy(torch.cat((centres, sizes[:, None].expand(-1, 2)), -1))
@@ -131,7 +133,7 @@ def candidates(centres: Tensor, sizes: Tensor, boxes: Tensor, count: int) -> Can
     nearest = distance.square().sum(-1).argmin(1, keepdim=True)
     prior = prior.scatter(1, nearest, torch.where(inside.any(1, keepdim=True), prior.gather(1, nearest), 1.0))
     location_prior, grid_points = prior.topk(min(count, len(centres)), dim=1)
-    return Candidates(grid_points, location_prior, inside)
+    return grid_points, location_prior, inside
 
 
 @torch.no_grad()
@@ -139,7 +141,7 @@ def compute_alignment(location_prior: Tensor, scores: Tensor, oks: Tensor, iou: 
     """How well candidates suit their object, (M, n) in 0..3; 0 where the grid point is not a candidate.
 
     Args:
-        location_prior: (M, n), see ``Candidates``.
+        location_prior: (M, n), see ``candidates``.
         scores: (M, n) in 0..1 for the object's class.
         oks: (M, n) of the predicted points.
         iou: (M, n) of the predicted box.
@@ -157,7 +159,7 @@ def assign_one2many(alignment: Tensor, grid_points: Tensor, image: Tensor, num_g
     A grid point is a positive of one object at most: of the one that it is aligned with best.
 
     Args:
-        alignment, grid_points: (M, n), see ``compute_alignment`` and ``Candidates``.
+        alignment, grid_points: (M, n), see ``compute_alignment`` and ``candidates``.
         image: (M,), index of the objects' images.
         num_grid_points: S.
     """

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
@@ -27,8 +27,10 @@ from mvision.heads.keypoints.assignment import (
     compute_alignment,
     keypoint_targets,
 )
-from mvision.heads.keypoints.grid import GridPoints, LastLayers, Predictions, RawPoints, RawPoses, make_grid, raw_at
-from mvision.heads.keypoints.losses import Assignment, compare, score_term
+from mvision.heads.keypoints.grid import GridPoints, PointLayers, PoseLayers, Raw, decode, make_grid
+from mvision.heads.keypoints.heatmaps import Heatmaps, best_places, estimated_similarity_std
+from mvision.heads.keypoints.losses import Assignment, compare
+from mvision.heads.query.losses import quality_focal
 from mvision.neck.layers import RepBlock
 from mvision.settings import Replacement, Settings
 from mvision.structures import Category, Instances, Targets
@@ -36,6 +38,7 @@ from mvision.structures.boxes import cxcywh_to_xyxy
 from mvision.structures.oks import check_sigmas, keypoint_sigmas
 
 Branch = Literal["one2one", "one2many"]
+BRANCHES: tuple[Branch, ...] = ("one2one", "one2many")
 # Settings of ``KeypointConfig`` alone, which older weights files have for both kinds.
 ONLY_DENSE = ("pixel_dim", "map_dim", "box_weight", "giou_weight", "visible_weight", "map_weight")
 
@@ -78,47 +81,21 @@ class KeypointSettings(Settings):
     }
 
 
-class MapInputs(NamedTuple):
-    """What heatmaps are made from: ``pixels`` (B, d, h, w) pixel features, ``tokens`` (B, S, width)."""
-
-    pixels: Tensor
-    tokens: Tensor
-
-
 class KeypointOutputs(NamedTuple):
     """What the loss reads.
 
-    ``grid``: the S grid points. ``shape``: height and width of the finest map, which has the aspect ratio of the input.
-    ``one2one``, ``one2many``: raw numbers of the last layers, each tensor (B, S, ...); ``one2many`` is None where
-    ``many_weight`` is 0. ``map_inputs``: None for heads without heatmaps.
+    ``tokens``: (B, S, width) of the S grid points, from which the last layers predict. ``grid``: the grid points.
+    ``shape``: height and width of the finest map, which has the aspect ratio of the input. ``one2one``, ``one2many``:
+    raw numbers of the last layers, each tensor (B, S, ...); ``one2many`` is None where ``many_weight`` is 0.
+    ``pixels``: (B, d, h, w) pixel features, None for heads without heatmaps.
     """
 
-    grid: GridPoints
-    shape: tuple[int, int]
-    one2one: RawPoints | RawPoses
-    one2many: RawPoints | RawPoses | None
-    map_inputs: MapInputs | None = None
-
-
-class Encoded(NamedTuple):
-    """``tokens`` (B, S, width) of the S grid points, and ``shape`` as in ``KeypointOutputs``."""
-
     tokens: Tensor
     grid: GridPoints
     shape: tuple[int, int]
-
-
-class Selected(NamedTuple):
-    """The N grid points with the best scores, best first: ``logits`` (B, N, C), ``tokens`` (B, N, width), ``pred``."""
-
-    logits: Tensor
-    tokens: Tensor
-    pred: Predictions
-
-    def outputs(self) -> dict[str, Tensor]:
-        """The head's outputs by name."""
-        boxes, points, visibility = self.pred
-        return {"logits": self.logits, "boxes": boxes, "visibility": visibility, "keypoints": points}
+    one2one: Raw
+    one2many: Raw | None
+    pixels: Tensor | None
 
 
 ConfigT = TypeVar("ConfigT", bound=KeypointSettings)
@@ -132,7 +109,8 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
 
     Outputs for the N = ``num_instances`` grid points with the best scores: ``logits`` (B, N, C) before the sigmoid, C
     being the number of classes with keypoints; ``boxes`` (B, N, 4) cxcywh in 0..1; ``keypoints`` (B, N, K, 2) x, y in
-    0..1; ``visibility`` (B, N, K), the logits of the points' scores.
+    0..1; ``visibility`` (B, N, K), the logits of the points' scores. With heatmaps, which a subclass adds, there is
+    also ``similarity`` (B, N, K) in 0..1, the expected similarity of every point; ``keypoints`` are then their places.
 
     Raises:
         UserError: no class has keypoints, or ``sigmas`` do not fit them.
@@ -144,38 +122,33 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
     kind = "poses"
 
     # Non-persistent buffers: they follow from the categories and are not in weights files.
-    class_index: Tensor  # (categories,) int64: index of a label among the predicted classes, -1 for the others
     class_labels: Tensor  # (C,) int64: label of every predicted class
     sigmas: Tensor  # (categories, K)
     point_exists: Tensor  # (categories, K) bool: the class has this point
 
-    def __init__(
-        self,
-        config: ConfigT,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        categories: list[Category],
-        lateral: int | None = None,
-    ) -> None:
-        super().__init__(config, channels, strides, _with_sigmas(categories, config.sigmas), lateral)
+    def build(self) -> None:
+        """See ``Head.build``."""
+        config, width = self.config, self.config.embed_dim
+        self.categories = _with_sigmas(self.categories, config.sigmas)
         self.num_points = max(len(category.keypoints) for category in self.classes)
-        levels = 1 if config.levels == "finest" else len(channels)
-        width = config.embed_dim
-        # ``towers``, ``one`` (one-to-one) and ``many`` (one-to-many) are the names in weights files: they have to stay.
+        self._register_class_tables()
+        levels = 1 if config.levels == "finest" else len(self.channels)
+        # ``towers``, ``one`` (one-to-one), ``many`` (one-to-many) and ``maps`` are the names in weights files: they
+        # have to stay.
         self.towers = nn.ModuleList(
             nn.Sequential(*(RepBlock(width if index else inside, width) for index in range(config.depth)))
-            for inside in channels[:levels]
+            for inside in self.channels[:levels]
         )
         self.one = self.new_last_layers("one2one")
         self.many = self.new_last_layers("one2many") if config.many_weight else None
-        self._register_class_tables()
+        self.maps: Heatmaps | None = None
 
     @abstractmethod
-    def new_last_layers(self, branch: Branch) -> LastLayers[Any]:
+    def new_last_layers(self, branch: Branch) -> PoseLayers | PointLayers:
         """Last layers with new weights."""
 
     @abstractmethod
-    def terms(self, branch: Branch, raw: Any, assignment: Assignment, outputs: KeypointOutputs) -> dict[str, Tensor]:
+    def terms(self, branch: Branch, raw: Raw, assignment: Assignment, outputs: KeypointOutputs) -> dict[str, Tensor]:
         """The loss terms of one set of last layers, unweighted; the weight of a term is the setting ``TERM_weight``."""
 
     @classmethod
@@ -183,40 +156,42 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         """The classes with keypoints."""
         return [category for category in categories if category.keypoints]
 
-    def branch_classes(self, branch: Branch) -> tuple[Tensor, Tensor]:
-        """``class_index`` and ``class_labels`` of the classes that a set of last layers predicts."""
-        return self.class_index, self.class_labels
+    def labels_of(self, branch: Branch) -> Tensor:
+        """(C,) int64, the labels of the classes that a set of last layers predicts."""
+        return self.class_labels
 
-    def encode(self, maps: list[Tensor]) -> Encoded:
-        """Tokens of all grid points from the neck's maps."""
+    def forward(
+        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
+    ) -> dict[str, Tensor] | KeypointOutputs:
+        """The best grid points of the neck's maps, or (with ``targets``, in training) all of them."""
+        pixels = None if self.maps is None else self.maps.pixels(maps, lateral)
         maps = [tower(x) for tower, x in zip(self.towers, maps)]
-        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
-        return Encoded(tokens, make_grid(maps), (maps[0].shape[-2], maps[0].shape[-1]))
-
-    def training_outputs(self, encoded: Encoded, map_inputs: MapInputs | None = None) -> KeypointOutputs:
-        """The raw numbers of all grid points."""
-        one2one = self.one(encoded.tokens)
-        one2many = None if self.many is None else self.many(encoded.tokens)
-        return KeypointOutputs(encoded.grid, encoded.shape, one2one, one2many, map_inputs)
-
-    def select(self, encoded: Encoded) -> Selected:
-        """The grid points with the best scores; boxes and points of the others are not computed."""
-        tokens = encoded.tokens
+        tokens, grid = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1), make_grid(maps)
+        if targets is not None:
+            shape = (maps[0].shape[-2], maps[0].shape[-1])
+            one2one, one2many = self.one(tokens), None if self.many is None else self.many(tokens)
+            return KeypointOutputs(tokens, grid, shape, one2one, one2many, pixels)
+        # Boxes, points and heatmaps are computed for the grid points with the best scores alone.
         logits = self.one.rank(tokens)
         count = min(self.config.num_instances, tokens.shape[1])
         best = logits.max(-1).values.topk(count, dim=1).indices
         tokens = tokens.gather(1, best[..., None].expand(-1, -1, tokens.shape[-1]))
         logits = logits.gather(1, best[..., None].expand(-1, -1, logits.shape[-1]))
-        return Selected(logits, tokens, self.one.decode(self.one(tokens), encoded.grid.at(best)))
+        boxes, points, visibility = decode(self.one(tokens), grid.at(best))
+        outputs = {"logits": logits, "boxes": boxes, "visibility": visibility, "keypoints": points}
+        if self.maps is not None and pixels is not None:
+            heatmaps = self.maps.logits(self.maps.sample(pixels, boxes), tokens, boxes, points)
+            sigmas = self.sigmas[self.class_labels[logits.argmax(-1)]]
+            std = estimated_similarity_std(boxes, sigmas, (pixels.shape[-2], pixels.shape[-1]))
+            places, outputs["similarity"] = best_places(heatmaps, boxes, std)
+            outputs["keypoints"] = places.to(points.dtype)
+        return outputs
 
     def loss(self, outputs: KeypointOutputs, targets: list[Targets]) -> dict[str, Tensor]:
         """The terms of ``terms`` for both sets of last layers, named ``TERM_one2one`` and ``TERM_one2many``."""
         weighted = {}
-        branches: list[tuple[Branch, RawPoints | RawPoses | None, float]] = [
-            ("one2one", outputs.one2one, 1.0),
-            ("one2many", outputs.one2many, self.config.many_weight),
-        ]
-        for branch, raw, weight in branches:
+        for branch in BRANCHES:
+            raw, weight = (outputs.one2one, 1.0) if branch == "one2one" else (outputs.one2many, self.config.many_weight)
             if raw is not None:
                 assignment = self._assign(branch, raw, outputs, targets)
                 for name, value in self.terms(branch, raw, assignment, outputs).items():
@@ -224,12 +199,21 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         return weighted
 
     def score_term(
-        self, logits: Tensor, index: tuple[Tensor, ...], quality: Tensor, ignored: Tensor, assignment: Assignment
+        self, logits: Tensor, index: tuple[Tensor, ...], quality: Tensor, ignored: Tensor, labelled: Tensor | None
     ) -> Tensor:
-        """``mvision.heads.keypoints.losses.score_term`` with the settings of this head."""
+        """Sum of the scores' loss over all grid points.
+
+        Args:
+            logits: (B, S, C) before the sigmoid.
+            index: image, grid point and class of the P positives, each (P,).
+            quality: (P,) in 0..1, their targets.
+            ignored: (B, S) bool: grid points that are not negatives.
+            labelled: ``labelled_classes`` of ``KeypointTargets``: grid points are no negatives of the other classes.
+        """
         config = self.config
-        settings = config.class_loss, config.alpha, config.gamma
-        return score_term(logits, index, quality, ignored, *settings, assignment.labelled_classes)
+        loss = quality_focal(logits, index, quality, config.class_loss, config.alpha, config.gamma, labelled)
+        ignored = ignored.index_put(index[:2], ignored.new_zeros(()))  # positives count anyway
+        return torch.where(ignored[..., None], 0, loss).sum()
 
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
@@ -269,42 +253,33 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
             keypoints=(points * points.new_tensor([width, height, 1])).cpu().numpy(),
         )
 
-    def _assign(self, branch: Branch, raw: Any, outputs: KeypointOutputs, targets: list[Targets]) -> Assignment:
+    def _assign(self, branch: Branch, raw: Raw, outputs: KeypointOutputs, targets: list[Targets]) -> Assignment:
         """Compare the predictions of one set of last layers with the labels, and choose the positives."""
-        class_index, class_labels = self.branch_classes(branch)
         grid = outputs.grid
-        gt = keypoint_targets(targets, class_index, self.num_points, outputs.shape, grid.centres.dtype)
-        chosen = candidates(*grid, gt.boxes, 2 * self.config.top_k)
-        index = (gt.image[:, None], chosen.grid_points)
-        labels = class_labels[gt.classes]
-        sigmas, point_exists = self.sigmas[labels].to(gt.areas), self.point_exists[labels]
-        pred = self.one.decode(raw_at(raw, index), grid.at(chosen.grid_points))
-        comparison = compare(pred, gt, sigmas)
-        scores = self.one.score_logits(raw)[(*index, gt.classes[:, None])].to(gt.areas).sigmoid()
-        alignment = compute_alignment(chosen.location_prior, scores, comparison.oks, comparison.iou, gt.is_labelled)
-        aligned = (alignment, chosen.grid_points, gt.image)
+        sigmas = self.sigmas.to(grid.centres.dtype)
+        gt = keypoint_targets(targets, self.labels_of(branch), sigmas, self.point_exists, outputs.shape)
+        grid_points, location_prior, inside = candidates(*grid, gt.boxes, 2 * self.config.top_k)
+        at_candidates = raw.at((gt.image[:, None], grid_points))
+        pred = decode(at_candidates, grid.at(grid_points))
+        comparison = compare(pred, gt)
+        scores = at_candidates.logits.gather(-1, gt.classes[:, None, None].expand(*grid_points.shape, 1)).squeeze(-1)
+        scores = scores.to(gt.areas).sigmoid()
+        alignment = compute_alignment(location_prior, scores, comparison.oks, comparison.iou, gt.is_labelled)
         if branch == "one2one":
-            is_positive = assign_one2one(*aligned)
+            is_positive = assign_one2one(alignment, grid_points, gt.image)
         else:
-            is_positive = assign_one2many(*aligned, len(grid.centres), self.config.top_k)
-        labelled_classes = gt.labelled_classes
-        if labelled_classes is not None and labelled_classes.shape[1] > 1:
-            labelled_classes = labelled_classes[:, class_labels]
-        return Assignment(gt, chosen, sigmas, point_exists, pred, comparison, alignment, is_positive, labelled_classes)
+            is_positive = assign_one2many(alignment, grid_points, gt.image, len(grid.centres), self.config.top_k)
+        return Assignment(gt, grid_points, inside, pred, comparison, alignment, is_positive)
 
     def _register_class_tables(self) -> None:
         """Fill the buffers about the classes."""
-        count = len(self.categories)
-        class_index = torch.full((count,), -1)
         class_labels = torch.tensor([self.categories.index(category) for category in self.classes])
-        class_index[class_labels] = torch.arange(len(class_labels))
-        sigmas = torch.ones(count, self.num_points)
-        point_exists = torch.zeros(count, self.num_points, dtype=torch.bool)
+        sigmas = torch.ones(len(self.categories), self.num_points)
+        point_exists = torch.zeros_like(sigmas, dtype=torch.bool)
         for label, category in enumerate(self.categories):
             own = len(category.keypoints)
             sigmas[label, :own] = torch.tensor(keypoint_sigmas(category))
             point_exists[label, :own] = True
-        self.register_buffer("class_index", class_index, persistent=False)
         self.register_buffer("class_labels", class_labels, persistent=False)
         self.register_buffer("sigmas", sigmas, persistent=False)
         self.register_buffer("point_exists", point_exists, persistent=False)

@@ -7,8 +7,7 @@ Every position of every map is a grid point. The maps are flattened and joined, 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,71 +58,33 @@ class Predictions(NamedTuple):
     visibility: Tensor
 
 
-class RawPoints(NamedTuple):
-    """Raw numbers of ``PointLayers``: ``points`` (..., 3 K), x and y of every point and after these all the scores."""
+class Raw(NamedTuple):
+    """Raw numbers of last layers.
 
-    points: Tensor
-
-
-class RawPoses(NamedTuple):
-    """Raw numbers of ``PoseLayers``: ``points`` as in ``RawPoints``, ``logits`` (..., C) and ``boxes`` (..., 4)."""
+    ``points`` (..., 3 K), x and y of every point relative to its reference and after these all the points' scores;
+    ``logits`` (..., C) of the objects' scores; ``boxes`` (..., 4), None for ``PointLayers``.
+    """
 
     points: Tensor
     logits: Tensor
-    boxes: Tensor
+    boxes: Tensor | None = None
+
+    def at(self, index: tuple[Tensor, ...]) -> Raw:
+        """The raw numbers of the grid points (image, grid point) in ``index``."""
+        boxes = None if self.boxes is None else self.boxes[index]
+        return Raw(self.points[index], self.logits[index], boxes)
 
 
-RawT = TypeVar("RawT", RawPoints, RawPoses)
+class PoseLayers(nn.Module):
+    """A score for every class, a box, and points in the coordinates of that box.
 
-
-def raw_at(raw: RawT, index: tuple[Tensor, ...]) -> RawT:
-    """The raw numbers of the grid points (image, grid point) in ``index``."""
-    return type(raw)(*(value[index] for value in raw))
-
-
-class LastLayers(nn.Module, ABC, Generic[RawT]):
-    """The 1x1 convolutions that end the head, as linear layers on tokens (B, S, width).
-
-    New layers give every object or point the score ``INITIAL_SCORE``, and boxes and points at the references of their
-    grid point, as in the query decoder.
+    Like ``PointLayers`` these are the 1x1 convolutions that end the head, as linear layers on tokens (B, S, width). New
+    layers give every object or point the score ``INITIAL_SCORE``, and boxes and points at the references of their grid
+    point, as in the query decoder.
     """
 
-    points: nn.Linear
-
-    def __init__(self, num_points: int) -> None:
-        super().__init__()
-        self.num_points = num_points
-
-    @abstractmethod
-    def forward(self, tokens: Tensor) -> RawT:
-        """Raw numbers of every token."""
-
-    @abstractmethod
-    def rank(self, tokens: Tensor) -> Tensor:
-        """``score_logits`` of every token, with no more computation than that needs."""
-
-    @abstractmethod
-    def score_logits(self, raw: RawT) -> Tensor:
-        """(..., C) logits of the objects' scores."""
-
-    @abstractmethod
-    def decode(self, raw: RawT, grid: GridPoints) -> Predictions:
-        """Boxes and points of grid points from their raw numbers, in the precision of ``grid``."""
-
-    def visibility(self, raw: RawT) -> Tensor:
-        """(..., K) logits of the points' scores."""
-        return raw.points[..., 2 * self.num_points :]
-
-    def offsets(self, raw: RawT, dtype: torch.dtype) -> Tensor:
-        """(..., K, 2) x, y of the points relative to their reference."""
-        return raw.points[..., : 2 * self.num_points].to(dtype).unflatten(-1, (self.num_points, 2))
-
-
-class PoseLayers(LastLayers[RawPoses]):
-    """A score for every class, a box, and points in the coordinates of that box."""
-
     def __init__(self, width: int, num_classes: int, num_points: int) -> None:
-        super().__init__(num_points)
+        super().__init__()
         self.score = nn.Linear(width, num_classes)
         self.box = nn.Linear(width, 4)
         self.points = nn.Linear(width, 3 * num_points)
@@ -133,59 +94,55 @@ class PoseLayers(LastLayers[RawPoses]):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, tokens: Tensor) -> RawPoses:
-        return RawPoses(self.points(tokens), self.score(tokens), self.box(tokens))
+    def forward(self, tokens: Tensor) -> Raw:
+        return Raw(self.points(tokens), self.score(tokens), self.box(tokens))
 
     def rank(self, tokens: Tensor) -> Tensor:
+        """The ``logits`` of every token, with no more computation than that needs."""
         return self.score(tokens)
 
-    def score_logits(self, raw: RawPoses) -> Tensor:
-        return raw.logits
 
-    def decode(self, raw: RawPoses, grid: GridPoints) -> Predictions:
-        sizes = grid.sizes[..., None]
-        visibility = self.visibility(raw).to(sizes.dtype)
-        offsets = self.offsets(raw, sizes.dtype)
-        box = raw.boxes.to(sizes.dtype)
-        centre = grid.centres + box[..., :2] * sizes
-        extent = sizes * box[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
-        # Relative to a person's box a shoulder is nearly always in the same place, whatever the person's size. The box
-        # is detached: it learns from its own loss terms alone.
-        points = centre.detach()[..., None, :] + offsets * extent.detach()[..., None, :]
-        return Predictions(torch.cat((centre, extent), -1), points, visibility)
-
-
-class PointLayers(LastLayers[RawPoints]):
+class PointLayers(nn.Module):
     """Points with a score each, and nothing else: K x (x, y, score).
 
     An object's box is drawn around its points, and its score is the mean of theirs.
     """
 
     def __init__(self, width: int, num_points: int) -> None:
-        super().__init__(num_points)
+        super().__init__()
+        self.num_points = num_points
         self.points = nn.Linear(width, 3 * num_points)
         nn.init.zeros_(self.points.weight)
         nn.init.zeros_(self.points.bias)
         nn.init.constant_(self.points.bias[2 * num_points :], _logit(INITIAL_SCORE))
 
-    def forward(self, tokens: Tensor) -> RawPoints:
-        return RawPoints(self.points(tokens))
+    def forward(self, tokens: Tensor) -> Raw:
+        points = self.points(tokens)
+        scores = points[..., 2 * self.num_points :].to(torch.promote_types(points.dtype, torch.float32)).sigmoid()
+        return Raw(points, torch.logit(scores.mean(-1, keepdim=True), eps=1e-6))
 
     def rank(self, tokens: Tensor) -> Tensor:
-        return self.score_logits(self(tokens))
+        """The ``logits`` of every token."""
+        return self(tokens).logits
 
-    def score_logits(self, raw: RawPoints) -> Tensor:
-        """(..., 1)."""
-        logits = self.visibility(raw)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return torch.logit(logits.sigmoid().mean(-1, keepdim=True), eps=1e-6)
 
-    def decode(self, raw: RawPoints, grid: GridPoints) -> Predictions:
-        sizes = grid.sizes[..., None]
-        visibility = self.visibility(raw).to(sizes.dtype)
-        points = grid.centres[..., None, :] + self.offsets(raw, sizes.dtype) * sizes[..., None]
+def decode(raw: Raw, grid: GridPoints) -> Predictions:
+    """Boxes and points of grid points from their raw numbers, in the precision of ``grid``."""
+    sizes = grid.sizes[..., None]
+    num_points = raw.points.shape[-1] // 3
+    numbers, visibility = raw.points.to(sizes.dtype).split((2 * num_points, num_points), -1)
+    offsets = numbers.unflatten(-1, (num_points, 2))
+    if raw.boxes is None:
+        points = grid.centres[..., None, :] + offsets * sizes[..., None]
         corners = torch.cat((points.amin(-2), points.amax(-2)), -1)
         return Predictions(xyxy_to_cxcywh(corners), points, visibility)
+    box = raw.boxes.to(sizes.dtype)
+    centre = grid.centres + box[..., :2] * sizes
+    extent = sizes * box[..., 2:].clamp(max=MAX_LOG_SCALE).exp()
+    # Relative to a person's box a shoulder is nearly always in the same place, whatever the person's size. The box is
+    # detached: it learns from its own loss terms alone.
+    points = centre.detach()[..., None, :] + offsets * extent.detach()[..., None, :]
+    return Predictions(torch.cat((centre, extent), -1), points, visibility)
 
 
 def _logit(probability: float) -> float:

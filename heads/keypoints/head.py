@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mvision.heads.keypoints.base import (
-    BaseKeypointHead,
-    Branch,
-    KeypointOutputs,
-    KeypointSettings,
-    MapInputs,
-    Selected,
-)
-from mvision.heads.keypoints.grid import PoseLayers, RawPoses
-from mvision.heads.keypoints.heatmaps import Heatmaps, best_places, estimated_similarity_std
+from mvision.heads.keypoints.base import BaseKeypointHead, Branch, KeypointOutputs, KeypointSettings
+from mvision.heads.keypoints.grid import PoseLayers, Raw
+from mvision.heads.keypoints.heatmaps import Heatmaps
 from mvision.heads.keypoints.losses import (
     Assignment,
     box_terms,
@@ -28,9 +20,8 @@ from mvision.heads.keypoints.losses import (
     score_target,
     visibility_term,
 )
-from mvision.heads.pixel_features import STRIDE
+from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.matching import mean_over_processes
-from mvision.structures import Category, Targets
 
 
 class KeypointConfig(KeypointSettings):
@@ -56,26 +47,18 @@ class KeypointConfig(KeypointSettings):
 class KeypointHead(BaseKeypointHead[KeypointConfig]):
     """Scores, boxes and points for any classes with any numbers of keypoints.
 
-    Outputs are those of ``BaseKeypointHead``, and with heatmaps ``similarity`` (B, N, K) in 0..1, the expected
-    similarity of every point, which ``postprocess`` uses for the scores; ``keypoints`` are then the heatmaps' places.
+    Outputs are those of ``BaseKeypointHead``; ``postprocess`` uses ``similarity`` for the scores.
     """
 
     Config = KeypointConfig
 
-    def __init__(
-        self,
-        config: KeypointConfig,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        categories: list[Category],
-        lateral: int | None = None,
-    ) -> None:
-        super().__init__(config, channels, strides, categories, lateral)
-        # ``maps`` is the name in weights files: it has to stay.
-        self.maps: Heatmaps | None = None
+    def build(self) -> None:
+        """See ``Head.build``."""
+        super().build()
+        config = self.config
         if config.pixel_dim:
-            sizes = (config.pixel_dim, config.map_dim, config.embed_dim, self.num_points)
-            self.maps = Heatmaps(channels, strides, lateral, *sizes)
+            pixels = PixelFeatures(self.channels, self.strides, self.lateral_dim, config.pixel_dim, config.map_dim)
+            self.maps = Heatmaps(pixels, config.embed_dim, self.num_points)
 
     @classmethod
     def lateral_stride(cls, config: KeypointConfig) -> int | None:
@@ -84,28 +67,13 @@ class KeypointHead(BaseKeypointHead[KeypointConfig]):
 
     def new_last_layers(self, branch: Branch) -> PoseLayers:
         """One-to-many layers predict objects of all classes: those without keypoints train the neck as well."""
-        classes = self.classes if branch == "one2one" else self.categories
-        return PoseLayers(self.config.embed_dim, len(classes), self.num_points)
+        return PoseLayers(self.config.embed_dim, len(self.labels_of(branch)), self.num_points)
 
-    def branch_classes(self, branch: Branch) -> tuple[Tensor, Tensor]:
-        """All classes for the one-to-many layers, see ``new_last_layers``."""
+    def labels_of(self, branch: Branch) -> Tensor:
+        """All labels for the one-to-many layers, see ``new_last_layers``."""
         if branch == "one2one":
-            return super().branch_classes(branch)
-        all_labels = torch.arange(len(self.categories), device=self.class_labels.device)
-        return all_labels, all_labels
-
-    def forward(
-        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
-    ) -> dict[str, Tensor] | KeypointOutputs:
-        """The best grid points of the neck's maps, or (with ``targets``, in training) all of them."""
-        pixels = None if self.maps is None else self.maps.pixels(maps, lateral)
-        encoded = self.encode(maps)
-        if targets is not None:
-            map_inputs = None if pixels is None else MapInputs(pixels, encoded.tokens)
-            return self.training_outputs(encoded, map_inputs)
-        selected = self.select(encoded)
-        outputs = selected.outputs()
-        return outputs if pixels is None else outputs | self._places(selected, pixels)
+            return self.class_labels
+        return torch.arange(len(self.categories), device=self.class_labels.device)
 
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """(B, N, C) scores of the objects in 0..1."""
@@ -119,30 +87,28 @@ class KeypointHead(BaseKeypointHead[KeypointConfig]):
         # boxes.
         return (scores * expected_oks[..., None]).sqrt()
 
-    def terms(
-        self, branch: Branch, raw: RawPoses, assignment: Assignment, outputs: KeypointOutputs
-    ) -> dict[str, Tensor]:
+    def terms(self, branch: Branch, raw: Raw, assignment: Assignment, outputs: KeypointOutputs) -> dict[str, Tensor]:
         """``oks``, ``point``, ``visible``, ``class``, ``box`` and ``giou``; of one-to-one layers also ``map``.
 
         Terms are divided by the number of positives, those of points by that of objects whose class has points, over
         all processes.
         """
-        gt, is_positive, has_points = assignment.gt, assignment.is_positive, assignment.class_has_points[:, None]
+        gt, is_positive = assignment.gt, assignment.is_positive
         # Objects without labelled points count too: the weight of a label must not depend on how many are missing.
-        counts = torch.stack((is_positive.sum(), (is_positive & has_points).sum())).to(gt.areas)
+        counts = torch.stack((is_positive.sum(), (is_positive & gt.class_has_points[:, None]).sum())).to(gt.areas)
         num_objects, num_poses = mean_over_processes(counts).clamp(min=1)
         of_points = point_terms(assignment) | {"visible": visibility_term(assignment)}
         terms = {name: value / num_poses for name, value in of_points.items()}
         terms["class"] = self._class_term(raw, assignment) / num_objects
         terms |= {name: value / num_objects for name, value in box_terms(assignment).items()}
-        if branch == "one2one" and self.maps is not None and outputs.map_inputs is not None:
-            terms["map"] = map_term(self.maps, *outputs.map_inputs, assignment)
+        if branch == "one2one" and self.maps is not None and outputs.pixels is not None:
+            terms["map"] = map_term(self.maps, outputs.pixels, outputs.tokens, assignment)
         return terms
 
-    def _class_term(self, raw: RawPoses, assignment: Assignment) -> Tensor:
+    def _class_term(self, raw: Raw, assignment: Assignment) -> Tensor:
         """The loss of the objects' scores, summed."""
         gt, comparison = assignment.gt, assignment.comparison
-        has_points = assignment.class_has_points[:, None]
+        has_points = gt.class_has_points[:, None]
         # An object without labelled points is no positive for the score, unless its class has no points at all.
         is_scored = assignment.is_positive & (gt.is_labelled[:, None] | ~has_points)
         row, column = is_scored.nonzero(as_tuple=True)
@@ -150,16 +116,6 @@ class KeypointHead(BaseKeypointHead[KeypointConfig]):
         # With heatmaps, ``scores`` adds the expected OKS after training.
         quality = iou if self.maps is not None else score_target(comparison.oks, iou)
         quality = torch.where(has_points, quality, iou)[row, column]
-        index = (gt.image[row], assignment.candidates.grid_points[row, column], gt.classes[row])
-        ignored = ignored_grid_points(assignment.candidates.inside & has_points, gt)
-        return self.score_term(raw.logits, index, quality, ignored, assignment)
-
-    def _places(self, selected: Selected, pixels: Tensor) -> dict[str, Tensor]:
-        """``keypoints`` and ``similarity`` from the heatmaps of the selected grid points."""
-        assert self.maps is not None
-        logits, tokens, pred = selected
-        heatmaps = self.maps.logits(self.maps.sample(pixels, pred.boxes), tokens, pred.boxes, pred.points)
-        sigmas = self.sigmas[self.class_labels[logits.argmax(-1)]]
-        std = estimated_similarity_std(pred.boxes, sigmas, (pixels.shape[-2], pixels.shape[-1]))
-        points, similarity = best_places(heatmaps, pred.boxes, std)
-        return {"keypoints": points.to(pred.points.dtype), "similarity": similarity}
+        index = (gt.image[row], assignment.grid_points[row, column], gt.classes[row])
+        ignored = ignored_grid_points(assignment.inside & has_points, gt)
+        return self.score_term(raw.logits, index, quality, ignored, gt.labelled_classes)

@@ -16,7 +16,6 @@ filters that are predicted per instance from FCPose (Mao et al., CVPR 2021).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -42,28 +41,16 @@ class Heatmaps(nn.Module):
     """Pixel features, the layer that makes embeddings from tokens, and the heatmaps that are made from both.
 
     Args:
-        channels, strides: of the neck's maps, finest first.
-        lateral: channels of the backbone's map of stride 4, or None.
-        width: of the layers that make the pixel features.
-        dim: d, the length of an embedding and the channels of the pixel features.
+        pixels: gives the pixel features.
         token_width: channels of a token.
         num_points: K.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        lateral: int | None,
-        width: int,
-        dim: int,
-        token_width: int,
-        num_points: int,
-    ) -> None:
+    def __init__(self, pixels: PixelFeatures, token_width: int, num_points: int) -> None:
         super().__init__()
         # ``pixels`` and ``embed`` are part of the names of tensors in weights files.
-        self.pixels = PixelFeatures(channels, strides, lateral, width, dim)
-        self.num_points, self.dim = num_points, dim
+        self.pixels, self.num_points = pixels, num_points
+        self.dim = dim = pixels.out.out_channels  # d, the length of an embedding
         self.embed = nn.Linear(token_width, num_points * (dim + 1))
         nn.init.normal_(self.embed.weight, std=0.01)
         nn.init.zeros_(self.embed.bias)

@@ -7,16 +7,14 @@ Sources: Lu et al., "RTMO", CVPR 2024 (scores whose target is the OKS, OKS loss,
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvision.heads.keypoints.assignment import Candidates, KeypointTargets
+from mvision.heads.keypoints.assignment import KeypointTargets
 from mvision.heads.keypoints.grid import Predictions
 from mvision.heads.keypoints.heatmaps import MAX_SIGMA, Heatmaps, heatmap_loss, in_window, pad_per_image
-from mvision.heads.query.losses import quality_focal
 from mvision.heads.query.matching import mean_over_processes
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 from mvision.structures.oks import labelled_mean, point_similarity
@@ -55,38 +53,29 @@ class Assignment:
 
     Attributes:
         gt: the objects.
-        candidates: their candidate grid points.
-        sigmas: (M, K) of the object's class.
-        point_exists: (M, K) bool: which of the K points the object's class has.
+        grid_points: (M, n) int64, their candidate grid points.
+        inside: (M, S) bool: which grid points lie in the object's box.
         pred: the predictions of the candidates, (M, n, ...).
         comparison: of ``pred`` with ``gt``.
         alignment: (M, n), see ``compute_alignment``.
         is_positive: (M, n) bool: the candidate learns to predict the object.
-        labelled_classes: (B, C) or (B, 1) bool: which of the predicted classes were labelled in each image; None: all.
     """
 
     gt: KeypointTargets
-    candidates: Candidates
-    sigmas: Tensor
-    point_exists: Tensor
+    grid_points: Tensor
+    inside: Tensor
     pred: Predictions
     comparison: Comparison
     alignment: Tensor
     is_positive: Tensor
-    labelled_classes: Tensor | None = None
-
-    @property
-    def class_has_points(self) -> Tensor:
-        """(M,) bool: the object's class has keypoints, labelled or not."""
-        return self.point_exists.any(-1)
 
 
-def compare(pred: Predictions, gt: KeypointTargets, sigmas: Tensor) -> Comparison:
-    """OKS, IoU and GIoU of the predictions (M, n, ...) of every object's candidates; ``sigmas`` (M, K)."""
+def compare(pred: Predictions, gt: KeypointTargets) -> Comparison:
+    """OKS, IoU and GIoU of the predictions (M, n, ...) of every object's candidates."""
     scale = gt.scale[:, None, None]
     box_iou, giou = iou(cxcywh_to_xyxy(pred.boxes), cxcywh_to_xyxy(gt.boxes)[:, None])
     places, visibility = gt.points[:, None, :, :2], gt.points[:, None, :, 2]
-    similarity = point_similarity(pred.points * scale, places * scale, gt.areas[:, None], sigmas[:, None])
+    similarity = point_similarity(pred.points * scale, places * scale, gt.areas[:, None], gt.sigmas[:, None])
     return Comparison(labelled_mean(similarity, visibility), similarity, box_iou, giou)
 
 
@@ -124,44 +113,13 @@ def visibility_term(assignment: Assignment) -> Tensor:
     target = (gt.points[:, None, :, 2] > 0).to(pred.visibility).expand_as(pred.visibility)
     entropy = F.binary_cross_entropy_with_logits(pred.visibility, target, reduction="none")
     is_positive = assignment.is_positive & gt.is_labelled[:, None]
-    return _sum(labelled_mean(entropy, assignment.point_exists[:, None].to(entropy)), is_positive)
+    return _sum(labelled_mean(entropy, gt.point_exists[:, None].to(entropy)), is_positive)
 
 
 @torch.no_grad()
 def score_target(oks: Tensor, iou: Tensor) -> Tensor:
     """The target of scores: the OKS (or a point's similarity), at least ``MIN_SCORE_TARGET`` times the box's IoU."""
     return torch.maximum(oks, MIN_SCORE_TARGET * iou)
-
-
-def score_term(
-    logits: Tensor,
-    index: tuple[Tensor, ...],
-    quality: Tensor,
-    ignored: Tensor,
-    kind: Literal["vfl", "mal"],
-    alpha: float,
-    gamma: float,
-    labelled_classes: Tensor | None = None,
-) -> Tensor:
-    """Sum of the scores' loss over all grid points.
-
-    Args:
-        logits: (B, S, C) before the sigmoid.
-        index: image, grid point and class of the P positives, each (P,).
-        quality: (P,) in 0..1, their targets.
-        ignored: (B, S) bool: grid points that are not negatives.
-        labelled_classes: (B, C) bool, see ``Targets.labelled_classes``: in an image, grid points are no negatives of
-            the other classes; None: all are labelled.
-    """
-    target = torch.zeros_like(logits, dtype=quality.dtype)
-    target[index] = quality
-    is_positive = torch.zeros_like(logits, dtype=torch.bool)
-    is_positive[index] = True
-    loss = quality_focal(logits, target, is_positive, kind, alpha, gamma)
-    loss = torch.where(ignored[..., None] & ~is_positive.any(-1, keepdim=True), 0, loss)
-    if labelled_classes is not None:
-        loss = torch.where(labelled_classes[:, None] | is_positive, loss, 0)
-    return loss.sum()
 
 
 @torch.no_grad()
@@ -173,7 +131,7 @@ def ignored_grid_points(inside: Tensor, gt: KeypointTargets) -> Tensor:
     it would need an OKS as the target of its score.
 
     Args:
-        inside: (M, S) bool, see ``Candidates``.
+        inside: (M, S) bool, see ``candidates``.
     """
     unlabelled = (inside & ~gt.is_labelled[:, None]).to(torch.float32)
     counts = unlabelled.new_zeros(len(gt.images_without_keypoints), inside.shape[1])
@@ -192,17 +150,17 @@ def map_term(maps: Heatmaps, pixels: Tensor, tokens: Tensor, assignment: Assignm
     """
     gt, alignment = assignment.gt, assignment.alignment
     best, column = alignment.topk(min(GRID_POINTS_PER_OBJECT, alignment.shape[1]), dim=1)
-    is_used = (best > 0) & assignment.class_has_points[:, None]
+    is_used = (best > 0) & gt.class_has_points[:, None]
     row, rank = (is_used & gt.is_labelled[:, None]).nonzero(as_tuple=True)
     column = column[row, rank]
     image, points = gt.image[row], gt.points[row]
     boxes, expected = _noisy_windows_and_points(assignment, row, column)
 
     padded, index = pad_per_image(image, len(pixels), boxes)
-    used_tokens = tokens[image, assignment.candidates.grid_points[row, column]]
+    used_tokens = tokens[image, assignment.grid_points[row, column]]
     logits = maps.logits(maps.sample(pixels, padded)[index], used_tokens, boxes, expected)
     # Half the standard deviation of the point similarity: at one whole the similarity is down to 0.61.
-    sigmas = assignment.sigmas[row].clamp(max=MAX_SIGMA)
+    sigmas = gt.sigmas[row].clamp(max=MAX_SIGMA)
     target_std = (sigmas * gt.areas[row].clamp(min=MIN_SIDE**2).sqrt()[:, None])[..., None]
     loss = heatmap_loss(logits, boxes, points[..., :2], target_std / gt.scale[row][:, None])
     is_counted = (points[..., 2] > 0) & in_window(boxes, points[..., :2])

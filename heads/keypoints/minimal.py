@@ -8,10 +8,9 @@ from torch import Tensor
 
 from mvision.errors import UserError
 from mvision.heads.keypoints.base import BaseKeypointHead, Branch, KeypointOutputs, KeypointSettings
-from mvision.heads.keypoints.grid import PointLayers, RawPoints
+from mvision.heads.keypoints.grid import PointLayers, Raw
 from mvision.heads.keypoints.losses import Assignment, ignored_grid_points, point_terms, score_target
 from mvision.heads.query.matching import mean_over_processes
-from mvision.structures import Targets
 
 
 class MinimalKeypointConfig(KeypointSettings):
@@ -42,16 +41,7 @@ class MinimalKeypointHead(BaseKeypointHead[MinimalKeypointConfig]):
             )
         return PointLayers(self.config.embed_dim, self.num_points)
 
-    def forward(
-        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
-    ) -> dict[str, Tensor] | KeypointOutputs:
-        """The best grid points of the neck's maps, or (with ``targets``, in training) all of them."""
-        encoded = self.encode(maps)
-        return self.select(encoded).outputs() if targets is None else self.training_outputs(encoded)
-
-    def terms(
-        self, branch: Branch, raw: RawPoints, assignment: Assignment, outputs: KeypointOutputs
-    ) -> dict[str, Tensor]:
+    def terms(self, branch: Branch, raw: Raw, assignment: Assignment, outputs: KeypointOutputs) -> dict[str, Tensor]:
         """``oks``, ``point`` and ``class``, each divided by the number of positives over all processes.
 
         The target of a point's score is its own similarity.
@@ -63,8 +53,8 @@ class MinimalKeypointHead(BaseKeypointHead[MinimalKeypointConfig]):
         row, column = (assignment.is_positive & gt.is_labelled[:, None]).nonzero(as_tuple=True)
         pair, point = (gt.points[row, :, 2] > 0).nonzero(as_tuple=True)
         quality = score_target(comparison.point_similarity, comparison.iou[..., None])[row, column][pair, point]
-        index = (gt.image[row][pair], assignment.candidates.grid_points[row, column][pair], point)
-        ignored = ignored_grid_points(assignment.candidates.inside, gt)
-        logits = self.one.visibility(raw)
-        terms["class"] = self.score_term(logits, index, quality, ignored, assignment) / self.num_points
+        index = (gt.image[row][pair], assignment.grid_points[row, column][pair], point)
+        ignored = ignored_grid_points(assignment.inside, gt)
+        logits = raw.points[..., 2 * self.num_points :]
+        terms["class"] = self.score_term(logits, index, quality, ignored, gt.labelled_classes) / self.num_points
         return {name: value / num_objects for name, value in terms.items()}

@@ -143,13 +143,7 @@ class QueryDecoder(nn.Module):
             assert isinstance(linear, nn.Linear)
             nn.init.xavier_uniform_(linear.weight)
 
-    def forward(
-        self,
-        maps: list[Tensor],
-        denoising: Denoising | None = None,
-        *,
-        every_layer: bool = False,
-    ) -> Decoded:
+    def forward(self, maps: list[Tensor], denoising: Denoising | None = None, *, every_layer: bool = False) -> Decoded:
         """Select queries and refine them.
 
         Args:
@@ -247,13 +241,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self,
-        queries: Tensor,
-        position: Tensor,
-        references: Tensor,
-        memory: Tensor,
-        shapes: Shapes,
-        mask: Tensor | None,
+        self, queries: Tensor, position: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None
     ) -> Tensor:
         """Refine queries (B, Q, D).
 

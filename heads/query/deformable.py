@@ -7,6 +7,7 @@ Source: Zhu et al., "Deformable DETR", ICLR 2021, section 4.1; the discrete form
 from __future__ import annotations
 
 import math
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -214,8 +215,4 @@ def _sample_nearest(value: Tensor, locations: Tensor, weights: Tensor, shapes: S
 
 def _starts(shapes: Shapes) -> list[int]:
     """Index of each level's first token in the memory."""
-    starts, total = [], 0
-    for height, width in shapes:
-        starts.append(total)
-        total += height * width
-    return starts
+    return [0, *accumulate(height * width for height, width in shapes[:-1])]

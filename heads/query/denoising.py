@@ -35,12 +35,7 @@ class Denoising:
 
 
 def make_denoising(
-    targets: PaddedTargets,
-    num_classes: int,
-    num_queries: int,
-    num_denoising: int,
-    label_noise: float,
-    box_noise: float,
+    targets: PaddedTargets, num_classes: int, num_queries: int, num_denoising: int, label_noise: float, box_noise: float
 ) -> Denoising | None:
     """Groups of one positive and one negative copy of every object; None without objects or with num_denoising 0.
 

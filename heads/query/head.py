@@ -15,7 +15,7 @@ from mvision.heads.query.decoder import Decoded, DecoderConfig, DenseOutputs, Qu
 from mvision.heads.query.denoising import Denoising, make_denoising
 from mvision.heads.query.losses import set_losses
 from mvision.heads.query.matching import PaddedTargets, anchor_assignment, hungarian, mean_over_processes, pad_targets
-from mvision.structures import Category, Instances, Targets
+from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 
 
@@ -66,15 +66,13 @@ class DenoisingOutputs(NamedTuple):
 class QueryOutputs(NamedTuple):
     """Training outputs for classes and boxes.
 
-    ``logits`` (L, B, Q, C) and ``boxes`` (L, B, Q, 4) of every decoder layer; ``encoder_logits`` (B, Q, C) and
-    ``encoder_boxes`` (B, Q, 4) of the selected tokens; ``dense`` of all tokens, None unless ``dense_weight`` is above
-    0; ``denoising``, None where denoising is off or the batch has no object.
+    ``logits`` (L + 1, B, Q, C) and ``boxes`` (L + 1, B, Q, 4) of the L decoder layers and then of the selected tokens;
+    ``dense`` of all tokens, None unless ``dense_weight`` is above 0; ``denoising``, None where denoising is off or the
+    batch has no object.
     """
 
     logits: Tensor
     boxes: Tensor
-    encoder_logits: Tensor
-    encoder_boxes: Tensor
     dense: DenseOutputs | None
     denoising: DenoisingOutputs | None
 
@@ -95,17 +93,11 @@ class Predictions(NamedTuple):
 class QueryHead(Head[ConfigT, OutputsT]):
     """RT-DETR's decoder with its loss and post-processing; subclasses add ``forward`` and ``loss``."""
 
-    def __init__(
-        self,
-        config: ConfigT,
-        channels: Sequence[int],
-        strides: Sequence[int],
-        categories: list[Category],
-        lateral: int | None = None,
-    ) -> None:
-        super().__init__(config, channels, strides, categories, lateral)
+    def build(self) -> None:
+        """See ``Head.build``."""
+        config = self.config
         self.decoder = QueryDecoder(
-            config, channels, len(categories), config.num_denoising, dense=config.dense_weight > 0
+            config, self.channels, len(self.categories), config.num_denoising, dense=config.dense_weight > 0
         )
 
     def postprocess(
@@ -118,7 +110,10 @@ class QueryHead(Head[ConfigT, OutputsT]):
         """Run the decoder; with ``targets`` (training) add denoising queries and return the outputs of all layers."""
         if targets is None:
             return self.decoder(maps), None
-        denoising = self._denoising(pad_targets(targets, maps[0].device), maps)
+        config = self.config
+        queries = min(config.num_queries, sum(x.shape[-2] * x.shape[-1] for x in maps))
+        noise = (config.num_denoising, config.label_noise, config.box_noise)
+        denoising = make_denoising(pad_targets(targets, maps[0].device), len(self.categories), queries, *noise)
         return self.decoder(maps, denoising, every_layer=True), denoising
 
     def pad(self, outputs: QueryOutputs, targets: list[Targets]) -> PaddedTargets:
@@ -130,9 +125,8 @@ class QueryHead(Head[ConfigT, OutputsT]):
 
         ``more_costs`` (L + 1, B, Q, T) are added to the costs of class and box.
         """
-        logits, boxes = self.all_layers(outputs)
-        config = self.config
-        return hungarian(logits.detach(), boxes.detach(), targets, config.box_weight, config.giou_weight, more_costs)
+        logits, boxes = outputs.logits.detach(), outputs.boxes.detach()
+        return hungarian(logits, boxes, targets, self.config.box_weight, self.config.giou_weight, more_costs)
 
     def query_terms(self, outputs: QueryOutputs, targets: PaddedTargets, assignment: Tensor) -> dict[str, Tensor]:
         """The loss terms ``class``, ``box`` and ``giou`` of the last decoder layer, and the same of everything else.
@@ -141,7 +135,7 @@ class QueryHead(Head[ConfigT, OutputsT]):
         ``_denoising_0``.. for the denoising queries of every layer, ``_dense`` for the one-to-many supervision of all
         tokens. ``assignment`` comes from ``match``.
         """
-        losses = self._set_losses(*self.all_layers(outputs), assignment, targets)
+        losses = self._set_losses(outputs.logits, outputs.boxes, assignment, targets)
         terms = self.named(losses, self.layer_names(outputs))
         if outputs.denoising is not None:
             terms |= self._denoising_terms(outputs.denoising, targets)
@@ -151,8 +145,7 @@ class QueryHead(Head[ConfigT, OutputsT]):
 
     def layer_names(self, outputs: QueryOutputs) -> list[str]:
         """The suffixes of the loss terms' names, in the order of ``match``'s layers."""
-        layers = len(outputs.logits)
-        return [*(f"_{index}" for index in range(layers - 1)), "", "_encoder"]
+        return [*(f"_{index}" for index in range(len(outputs.logits) - 2)), "", "_encoder"]
 
     def term_weights(self) -> dict[str, float]:
         """Weights of the loss terms by their names without suffix."""
@@ -205,25 +198,10 @@ class QueryHead(Head[ConfigT, OutputsT]):
                 decoded.logits[:, :, :split], decoded.boxes[:, :, :split], denoising.assignment, denoising.groups
             )
         return QueryOutputs(
-            logits=decoded.logits[:, :, split:],
-            boxes=decoded.boxes[:, :, split:],
-            encoder_logits=decoded.encoder_logits,
-            encoder_boxes=decoded.encoder_boxes,
+            logits=torch.cat((decoded.logits[:, :, split:], decoded.encoder_logits[None])),
+            boxes=torch.cat((decoded.boxes[:, :, split:], decoded.encoder_boxes[None])),
             dense=decoded.dense,
             denoising=noisy,
-        )
-
-    def all_layers(self, outputs: QueryOutputs) -> tuple[Tensor, Tensor]:
-        """(L + 1, B, Q, ...) logits and boxes: L decoder layers, then the selected tokens."""
-        logits = torch.cat((outputs.logits, outputs.encoder_logits[None]))
-        return logits, torch.cat((outputs.boxes, outputs.encoder_boxes[None]))
-
-    def _denoising(self, targets: PaddedTargets, maps: list[Tensor]) -> Denoising | None:
-        config = self.config
-        tokens = sum(x.shape[-2] * x.shape[-1] for x in maps)
-        queries = min(config.num_queries, tokens)
-        return make_denoising(
-            targets, len(self.categories), queries, config.num_denoising, config.label_noise, config.box_noise
         )
 
     def _set_losses(

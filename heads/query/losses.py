@@ -46,14 +46,8 @@ def set_losses(
     box_iou, giou = iou(cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(gt_boxes))
     l1 = (pred_boxes - gt_boxes).abs().sum(-1)
 
-    quality = torch.zeros_like(logits, dtype=boxes.dtype)
-    is_positive = torch.zeros_like(logits, dtype=torch.bool)
     where = (layer, image, query, targets.labels[image, gt_index])
-    quality[where] = box_iou.detach()
-    is_positive[where] = True
-    class_loss = quality_focal(logits, quality, is_positive, kind, alpha, gamma)
-    if targets.labelled_classes is not None:
-        class_loss = torch.where(targets.labelled_classes[:, None] | is_positive, class_loss, 0)
+    class_loss = quality_focal(logits, where, box_iou.detach(), kind, alpha, gamma, targets.labelled_classes)
     class_loss = class_loss.sum((1, 2, 3))
 
     def per_layer(values: Tensor) -> Tensor:
@@ -63,23 +57,37 @@ def set_losses(
 
 
 def quality_focal(
-    logits: Tensor, quality: Tensor, is_positive: Tensor, kind: Literal["vfl", "mal"], alpha: float, gamma: float
+    logits: Tensor,
+    index: tuple[Tensor, ...],
+    quality: Tensor,
+    kind: Literal["vfl", "mal"],
+    alpha: float,
+    gamma: float,
+    labelled_classes: Tensor | None = None,
 ) -> Tensor:
     """Element-wise classification loss whose target is the quality of a positive's prediction (IoU or OKS).
 
     Args:
-        logits: any shape, before the sigmoid.
-        quality: the same shape, 0..1, 0 for negatives.
-        is_positive: the same shape, bool.
+        logits: (..., B, N, C) before the sigmoid.
+        index: the P positives among them, as indices into every dimension, each (P,).
+        quality: (P,) in 0..1, of their predictions.
         kind: ``vfl`` is the varifocal loss (Zhang et al., "VarifocalNet", CVPR 2021, equation 2); ``mal`` the
             matchability-aware loss (Huang et al., "DEIM", CVPR 2025, equation 3, gamma 1.5 in the paper).
         alpha: weight of negatives in ``vfl``.
         gamma: exponent of the probability in the weight of negatives; in ``mal`` also of the quality.
+        labelled_classes: (B, C) or (B, 1) bool, see ``Targets.labelled_classes``: in an image, negatives of the other
+            classes have no loss; None: all are labelled.
     """
+    target = torch.zeros_like(logits, dtype=quality.dtype)
+    target[index] = quality
+    is_positive = torch.zeros_like(logits, dtype=torch.bool)
+    is_positive[index] = True
     logits = logits.to(quality.dtype)
     prob = logits.detach().sigmoid()
     if kind == "vfl":
-        weight = torch.where(is_positive, quality, alpha * prob**gamma)
-        return F.binary_cross_entropy_with_logits(logits, quality, weight=weight, reduction="none")
-    weight = torch.where(is_positive, torch.ones_like(prob), prob**gamma)
-    return F.binary_cross_entropy_with_logits(logits, quality**gamma, weight=weight, reduction="none")
+        weight = torch.where(is_positive, target, alpha * prob**gamma)
+    else:
+        weight = torch.where(is_positive, torch.ones_like(prob), prob**gamma)
+        target = target**gamma
+    loss = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none")
+    return loss if labelled_classes is None else torch.where(labelled_classes[:, None] | is_positive, loss, 0)
