@@ -227,15 +227,13 @@ def create_model(
     Raises:
         UserError: neither num_classes nor categories; an unknown name, task or setting.
     """
-    classes: Sequence[Category | str]
-    if categories is not None:
-        classes = categories
-    elif num_classes is not None:
-        classes = [str(index) for index in range(num_classes)]
-    else:
-        raise UserError("create_model needs num_classes or categories")
+    if categories is None:
+        if num_classes is None:
+            raise UserError("create_model needs num_classes or categories")
+        categories = [str(index) for index in range(num_classes)]
     described = [
-        entry if isinstance(entry, Category) else Category(id=index, name=entry) for index, entry in enumerate(classes)
+        entry if isinstance(entry, Category) else Category(id=index, name=entry)
+        for index, entry in enumerate(categories)
     ]
     overrides: dict[str, Any] = {f"model.{key.replace('__', '.')}": value for key, value in settings.items()}
     overrides["model.categories"] = [entry.model_dump() for entry in described]

@@ -73,13 +73,9 @@ def _timm_plan(name: str, strides: tuple[int, ...], image_size: tuple[int, int])
         indices, multiple = _spread(len(reductions), len(strides)), reductions[0]
     else:
         indices, multiple = _by_stride(name, reductions, strides), 1
-    options: dict[str, Any] = {}
-    if "img_size" in arguments:
-        options["img_size"] = tuple(-(-side // multiple) * multiple for side in image_size)
-    if "dynamic_img_size" in arguments:
-        options["dynamic_img_size"] = True
-    if "strict_img_size" in arguments:
-        options["strict_img_size"] = False
+    size = tuple(-(-side // multiple) * multiple for side in image_size)
+    any_options: dict[str, Any] = {"img_size": size, "dynamic_img_size": True, "strict_img_size": False}
+    options = {key: value for key, value in any_options.items() if key in arguments}
 
     def build(pretrained: bool = False) -> nn.Module:
         return timm.create_model(name, pretrained, features_only=True, out_indices=tuple(indices), **options)
@@ -136,7 +132,9 @@ def _smp_plan(name: str, strides: tuple[int, ...]) -> FeaturePlan:
     available, channels = _smp_strides(name)
     _by_stride(name, [stride for stride in available if stride], strides)
     keep = [available.index(stride) for stride in strides]
-    weights = _smp_weights(encoder_name)
+    # The weights trained on ImageNet where there are such, else the first in the library's list.
+    choices = list(encoders.encoders[encoder_name]["pretrained_settings"])
+    weights = "imagenet" if "imagenet" in choices else choices[0]
 
     def build(pretrained: bool = False) -> nn.Module:
         if pretrained and encoder_name.startswith("mit_b"):
@@ -161,14 +159,6 @@ def _smp_strides(name: str) -> tuple[list[int], list[int]]:
     channels = _without_data(lambda: encoders.get_encoder(name.removeprefix(SMP), weights=None)).out_channels
     # Level i has stride 2**i; level 0 is the image itself, and some levels are empty.
     return [2**level if level and count else 0 for level, count in enumerate(channels)], list(channels)
-
-
-def _smp_weights(encoder_name: str) -> str:
-    """The name of the weights trained on ImageNet where there are such, else of the first in the library's list."""
-    from segmentation_models_pytorch import encoders
-
-    choices = list(encoders.encoders[encoder_name]["pretrained_settings"])
-    return "imagenet" if "imagenet" in choices else choices[0]
 
 
 @cache

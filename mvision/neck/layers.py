@@ -185,14 +185,7 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self,
-        in_dim: int,
-        hidden_dim: int,
-        out_dim: int,
-        num_layers: int,
-        *,
-        act: str = "relu",
-        dropout: float = 0.0,
+        self, in_dim: int, hidden_dim: int, out_dim: int, num_layers: int, *, act: str = "relu", dropout: float = 0.0
     ) -> None:
         super().__init__()
         if num_layers < 1:
