@@ -44,11 +44,7 @@ def test_a_sound_set(tmp_path: Path) -> None:
     assert report.usable
     assert report.verdict == "sound: every split can serve detection"
     assert "64 x 48 (3)" in report.text()
-    assert json.loads(json.dumps(report.to_dict()))["splits"]["train"]["tasks"] == [
-        "detection",
-        "instance-seg",
-        "semantic-seg",
-    ]
+    assert train.tasks == ["detection", "instance-seg", "semantic-seg"]
 
 
 def test_objects_without_segmentation_are_named_where_others_have_one(tmp_path: Path) -> None:

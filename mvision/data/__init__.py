@@ -10,7 +10,7 @@ Public:
     build_eval_loader(split, config, ...)       Loader: ``for batch in loader``
     Batch                                       images (B, 3, H, W) uint8, targets, skipped
     Dataset, SampleKey                          single samples; ``dataset.truth(i)`` for drawing
-    tools.check.check(layout) -> Report         for ``mvision data check``: ``text()``, ``to_dict()``, ``usable``
+    tools.check.check(layout) -> Report         for ``mvision data check``: ``text()``, ``usable``
     contact_sheet(layout, split, ...)           for ``mvision data show``; ``write_image(path, sheet)``
     tools.convert.convert(layout, destination)  for ``mvision data convert``
     read_image(path), resize_image(image, size) files to RGB; the one resize of training, evaluation and prediction

@@ -6,9 +6,8 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -91,13 +90,6 @@ class Report:
         if kinds:
             return f"usable with {sum(problem.count for problem in kinds)} problems of {len(kinds)} kinds: {able}"
         return f"sound: {able}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        tree = asdict(self)
-        for name, split in self.splits.items():
-            tree["splits"][name]["tasks"] = split.tasks
-        return {**tree, "verdict": self.verdict, "usable": self.usable}
 
     def text(self) -> str:
         """For the terminal."""
