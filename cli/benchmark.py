@@ -28,14 +28,7 @@ def benchmark() -> None:
     metavar="N",
     help="Image side.  [default: 320 to 1536]",
 )
-@click.option(
-    "--embed-dim",
-    type=click.IntRange(min=8),
-    default=256,
-    show_default=True,
-    metavar="N",
-    help="Channels.",
-)
+@click.option("--embed-dim", type=click.IntRange(min=8), default=256, show_default=True, metavar="N", help="Channels.")
 @click.option("--repeats", type=ROUNDS, default=10, show_default=True, metavar="N", help="Most rounds.")
 @output_option
 @device_option

@@ -75,9 +75,7 @@ class ImageSize(click.ParamType):
 def device_option(command: Decorated) -> Decorated:
     """``--device``, the same in every command that runs a model."""
     return click.option(
-        "--device",
-        metavar="D",
-        help="cpu, cuda, cuda:1 or mps.  [default: the first GPU, else the CPU]",
+        "--device", metavar="D", help="cpu, cuda, cuda:1 or mps.  [default: the first GPU, else the CPU]"
     )(command)
 
 
