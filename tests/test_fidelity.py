@@ -91,8 +91,7 @@ def test_every_loss_term(small_pair: Pair) -> None:
     ours = copy.deepcopy(small_pair.ours).train()
     outputs = ours(random_images(3, *SIZE, dtype=torch.float64), targets)
     found = outputs["detection"]
-    layers = [{"logits": a, "pred_boxes": b} for a, b in zip(found.logits, found.boxes)]
-    encoder = {"logits": found.encoder_logits, "pred_boxes": found.encoder_boxes}
+    *layers, encoder = ({"logits": a, "pred_boxes": b} for a, b in zip(found.logits, found.boxes))
     noisy = zip(found.denoising.logits, found.denoising.boxes)
     theirs = RTDetrLoss(small_pair.theirs.config)(
         {

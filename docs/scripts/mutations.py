@@ -110,7 +110,7 @@ def plant(copy: Path, mutation: Mutation) -> tuple[Mutation, bool]:
 
 def run(copy: Path, tests: Sequence[str], show: bool = False) -> int:
     """pytest's exit code, with the copy's code and not the installed one; ``show`` prints why tests fail."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--durations=0", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=-q", *tests]
     environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, text=True, check=False)
     if show and done.returncode:
