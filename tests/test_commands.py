@@ -168,8 +168,10 @@ def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(predict, "sample_images", lambda weights: [f"sample of {weights}"])
     messages: list[str] = []
     options: Any = {"tasks": ["detection"], "device": "cpu", "log": messages.append}
-    assert predict_job(["a.jpg"], weights="w", threshold=0.3, output=tmp_path, precision="fp32", **options) == (
-        (model, ["a.jpg"], tmp_path),
+    photo, output = str(tmp_path / "a.jpg"), tmp_path / "found"
+    Path(photo).touch()
+    assert predict_job([photo], weights="w", threshold=0.3, output=output, precision="fp32", **options) == (
+        (model, [photo], output),
         {"threshold": 0.3},
     )
     assert predict_job(**options) == (
@@ -177,7 +179,9 @@ def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         {"threshold": 0.5},
     )
     assert calls == [("w", ["detection"], CPU, "fp32"), ("runs/newest", ["detection"], CPU, "auto")]
-    assert messages == ["runtime", "runtime"]
+    with pytest.raises(UserError, match=r"missing\.jpg: no such file"):
+        predict_job([str(tmp_path / "missing.jpg")], weights="w", **options)
+    assert messages == ["runtime", "runtime"]  # a missing file is reported before any model is opened
     with pytest.raises(UserError, match="detectoin"):
         predict_job(["a.jpg"], tasks=["detectoin"])
 

@@ -12,6 +12,7 @@ from mvision.errors import UserError
 from mvision.heads import head_class, known_tasks
 from mvision.inference.output import Summary
 from mvision.inference.predict_sources import predict_sources
+from mvision.inference.sources import find_sources
 from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 from mvision.weights import rtdetr
@@ -49,6 +50,8 @@ def predict_job(
     """
     for task in tasks:
         head_class(task)  # report an unknown task, not that it has no run
+    if sources:
+        find_sources(sources, leave_out=output)  # report a missing file before the model is loaded
     source = weights if weights is not None else str(newest_run(tasks))
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision)
