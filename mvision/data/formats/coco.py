@@ -80,7 +80,7 @@ class CocoSplit:
         self.fields = (frozenset(fields) | {"boxes"}) & FIELDS
         self.problems = Problems()
         where = str(split.annotations)
-        raw = split.load()
+        raw = split.load(self.problems)
         self.own = read_categories(raw, where)
         self.categories = self.own if categories is None else categories
         self.folder, self.records = _images(raw, split, self.problems)

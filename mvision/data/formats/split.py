@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from mvision.data.formats.problems import Problems
 from mvision.data.formats.yolo import YoloSet, read_yolo_split
 from mvision.errors import UserError
 
@@ -37,18 +38,21 @@ class Split:
     fraction: float = 1.0
     seed: int = 0
 
-    def load(self) -> dict[str, Any]:
+    def load(self, problems: Problems | None = None) -> dict[str, Any]:
         """The annotations as a COCO dictionary, read from the files at every call.
+
+        Args:
+            problems: gets what was left out or mended while the files were read; None where nobody will look at it.
 
         Raises:
             UserError: a file that is missing, malformed or no COCO (or YOLO) file.
         """
-        raw = self._load()
+        raw = self._load(Problems() if problems is None else problems)
         return raw if self.fraction >= 1 else _some_images(raw, self.fraction, self.seed)
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self, problems: Problems) -> dict[str, Any]:
         if self.yolo is not None:
-            return read_yolo_split(self.yolo, self.name)
+            return read_yolo_split(self.yolo, self.name, problems)
         raw = read_json(self.annotations)
         if self.keypoints is not None:
             _join_keypoints(raw, read_json(self.keypoints))

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from mvision.data.formats.problems import Problems
 from mvision.errors import UserError
 from mvision.structures.images import IMAGE_SUFFIXES, BadImage, image_size
 
@@ -71,11 +72,14 @@ def yolo_splits(file: Path) -> YoloSet:
     return YoloSet(file, names, sources, folders, points, dims)
 
 
-def read_yolo_split(yolo: YoloSet, split: str) -> dict[str, Any]:
+def read_yolo_split(yolo: YoloSet, split: str, problems: Problems) -> dict[str, Any]:
     """One split as a COCO dictionary: boxes, polygons or keypoints, whatever its label files hold.
 
     An image without a label file, or with an empty one, is an image without objects. Images that cannot be read are
     kept without size, so that they are named like those of any other data set.
+
+    Args:
+        problems: gets what was left out or mended.
 
     Raises:
         UserError: no images, a class that ``names`` lacks, or a line that is neither box, polygon nor pose.
