@@ -2,7 +2,9 @@
 
 The figures are those of pycocotools (Lin et al., "Microsoft COCO: Common Objects in Context", 2014, and the evaluation
 described at cocodataset.org/#detection-eval): at most 100 results per image and class (20 for keypoints), crowd regions
-ignored. hotcoco computes them if it is installed, the same digits in a fraction of the time; else pycocotools.
+ignored. Where an image has more objects of a class than that, no model could find them all, and as many results count
+as there are objects; a note beside the figures says so. hotcoco computes them if it is installed, the same digits in a
+fraction of the time; else pycocotools.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import numpy as np
 
 from mvision.evaluation.ground_truth import GroundTruth
 from mvision.evaluation.metric import Metric
-from mvision.evaluation.pck import FRACTION, MAX_RESULTS, correct_points
+from mvision.evaluation.pck import FRACTION, correct_points
 from mvision.evaluation.tables import figure_text, text_table
 from mvision.structures import Category
 
@@ -31,41 +33,41 @@ class Figure(NamedTuple):
     Attributes:
         iou: the threshold of IoU (for keypoints of OKS) from which a result matches an object; None: all of ``IOUS``.
         area: which objects count, by their area.
-        max_results: the number of results per image and class that count.
+        max_results: the number of results per image and class that count; None: the metric's largest number.
     """
 
     name: str
     kind: Literal["precision", "recall"]
     iou: float | None
     area: str
-    max_results: int
+    max_results: int | None
 
 
 _BOX_FIGURES = (
-    Figure("AP", "precision", None, "all", 100),
-    Figure("AP50", "precision", 0.5, "all", 100),
-    Figure("AP75", "precision", 0.75, "all", 100),
-    Figure("AP_small", "precision", None, "small", 100),
-    Figure("AP_medium", "precision", None, "medium", 100),
-    Figure("AP_large", "precision", None, "large", 100),
+    Figure("AP", "precision", None, "all", None),
+    Figure("AP50", "precision", 0.5, "all", None),
+    Figure("AP75", "precision", 0.75, "all", None),
+    Figure("AP_small", "precision", None, "small", None),
+    Figure("AP_medium", "precision", None, "medium", None),
+    Figure("AP_large", "precision", None, "large", None),
     Figure("AR1", "recall", None, "all", 1),
     Figure("AR10", "recall", None, "all", 10),
     Figure("AR100", "recall", None, "all", 100),
-    Figure("AR_small", "recall", None, "small", 100),
-    Figure("AR_medium", "recall", None, "medium", 100),
-    Figure("AR_large", "recall", None, "large", 100),
+    Figure("AR_small", "recall", None, "small", None),
+    Figure("AR_medium", "recall", None, "medium", None),
+    Figure("AR_large", "recall", None, "large", None),
 )
 _KEYPOINT_FIGURES = (
-    Figure("AP", "precision", None, "all", 20),
-    Figure("AP50", "precision", 0.5, "all", 20),
-    Figure("AP75", "precision", 0.75, "all", 20),
-    Figure("AP_medium", "precision", None, "medium", 20),
-    Figure("AP_large", "precision", None, "large", 20),
-    Figure("AR", "recall", None, "all", 20),
-    Figure("AR50", "recall", 0.5, "all", 20),
-    Figure("AR75", "recall", 0.75, "all", 20),
-    Figure("AR_medium", "recall", None, "medium", 20),
-    Figure("AR_large", "recall", None, "large", 20),
+    Figure("AP", "precision", None, "all", None),
+    Figure("AP50", "precision", 0.5, "all", None),
+    Figure("AP75", "precision", 0.75, "all", None),
+    Figure("AP_medium", "precision", None, "medium", None),
+    Figure("AP_large", "precision", None, "large", None),
+    Figure("AR", "recall", None, "all", None),
+    Figure("AR50", "recall", 0.5, "all", None),
+    Figure("AR75", "recall", 0.75, "all", None),
+    Figure("AR_medium", "recall", None, "medium", None),
+    Figure("AR_large", "recall", None, "large", None),
 )
 
 
@@ -92,7 +94,8 @@ class CocoMetric(Metric):
         key: of the part of a result that is compared; results without it are ignored.
         similarity: how the overlap with an object is measured: IoU or OKS.
         figures: the lines of COCO's table.
-        areas, max_results: the axes of the evaluator's arrays, in its order.
+        areas, max_results: the axes of the evaluator's arrays, in its order. Where the data has more objects of a
+            class in one image than the last of ``max_results``, their number is appended in the instance.
 
     Raises:
         UserError: none of the model's classes is in the data, or the annotations cannot be evaluated.
@@ -102,7 +105,7 @@ class CocoMetric(Metric):
     similarity: ClassVar[str] = "IoU"
     figures: ClassVar[tuple[Figure, ...]] = _BOX_FIGURES
     areas: ClassVar[tuple[str, ...]] = ("all", "small", "medium", "large")
-    max_results: ClassVar[tuple[int, ...]] = (1, 10, 100)
+    max_results: tuple[int, ...] = (1, 10, 100)
 
     def __init__(
         self,
@@ -114,6 +117,13 @@ class CocoMetric(Metric):
         super().__init__(annotations, categories)
         self.ground_truth = GroundTruth(annotations, self.categories, self.name, sigmas)
         self.notes = self.ground_truth.notes
+        most, name = self.ground_truth.most_objects()
+        if most > self.max_results[-1]:
+            self.notes.append(
+                f"an image has {most} objects of class '{name}': {most} results per image and class count for AP, "
+                f"where COCO's limit of {self.max_results[-1]} would leave objects out"
+            )
+            self.max_results = (*self.max_results, most)
         self._backend = backend or ("hotcoco" if find_spec("hotcoco") else "pycocotools")
         self._class_numbers = {category.id: number for number, category in enumerate(self.categories, start=1)}
 
@@ -147,7 +157,7 @@ class CocoMetric(Metric):
         for figure in self.figures:
             title = "Average Precision (AP)" if figure.kind == "precision" else "Average Recall    (AR)"
             iou = "0.50:0.95" if figure.iou is None else f"{figure.iou:.2f}     "
-            settings = f"{self.similarity}={iou} | area={figure.area:>6} | maxDets={figure.max_results:>3}"
+            settings = f"{self.similarity}={iou} | area={figure.area:>6} | maxDets={self._results_of(figure):>3}"
             lines.append(f"{title} @[ {settings} ] = {figure_text(self._value(figure)):>5}")
         return lines
 
@@ -166,11 +176,14 @@ class CocoMetric(Metric):
         values = precision if figure.kind == "precision" else recall
         if figure.iou is not None:
             values = values[[int(np.abs(IOUS - figure.iou).argmin())]]
-        values = values[..., self.areas.index(figure.area), self.max_results.index(figure.max_results)]
+        values = values[..., self.areas.index(figure.area), self.max_results.index(self._results_of(figure))]
         if index is not None:
             values = values[..., index]
         values = values[values > -1]
         return float(values.mean()) if values.size else -1.0
+
+    def _results_of(self, figure: Figure) -> int:
+        return self.max_results[-1] if figure.max_results is None else figure.max_results
 
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Precision (IoU, recall threshold, class, area, max_results) and recall (the same without its threshold)."""
@@ -193,7 +206,7 @@ class CocoMetric(Metric):
         gt = self.ground_truth.dataset(set(classes))
         evaluator = new_evaluator(gt, self._results(set(classes)), self.name)
         params = evaluator.params
-        params.imgIds, params.catIds = images, classes
+        params.imgIds, params.catIds, params.maxDets = images, classes, list(self.max_results)
         if sigmas is not None:
             params.kpt_oks_sigmas = np.asarray(sigmas)
         evaluator.evaluate()
@@ -247,7 +260,7 @@ class KeypointMetric(CocoMetric):
         return {**super().compute(), f"PCK@{FRACTION}": self._pck()}
 
     def _summary(self) -> list[str]:
-        settings = f"{FRACTION:.2f} of the box's longer side | maxDets={MAX_RESULTS:>3}"
+        settings = f"{FRACTION:.2f} of the box's longer side | maxDets={self.max_results[-1]:>3}"
         return [*super()._summary(), f" Correct Keypoints (PCK) @[ {settings} ] = {figure_text(self._pck()):>5}"]
 
     def _pck(self) -> float:
@@ -256,7 +269,7 @@ class KeypointMetric(CocoMetric):
         correct = total = 0
         for image_id, (rows, points) in self.measured.items():
             of_image = objects.get(self.ground_truth.image_numbers[image_id], [])
-            hits, labelled = correct_points(of_image, rows[:, 4], rows[:, 5], points)
+            hits, labelled = correct_points(of_image, rows[:, 4], rows[:, 5], points, self.max_results[-1])
             correct, total = correct + hits, total + labelled
         return correct / total if total else -1.0
 

@@ -59,6 +59,7 @@ class GroundTruth:
             {"id": number, "name": c.name} for number, c in enumerate(categories, start=1)
         ]
         numbers = self._match_classes(coco_dict["categories"], coco_dict["annotations"])
+        self._point_orders = self._match_points(coco_dict["categories"], numbers) if metric == "keypoints" else {}
         self._annotations = [
             self._renumbered(annotation, number, numbers[annotation["category_id"]], records[annotation["image_id"]])
             for number, annotation in enumerate(
@@ -83,14 +84,18 @@ class GroundTruth:
                 objects.setdefault(annotation["image_id"], []).append(annotation)
         return objects
 
+    def most_objects(self) -> tuple[int, str]:
+        """The largest number of objects of one class in one image that the figures count, and the class's name."""
+        counts = Counter((a["image_id"], a["category_id"]) for a in self._annotations if _is_counted(a))
+        if not counts:
+            return 0, ""
+        (_, class_number), most = counts.most_common(1)[0]
+        return most, self._categories[class_number - 1].name
+
     def counts(self, image_ids: Iterable[Any]) -> list[int]:
         """Objects of each class in these images that the figures count (no crowds, none without labelled points)."""
         images = {self.image_numbers[image_id] for image_id in image_ids}
-        counts = Counter(
-            a["category_id"]
-            for a in self._annotations
-            if a["image_id"] in images and not a["iscrowd"] and a.get("num_keypoints") != 0
-        )
+        counts = Counter(a["category_id"] for a in self._annotations if a["image_id"] in images and _is_counted(a))
         return [counts[c["id"]] for c in self._classes]
 
     def _match_classes(self, in_data: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> dict[Any, int]:
@@ -105,6 +110,29 @@ class GroundTruth:
         if unknown:
             self.notes.append(f"not evaluated, because the model does not find them: {', '.join(unknown)}")
         return matched
+
+    def _match_points(self, in_data: list[dict[str, Any]], numbers: dict[Any, int]) -> dict[int, list[int]]:
+        """Class number -> for each keypoint of the model, its position in the data; for classes that differ in it.
+
+        Points are matched by name. Where one side has points that the other has not, but as many of them, they are
+        taken in their order, with a note.
+        """
+        orders = {}
+        for entry in in_data:
+            number = numbers.get(entry["id"])
+            theirs = entry.get("keypoints") or []
+            ours = self._categories[number - 1].keypoints if number is not None else []
+            if number is None or theirs == ours or len(theirs) != len(ours):
+                continue
+            if set(theirs) == set(ours):
+                orders[number] = [theirs.index(name) for name in ours]
+                continue
+            differing = [f"'{a}' for '{b}'" for a, b in zip(theirs, ours) if a != b]
+            self.notes.append(
+                f"keypoints of '{entry['name']}' have other names in the data than in the model and are compared in "
+                f"their order: {', '.join(differing[:3])}{', ...' if len(differing) > 3 else ''}"
+            )
+        return orders
 
     def _renumbered(
         self, annotation: dict[str, Any], number: int, class_number: int, image: dict[str, Any]
@@ -130,6 +158,8 @@ class GroundTruth:
                     f"annotation {annotation['id']}: {len(points) // 3} keypoints, but class '{category.name}' of the "
                     f"model has {len(category.keypoints)}"
                 )
+            if class_number in self._point_orders:
+                points = [value for at in self._point_orders[class_number] for value in points[3 * at : 3 * at + 3]]
             entry |= {"keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3])}
         return entry
 
@@ -138,7 +168,7 @@ class GroundTruth:
     ) -> list[tuple[list[int], list[float] | None]]:
         if self.metric != "keypoints":
             return [([c["id"] for c in self._classes], None)]
-        own = {c["name"]: c.get("keypoint_sigmas") for c in in_data}
+        own = {c["name"]: self._in_our_order(c) for c in in_data}
         by_sigmas: dict[tuple[float, ...], list[int]] = {}
         for number, category in enumerate(self._categories, start=1):
             if category.keypoints:
@@ -147,6 +177,13 @@ class GroundTruth:
         if not by_sigmas:
             raise UserError("no class of this data has keypoints: nothing to evaluate")
         return [(group, list(values)) for values, group in by_sigmas.items()]
+
+    def _in_our_order(self, in_data: dict[str, Any]) -> list[float] | None:
+        """The sigmas that a class has in the data, in the order of the model's keypoints."""
+        sigmas = in_data.get("keypoint_sigmas")
+        numbers = [number for number, c in enumerate(self._categories, start=1) if c.name == in_data["name"]]
+        order = self._point_orders.get(numbers[0]) if numbers else None
+        return sigmas if not sigmas or order is None else [sigmas[at] for at in order]
 
     def _sigmas(self, category: Category, given: Sequence[float] | None) -> tuple[float, ...]:
         count = len(category.keypoints)
@@ -160,6 +197,11 @@ class GroundTruth:
                 "better ones go into info.keypoint_sigmas of the annotations"
             )
         return keypoint_sigmas(category.model_copy(update={"sigmas": []}), count)
+
+
+def _is_counted(annotation: dict[str, Any]) -> bool:
+    """No crowd region, and with labelled points where keypoints are evaluated."""
+    return not annotation["iscrowd"] and annotation.get("num_keypoints") != 0
 
 
 def _encode(segmentation: Any, image: dict[str, Any]) -> dict[str, Any]:

@@ -14,15 +14,18 @@ import numpy as np
 
 FRACTION = 0.1
 MATCH_DISTANCE = 0.5  # largest mean distance of a matched prediction's points, as a fraction of the box's longer side
-MAX_RESULTS = 20  # per image, as for COCO's figures of keypoints
 
 
 def correct_points(
-    objects: Sequence[dict[str, Any]], scores: np.ndarray, classes: np.ndarray, points: Sequence[Sequence[float]]
+    objects: Sequence[dict[str, Any]],
+    scores: np.ndarray,
+    classes: np.ndarray,
+    points: Sequence[Sequence[float]],
+    max_results: int = 20,
 ) -> tuple[int, int]:
     """The number of correct and of labelled keypoints in one image.
 
-    The ``MAX_RESULTS`` predictions with the highest scores are matched in the order of their scores, each to the
+    The ``max_results`` predictions with the highest scores are matched in the order of their scores, each to the
     nearest object of its class that is not matched yet. The points of objects without a prediction are not correct.
 
     Args:
@@ -30,13 +33,14 @@ def correct_points(
         scores: (R,) of the predictions, in any order.
         classes: (R,) category ids of the predictions.
         points: R flat lists of x, y, score.
+        max_results: predictions of an image that count; 20 as for COCO's figures of keypoints.
     """
     gt_points = [np.reshape(entry["keypoints"], (-1, 3)) for entry in objects]
     sides = [max(*entry["bbox"][2:], 1e-9) for entry in objects]
     unmatched = {index for index, gt in enumerate(gt_points) if (gt[:, 2] > 0).any()}
     total = sum(int((gt_points[index][:, 2] > 0).sum()) for index in unmatched)
     correct = 0
-    for prediction in np.argsort(-scores, kind="stable")[:MAX_RESULTS]:
+    for prediction in np.argsort(-scores, kind="stable")[:max_results]:
         predicted = np.reshape(points[prediction], (-1, 3))[:, :2]
         distances = {
             index: _distances(predicted, gt_points[index]) / sides[index]
