@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mvision.errors import UserError
 from mvision.evaluation import SemanticMetric
 from mvision.heads.base import Head
-from mvision.settings import Replacement, Settings
+from mvision.settings import MAX_WIDTH, Replacement, Settings
 from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 from mvision.structures.masks import Masks, encode_mask
@@ -37,8 +37,8 @@ class SemanticConfig(Settings):
         embed_dim: channels of its result; a multiple of 32, the number of groups of its norms.
     """
 
-    pyramid_dim: int = Field(128, gt=0)
-    embed_dim: int = Field(64, gt=0, multiple_of=32)
+    pyramid_dim: int = Field(128, gt=0, le=MAX_WIDTH)
+    embed_dim: int = Field(64, gt=0, le=MAX_WIDTH, multiple_of=32)
 
     retired = {
         "dropout": [Replacement(0.1)],

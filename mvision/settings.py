@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict
 
 from mvision.errors import UserError
 
+# Far above every published model: a number above them is a mistake, or a weights file that wants all memory.
+MAX_WIDTH, MAX_LAYERS, MAX_OBJECTS = 8192, 100, 100_000
+
 
 class Replacement(NamedTuple):
     """What means the same today as a value of a retired key.

@@ -32,7 +32,7 @@ from mvision.heads.keypoints.heatmaps import Heatmaps, best_places, estimated_si
 from mvision.heads.keypoints.losses import Assignment, compare
 from mvision.heads.query.losses import quality_focal
 from mvision.neck.layers import RepBlock
-from mvision.settings import Replacement, Settings
+from mvision.settings import MAX_LAYERS, MAX_OBJECTS, MAX_WIDTH, Replacement, Settings
 from mvision.structures import Category, Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 from mvision.structures.oks import check_sigmas, keypoint_sigmas
@@ -60,9 +60,9 @@ class KeypointSettings(Settings):
     """
 
     levels: Literal["finest", "all"] = "all"
-    depth: int = Field(2, ge=1)
-    embed_dim: int = Field(64, gt=0)
-    num_instances: int = Field(100, gt=0)
+    depth: int = Field(2, ge=1, le=MAX_LAYERS)
+    embed_dim: int = Field(64, gt=0, le=MAX_WIDTH)
+    num_instances: int = Field(100, gt=0, le=MAX_OBJECTS)
     sigmas: list[float] = []
     top_k: int = Field(10, ge=1)
     many_weight: float = Field(1.0, ge=0)

@@ -22,6 +22,7 @@ from mvision.heads.keypoints.losses import (
 )
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.matching import mean_over_processes
+from mvision.settings import MAX_WIDTH
 
 
 class KeypointConfig(KeypointSettings):
@@ -36,8 +37,8 @@ class KeypointConfig(KeypointSettings):
     """
 
     kind: Literal["dense"] = "dense"
-    pixel_dim: int = Field(64, ge=0)
-    map_dim: int = Field(32, gt=0)
+    pixel_dim: int = Field(64, ge=0, le=MAX_WIDTH)
+    map_dim: int = Field(32, gt=0, le=MAX_WIDTH)
     box_weight: float = Field(5.0, ge=0)
     giou_weight: float = Field(2.0, ge=0)
     visible_weight: float = Field(0.5, ge=0)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from mvision.heads.query.deformable import DeformableAttention, Shapes
 from mvision.heads.query.denoising import Denoising
 from mvision.neck.layers import MLP, ConvNorm, SelfAttention
-from mvision.settings import Replacement, Settings
+from mvision.settings import MAX_LAYERS, MAX_OBJECTS, MAX_WIDTH, Replacement, Settings
 from mvision.structures.boxes import inverse_sigmoid
 
 
@@ -39,12 +39,12 @@ class DecoderConfig(Settings):
             random weights; published weights have one classifier per layer.
     """
 
-    embed_dim: int = Field(256, gt=0)
-    num_queries: int = Field(300, gt=0)
-    num_layers: int = Field(6, ge=1)
-    num_heads: int = Field(8, gt=0)
-    ffn_dim: int = Field(1024, gt=0)
-    num_points: int = Field(4, gt=0)
+    embed_dim: int = Field(256, gt=0, le=MAX_WIDTH)
+    num_queries: int = Field(300, gt=0, le=MAX_OBJECTS)
+    num_layers: int = Field(6, ge=1, le=MAX_LAYERS)
+    num_heads: int = Field(8, gt=0, le=MAX_WIDTH)
+    ffn_dim: int = Field(1024, gt=0, le=8 * MAX_WIDTH)
+    num_points: int = Field(4, gt=0, le=1024)
     dropout: float = Field(0.0, ge=0, lt=1)
     sampling: Literal["default", "discrete"] = "default"
     offset_scale: float = Field(0.5, gt=0)

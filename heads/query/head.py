@@ -15,6 +15,7 @@ from mvision.heads.query.decoder import Decoded, DecoderConfig, DenseOutputs, Qu
 from mvision.heads.query.denoising import Denoising, make_denoising
 from mvision.heads.query.losses import set_losses
 from mvision.heads.query.matching import PaddedTargets, anchor_assignment, hungarian, mean_over_processes, pad_targets
+from mvision.settings import MAX_OBJECTS
 from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 
@@ -34,7 +35,7 @@ class QueryConfig(DecoderConfig):
             short one duplicates remain.
     """
 
-    num_denoising: int = Field(100, ge=0)
+    num_denoising: int = Field(100, ge=0, le=MAX_OBJECTS)
     label_noise: float = Field(0.5, ge=0, le=1)
     box_noise: float = Field(1.0, ge=0)
     class_loss: Literal["vfl", "mal"] = "vfl"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pydantic import Field
+
 from mvision.settings import Settings
 
 
@@ -19,8 +21,8 @@ class BackboneConfig(Settings):
         stage1_shortcut: add the projection that the published ResNet-18/34 "vd" have on their first shortcut.
     """
 
-    name: str = "resnet18d"
+    name: str = Field("resnet18d", max_length=200)
     pretrained: bool = False
-    strides: list[int] = [8, 16, 32]
+    strides: list[int] = Field([8, 16, 32], min_length=1, max_length=16)
     normalize: Literal["auto", "none"] = "auto"
     stage1_shortcut: bool = False

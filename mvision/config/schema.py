@@ -12,26 +12,29 @@ from mvision.config.explain import explain
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
 from mvision.machine import PrecisionOption
-from mvision.settings import Replacement, Settings, without_retired
+from mvision.settings import MAX_LAYERS, MAX_WIDTH, Replacement, Settings, without_retired
 from mvision.structures import Category
+
+MAX_CLASSES = 100_000
+MAX_SIDE = 16_384  # pixels
 
 
 class NeckConfig(Settings):
     """Settings of the neck; they are explained at ``mvision.neck.HybridEncoder``."""
 
-    embed_dim: int = Field(256, gt=0)
+    embed_dim: int = Field(256, gt=0, le=MAX_WIDTH)
     attention_levels: Literal["coarsest", "all"] | list[int] = "coarsest"
     share_attention: bool = True
-    num_heads: int = Field(8, gt=0)
-    num_layers: int = Field(1, ge=1)
-    ffn_dim: int = Field(1024, gt=0)
+    num_heads: int = Field(8, gt=0, le=MAX_WIDTH)
+    num_layers: int = Field(1, ge=1, le=MAX_LAYERS)
+    ffn_dim: int = Field(1024, gt=0, le=8 * MAX_WIDTH)
     dropout: float = Field(0.0, ge=0, lt=1)
     position: Literal["sincos", "learned"] = "sincos"
     attention: Literal["global", "window", "auto"] = "global"
     window_size: int = Field(20, gt=0)
     window_threshold: int = Field(1600, gt=0)
-    depth: int = Field(3, ge=0)
-    expansion: float = Field(1.0, gt=0)
+    depth: int = Field(3, ge=0, le=MAX_LAYERS)
+    expansion: float = Field(1.0, gt=0, le=16)
     rep_identity: bool = False
 
 
@@ -47,7 +50,7 @@ class ModelConfig(Settings):
     backbone: BackboneConfig = BackboneConfig()
     neck: NeckConfig = NeckConfig()
     heads: dict[str, SerializeAsAny[Settings]] = {}
-    categories: list[Category] = []
+    categories: list[Category] = Field([], max_length=MAX_CLASSES)
     image_size: tuple[int, int] = (640, 640)
 
     @field_validator("heads", mode="before")
@@ -97,6 +100,8 @@ class ModelConfig(Settings):
     def _multiple_of_32(cls, value: tuple[int, int]) -> tuple[int, int]:
         if any(side < 32 or side % 32 for side in value):
             raise ValueError("height and width have to be multiples of 32")
+        if max(value) > MAX_SIDE:
+            raise ValueError(f"height and width can be {MAX_SIDE} at most")
         return value
 
 
