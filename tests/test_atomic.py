@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from mvision.errors import did_you_mean
-from mvision.storage.atomic import whole_file, write_text
+from mvision.storage import atomic
+from mvision.storage.atomic import remove_partial_files, whole_file, write_text
 
 
 @pytest.fixture
@@ -84,6 +87,81 @@ def test_text_is_utf8(tmp_path: Path) -> None:
 def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_text(tmp_path / "none" / "a", "x")
+
+
+def test_a_planted_link_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where its name was guessed: the file of the link stays as it was, and the write fails."""
+    (tmp_path / "precious").write_text("old")
+    monkeypatch.setattr(atomic, "_partial_name", lambda name: ".guessed.partial")
+    (tmp_path / ".guessed.partial").symlink_to(tmp_path / "precious")
+    with pytest.raises(FileExistsError, match=r"a\.txt"):
+        write_text(tmp_path / "a.txt", "new")
+    assert (tmp_path / "precious").read_text() == "old"
+    assert (tmp_path / ".guessed.partial").is_symlink()  # it is not ours to remove
+
+
+def test_the_temporary_name_cannot_be_guessed(tmp_path: Path) -> None:
+    names = set()
+    for _ in range(20):
+        with whole_file(tmp_path / "a") as temporary:
+            names.add(temporary.name)
+    assert len(names) == 20
+
+
+def test_a_link_is_replaced_and_its_file_stays(old: Path) -> None:
+    link = old.with_name("link")
+    link.symlink_to(old)
+    write_text(link, "new")
+    assert not link.is_symlink()
+    assert (link.read_text(), old.read_text()) == ("new", "old")
+    link.unlink()
+    link.symlink_to(old.with_name("gone"))  # to nothing
+    write_text(link, "new")
+    assert link.read_text() == "new"
+
+
+def test_a_folder_or_a_device_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    places = [tmp_path / "folder", *(Path("/dev/null"),) * Path("/dev/null").exists()]
+    for place in places:
+        with pytest.raises(FileExistsError, match="is there and is not a file"):
+            write_text(place, "new")
+        assert not place.is_file()
+    assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+
+@pytest.mark.parametrize("length", [200, 240, 255])
+def test_names_of_the_greatest_length(tmp_path: Path, length: int) -> None:
+    for name in ("a" * length, "ü" * (length // 2)):  # two bytes each
+        write_text(tmp_path / name, "new")
+        assert (tmp_path / name).read_text() == "new"
+
+
+def test_the_error_names_the_file_and_not_the_temporary_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, flags: int, mode: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(PermissionError) as caught:
+        write_text(tmp_path / "a.txt", "new")
+    assert caught.value.filename == str(tmp_path / "a.txt")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="whether a process runs is not asked on Windows")
+def test_what_killed_processes_left_is_removed(old: Path) -> None:
+    """Of this machine's processes that have ended; of any where the caller has the folder for itself."""
+    with subprocess.Popen([sys.executable, "-S", "-c", ""]) as process:
+        child = process.pid
+    folder, own = old.parent, atomic._partial_name("a.txt")
+    dead = own.replace(f"-{os.getpid()}-", f"-{child}-")
+    elsewhere = f".a.txt.{'0' * 8}-{child}-{'1' * 12}.partial"
+    for name in (own, dead, elsewhere, ".of_others.partial", "a.partial"):
+        (folder / name).touch()
+    assert remove_partial_files(folder) == 1
+    assert not (folder / dead).exists()
+    assert remove_partial_files(folder, all_of_them=True) == 2
+    assert sorted(file.name for file in folder.iterdir()) == [".of_others.partial", "a.partial", "a.txt"]
+    assert remove_partial_files(folder / "none") == 0
 
 
 def test_did_you_mean() -> None:

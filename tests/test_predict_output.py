@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
-import os
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import torch
 from mvision.errors import UserError
 from mvision.inference import output as output_module
 from mvision.inference.predict_sources import predict_sources
+from mvision.storage.atomic import whole_file
 from mvision.structures.images import read_image
 from tests.fake_model import FakeModel, paint, save, written
 from tests.test_inference_sources import Camera, write_image, write_video
@@ -128,11 +130,25 @@ def test_a_full_disk(model: FakeModel, tmp_path: Path, monkeypatch: pytest.Monke
     assert not [name for name in written(tmp_path / "out") if "partial" in name or "json" in name or "3.png" in name]
 
 
+def fill_the_disk_under(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Every byte that is written to the file of this name meets a full disk."""
+
+    @contextlib.contextmanager
+    def full(path: Path) -> Iterator[Path]:
+        with whole_file(path) as temporary:
+            if path.name == name:
+                temporary.unlink()
+                temporary.symlink_to("/dev/full")
+            yield temporary
+
+    monkeypatch.setattr(output_module, "whole_file", full)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
 def test_a_full_disk_under_predictions_json(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "a.png")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f".predictions.json.{os.getpid()}.partial").symlink_to("/dev/full")
+    fill_the_disk_under(monkeypatch, "predictions.json")
     with pytest.raises(UserError, match=r"predictions\.json: cannot be written \(No space left"):
         predict_sources(model, [tmp_path / "a.png"], tmp_path / "out", progress=False)
     assert "predictions.json" not in written(tmp_path / "out")
@@ -160,10 +176,10 @@ def test_an_error_removes_what_is_not_complete(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
-def test_a_full_disk_under_a_video(model: FakeModel, tmp_path: Path) -> None:
+def test_a_full_disk_under_a_video(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_video(tmp_path / "clip.mp4")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / f".clip.mp4.{os.getpid()}.partial").symlink_to("/dev/full")
+    fill_the_disk_under(monkeypatch, "clip.mp4")
     with pytest.raises(UserError, match=r"clip\.mp4: cannot be written \(No space left"):
         predict_sources(model, [source], tmp_path / "out", progress=False)
     assert written(tmp_path / "out") == []

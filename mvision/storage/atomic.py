@@ -2,25 +2,45 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
+import platform
+import re
+import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
+
+MAX_NAME = 255
+"""Bytes of a file's name on the usual file systems."""
+PARTIAL = ".partial"
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path to write to; at the end of the block that file replaces the one at ``path``.
 
-    The temporary file is hidden, lies in the same folder, and has the process's number in its name. It is flushed to
-    the disk before it is renamed, and removed if the block raises.
+    The temporary file is hidden and lies in the same folder. It is created new and under a name that nobody can guess,
+    so a link that someone has put there is never written through. It is flushed to the disk before it is renamed, and
+    removed if the block raises. Where ``path`` is a link, the link is replaced and the file that it names stays as it
+    was.
 
     Raises:
-        OSError: the file cannot be written; a file that was at ``path`` before is unchanged.
+        OSError: the file cannot be written, or there is a folder or a device at ``path``; a file that was at ``path``
+            before is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if path.exists() and not path.is_file() and not path.is_symlink():
+        raise FileExistsError(errno.EEXIST, "is there and is not a file", str(path))
+    temporary = path.with_name(_partial_name(path.name))
     try:
-        temporary.touch()
+        # Without O_NOFOLLOW (Windows) O_EXCL still refuses a name that is taken.
+        flags = os.O_CREAT | os.O_EXCL | os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)
+        os.close(os.open(temporary, flags, 0o666))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    try:
         mode = temporary.stat().st_mode
         yield temporary
         temporary.chmod(mode)  # safetensors makes files that only their owner may read
@@ -35,3 +55,58 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8 by ``whole_file``."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def remove_partial_files(folder: Path, *, all_of_them: bool = False) -> int:
+    """Remove what killed processes have left of ``whole_file`` in a folder (not in the folders inside it).
+
+    Only files of processes of this machine that have ended are removed: what another machine or container writes
+    through a network disk cannot be told from a file that was left.
+
+    Args:
+        all_of_them: the caller knows that no other process writes into this folder, so nothing is in use.
+
+    Returns:
+        How many files were removed.
+    """
+    removed = 0
+    for file in folder.iterdir() if folder.is_dir() else ():
+        match = _PARTIAL_NAME.fullmatch(file.name)
+        if match and (all_of_them or (match["place"] == _place() and not _is_running(int(match["process"])))):
+            with suppress(OSError):  # another process was faster, or may and we may not
+                file.unlink()
+                removed += 1
+    return removed
+
+
+_PARTIAL_NAME = re.compile(r"\..+\.(?P<place>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}\.partial", re.DOTALL)
+
+
+def _partial_name(name: str) -> str:
+    """A hidden name that tells which process of which machine writes the file; short enough for any file system."""
+    end = f".{_place()}-{os.getpid()}-{secrets.token_hex(6)}{PARTIAL}"
+    if len(os.fsencode(name)) + len(end) + 1 > MAX_NAME:
+        name = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f".{name}{end}"
+
+
+@cache
+def _place() -> str:
+    """Eight digits for what numbers the processes: the machine, and on Linux the container in it."""
+    try:
+        namespace = str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return hashlib.sha256(f"{platform.node()} {namespace}".encode()).hexdigest()[:8]
+
+
+def _is_running(process: int) -> bool:
+    if os.name != "posix":
+        return True  # os.kill would end the process on Windows; the file stays
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):
+        return True
+    return True
