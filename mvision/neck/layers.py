@@ -336,7 +336,7 @@ def _fold(weight: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _exact(x: Tensor) -> Tensor:
-    return x.to(device="cpu", dtype=torch.float64)
+    return x.to(device="meta" if x.is_meta else "cpu", dtype=torch.float64)
 
 
 @torch.no_grad()

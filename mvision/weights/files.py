@@ -8,15 +8,17 @@ or the id of such a folder or file on the Hugging Face Hub. Formats that can run
 from __future__ import annotations
 
 import json
+import os
 import re
+import stat
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mvision
@@ -29,11 +31,21 @@ from mvision.storage.atomic import whole_file
 from mvision.storage.hub import cache_only_if_unreachable, download_problem
 from mvision.storage.run_folder import BEST
 from mvision.weights.rtdetr import read_published
+from mvision.weights.stored import (
+    Stored,
+    check_finite,
+    check_fit,
+    read_header,
+    read_json,
+    read_tensors,
+    stored,
+)
 from mvision.weights.transfer import transfer
 
 PUBLISHED = "model.safetensors"
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
-SUFFIXES = {".safetensors", *PICKLES}
+EXPORTS = {".onnx", ".xml"}
+SUFFIXES = {".safetensors", *PICKLES, *EXPORTS}
 FORMS = "a run's folder, a .safetensors file, a folder with config.json and model.safetensors, or a Hub id"
 
 
@@ -100,7 +112,7 @@ def load(source: str | Path, tasks: Sequence[str] | None = None, device: str | t
         # The head of a task that included another one can have more tensors than the other task's own head.
         names = model.state_dict().keys()
         weights.tensors = {name: tensor for name, tensor in weights.tensors.items() if name in names}
-    _load_tensors(model, weights.tensors, source)
+    model.load_state_dict(weights.tensors, strict=False)  # counters of batches may be missing, see ``check_fit``
     return model.to(device).eval()
 
 
@@ -125,17 +137,40 @@ def init_from(model: Model, source: str | Path, parts: Collection[str] | None = 
 
 
 def read_weights(source: str | Path) -> Weights:
-    """Config and tensors of any source, without building a model; raises UserError."""
+    """Config and tensors of any source.
+
+    Raises:
+        UserError: as ``load``: also where the tensors are not those of the model that the config describes, or have NaN
+            or infinity in them.
+    """
     path = resolve_weights(source)
     if path.is_dir():
-        return Weights(*read_published(path))
-    header = _header(path)
+        weights = Weights(*read_published(path))
+        check_fit(weights.config, False, {name: stored(tensor) for name, tensor in weights.tensors.items()}, path)
+    else:
+        config, fused, tensors = _describe(path)
+        check_fit(config, fused, tensors, path)
+        weights = Weights(config, read_tensors(path), fused)
+    check_finite(weights.tensors, path)
+    return weights
+
+
+def read_config(source: str | Path) -> ModelConfig:
+    """The config of any source; of a file only the header is read. Raises UserError as ``load``."""
+    path = resolve_weights(source)
+    return read_published(path)[0] if path.is_dir() else _describe(path)[0]
+
+
+def _describe(path: Path) -> tuple[ModelConfig, bool, dict[str, Stored]]:
+    """What the header of a weights file says: the config, whether the model was fused, and the tensors."""
+    header = read_header(path)
+    described = _description(path, header.metadata)
     try:
-        config = parse_model_config(header["model"])
+        config = parse_model_config(described["model"])
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from error
     config.backbone.pretrained = False  # the backbone's weights are in the file: nothing has to be downloaded
-    return Weights(config, _read(path), header.get("fused", False))
+    return config, described.get("fused") is True, header.tensors
 
 
 def resolve_weights(source: str | Path) -> Path:
@@ -145,21 +180,43 @@ def resolve_weights(source: str | Path) -> Path:
         UserError: neither can be found, or the file's format can run code when it is opened.
     """
     path = Path(source)
-    if path.is_dir():
+    try:
+        kind = stat.S_IFMT(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        kind = 0
+    except (OSError, ValueError) as error:  # a folder without permission, a name too long or with a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"weights {_one_line(source)}: cannot be opened ({reason}); give {FORMS}") from error
+    if kind == stat.S_IFDIR:
         return _in_folder(path)
-    if path.is_file():
-        if path.suffix.lower() in PICKLES:
-            raise UserError(
-                f"weights {path}: {path.suffix} files can run code when opened and are never read; give {FORMS}"
-            )
-        return path.parent if _is_published(path.parent) and path.name == PUBLISHED else path
+    if kind == stat.S_IFREG:
+        return _own_file(path)
+    if kind:
+        raise UserError(f"weights {path}: not a file but a device, pipe or socket; give {FORMS}")
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and path.suffix.lower() not in SUFFIXES:
         return _in_folder(_from_hub(str(source)))
-    raise UserError(f"weights {source}: no such file or folder; give {FORMS}")
+    raise UserError(f"weights {_one_line(source)}: no such file or folder; give {FORMS}")
+
+
+def _own_file(path: Path) -> Path:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        raise UserError(
+            f"weights {path}: {path.suffix} files can run code when opened and are never read; give {FORMS}"
+        )
+    if suffix in EXPORTS:
+        raise UserError(f"weights {path}: an exported model, which only predicts; here give {FORMS}")
+    return path.parent if path.name == PUBLISHED and _is_published(path.parent) else path
+
+
+def _one_line(source: str | Path) -> str:
+    return str(source).replace("\0", "\\0")[:300]
 
 
 def _in_folder(folder: Path) -> Path:
     """The weights file in a run's folder, or the folder itself if it is in Hugging Face's format."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(f"weights {folder}: this folder cannot be read (permission denied)")
     for name in (BEST, PUBLISHED):
         if (folder / name).is_file():
             return folder if name == PUBLISHED and _is_published(folder) else folder / name
@@ -170,6 +227,8 @@ def _in_folder(folder: Path) -> Path:
         raise UserError(f"weights {folder}: there are several runs in it; name one, such as {runs[-1].parent}")
     if (folder / "config.yaml").is_file() or (folder / "last").is_dir():
         raise UserError(f"weights {folder}: this run has no {BEST} yet: it is written after the first evaluation")
+    if (folder / "model.xml").is_file():
+        raise UserError(f"weights {folder}: an OpenVINO export, which only predicts; here give {FORMS}")
     others = sorted(file.name for file in folder.iterdir() if file.suffix in SUFFIXES)
     content = f"only {', '.join(others)}" if others else "no weights file"
     raise UserError(f"weights {folder}: there is {content} in this folder; give {FORMS}")
@@ -178,7 +237,7 @@ def _in_folder(folder: Path) -> Path:
 def _is_published(folder: Path) -> bool:
     """Whether a folder is in Hugging Face's format: ``model.safetensors``, not by mvision, and ``config.json``."""
     file = folder / PUBLISHED
-    return (folder / "config.json").is_file() and file.is_file() and "mvision" not in _metadata(file)
+    return (folder / "config.json").is_file() and file.is_file() and "mvision" not in read_header(file).metadata
 
 
 def _from_hub(name: str) -> Path:
@@ -196,50 +255,17 @@ def _from_hub(name: str) -> Path:
         ) from error
 
 
-def _metadata(path: Path) -> dict[str, str]:
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"weights {path}: not a safetensors file, or damaged ({error})") from error
-
-
-def _header(path: Path) -> dict[str, Any]:
+def _description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
     """The part of a file's header that ``save_weights`` wrote."""
-    metadata = _metadata(path)
     if "mvision" not in metadata:
         raise UserError(
             f"weights {path}: not written by mvision, and there is no config.json beside a {PUBLISHED}; give {FORMS}"
         )
-    try:
-        return {"model": {}, **json.loads(metadata["mvision"])}
-    except (TypeError, ValueError) as error:
-        raise UserError(f"weights {path}: the description of the model in its header is damaged ({error})") from error
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"weights {path}: damaged ({error})") from error
-
-
-def _load_tensors(model: nn.Module, tensors: dict[str, Tensor], source: str | Path) -> None:
-    """Load a state dict, which has to be complete; only counters of batches may be missing, as frozen norms have none.
-
-    Raises:
-        UserError: a tensor is missing, unknown or of another shape.
-    """
-    try:
-        missing, unexpected = model.load_state_dict(tensors, strict=False)
-    except RuntimeError as error:
-        problem = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
-        raise UserError(f"weights {source}: do not fit the model that they describe: {problem}") from error
-    missing = [name for name in missing if not name.endswith("num_batches_tracked")]
-    for problem, names in (("a tensor is missing", missing), ("a tensor is unknown", unexpected)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"weights {source}: {problem}: {names[0]}{more}")
+    damaged = f"weights {path}: the description of the model in its header is damaged"
+    described = read_json(metadata["mvision"], damaged)
+    if not isinstance(described, dict):
+        raise UserError(f"{damaged} (it is no JSON object)")
+    return {"model": {}, **described}
 
 
 def _keep_tasks(weights: Weights, tasks: Sequence[str], source: str | Path) -> Weights:
