@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Generic, Literal, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from mvision.evaluation import Metric
@@ -108,6 +109,14 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
     def loss(self, outputs: OutputsT, targets: list[Targets]) -> dict[str, Tensor]:
         """Named scalar terms, already weighted; their sum is the loss. They are finite for a batch without objects."""
 
+    def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same outputs without the classes that are not the best of their query, as ``postprocess`` needs them.
+
+        For prediction, where an object is not to be reported twice under two names; metrics take all classes. A head
+        whose objects have one class each already need not override it.
+        """
+        return outputs
+
     @abstractmethod
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
@@ -118,3 +127,9 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
             outputs: of ``forward`` without targets.
             sizes: (height, width) of the original images.
         """
+
+
+def only_best_class(logits: Tensor) -> Tensor:
+    """(..., C) the highest of the C logits, minus infinity in place of the others."""
+    best = logits.argmax(-1, keepdim=True)
+    return torch.full_like(logits, -torch.inf).scatter(-1, best, logits.gather(-1, best))

@@ -15,7 +15,7 @@ from mvision.structures.masks import Masks, encode_mask
 MIN_IOU = 0.5  # of the boxes of an object and its pose
 
 
-def link_poses(objects: Instances, poses: Instances, threshold: float) -> Instances:
+def link_poses(objects: Instances, poses: Instances, threshold: float, new: Instances | None = None) -> Instances:
     """The objects, each with the keypoints of its pose, and the poses that have no object.
 
     Objects and poses are matched one to one, within a class and where the IoU of their boxes is at least ``MIN_IOU``,
@@ -28,6 +28,7 @@ def link_poses(objects: Instances, poses: Instances, threshold: float) -> Instan
         poses: of the same image and categories, with ``keypoints`` and of any score: the pose of an object with a high
             score may have a low one.
         threshold: 0..1.
+        new: those of the poses that may become objects; None: all with scores >= ``threshold``.
 
     Returns:
         Sorted by falling score.
@@ -40,8 +41,10 @@ def link_poses(objects: Instances, poses: Instances, threshold: float) -> Instan
     keypoints = np.zeros((len(objects), *poses.keypoints.shape[1:]), dtype=np.float32)
     keypoints[rows[linked]] = poses.keypoints[columns[linked]]
     with_poses = replace(objects, keypoints=keypoints)
-    alone = (poses.scores >= threshold) & (box_iou < MIN_IOU).all(axis=0)
-    return _concatenated(with_poses, poses.filter(alone)) if alone.any() else with_poses
+    if new is None:
+        new = poses.filter(poses.scores >= threshold)
+    alone = (_iou_within_classes(objects, new) < MIN_IOU).all(axis=0)
+    return _concatenated(with_poses, new.filter(alone)) if alone.any() else with_poses
 
 
 def _iou_within_classes(objects: Instances, poses: Instances) -> np.ndarray:

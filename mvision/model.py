@@ -19,6 +19,7 @@ from mvision.heads import head_class, serving_task
 from mvision.heads.base import Head
 from mvision.heads.linking import link_poses
 from mvision.inference.predict import predict_images
+from mvision.inference.selection import Selection, Threshold
 from mvision.neck import HybridEncoder
 from mvision.neck.layers import fuse_modules
 from mvision.structures import Category, Instances, Targets
@@ -161,7 +162,13 @@ class Model(nn.Module):
         ]
 
     def postprocess(
-        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.5
+        self,
+        outputs: dict[str, dict[str, Tensor]],
+        sizes: Sequence[tuple[int, int]],
+        threshold: Threshold = 0.5,
+        *,
+        multi_label: bool = False,
+        nms: float | None = None,
     ) -> list[Instances]:
         """The results of all heads, one ``Instances`` per image, in pixels of the original images.
 
@@ -171,21 +178,33 @@ class Model(nn.Module):
         Args:
             outputs: of ``forward``.
             sizes: (height, width) of the original images.
-            threshold: lowest score, 0..1.
+            threshold, multi_label, nms: see ``Selection``.
         """
+        chosen = Selection(threshold, multi_label, nms)
         order = ("objects", "poses", "regions")
         tasks = sorted(self.heads, key=lambda task: order.index(self.head(task).kind))
-        merged = self.head(tasks[0]).postprocess(outputs[tasks[0]], sizes, threshold)
+        merged = [chosen.without_overlaps(found) for found in self._chosen(tasks[0], outputs, sizes, chosen)]
         for task in tasks[1:]:
             head = self.head(task)
             if head.kind == "poses":
-                # Poses of any score: an object above the threshold gets its pose even where that one's score is lower.
+                new = self._chosen(task, outputs, sizes, chosen)
+                # Poses of any score and class: an object above the threshold gets its pose even where that one's score
+                # is lower, or is higher for another class.
                 poses = head.postprocess(outputs[task], sizes, 0.0)
-                merged = [link_poses(*pair, threshold) for pair in zip(merged, poses)]
+                linked = [link_poses(found, of, chosen.lowest, alone) for found, of, alone in zip(merged, poses, new)]
+                merged = [chosen.without_overlaps(found) for found in linked]
             elif head.kind == "regions":
-                regions = head.postprocess(outputs[task], sizes, threshold)
+                regions = self._chosen(task, outputs, sizes, chosen)
                 merged = [replace(objects, regions=others) for objects, others in zip(merged, regions)]
         return merged
+
+    def _chosen(
+        self, task: str, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], chosen: Selection
+    ) -> list[Instances]:
+        """What a selection takes of the results of one head, overlapping ones included."""
+        head = self.head(task)
+        raw = outputs[task] if chosen.multi_label else head.best_class_only(outputs[task])
+        return [chosen.above(found) for found in head.postprocess(raw, sizes, chosen.lowest)]
 
     def results(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.0
@@ -195,10 +214,16 @@ class Model(nn.Module):
         return {task: by_head[serving_task(task, self.tasks)] for task in self.tasks}
 
     def predict(
-        self, images: Sequence[str | Image | np.ndarray], threshold: float = 0.5, batch_size: int | None = None
+        self,
+        images: Sequence[str | Image | np.ndarray],
+        threshold: Threshold = 0.5,
+        batch_size: int | None = None,
+        *,
+        multi_label: bool = False,
+        nms: float | None = None,
     ) -> list[Instances]:
         """Predict on files, PIL images or (H, W, 3) uint8 RGB arrays; see ``mvision.inference.predict_images``."""
-        return predict_images(self, images, threshold=threshold, batch_size=batch_size)
+        return predict_images(self, images, threshold, batch_size, multi_label=multi_label, nms=nms)
 
     def fuse(self) -> Model:
         """Re-parameterise for inference, in place: the same outputs with fewer operations; training ends here."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mvision.evaluation import BoxMetric, Metric
 from mvision.inference.predict import predict_images
+from mvision.inference.selection import Selection, Threshold
 from mvision.structures import Category, Instances
 
 CATEGORIES = [Category(id=3, name="red"), Category(id=9, name="green"), Category(id=10, name="blue")]
@@ -25,7 +26,7 @@ class FakeModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(image_size=SIZE)
+        self.config = SimpleNamespace(image_size=SIZE, categories=CATEGORIES)
         self.categories = CATEGORIES
         self.tasks = ["detection"]
         self.part = nn.BatchNorm2d(3)
@@ -52,9 +53,19 @@ class FakeModel(nn.Module):
         self.batch_sizes.append(len(images))
         return images
 
-    def postprocess(self, outputs: Tensor, sizes: Sequence[tuple[int, int]], threshold: float) -> list[Instances]:
+    def postprocess(
+        self,
+        outputs: Tensor,
+        sizes: Sequence[tuple[int, int]],
+        threshold: Threshold,
+        *,
+        multi_label: bool = False,
+        nms: float | None = None,
+    ) -> list[Instances]:
         assert len(outputs) == len(sizes)
-        return [find_rectangles(image, size, threshold) for image, size in zip(outputs.cpu().numpy(), sizes)]
+        chosen = Selection(threshold, multi_label, nms)
+        every = [find_rectangles(image, size, chosen.lowest) for image, size in zip(outputs.cpu().numpy(), sizes)]
+        return [chosen.without_overlaps(chosen.above(found)) for found in every]
 
     def results(
         self, outputs: Tensor, sizes: Sequence[tuple[int, int]], threshold: float

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mvision.errors import UserError
 from mvision.evaluation import BoxMetric, KeypointMetric
-from mvision.heads.base import Head
+from mvision.heads.base import Head, only_best_class
 from mvision.heads.keypoints.assignment import (
     assign_one2many,
     assign_one2one,
@@ -232,6 +232,10 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
             self._instances(corners[image], points[image], scores[image, keep], index[image, keep], size)
             for image, (keep, size) in enumerate(zip(scores >= threshold, sizes))
         ]
+
+    def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See ``Head.best_class_only``."""
+        return {name: only_best_class(value) if name == "logits" else value for name, value in outputs.items()}
 
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """(B, N, C) scores of the objects in 0..1."""

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from mvision.heads.base import Head, OutputsT
+from mvision.heads.base import Head, OutputsT, only_best_class
 from mvision.heads.query.decoder import Decoded, DecoderConfig, DenseOutputs, QueryDecoder
 from mvision.heads.query.denoising import Denoising, make_denoising
 from mvision.heads.query.losses import set_losses
@@ -106,6 +106,10 @@ class QueryHead(Head[ConfigT, OutputsT]):
     ) -> list[Instances]:
         """The ``num_queries`` best (query, class) pairs of every image, in pixels of the original images."""
         return [self.instances(kept, size) for kept, size in zip(self.select(outputs, threshold), sizes)]
+
+    def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """See ``Head.best_class_only``."""
+        return {name: only_best_class(value) if name == "logits" else value for name, value in outputs.items()}
 
     def decode(self, maps: list[Tensor], targets: list[Targets] | None) -> tuple[Decoded, Denoising | None]:
         """Run the decoder; with ``targets`` (training) add denoising queries and return the outputs of all layers."""

@@ -17,6 +17,7 @@ from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
 from mvision.evaluation import Metric
 from mvision.heads.base import Head
+from mvision.inference.selection import Threshold
 from mvision.machine import InferencePrecision
 from mvision.model import Model
 from mvision.structures import Instances
@@ -102,10 +103,16 @@ class ExportedModel(nn.Module):
         return outputs
 
     def postprocess(
-        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.5
+        self,
+        outputs: dict[str, dict[str, Tensor]],
+        sizes: Sequence[tuple[int, int]],
+        threshold: Threshold = 0.5,
+        *,
+        multi_label: bool = False,
+        nms: float | None = None,
     ) -> list[Instances]:
         """As ``Model.postprocess``."""
-        return self._model.postprocess(outputs, sizes, threshold)
+        return self._model.postprocess(outputs, sizes, threshold, multi_label=multi_label, nms=nms)
 
     def results(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.0

@@ -1,10 +1,15 @@
 """Prediction on images in memory: files, PIL images or arrays to ``Instances``.
 
 An image is prepared as in training: stretched to the model's input size as uint8. The model itself normalises it.
+
+Several threads may predict with one model at once. A process that is forked after a prediction can predict too, with
+one thread: the threads of OpenMP, in which torch computes, do not exist in it, and waiting for them would never end.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,7 +25,8 @@ from torch import Tensor, nn
 
 from mvision.errors import UserError
 from mvision.inference.pipeline import ordered_map
-from mvision.structures import Instances
+from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
+from mvision.structures import Category, Instances
 from mvision.structures.images import BadImage, read_image, resize_image, to_rgb
 
 WORKERS = 4
@@ -36,6 +42,10 @@ class Sized(Protocol):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the model's input in pixels."""
+
+    @property
+    def categories(self) -> list[Category]:
+        """The classes of the model."""
 
 
 class Predictor(Protocol):
@@ -63,9 +73,15 @@ class Predictor(Protocol):
         """Raw outputs by task name, of (B, 3, H, W) uint8 images."""
 
     def postprocess(
-        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
+        self,
+        outputs: dict[str, dict[str, Tensor]],
+        sizes: Sequence[tuple[int, int]],
+        threshold: Threshold,
+        *,
+        multi_label: bool,
+        nms: float | None,
     ) -> list[Instances]:
-        """One ``Instances`` per image, with the results of all tasks combined."""
+        """One ``Instances`` per image, with the results of all tasks combined; see ``Selection``."""
 
     def results(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
@@ -73,54 +89,105 @@ class Predictor(Protocol):
         """By task: the results of its head alone, one ``Instances`` per image."""
 
 
+class _Evaluations:
+    """The models that are in evaluation mode at the moment, each used by one thread or several."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.threads: dict[int, int] = {}  # by the id of the model: how many use it
+        self.modes: dict[int, list[tuple[nn.Module, bool]]] = {}  # the modes of its modules before the first
+        self.computed = False  # whether this process has run a model
+
+    def enter(self, model: Predictor) -> None:
+        key = id(model)
+        with self.lock:
+            if key not in self.threads:
+                self.modes[key] = [(module, module.training) for module in model.modules()]
+                model.eval()
+            self.threads[key] = self.threads.get(key, 0) + 1
+            self.computed = True
+
+    def leave(self, model: Predictor) -> None:
+        key = id(model)
+        with self.lock:
+            self.threads[key] -= 1
+            if not self.threads[key]:
+                del self.threads[key]
+                for module, training in self.modes.pop(key):
+                    module.training = training
+
+    def after_fork(self) -> None:
+        """In the new process: none of the threads that used a model, or held the lock, exists in it."""
+        self.lock = threading.Lock()
+        self.threads.clear()
+        self.modes.clear()
+        if self.computed:
+            torch.set_num_threads(1)
+
+
+_evaluations = _Evaluations()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_evaluations.after_fork)
+
+
 @contextmanager
 def eval_mode(model: Predictor) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has its former mode (some may be frozen)."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    """Evaluation mode without gradients; afterwards every module has its former mode (some may be frozen).
+
+    Several threads may do this with one model at once, as long as none trains it: the first one switches the mode, and
+    the last one restores it.
+    """
+    _evaluations.enter(model)
     try:
         # Not torch.inference_mode: tensors that a module caches in it (positions, anchors) cannot be used in training.
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        _evaluations.leave(model)
 
 
 def predict_images(
     model: Predictor,
     images: Sequence[str | Path | Image.Image | np.ndarray],
-    threshold: float = 0.5,
+    threshold: Threshold = DEFAULT_THRESHOLD,
     batch_size: int | None = None,
+    *,
+    multi_label: bool = False,
+    nms: float | None = None,
 ) -> list[Instances]:
     """Predict on images: one result each, in order, in pixels of the (upright) original image.
 
     Args:
         model: in any mode, which it keeps.
         images: files, PIL images, or uint8 arrays: (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) grey; also a single one.
-        threshold: instances with a lower score (0..1) are left out.
+        threshold: instances with a lower score (0..1) are left out; or a score for each class by its name, where "*" is
+            for the others (0.5 where it is not given).
         batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
+        multi_label: one place may be reported as several classes; without it only as the best one.
+        nms: of two instances of any classes whose boxes have a larger IoU than this, the better one is kept.
 
     Raises:
-        UserError: a file that cannot be read, an array of another kind, a threshold outside 0..1.
+        UserError: a file that cannot be read, an array of another kind, a threshold or IoU outside 0..1, a class that
+            the model does not have.
     """
-    check_threshold(threshold)
+    chosen = Selection(threshold, multi_label, nms)
+    chosen.check(model.config.categories)
     if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
         images = [images]  # type: ignore[list-item]
     prepared = ordered_map(partial(_prepare_image, model.config.image_size), images, WORKERS)
-    with eval_mode(model), closing(infer(model, prepared, threshold, batch_size)) as results:
+    with eval_mode(model), closing(infer(model, prepared, chosen, batch_size)) as results:
         return [replace(instances, path=path) for path, instances in results if instances is not None]
 
 
 def infer(
-    model: Predictor, prepared: Iterable[Prepared[T]], threshold: float, batch_size: int | None
+    model: Predictor, prepared: Iterable[Prepared[T]], chosen: Selection, batch_size: int | None
 ) -> Generator[tuple[T, Instances | None], None, None]:
     """Run the model on batches, in the caller's thread, and the post-processing in a second one.
 
     Yields:
         For every prepared image, in order, what identifies it and its instances; None if it has no input.
     """
-    results = ordered_map(partial(_postprocess, model, threshold), _outputs(model, prepared, batch_size), 1, ahead=1)
+    results = ordered_map(partial(_postprocess, model, chosen), _outputs(model, prepared, batch_size), 1, ahead=1)
     with closing(results) as batches:
         for batch in batches:
             yield from batch
@@ -140,12 +207,13 @@ def _outputs(
 
 
 def _postprocess(
-    model: Predictor, threshold: float, raw: tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]
+    model: Predictor, chosen: Selection, raw: tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]
 ) -> list[tuple[T, Instances | None]]:
     batch, outputs = raw
     sizes = [size for _, image, size in batch if image is not None]
     with torch.no_grad():  # the setting of the caller's thread does not apply to this one
-        results = iter(model.postprocess(outputs, sizes, threshold) if sizes else [])
+        options = {"multi_label": chosen.multi_label, "nms": chosen.nms}
+        results = iter(model.postprocess(outputs, sizes, chosen.threshold, **options) if sizes else [])
     return [(key, None if image is None else next(results)) for key, image, _ in batch]
 
 
@@ -171,9 +239,3 @@ def _to_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:
         raise UserError(f"an array of shape {image.shape} and type {image.dtype}: (H, W, 3) uint8 RGB is needed")
     return np.require(image[..., :3], requirements=["C", "W"])  # torch warns about read-only arrays
-
-
-def check_threshold(threshold: float) -> None:
-    """Raise a ``UserError`` if the threshold is not in 0..1."""
-    if not 0 <= threshold <= 1:
-        raise UserError(f"threshold {threshold}: has to be between 0 and 1")

@@ -13,7 +13,8 @@ from tqdm import tqdm
 from mvision.errors import UserError
 from mvision.inference.output import Output, Summary
 from mvision.inference.pipeline import ordered_map
-from mvision.inference.predict import WORKERS, Predictor, Prepared, check_threshold, eval_mode, infer
+from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, infer
+from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Frame, Source, find_sources, read_frames
 from mvision.structures.images import resize_image
 
@@ -22,9 +23,12 @@ def predict_sources(
     model: Predictor,
     sources: Sequence[str | Path],
     output: Path,
-    threshold: float = 0.5,
+    threshold: Threshold = DEFAULT_THRESHOLD,
     batch_size: int | None = None,
     progress: bool = True,
+    *,
+    multi_label: bool = False,
+    nms: float | None = None,
 ) -> Summary:
     """Predict on files, folders, globs, videos and cameras; write pictures and ``predictions.json``.
 
@@ -47,13 +51,14 @@ def predict_sources(
         UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
             be written, a threshold outside 0..1.
     """
-    check_threshold(threshold)
+    chosen = Selection(threshold, multi_label, nms)
+    chosen.check(model.config.categories)
     inputs = find_sources(sources, leave_out=output)
     started = time.monotonic()
     with Output(output, inputs) as writer:
         try:
             with eval_mode(model):
-                _run(model, inputs, writer, threshold, batch_size, progress)
+                _run(model, inputs, writer, chosen, batch_size, progress)
         except KeyboardInterrupt:
             if all(source.kind != "camera" for source in inputs):
                 raise
@@ -66,12 +71,12 @@ def predict_sources(
 
 
 def _run(
-    model: Predictor, inputs: list[Source], writer: Output, threshold: float, batch_size: int | None, progress: bool
+    model: Predictor, inputs: list[Source], writer: Output, chosen: Selection, batch_size: int | None, progress: bool
 ) -> None:
     """Six stages that overlap: decode, resize, infer (in this thread), post-process, draw and encode, write."""
     frames = read_frames(inputs, ahead=WORKERS)
     prepared = ordered_map(partial(_prepare_frame, model.config.image_size), frames, workers=2, ahead=2)
-    inferred = infer(model, prepared, threshold, batch_size)
+    inferred = infer(model, prepared, chosen, batch_size)
     numbered = ((number, frame, instances) for number, (frame, instances) in enumerate(inferred, start=1))
     rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
     total = len(inputs) if all(source.kind == "image" for source in inputs) else None

@@ -1,0 +1,77 @@
+"""Which of a model's predictions a user gets: by score, by class, with one class or several of a query."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torchvision.ops import nms
+
+from mvision.errors import UserError, did_you_mean
+from mvision.structures import Category, Instances
+
+Threshold = float | Mapping[str, float]
+"""The lowest score that is kept, 0..1: of all classes, or by class name, where ``OTHERS`` stands for the rest."""
+OTHERS = "*"
+DEFAULT_THRESHOLD = 0.5  # also of the classes that a mapping without ``OTHERS`` does not name
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which predictions are kept.
+
+    Attributes:
+        threshold: the lowest score.
+        multi_label: a query (keypoints: a grid point) may give several results, one for each class above the threshold.
+            Without it only its best class counts, so that an object is not reported twice under two names.
+        nms: of two results whose boxes have a larger IoU than this (0..1), whatever their classes, the better one is
+            kept; None keeps both.
+    """
+
+    threshold: Threshold = DEFAULT_THRESHOLD
+    multi_label: bool = False
+    nms: float | None = None
+
+    def check(self, categories: Sequence[Category]) -> None:
+        """Raise a ``UserError`` for a threshold or IoU outside 0..1, or a class that the model does not have."""
+        names = [category.name for category in categories]
+        given = self.threshold if isinstance(self.threshold, Mapping) else {OTHERS: self.threshold}
+        for name, value in given.items():
+            where = "threshold" if name == OTHERS else f"threshold of class '{name}':"
+            if not 0 <= value <= 1:
+                raise UserError(f"{where} {value}: has to be between 0 and 1")
+            if name != OTHERS and name not in names:
+                raise UserError(f"{where} the model has no such class; {did_you_mean(name, names)}")
+        if self.nms is not None and not 0 < self.nms <= 1:
+            raise UserError(f"nms {self.nms}: an IoU above 0 and up to 1 is needed")
+
+    @property
+    def lowest(self) -> float:
+        """The threshold below which no class is kept."""
+        if not isinstance(self.threshold, Mapping):
+            return self.threshold
+        return min({OTHERS: DEFAULT_THRESHOLD, **self.threshold}.values())
+
+    def of_each(self, instances: Instances) -> np.ndarray:
+        """(N,) the threshold of every instance's class."""
+        given = self.threshold
+        if not isinstance(given, Mapping):
+            return np.full(len(instances), given)
+        others = given.get(OTHERS, DEFAULT_THRESHOLD)
+        return np.array([given.get(name, others) for name in instances.names])[instances.labels]
+
+    def above(self, instances: Instances) -> Instances:
+        """Those that reach the threshold of their class; ``lowest`` has been applied already."""
+        if not isinstance(self.threshold, Mapping) or not len(instances):
+            return instances
+        # In float32, as the heads compare: 0.3 as float64 is above a score that is printed as 0.3.
+        return instances.filter(instances.scores >= self.of_each(instances).astype(np.float32))
+
+    def without_overlaps(self, instances: Instances) -> Instances:
+        """The instances, sorted by falling score, without those that ``nms`` leaves out."""
+        if self.nms is None or len(instances) < 2:
+            return instances
+        boxes, scores = torch.from_numpy(instances.boxes), torch.from_numpy(instances.scores)
+        return instances.filter(np.sort(nms(boxes.float(), scores.float(), self.nms).numpy()))
