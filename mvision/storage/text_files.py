@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import codecs
+import stat
+from pathlib import Path
 
 # The marks of UTF-32 come first: the one for little-endian begins with UTF-16's.
 MARKS = {
@@ -12,36 +14,59 @@ MARKS = {
     codecs.BOM_UTF16_BE: "UTF-16",
     codecs.BOM_UTF8: "UTF-8",
 }
+LINE_END = b"\n"
+PROBED = 4096  # bytes from which the encoding is guessed
 
 
 class NotText(ValueError):
-    """Bytes that are no text in the encoding that they seem to have; the message is a part of a line for the user."""
+    """A file that is no text in the encoding that it seems to have; the message is a part of a line for the user."""
+
+
+def read_limited(path: str | Path, limit: int) -> bytes:
+    """All bytes of a regular file.
+
+    Args:
+        path: the file. Pipes and devices are refused, because reading them might never end.
+        limit: largest number of bytes.
+
+    Raises:
+        NotText: no regular file, or a larger one.
+        OSError: it is missing or cannot be read.
+    """
+    path = Path(path)
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise NotText("not a file")
+    with path.open("rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise NotText(f"larger than {limit // 2**20} MiB")
+    return data
 
 
 def decode_text(data: bytes) -> tuple[str, str]:
     """Text and the name of its encoding: what its byte-order mark says, else UTF-8. The mark is no part of the text.
 
+    UTF-16 without a mark is recognised where most of the text is plain letters and digits, by their zero bytes.
+
     Raises:
         NotText: the bytes cannot be decoded; the message names the line and the byte, and the encoding that is likely.
     """
-    encoding = next((name for mark, name in MARKS.items() if data.startswith(mark)), "UTF-8")
+    encoding = codec = next((name for mark, name in MARKS.items() if data.startswith(mark)), "UTF-8")
+    if encoding == "UTF-8":
+        codec = "utf-8-sig"
+        if b"\0" in data[:PROBED]:
+            encoding, codec = "UTF-16", _unmarked_utf16(data)
     try:
-        return data.decode("utf-8-sig" if encoding == "UTF-8" else encoding), encoding
+        return data.decode(codec), encoding
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        likely = "" if encoding != "UTF-8" else f", it looks like {_guess(data)}"
-        raise NotText(
-            f"not text in {encoding} (byte 0x{data[error.start]:02x} in line {line}){likely}; save it as UTF-8"
-        ) from error
+        place = f"byte 0x{data[error.start]:02x} in line {data.count(LINE_END, 0, error.start) + 1}"
+        likely = ", perhaps in cp1252 or GBK" if encoding == "UTF-8" else ""
+        raise NotText(f"not text in {encoding} ({place}){likely}: save it as UTF-8") from error
 
 
-def has_no_text(data: bytes) -> bool:
-    """Whether bytes without a byte-order mark are UTF-16 or binary: text in UTF-8 has no zero bytes."""
-    return b"\0" in data and not any(data.startswith(mark) for mark in MARKS)
-
-
-def _guess(data: bytes) -> str:
-    start = data[:4096]
-    if b"\0" in start:
-        return "UTF-16 without a byte-order mark" if start.count(b"\0") * 3 > len(start) else "a binary file"
-    return "the code page of an old Windows program (such as cp1252 or GBK)"
+def _unmarked_utf16(data: bytes) -> str:
+    even, odd = data[:PROBED:2], data[1:PROBED:2]
+    for codec, zeros, others in (("utf-16-le", odd, even), ("utf-16-be", even, odd)):
+        if zeros.count(0) > 0.9 * len(zeros) and others.count(0) == 0:
+            return codec
+    raise NotText("not text: it has zero bytes, as binary files have")

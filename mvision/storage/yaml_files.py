@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mvision.errors import UserError
-from mvision.storage.text_files import NotText, decode_text
+from mvision.storage.text_files import NotText, decode_text, read_limited
 
 MAX_BYTES = 2 * 2**20  # names of 21,000 classes take half a megabyte
 MAX_NODES = 200_000  # values, keys, lists and mappings; the names of 21,000 classes are 42,000
@@ -39,16 +39,9 @@ def read_yaml(path: Path, where: str, as_text: Collection[str] = ()) -> Any:
         UserError: the file is missing, too large, no text or no valid YAML, or stands for more than it should.
     """
     try:
-        if path.exists() and not path.is_file():  # reading a pipe or a device might never end
-            raise UserError(f"{where}: not a file")
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+        text, _ = decode_text(read_limited(path, MAX_BYTES))
     except OSError as error:
         raise UserError(f"{where}: {(error.strerror or str(error)).lower()}") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{where}: larger than {MAX_BYTES // 2**20} MiB, which no YAML file here has to be")
-    try:
-        text, _ = decode_text(data)
     except NotText as error:
         raise UserError(f"{where}: {error}") from error
     return parse_yaml(text, where, as_text)
