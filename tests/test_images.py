@@ -115,7 +115,7 @@ def test_opencv_4_does_not_fill_a_truncated_jpeg_with_grey(tmp_path: Path, monke
 def test_missing_file() -> None:
     with pytest.raises(BadImage, match="No such file"):
         read_image("nowhere.jpg")
-    with pytest.raises(BadImage, match="no such file"):
+    with pytest.raises(BadImage, match="No such file"):
         image_size("nowhere.jpg")
 
 

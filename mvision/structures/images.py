@@ -3,98 +3,189 @@
 from __future__ import annotations
 
 import io
+import os
+import stat
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import cv2
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import ImageFile
+from PIL.JpegImagePlugin import jpeg_factory
 from torch.nn import functional as F
 
 from mvision.errors import UserError
 from mvision.storage.atomic import whole_file
+from mvision.structures.decoding import (
+    IMAGE_SUFFIXES,
+    QUARTER_TURNS,
+    UNREADABLE_SUFFIXES,
+    BadImage,
+    decoding,
+    opened,
+    orientation_of,
+    stored_size,
+)
+from mvision.structures.pixels import PixelRange, as_stored, is_deep, not_finite, scale, to_array, to_rgb, upright
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+if "OPENCV_LOG_LEVEL" not in os.environ:  # else it prints warnings of its own about pictures that are read or refused
+    cv2.setLogLevel(1)  # fatal errors only
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "UNREADABLE_SUFFIXES",
+    "BadImage",
+    "PictureHeader",
+    "PixelRange",
+    "frames",
+    "image_size",
+    "picture_header",
+    "read_image",
+    "read_values",
+    "resize_image",
+    "to_rgb",
+    "write_image",
+]
+
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
 JPEG_QUALITY = 92
+SCAN = b"\xff\xda"
+# A progressive JPEG is refined in passes over the whole picture, about ten of them. A large one of a few megabytes with
+# thousands would take hours.
+MAX_SCANS, MANY_PIXELS = 100, 16_000_000
 # Part of its size that a JPEG is decoded at, 1 / key -> cv2's flag.
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
-DAMAGED = (OSError, Image.DecompressionBombError, SyntaxError, ValueError)  # what PIL raises for files it cannot read
+DEEP_COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+IN_MEMORY = 256 << 20  # bytes; a larger file, such as a TIFF of many pages, is read only where its first picture lies
+# Endings that are written in the format of another one.
+WRITTEN_AS = {".jfif": ".jpg", ".jpe": ".jpg", ".mpo": ".jpg", ".apng": ".png"}
+LARGEST_SIDE = {".jpg": 65500, ".jpeg": 65500, ".webp": 16383}  # pixels
 
 
-class BadImage(Exception):
-    """An image file that cannot be used: ``path`` and the ``reason``."""
+@dataclass(frozen=True)
+class PictureHeader:
+    """What the header of a file says.
 
-    def __init__(self, path: str | Path, reason: str) -> None:
-        super().__init__(f"{path}: {reason}")
-        self.path = str(path)
-        self.reason = reason
+    Attributes:
+        deep: values of more than 8 bits.
+        several: more than one frame or page.
+    """
 
-    def __reduce__(self) -> tuple[type[BadImage], tuple[str, str]]:
-        return type(self), (self.path, self.reason)
+    deep: bool
+    several: bool
 
 
-def read_image(path: str | Path, at_least: tuple[int, int] | None = None, rotate: bool = True) -> np.ndarray:
-    """Decode a file to (H, W, 3) uint8 RGB.
+def read_image(
+    path: str | Path,
+    at_least: tuple[int, int] | None = None,
+    rotate: bool = True,
+    pixel_range: PixelRange | None = None,
+    notes: list[str] | None = None,
+) -> np.ndarray:
+    """Decode a file to (H, W, 3) uint8 RGB; of several frames or pages the first.
 
-    Grey becomes three equal channels, 16 bits are scaled to 8 by the value range of the type, palettes and CMYK are
-    converted, transparency is dropped (the colour below it stays, as cv2 and the published weights' loaders do).
+    Grey becomes three equal channels, palettes and CMYK are converted, transparency is dropped (the colour below it
+    stays, as cv2 and the published weights' loaders do). Values that are NaN or infinite become the lowest.
 
     Args:
         path: the file.
         at_least: (height, width) that are enough for the caller. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size
             as long as neither side falls below; cheaper for large photos, for training only.
         rotate: turn the picture upright as its EXIF orientation says.
+        pixel_range: the values that become 0 and 255 in pictures of more than 8 bits. None: for integers the range of
+            their type, for floating point 0 and the picture's own maximum.
+        notes: gets what was left out or replaced, a line each, for ``mvision data check``.
 
     Raises:
-        BadImage: the file is missing, empty, truncated or not an image.
+        BadImage: the file is missing, empty, truncated, not an image, or larger than allowed (see ``decoding``).
     """
     path = Path(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise BadImage(path, error.strerror or str(error)) from error
-    if not data:
-        raise BadImage(path, "the file is empty")
-    # OpenCV 4 reads a truncated JPEG without an error and fills the missing part with grey. So a file without an end
-    # marker near its end (truncated, or followed by a phone's video) is read by PIL, which reports damage.
-    if data[:2] == JPEG_START and JPEG_END in data[-4096:]:
-        image = _decode_jpeg(path, data, at_least, rotate)
-        if image is not None:
-            return image
-    return _decode(path, data, rotate)
+    with _open_file(path) as stream:
+        data = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
+        # OpenCV 4 reads a truncated JPEG without an error and fills the missing part with grey. So a file without an
+        # end marker near its end (truncated, or followed by a phone's video) is read by PIL, which reports damage.
+        if data[:2] == JPEG_START and JPEG_END in data[-4096:]:
+            image = _decode_jpeg(path, data, at_least, rotate)
+            if image is not None:
+                return image
+        return _decode(path, stream, rotate, pixel_range, notes)
 
 
 def image_size(path: str | Path) -> tuple[int, int, bool]:
     """Height and width of the upright picture, and whether EXIF turns it by a quarter, from the header alone.
 
     Raises:
-        BadImage: the file is missing or not an image.
+        BadImage: the file is missing, not an image, or larger than allowed.
     """
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-            width, height = image.size
-    except DAMAGED as error:
-        raise BadImage(path, _reason(error)) from error
+    with _open_file(Path(path), in_memory=0) as stream, opened(path, stream) as (image, name):
+        width, height = stored_size(image, name)
+        turned = orientation_of(image) in QUARTER_TURNS
     return (width, height, True) if turned else (height, width, False)
+
+
+def picture_header(path: str | Path) -> PictureHeader:
+    """What is known of a picture without decoding it.
+
+    Raises:
+        BadImage: see ``image_size``.
+    """
+    with _open_file(Path(path), in_memory=0) as stream, opened(path, stream) as (image, name):
+        deep = is_deep(image) or _is_deep_colour(image, name)
+        if name == "JPEG" and Path(path).suffix.lower() == ".mpo":
+            return PictureHeader(deep, _mpo_frames(stream) > 1)
+        return PictureHeader(deep, bool(getattr(image, "is_animated", False)))
+
+
+def frames(path: str | Path) -> int:
+    """The number of frames or pages in a picture file: of a GIF, WebP, APNG, AVIF, TIFF or MPO; 1 for other formats.
+
+    Raises:
+        BadImage: see ``image_size``.
+    """
+    with _open_file(Path(path), in_memory=0) as stream, opened(path, stream) as (image, name):
+        return _mpo_frames(stream) if name == "JPEG" else int(getattr(image, "n_frames", 1))
+
+
+def read_values(path: str | Path) -> np.ndarray | None:
+    """The values of a picture of more than 8 bits as they are stored, (H, W) or (H, W, 3); None for one of 8 bits.
+
+    Raises:
+        BadImage: see ``read_image``.
+    """
+    path = Path(path)
+    with _open_file(path) as stream, opened(path, stream) as (image, name):
+        if _is_deep_colour(image, name):
+            return _deep_colour(path, stream)
+        if not is_deep(image):
+            return None
+        with decoding(*image.size):
+            return np.array(image)
 
 
 def write_image(path: str | Path, image: np.ndarray) -> None:
     """Write (H, W, 3) uint8 RGB in the format of the file's suffix; the file is complete or not there.
 
     Raises:
-        UserError: no format has this suffix, or the file cannot be written.
+        UserError: no format has this suffix, the picture is too large for it, or the file cannot be written.
     """
     path = Path(path)
-    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if path.suffix.lower() in (".jpg", ".jpeg") else []
+    suffix = WRITTEN_AS.get(path.suffix.lower(), path.suffix.lower())
+    height, width = image.shape[:2]
+    if max(height, width) > LARGEST_SIDE.get(suffix, max(height, width)):
+        raise UserError(
+            f"{path}: a picture of {width} x {height} cannot be encoded: {suffix} holds {LARGEST_SIDE[suffix]} pixels "
+            f"a side; use .png"
+        )
+    options = [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY] if suffix in (".jpg", ".jpeg") else []
     try:
-        good, data = cv2.imencode(path.suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
+        good, data = cv2.imencode(suffix, cv2.cvtColor(image, cv2.COLOR_RGB2BGR), options)
     except cv2.error as error:
         raise UserError(f"{path}: no picture format of that suffix: use .png or .jpg") from error
     if not good:
-        raise UserError(f"{path}: a picture of {image.shape[1]} x {image.shape[0]} cannot be encoded")
+        raise UserError(f"{path}: a picture of {width} x {height} cannot be encoded")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole_file(path) as temporary:
@@ -118,67 +209,98 @@ def resize_image(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.ascontiguousarray(resized.permute(0, 2, 3, 1)[0].numpy())
 
 
+def _open_file(path: Path, in_memory: int = IN_MEMORY) -> BinaryIO:
+    """A file's content for reading; in memory up to a size, because decoders read it in small pieces.
+
+    Raises:
+        BadImage: the file is missing, empty, or no regular file (opening a named pipe would wait for ever).
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise BadImage(path, "a folder, not a file" if stat.S_ISDIR(status.st_mode) else "not a regular file")
+        if in_memory < status.st_size:
+            return path.open("rb")
+        data = path.read_bytes()
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise BadImage(path, getattr(error, "strerror", None) or str(error)) from error
+    if not data:
+        raise BadImage(path, "the file is empty")
+    return io.BytesIO(data)
+
+
 def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rotate: bool) -> np.ndarray | None:
     """Decode with cv2, which is fast; None for what it cannot decode or PIL decodes better (CMYK)."""
+    with opened(path, io.BytesIO(data)) as (header, _):
+        if header.mode not in ("RGB", "L"):
+            return None
+        width, height = header.size
+        orientation = orientation_of(header) if rotate else 1
+        progressive = "progressive" in header.info
+    if progressive and width * height > MANY_PIXELS and (scans := data.count(SCAN)) > MAX_SCANS:
+        raise BadImage(path, f"a progressive JPEG of {scans} passes, which would take very long to decode")
+    if orientation in QUARTER_TURNS:
+        width, height = height, width
+    factor = _reduction(height, width, at_least)
+    flags = REDUCED.get(factor, cv2.IMREAD_COLOR) | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        with Image.open(io.BytesIO(data)) as header:
-            if header.mode not in ("RGB", "L"):
-                return None
-            width, height = header.size
-            if header.getexif().get(0x0112) in (5, 6, 7, 8) and rotate:
-                width, height = height, width
-    except DAMAGED as error:
-        raise BadImage(path, _reason(error)) from error
-    flags = _reduction(height, width, at_least)
-    if not rotate:
-        flags |= cv2.IMREAD_IGNORE_ORIENTATION
-    try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
+        with decoding(width // factor, height // factor):
+            image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error:
         return None
-    return None if image is None else cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
+    return None if image is None else upright(cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image), orientation)
 
 
 def _reduction(height: int, width: int, at_least: tuple[int, int] | None) -> int:
+    """1, 2, 4 or 8: the part of its size that a picture can be decoded at."""
     if at_least is not None:
         ratio = min(height / max(at_least[0], 1), width / max(at_least[1], 1))
-        for factor, flag in REDUCED.items():
+        for factor in REDUCED:
             if ratio >= factor:
-                return flag
-    return cv2.IMREAD_COLOR
+                return factor
+    return 1
 
 
-def _decode(path: Path, data: bytes, rotate: bool) -> np.ndarray:
+def _decode(
+    path: Path, stream: BinaryIO, rotate: bool, pixel_range: PixelRange | None, notes: list[str] | None
+) -> np.ndarray:
     """Decode with PIL, which reads more formats and modes and reports damage."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
+    with opened(path, stream) as (image, name):
+        several = notes is not None and bool(getattr(image, "is_animated", False))
+        deep_colour = pixel_range is not None and _is_deep_colour(image, name)
+        with decoding(*image.size):
+            orientation = orientation_of(image)
             image.load()
-            upright = ImageOps.exif_transpose(image) if rotate else image
-            return np.array(to_rgb(upright))
-    except (*DAMAGED, EOFError, IndexError, ZeroDivisionError) as error:
-        raise BadImage(path, _reason(error)) from error
+            if deep_colour and pixel_range is not None:
+                array = scale(_deep_colour(path, stream), *pixel_range)
+            else:
+                array = to_array(image, pixel_range)
+        if notes is not None:
+            notes += ["picture with several frames or pages: the first one is used"] if several else []
+            notes += ["picture with values that are NaN or infinite: taken as the lowest"] if not_finite(image) else []
+    if name == "TIFF":  # turned by Pillow when it is decoded
+        return array if rotate else as_stored(array, orientation)
+    return upright(array, orientation) if rotate else array
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of PIL as 8-bit RGB: 16-bit and float images are scaled, palettes and transparency resolved."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image).astype(np.float32)
-        top = 65535.0 if image.mode.startswith("I") else max(float(values.max(initial=0)), 1.0)
-        if image.mode == "I" and values.max(initial=0) <= 255:
-            top = 255.0
-        image = Image.fromarray((values.clip(0, top) * (255.0 / top)).round().astype(np.uint8))
-    if image.mode in ("P", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+def _is_deep_colour(image: ImageFile.ImageFile, name: str) -> bool:
+    """Whether a picture has 16 bits in each of its colours. Pillow keeps the upper 8 of them."""
+    if name not in ("PNG", "TIFF") or image.mode not in ("RGB", "RGBA") or not image.tile:
+        return False
+    raw = image.tile[0][3]
+    return ";16" in str(raw[0] if isinstance(raw, tuple) and raw else raw)
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return "no such file"
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that can be read"
-    return " ".join(str(error).split()) or type(error).__name__
+def _deep_colour(path: Path, stream: BinaryIO) -> np.ndarray:
+    """(H, W, 3) uint16 RGB of a picture for which ``_is_deep_colour`` holds, turned as Pillow does."""
+    stream.seek(0)
+    values = cv2.imdecode(np.frombuffer(stream.read(), np.uint8), DEEP_COLOUR)
+    if values is None or values.dtype != np.uint16:
+        raise BadImage(path, "its 16-bit colours cannot be decoded")
+    return np.ascontiguousarray(values[..., ::-1])
 
 
-# A truncated file is an error here, whatever another library in the process has chosen.
-ImageFile.LOAD_TRUNCATED_IMAGES = False
+def _mpo_frames(stream: BinaryIO) -> int:
+    """Pictures in a JPEG file; stereo cameras store two."""
+    stream.seek(0)
+    return int(getattr(jpeg_factory(stream), "n_frames", 1))
