@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, SuggestingGroup, device_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, SuggestingGroup, device_option, echo
 
 ROUNDS = click.IntRange(min=3)
 output_option = click.option(
@@ -43,10 +43,8 @@ def encoder(sizes: tuple[int, ...], embed_dim: int, repeats: int, output: Path, 
     """
     from mvision.commands.benchmark_encoder import benchmark_encoder
 
-    text = benchmark_encoder(
-        sizes=sizes, embed_dim=embed_dim, repeats=repeats, device=device, output=output, log=click.echo
-    )
-    click.echo(text)
+    text = benchmark_encoder(sizes=sizes, embed_dim=embed_dim, repeats=repeats, device=device, output=output, log=echo)
+    echo(text)
 
 
 @benchmark.command(short_help="Time of every part of a model, and of the model in every runtime.")
@@ -99,6 +97,6 @@ def model(
         repeats=repeats,
         device=device,
         output=output,
-        log=click.echo,
+        log=echo,
     )
-    click.echo(text)
+    echo(text)

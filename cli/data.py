@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mvision.cli.options import SuggestingGroup
+from mvision.cli.options import SuggestingGroup, echo
 
 SPLITS_HELP = "Only this split. Repeatable.  [default: {}]"
 
@@ -33,7 +33,7 @@ def check(context: click.Context, folder: str | None, splits: tuple[str, ...], q
     from mvision.commands.data import check
 
     report = check(folder, splits, quick=quick)
-    click.echo(report.text())
+    echo(report.text())
     if not report.usable:
         context.exit(2)
 
@@ -56,7 +56,7 @@ def show(folder: str | None, split: str, count: int, augmented: bool, seed: int,
     """
     from mvision.commands.data import show
 
-    click.echo(show(folder, output, split=split, count=count, augmented=augmented, seed=seed))
+    echo(show(folder, output, split=split, count=count, augmented=augmented, seed=seed))
 
 
 @data.command(short_help="Copy a data set of any layout as plain COCO.")
@@ -72,4 +72,4 @@ def convert(folder: str, destination: Path, splits: tuple[str, ...]) -> None:
     """
     from mvision.commands.data import convert
 
-    click.echo(convert(folder, destination, splits))
+    echo(convert(folder, destination, splits))

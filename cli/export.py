@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mvision.cli.options import WEIGHTS, ImageSize, OneOf
+from mvision.cli.options import WEIGHTS, ImageSize, OneOf, echo
 
 
 @click.command(short_help="Write a model for ONNX Runtime or OpenVINO.")
@@ -57,7 +57,7 @@ def export(
         int8=int8,
         data=data,
         output=output,
-        log=click.echo,
+        log=echo,
     )
     if quantised is not None and quantised.warning is not None:
         click.secho(quantised.warning, fg="red", err=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mvision.cli.options import WEIGHTS
+from mvision.cli.options import WEIGHTS, echo
 
 
 @click.command(short_help="Describe this machine, or the parts of a model.")
@@ -19,4 +19,4 @@ def info(model: str | None, weights: str | None) -> None:
     """
     from mvision.commands.info import info_text
 
-    click.echo(info_text(model, weights))
+    echo(info_text(model, weights))

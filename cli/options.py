@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from mvision.errors import did_you_mean
+from mvision.errors import did_you_mean, printable_lines
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -17,6 +17,11 @@ EXISTING_FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 OUTPUT_FOLDER = click.Path(path_type=Path, file_okay=False)
 WEIGHTS = "a run folder, .safetensors file, Hugging Face folder or Hub id"
+
+
+def echo(text: object) -> None:
+    """Print lines, with escape sequences in names of classes and files written out."""
+    click.echo(printable_lines(str(text)))
 
 
 class SuggestingGroup(click.Group):

@@ -7,7 +7,7 @@ from typing import get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo
 from mvision.machine import InferencePrecisionOption
 
 UNIT = click.FloatRange(0, 1)
@@ -56,6 +56,6 @@ def predict(
         output=output,
         device=device,
         precision=precision,
-        log=click.echo,
+        log=echo,
     )
-    click.echo(summary)
+    echo(summary)

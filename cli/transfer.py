@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, device_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, device_option, echo
 
 
 @click.command(short_help="Measure how much trained weights help other tasks.")
@@ -80,6 +80,6 @@ def transfer(
         data=data,
         device=device,
         assignments=assignments,
-        log=click.echo,
+        log=echo,
     )
-    click.echo(text)
+    echo(text)

@@ -7,7 +7,7 @@ from typing import get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo
 from mvision.machine import InferencePrecisionOption
 
 
@@ -56,4 +56,4 @@ def val(
         precision=precision,
         device=device,
     )
-    click.echo(tables)
+    echo(tables)

@@ -29,14 +29,15 @@ class Replacement(NamedTuple):
 class Settings(BaseModel):
     """A section of the YAML file with typed keys.
 
-    Unknown keys are an error. Defaults and later assignments are validated as well.
+    Unknown keys are an error, and so are numbers that are infinite or not a number. Defaults and later assignments are
+    validated as well.
 
     Class attributes:
         retired: keys that older weights files and runs have in this section -> their values that have a replacement.
             Those of the base classes apply too.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
     retired: ClassVar[dict[str, list[Replacement]]] = {}
 
 

@@ -190,7 +190,7 @@ def test_mistakes_in_a_file_name_the_file_and_those_of_an_assignment_do_not(tmp_
     [
         (b"train: [", "not valid YAML"),
         (b"- 1\n- 2", "has to be a mapping"),
-        (b"\xff\xfe\x00", "not a text file"),
+        (b"\xff\xfe\x00", "not text in UTF-16"),
         (b"train: {lr: !!python/object/apply:os.getcwd []}", "not valid YAML"),
         (b"model: 3", "model: .*got 3"),
         (b"model: {heads: [detection]}", "model.heads: .*dictionary"),

@@ -10,7 +10,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from mvision.backbone import check_backbone_name
@@ -18,6 +17,7 @@ from mvision.config.explain import explain
 from mvision.config.schema import Config, ModelConfig
 from mvision.errors import UserError, did_you_mean
 from mvision.heads import known_tasks, serving_task
+from mvision.storage.yaml_files import parse_yaml, read_yaml
 
 RUN_CONFIG = "config.yaml"
 """Name of the file in a run's folder that holds the run's configuration."""
@@ -75,7 +75,7 @@ def load_config(
         key, sign, text = assignment.partition("=")
         if not sign or not key:
             raise UserError(f"-o {assignment}: write it as key.sub=value")
-        _assign(tree, key, _parse_yaml(text, f"-o {assignment}"))
+        _assign(tree, key, parse_yaml(text, f"-o {assignment}"))
     return parse_config(tree)
 
 
@@ -160,13 +160,11 @@ def _file_layers(path: Path) -> list[dict[str, Any]]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"config {path}: {reason.lower()}; shipped: {', '.join(shipped_configs())}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"config {path}: not a text file in UTF-8") from error
-    tree = _parse_yaml(text, f"config {path}")
+        tree = read_yaml(path, f"config {path}")
+    except UserError as error:
+        if path.exists():
+            raise
+        raise UserError(f"{error}; shipped: {', '.join(shipped_configs())}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -180,14 +178,6 @@ def _read(path: Path) -> dict[str, Any]:
         if task not in known_tasks():
             raise UserError(f"config {path}: tasks: unknown task '{task}': {did_you_mean(str(task), known_tasks())}")
     return tree
-
-
-def _parse_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        problem = " ".join(str(error).split())
-        raise UserError(f"{where}: not valid YAML: {problem}") from error
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:

@@ -18,6 +18,8 @@ from mvision.structures import Category
 MAX_CLASSES = 100_000
 MAX_SIDE = 16_384  # pixels
 
+MOST_STEPS = 10**9  # far above every training; larger numbers are slips, and overflow in other libraries
+
 
 class NeckConfig(Settings):
     """Settings of the neck; they are explained at ``mvision.neck.HybridEncoder``."""
@@ -196,7 +198,7 @@ class DataConfig(Settings):
     more: list[MoreDataConfig] = []
     fraction: float = Field(1.0, gt=0, le=1)
     augment: AugmentConfig = AugmentConfig()
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0, le=1024)
 
 
 class TrainConfig(Settings):
@@ -222,29 +224,30 @@ class TrainConfig(Settings):
         freeze: parts that are not trained.
         task_weights: by head, the factor of its loss terms in the loss; 1 for the others. A head that serves two tasks
             has one factor: that of instance-seg applies to its boxes too.
+        seed: of all random numbers; NumPy takes 32 bits.
         trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
     """
 
-    epochs: int = Field(72, ge=1)
-    batch_size: int = Field(16, ge=1)
+    epochs: int = Field(72, ge=1, le=MOST_STEPS)
+    batch_size: int = Field(16, ge=1, le=2**16)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
-    backbone_lr: float | None = Field(None, gt=0)
-    weight_decay: float = Field(1e-4, ge=0)
+    lr: float = Field(1e-4, gt=0, le=100)
+    backbone_lr: float | None = Field(None, gt=0, le=100)
+    weight_decay: float = Field(1e-4, ge=0, le=100)
     beta2: float = Field(0.999, gt=0, lt=1)
-    warmup_steps: int = Field(1000, ge=0)
+    warmup_steps: int = Field(1000, ge=0, le=MOST_STEPS)
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_lr: float = Field(0.01, ge=0, le=1)
-    accumulate: int = Field(1, ge=1)
-    clip_norm: float = Field(0.1, ge=0)
+    accumulate: int = Field(1, ge=1, le=MOST_STEPS)
+    clip_norm: float = Field(0.1, ge=0, le=1e12)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    ema_warmup: int = Field(2000, ge=1)
-    val_interval: int = Field(1, ge=1)
-    patience: int = Field(0, ge=0)
+    ema_warmup: int = Field(2000, ge=1, le=MOST_STEPS)
+    val_interval: int = Field(1, ge=1, le=MOST_STEPS)
+    patience: int = Field(0, ge=0, le=MOST_STEPS)
     precision: PrecisionOption = "auto"
     freeze: list[Literal["backbone", "neck"]] = []
     task_weights: dict[str, float] = {}
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     trackers: list[str] = []
 
     retired = {"channels_last": [Replacement(True)]}
