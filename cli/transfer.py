@@ -31,10 +31,15 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, devi
     help="Shares of the training images.",
 )
 @click.option(
-    "--seeds", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Seeds of each training."
+    "--seeds", type=click.IntRange(1, 1000), default=3, show_default=True, metavar="N", help="Seeds of each training."
 )
 @click.option(
-    "--epochs", type=click.IntRange(min=1), default=3, show_default=True, metavar="N", help="Epochs over all images."
+    "--epochs",
+    type=click.IntRange(1, 10_000),
+    default=3,
+    show_default=True,
+    metavar="N",
+    help="Epochs over all images.",
 )
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: the built-in data set]")
 @assignments_option

@@ -15,6 +15,7 @@ from mvision.commands import transfer as matrix
 from mvision.commands.transfer_report import first_reach, page
 from mvision.config import Config
 from mvision.engine.train import train
+from mvision.storage.atomic import write_text
 from mvision.storage.run_folder import RunFolder
 from mvision.structures import Category
 from mvision.weights import save_weights
@@ -171,6 +172,8 @@ def test_the_page_has_means_and_shares_of_epochs() -> None:
     [
         ({"fractions": (0.0,)}, "--fraction 0"),
         ({"fractions": (1.5,)}, "--fraction 1.5"),
+        ({"fractions": (float("nan"),)}, "--fraction nan"),
+        ({"fractions": (1e-300,)}, "--fraction 1e-300: 1 epochs over all images would be more than"),
         ({"tasks": []}, "--task"),
         ({"assignments": ["train.epoch=3"]}, "'epochs'"),
     ],
@@ -186,3 +189,43 @@ def test_a_damaged_line_is_named(source: Path, tmp_path: Path, trainings: Traini
     (tmp_path / "cells.jsonl").write_text('{"task": "detec')
     with pytest.raises(UserError, match="cells.jsonl: a line is not JSON .*; remove that line"):
         run(source, tmp_path)
+    run(source, tmp_path / "matrix")
+    file = tmp_path / "matrix" / "cells.jsonl"
+    good = file.read_text().splitlines()[0]
+    for damaged in ("5", "{}", good.replace('"curve": [', '"curve": [{}, '), good.replace('"random"', '"chance"')):
+        file.write_text(f"{good}\n{damaged}\n")
+        with pytest.raises(UserError, match="cells.jsonl, line 2: not a finished cell of a matrix; remove that line"):
+            run(source, tmp_path / "matrix")
+
+
+def test_a_task_or_share_that_is_named_twice_is_trained_once(
+    source: Path, tmp_path: Path, trainings: Trainings
+) -> None:
+    run(source, tmp_path / "matrix", tasks=["detection", "detection"], fractions=(1.0, 1.0))
+    assert len(trainings.calls) == len(matrix.STARTS)
+
+
+def test_an_interrupted_writing_keeps_the_finished_cells(
+    source: Path, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        if path.name == "cells.jsonl" and text.count("\n") == 3:
+            raise OSError(28, "No space left on device")
+        write_text(path, text)
+
+    monkeypatch.setattr(matrix, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(source, tmp_path / "matrix")
+    assert len(matrix.read_cells(tmp_path / "matrix" / "cells.jsonl")) == 2
+
+
+def test_the_page_shows_names_as_they_are() -> None:
+    hostile = "a|b`c`[d](http://e)<img src=x>\x1b[31m\n# f_g"
+    setup = {"source": hostile, "backbone": hostile, "image_size": [64, 96], "data": hostile, "epochs": 4}
+    curve = [{"epoch": 1, "step": 1, "seconds": 1.0, "score": 0.5}]
+    record = {"task": hostile, "start": "random", "fraction": 1.0, "seed": 0, "figure": "AP", "curve": curve}
+    text = page([{**record, "machine": hostile, "setup": {**setup, "options": [hostile]}}], "x.png")
+    shown = r"a\|b\`c\`\[d\](http://e)\<img src=x\>\\x1b\[31m\\n\# f\_g"
+    assert text.count(shown) == 7
+    assert "\x1b" not in text
+    assert "\n# f" not in text

@@ -21,7 +21,7 @@ from mvision.config import load_config
 from mvision.deploy.exported import ExportedModel
 from mvision.deploy.fast import PRECISIONS, prepare
 from mvision.errors import UserError, did_you_mean
-from mvision.evaluation.tables import markdown_table
+from mvision.evaluation.tables import markdown_table, markdown_text
 from mvision.machine import InferencePrecision, device_name, keep_freed_memory, resolve_device
 from mvision.model import Model
 from mvision.storage.atomic import write_text
@@ -226,7 +226,7 @@ def _page(document: Mapping[str, Any]) -> str:
         for row in document["totals"]
     ]
     lines = [
-        f"# {document['model']}: {', '.join(document['tasks'])} at {width} x {height}",
+        f"# {markdown_text(document['model'])}: {', '.join(document['tasks'])} at {width} x {height}",
         "",
         "Everything takes turns in one run; medians. The model is prepared as for `mvision predict`. "
         f"{document['machine']}.",

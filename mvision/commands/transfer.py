@@ -42,6 +42,7 @@ STARTS: dict[str, tuple[tuple[str, ...], bool]] = {
 }
 CELLS, PLOT, PAGE = "cells.jsonl", "curves.png", "README.md"
 EVALUATIONS = 6  # the most evaluations of one training, which are the points of its curve
+MAX_EPOCHS = 10**6  # of one training
 
 
 @dataclass(frozen=True)
@@ -93,26 +94,32 @@ def transfer_matrix(
     for fraction in fractions:
         if not 0 < fraction <= 1:
             raise UserError(f"--fraction {fraction:g}: has to be above 0 and at most 1")
+        if epochs / fraction > MAX_EPOCHS:
+            raise UserError(
+                f"--fraction {fraction:g}: {epochs} epochs over all images would be more than {MAX_EPOCHS:,} over this "
+                "share of them; give a larger share"
+            )
     setup = _setup(weights, tasks, epochs, data, assignments)
     file = output / CELLS
-    done = _finished(file, setup)
+    records = read_cells(file)
+    done = _finished(file, records, setup)
     # All starts of one seed come before the next seed, so that an early stop leaves something to compare.
-    product = itertools.product(range(seeds), tasks, fractions, STARTS)
+    product = itertools.product(range(seeds), dict.fromkeys(tasks), dict.fromkeys(fractions), STARTS)
     cells = [Cell(task, start, fraction, seed) for seed, task, fraction, start in product]
     missing = [cell for cell in cells if cell not in done]
     log(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished: {file}")
     for number, cell in enumerate(missing, start=1):
         record = {**asdict(cell), **_run(cell, weights, epochs, data, output, device, assignments), "setup": setup}
+        records.append(record)
         output.mkdir(parents=True, exist_ok=True)
-        with file.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(record) + "\n")
+        write_text(file, "".join(f"{json.dumps(record)}\n" for record in records))
         log(
             f"{number} of {len(missing)}: {cell.task}, {cell.start}, {cell.fraction:.0%} of the images, "
             f"seed {cell.seed}: {record['figure']} {record['curve'][-1]['score']:.3f} "
             f"in {record['curve'][-1]['seconds']:.0f} s"
         )
-        _report(output)
-    return _report(output)
+        _report(records, output)
+    return _report(records, output)
 
 
 def _run(
@@ -173,9 +180,9 @@ def _setup(
     }
 
 
-def _finished(file: Path, setup: dict[str, Any]) -> set[Cell]:
+def _finished(file: Path, records: Sequence[dict[str, Any]], setup: dict[str, Any]) -> set[Cell]:
     done = set()
-    for record in read_cells(file):
+    for record in records:
         for key, value in setup.items():
             if record["setup"].get(key) != value:
                 raise UserError(
@@ -190,14 +197,36 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
     """The lines of a ``cells.jsonl``; empty without such a file. Raises UserError if a line is damaged."""
     if not file.is_file():
         return []
+    records = []
     try:
-        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except ValueError as error:
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+            if line.strip():
+                records.append(json.loads(line))
+                if not _is_cell(records[-1]):
+                    raise UserError(f"{file}, line {number}: not a finished cell of a matrix; remove that line")
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: a line is not JSON ({error}); remove that line") from error
+    return records
 
 
-def _report(output: Path) -> str:
-    records = read_cells(output / CELLS)
+def _is_cell(record: Any) -> bool:
+    """Whether a record has everything that the page and the plot take from it."""
+    kinds = {"setup": dict, "task": str, "start": str, "fraction": float | int, "seed": int, "figure": str}
+    kinds |= {"curve": list, "machine": str}
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
+        return False
+    points = record["curve"]
+    return (
+        record["start"] in STARTS
+        and bool(points)
+        and all(
+            isinstance(point, dict) and all(isinstance(point.get(key), float | int) for key in ("epoch", "score"))
+            for point in points
+        )
+    )
+
+
+def _report(records: Sequence[dict[str, Any]], output: Path) -> str:
     text = page(records, PLOT)
     plot(records, output / PLOT)
     write_text(output / PAGE, text)

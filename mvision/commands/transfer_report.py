@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvision.evaluation.tables import markdown_table
+from mvision.evaluation.tables import markdown_table, markdown_text
 from mvision.storage.atomic import whole_file
 
 Record = dict[str, Any]
@@ -37,22 +37,24 @@ def page(records: Sequence[Record], picture: str) -> str:
     seeds = sorted({r["seed"] for r in records})
     machines = sorted({r["machine"] for r in records})
     height, width = setup["image_size"]
-    options = f", {' '.join(f'-o {option}' for option in setup['options'])}" if setup["options"] else ""
+    shown = [markdown_text(f"-o {option}") for option in setup["options"]]
+    options = f", {' '.join(shown)}" if shown else ""
     groups = sorted({(r["task"], -r["fraction"]) for r in records})
     final, earlier = [], []
     for task, negative in groups:
-        row = [task, f"{-negative:.0%}"]
+        row = [markdown_text(task), f"{-negative:.0%}"]
         curves = {start: _select(records, task, -negative, start) for start in LABELS}
         goal = mean_curve(curves["random"])
         final.append([*row, *(_final(curves[start]) for start in starts)])
         earlier.append([*row, *(_earlier(mean_curve(curves[start]), goal) for start in trained)])
     lines = [
-        f"# How much an encoder trained on {setup['source']} helps other tasks",
+        f"# How much an encoder trained on {markdown_text(setup['source'])} helps other tasks",
         "",
-        f"Data: {setup['data']}; backbone {setup['backbone']} at {width} x {height}; {setup['epochs']} epochs over all "
-        f"images, and as many steps over a share of them{options}; heads start from random weights. The weights were "
-        "trained on all training images of their own data. AP (mIoU of semantic-seg) on the validation split after "
-        "the last epoch: mean over the seeds, and the standard deviation if there are several.",
+        f"Data: {markdown_text(setup['data'])}; backbone {markdown_text(setup['backbone'])} at {width} x {height}; "
+        f"{setup['epochs']} epochs over all images, and as many steps over a share of them{options}; heads start from "
+        "random weights. The weights were trained on all training images of their own data. AP (mIoU of semantic-seg) "
+        "on the validation split after the last epoch: mean over the seeds, and the standard deviation "
+        "if there are several.",
         "",
         *markdown_table(["target", "images", *(LABELS[start] for start in starts)], final),
         "",
@@ -63,7 +65,7 @@ def page(records: Sequence[Record], picture: str) -> str:
         "",
         f"![AP over the epochs]({picture})",
         "",
-        f"{len(records)} runs, seeds {', '.join(map(str, seeds))}. {'; '.join(machines)}.",
+        f"{len(records)} runs, seeds {', '.join(map(str, seeds))}. {'; '.join(map(markdown_text, machines))}.",
         "",
     ]
     return "\n".join(lines)

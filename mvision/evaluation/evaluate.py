@@ -11,6 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
+from mvision.errors import printable
 from mvision.evaluation.metric import Metric
 from mvision.inference.predict import Predictor, eval_mode
 from mvision.structures import Category, Targets
@@ -140,7 +141,7 @@ def evaluate(
         # With disable=None there is a bar in a terminal only.
         for batch in tqdm(loader, desc="evaluating", disable=True if quiet else None, leave=False):
             for file, reason in batch.skipped:
-                tqdm.write(f"skipped {file}: {reason}")
+                tqdm.write(printable(f"skipped {file}: {reason}"))
             if batch.targets:
                 _evaluate_batch(model, batch, metrics, accelerator)
     if accelerator is not None and accelerator.num_processes > 1:
