@@ -8,15 +8,16 @@ import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import supervision as sv
+from PIL import Image
 
 from mvision.drawing import draw_instances, grid, side_by_side
-from mvision.drawing.pictures import GAP, LEFT, MASK_OPACITY, MAX_LABELLED, MIDDLE, RIGHT, _font_with, class_colour
+from mvision.drawing.pictures import GAP, LEFT, MASK_OPACITY, MAX_LABELLED, MIDDLE, RIGHT, class_colour
+from mvision.errors import UserError
 from mvision.structures import Category, Instances
 from mvision.structures.masks import Masks, encode_mask
 
@@ -287,29 +288,6 @@ def test_colours_are_many_and_black_text_is_readable_on_them() -> None:
     assert contrast.min() > 3  # what the standard demands of bold text
 
 
-def test_a_font_that_has_the_characters() -> None:
-    from matplotlib.font_manager import fontManager
-    from matplotlib.ft2font import FT2Font
-
-    assert Path(_font_with(frozenset("cat größe Ωж ✓"))).name == "DejaVuSans-Bold.ttf"
-    default = FT2Font(_font_with(frozenset("cat"))).get_charmap()
-    stix = next(entry.fname for entry in fontManager.ttflist if entry.name == "STIXGeneral")
-    rare = next(chr(code) for code in FT2Font(stix).get_charmap() if code not in default and chr(code).isprintable())
-    chosen = _font_with(frozenset(f"cat {rare}"))
-    assert FT2Font(chosen).get_char_index(ord(rare)) != 0
-    assert "LastResort" not in Path(chosen).name
-    assert Path(_font_with(frozenset("cat \U000e0041"))).name == "DejaVuSans-Bold.ttf"  # no font has a tag character
-
-
-def test_the_font_is_chosen_for_the_class_names(labels_drawn: list[dict[str, Any]]) -> None:
-    pictures = []
-    for name in ("я", "ж"):
-        found = instances([[50, 60, 150, 120]], categories=[Category(id=1, name=name)])
-        pictures.append(draw_instances(GREY, found))
-    assert not np.array_equal(*pictures)
-    assert labels_drawn[0]["font"] == _font_with(frozenset("я.0123456789"))
-
-
 def test_pictures_may_be_drawn_in_several_threads() -> None:
     found = [boxes_on((200, 300), 6, seed) for seed in range(12)]
     expected = [draw_instances(GREY, each) for each in found]
@@ -357,6 +335,27 @@ def test_grid() -> None:
     assert np.array_equal(grid([GREY]), GREY)
     assert grid([GREY] * 6).shape == (3 * 200 + 2 * GAP, 2 * 300 + GAP, 3)  # about as wide as high
     assert grid([np.zeros((10, 200, 3), np.uint8)] * 3).shape == (3 * 10 + 2 * GAP, 200, 3)
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (GREY[:100], "the picture is 300 x 100, and these instances are for one of 300 x 200"),
+        (np.zeros((300, 200, 3), np.uint8), "the picture is 200 x 300, and"),
+        (GREY[..., 0], r"shape \(200, 300\) and type uint8"),
+        (np.dstack((GREY, GREY[..., :1])), r"shape \(200, 300, 4\)"),
+        (GREY / 255.0, "type float64"),
+        (GREY.astype(np.uint16), "type uint16"),
+        (np.moveaxis(GREY, 2, 0), "the picture is 200 x 3,"),
+        (Image.fromarray(GREY), r"not a Image; .*numpy.asarray\(image.convert\('RGB'\)\)"),
+        (np.zeros((), np.uint8), r"shape \(\)"),
+    ],
+)
+def test_a_picture_of_another_size_or_kind_is_one_line(image: Any, message: str) -> None:
+    for found in (instances([]), instances([[50, 60, 150, 120]])):
+        with pytest.raises(UserError, match=message) as caught:
+            found.draw(image)
+        assert "\n" not in str(caught.value)
 
 
 def test_the_libraries_are_imported_when_a_picture_is_drawn() -> None:

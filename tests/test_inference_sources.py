@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from mvision.errors import UserError
-from mvision.inference import sources as module
+from mvision.inference import reading as module
 from mvision.inference.pipeline import background, ordered_map
-from mvision.inference.sources import find_sources, read_frames
+from mvision.inference.reading import read_frames
+from mvision.inference.sources import find_sources
 
 
 def write_image(path: Path, value: int = 100, size: tuple[int, int] = (20, 30)) -> Path:
@@ -119,7 +120,7 @@ def test_few_images_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     paths = [write_image(tmp_path / f"{index}.png") for index in range(40)]
     read: list[str] = []
 
-    def counting(path: str) -> np.ndarray:
+    def counting(path: str, notes: list[str]) -> np.ndarray:
         read.append(path)
         return np.zeros((2, 2, 3), np.uint8)
 

@@ -138,7 +138,7 @@ def test_masks_and_keypoints_are_written(model: FakeModel, tmp_path: Path, monke
         values = (np.array([[30, 20, 60, 60]], np.float32), np.ones(1, np.float32), np.array([1]))
         return [Instances(*values, (96, 128), model.categories, mask, points)]
 
-    monkeypatch.setattr(model, "postprocess", lambda outputs, sizes, threshold: postprocess())
+    monkeypatch.setattr(model, "postprocess", lambda outputs, sizes, threshold, **_: postprocess())
     save(tmp_path / "a.png", paint((96, 128), []))
     predict_sources(model, [tmp_path / "a.png"], tmp_path / "out", progress=False)
     (entry,) = json.loads((tmp_path / "out" / "predictions.json").read_text())
@@ -154,7 +154,7 @@ def test_regions_are_written_and_counted(model: FakeModel, tmp_path: Path, monke
     boxes = np.array([[0, 0, 128, 50.128], [0, 50, 128, 96]], np.float32)
     regions = Instances(boxes, np.array([0.7123456, 0.6]), np.array([1, 0]), (96, 128), sky, mask)
 
-    def joint(images: torch.Tensor, sizes: list[tuple[int, int]], threshold: float) -> list[Instances]:
+    def joint(images: torch.Tensor, sizes: list[tuple[int, int]], threshold: float, **_: Any) -> list[Instances]:
         results = FakeModel.postprocess(model, images, sizes, threshold)
         return [replace(instances, regions=regions) for instances in results]
 

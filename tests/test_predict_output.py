@@ -16,8 +16,10 @@ import pytest
 import torch
 
 from mvision.errors import UserError
-from mvision.inference import output as output_module
+from mvision.inference import output, video_file
 from mvision.inference.predict_sources import predict_sources
+from mvision.inference.sources import Source
+from mvision.inference.video_file import VideoWriter
 from mvision.storage.atomic import whole_file
 from mvision.structures.images import read_image
 from tests.fake_model import FakeModel, paint, save, written
@@ -52,8 +54,8 @@ def test_video(model: FakeModel, tmp_path: Path, size: tuple[int, int]) -> None:
 
 
 def test_odd_sizes_become_videos(tmp_path: Path) -> None:
-    source = output_module.Source("video", "clip.avi", "clip.avi")
-    writer = output_module._VideoWriter(tmp_path / "clip.mp4", source, 29.97, (51, 77))
+    source = Source("video", "clip.avi", "clip.avi")
+    writer = VideoWriter(tmp_path / "clip.mp4", source, 29.97, (51, 77))
     for index in range(3):
         writer.add(np.zeros((51, 77, 3), np.uint8), index / 29.97)
     writer.add(np.zeros((60, 90, 3), np.uint8), 0.0)  # another size, and time standing still
@@ -141,7 +143,8 @@ def fill_the_disk_under(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
                 temporary.symlink_to("/dev/full")
             yield temporary
 
-    monkeypatch.setattr(output_module, "whole_file", full)
+    for module in (output, video_file):
+        monkeypatch.setattr(module, "whole_file", full)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
@@ -161,14 +164,14 @@ def test_an_error_removes_what_is_not_complete(
     source = write_video(tmp_path / "clip.mp4")
     predict_sources(model, [source], tmp_path / "out", threshold=0, progress=False)
     before = {name: (tmp_path / "out" / name).read_bytes() for name in ("clip.mp4", "predictions.json")}
-    add = output_module._VideoWriter.add
+    add = VideoWriter.add
 
-    def fail(self: output_module._VideoWriter, picture: np.ndarray, time: float) -> None:
+    def fail(self: VideoWriter, picture: np.ndarray, time: float) -> None:
         if time > 0.45:
             raise OSError(errno.ENOSPC, "No space left on device")
         add(self, picture, time)
 
-    monkeypatch.setattr(output_module._VideoWriter, "add", fail)
+    monkeypatch.setattr(VideoWriter, "add", fail)
     with pytest.raises(OSError, match="No space left"):
         predict_sources(model, [source], tmp_path / "out", threshold=0, progress=False)
     assert written(tmp_path / "out") == sorted(before)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import colorsys
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from mvision.drawing.fonts import label_texts
+from mvision.errors import UserError
 
 if TYPE_CHECKING:
     import supervision as sv
@@ -73,10 +75,14 @@ def draw_instances(
 
     Returns:
         (H, W, 3) uint8 RGB.
+
+    Raises:
+        UserError: the image is of another kind.
     """
     import cv2
     import supervision as sv
 
+    _check_kind(image)
     # A copy, with the channels in the order in which supervision writes colours.
     canvas: np.ndarray = cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR)
     height, width = canvas.shape[:2]
@@ -95,14 +101,15 @@ def draw_instances(
     box_annotator.annotate(canvas, _best_last(boxes, colours))
     if instances.keypoints is not None:
         _draw_skeletons(canvas, instances, scale, keypoint_threshold)
-    # A class name may hold line breaks; a label is one line.
-    names = [" ".join(category.name.split()) for category in instances.categories]
-    texts = [names[label] for label in instances.labels.tolist()]
+    picture = cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB, dst=canvas)
+    if not len(instances):
+        return picture
+    names = label_texts(instances.categories)
+    texts = [names.texts[label] for label in instances.labels.tolist()]
     if scores:
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, instances.scores.tolist())]
-    font = _font_with(frozenset("".join(names) + ".0123456789"))
     size = max(10, round(13 * scale))
-    return _with_labels(cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB), boxes, colours, texts, font, size)
+    return _with_labels(picture, boxes, colours, texts, names.font, size)
 
 
 def side_by_side(image: np.ndarray, gt: Drawable, pred: Drawable, side: int = 640) -> np.ndarray:
@@ -152,6 +159,17 @@ def grid(images: Sequence[np.ndarray], columns: int | None = None) -> np.ndarray
         top, left = index // columns * (height + GAP), index % columns * (width + GAP)
         sheet[top : top + image.shape[0], left : left + image.shape[1]] = image
     return sheet
+
+
+def _check_kind(image: np.ndarray) -> None:
+    """Raise a ``UserError`` unless the image is (H, W, 3) uint8."""
+    needed = "draw: an array of shape (H, W, 3) and type uint8, RGB, is needed"
+    if not isinstance(image, np.ndarray):
+        raise UserError(
+            f"{needed}, not a {type(image).__name__}; of a PIL image it is numpy.asarray(image.convert('RGB'))"
+        )
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise UserError(f"{needed}, not one of shape {image.shape} and type {image.dtype}")
 
 
 @lru_cache(maxsize=1)
@@ -246,33 +264,3 @@ def _with_labels(
         return picture
     scene = Image.fromarray(picture)
     return np.array(annotator.annotate(scene, _best_last(boxes[:count], colours[:count]), texts[:count][::-1]))
-
-
-@lru_cache(maxsize=64)
-def _font_with(characters: frozenset[str]) -> str:
-    """The file of a font that has these characters; if none has all, of one that lacks the fewest."""
-    from matplotlib.ft2font import FT2Font
-
-    best, fewest = "", len(characters) + 1
-    for path in _fonts():
-        face = FT2Font(path)
-        missing = sum(not face.get_char_index(ord(character)) for character in characters)
-        if missing < fewest:
-            best, fewest = path, missing
-        if not missing:
-            break
-    return best
-
-
-def _fonts() -> Iterator[str]:
-    """DejaVu Sans, which comes with matplotlib (Latin, Greek, Cyrillic, Arabic, symbols), then the system's fonts."""
-    import matplotlib as mpl
-
-    yield str(Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans-Bold.ttf")
-    # Imported only now: it may have to search the whole system for fonts.
-    from matplotlib.font_manager import fontManager
-
-    for entry in fontManager.ttflist:
-        # Last Resort, also matplotlib's, has a box with the name of the script for every character.
-        if not entry.name.startswith("Last Resort") and Path(entry.fname).is_file():
-            yield entry.fname

@@ -3,90 +3,76 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
-from fractions import Fraction
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, TextIO
 
-import av
 import cv2
 import numpy as np
 
 from mvision.errors import UserError
-from mvision.inference.sources import Frame, Source
-from mvision.storage.atomic import whole_file
+from mvision.inference.reading import Frame
+from mvision.inference.sources import Source
+from mvision.inference.summary import PREDICTIONS, Summary
+from mvision.inference.video_file import VideoWriter, errors_name
+from mvision.storage.atomic import remove_partial_files, whole_file
 from mvision.structures import Instances
 from mvision.structures.images import write_image
 
-PREDICTIONS = "predictions.json"
 OPTIONAL_KEYS = ("segmentation", "keypoints", "region")  # of its entries, after those that all have
-VIDEO_CODECS = ("libx264", "mpeg4")  # in order of preference
-VIDEO_CLOCK = 90_000  # ticks per second: fine enough for any frame rate, and the usual clock of video files
-
-
-@dataclass
-class Summary:
-    """What ``predict_sources`` did.
-
-    Attributes:
-        output: the folder with pictures and ``predictions.json``.
-        images: number of pictures predicted on (frames of videos each count).
-        instances: number of instances by class name.
-        regions: number of pictures with a semantic region of the class, by class name; of joint models.
-        skipped: (file, reason) of each file that could not be read.
-        seconds: duration in seconds.
-    """
-
-    output: Path
-    images: int = 0
-    instances: Counter[str] = field(default_factory=Counter)
-    regions: Counter[str] = field(default_factory=Counter)
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    seconds: float = 0.0
-
-    def __str__(self) -> str:
-        counts = [f"{count} {name}" for name, count in self.instances.most_common()]
-        counts += [f"region {name} in {count}" for name, count in self.regions.most_common()]
-        rate = self.images / max(self.seconds, 1e-9)
-        lines = [f"{self.images} images in {self.seconds:.1f} s ({rate:.1f}/s): {', '.join(counts) or 'nothing found'}"]
-        lines += [f"skipped {name}: {reason}" for name, reason in self.skipped]
-        return "\n".join([*lines, f"pictures and {PREDICTIONS}: {self.output}"])
 
 
 @dataclass
 class Rendered:
-    """A frame with its entries of ``predictions.json`` and, of a video, the drawn picture; None: it cannot be read."""
+    """A frame with its results.
+
+    Attributes:
+        entries: of ``predictions.json``; None: the frame cannot be read.
+        picture: the drawn picture of a video.
+        found, regions: the class names of what is drawn.
+        not_drawn: why there is no picture.
+    """
 
     frame: Frame
-    entries: list[dict[str, Any]] | None
+    entries: list[dict[str, Any]] | None = None
     picture: np.ndarray | None = None
+    found: list[str] = field(default_factory=list)
+    regions: list[str] = field(default_factory=list)
+    not_drawn: str = ""
 
 
 class Output:
     """Draws and writes results. ``render`` may run in several threads at once, ``add`` in one, in order.
 
     A context manager: at its end ``predictions.json`` and the last video get their names; after an error, unfinished
-    files are removed.
+    files are removed. An earlier ``predictions.json`` is removed before the first picture is written, because it does
+    not describe that picture.
 
     Raises:
         UserError: the folder cannot be written, or a picture would replace one of the sources.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[Source]) -> None:
+    def __init__(self, folder: Path, sources: Sequence[Source], exact: bool = False) -> None:
+        """Open ``predictions.json``; with ``exact``, its numbers are not rounded."""
         self.folder = folder
         self.summary = Summary(folder)
+        self._exact = exact
         self._paths = _paths(folder, sources)
         repeated = {name for name, count in Counter(source.name for source in sources).items() if count > 1}
-        self._names = {s: Path(s.path).as_posix() if s.name in repeated else s.name for s in sources}
-        self._video: _VideoWriter | None = None
+        self._names = {s: _posix(s) if s.name in repeated else s.name for s in sources}
+        self._video: VideoWriter | None = None
+        self._undrawable: Source | None = None  # a video that the encoder has refused
         self._separator = "[\n"
+        self._earlier_is_there, self._lock = True, threading.Lock()
         with ExitStack() as files:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                remove_partial_files(folder)
                 temporary = files.enter_context(whole_file(folder / PREDICTIONS))
                 self._file: TextIO = files.enter_context(temporary.open("w", encoding="utf-8"))
             except OSError as error:
@@ -105,38 +91,64 @@ class Output:
             with suppress(OSError):
                 self._files.__exit__(kind, error, trace)
             return
-        with _errors_name(self.folder / PREDICTIONS), self._files:
+        with errors_name(self.folder / PREDICTIONS), self._files:
             self._close_video()
             self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
 
-    def render(self, item: tuple[int, Frame, Instances | None]) -> Rendered:
-        """Draw one numbered frame's instances; write the picture if it is an image file."""
-        number, frame, instances = item
-        if frame.image is None or instances is None:
-            return Rendered(frame, None)
-        entries = self._entries(number, frame, instances)
-        picture = instances.draw(frame.image)
+    def render(self, item: tuple[int, Frame, list[Instances] | None]) -> Rendered:
+        """Draw one numbered frame's instances; write the picture if it is an image file.
+
+        Of two sets of instances the first is drawn and the second written to ``predictions.json``.
+        """
+        number, frame, found = item
+        if frame.image is None or found is None:
+            return Rendered(frame)
+        shown = found[0]
+        regions = [] if shown.regions is None else shown.regions.class_names
+        rendered = Rendered(frame, self._entries(number, frame, found[-1]), found=shown.class_names, regions=regions)
+        if frame.source != self._undrawable:
+            self._draw(rendered, shown)
+        return rendered
+
+    def _draw(self, rendered: Rendered, shown: Instances) -> None:
+        frame = rendered.frame
+        assert frame.image is not None
+        try:
+            size = frame.image.shape[:2]
+            picture = (shown if shown.size == size else shown.resized(size)).draw(frame.image)
+        except (cv2.error, MemoryError, OverflowError) as error:  # of pictures of extraordinary size
+            rendered.not_drawn = f"{frame.image.shape[1]} x {frame.image.shape[0]} pixels cannot be drawn on ({error})"
+            return
         if frame.source.kind != "image":
-            return Rendered(frame, entries, picture)
-        write_image(self._paths[frame.source], picture)
-        return Rendered(frame, entries)
+            rendered.picture = picture
+            return
+        self._forget_earlier()
+        try:
+            write_image(self._paths[frame.source], picture)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):  # the disk, not the picture
+                raise
+            rendered.not_drawn = str(error)
 
     def add(self, rendered: Rendered) -> Frame:
         """Write the entries and, of a video, the picture."""
         frame, summary = rendered.frame, self.summary
         if frame.problem:
-            summary.skipped.append((frame.source.path, frame.problem))
+            summary.skipped.append((frame.source.shown, frame.problem))
         if rendered.entries is None:
             return frame
         summary.images += 1
-        for entry in rendered.entries:
-            (summary.regions if "region" in entry else summary.instances)[entry["category_name"]] += 1
-        with _errors_name(self.folder / PREDICTIONS):
+        summary.instances.update(rendered.found)
+        summary.regions.update(rendered.regions)
+        summary.remarks.update(frame.notes)
+        with errors_name(self.folder / PREDICTIONS):
             for entry in rendered.entries:
                 self._file.write(self._separator + json.dumps(entry))
                 self._separator = ",\n"
-        if rendered.picture is not None:
-            self._video_of(frame.source, frame.rate, rendered.picture).add(rendered.picture, frame.time)
+        if rendered.picture is not None and frame.source != self._undrawable:
+            rendered.not_drawn = self._add_to_video(frame, rendered.picture)
+        if rendered.not_drawn:
+            summary.not_drawn.append((frame.source.shown, rendered.not_drawn))
         return frame
 
     def _entries(self, number: int, frame: Frame, instances: Instances) -> list[dict[str, Any]]:
@@ -144,84 +156,60 @@ class Output:
         names = instances.class_names
         if instances.regions is not None:
             names += instances.regions.class_names
+        source = frame.source
+        image_id = number if source.image_id is None else source.image_id
         entries = []
-        for entry, name in zip(instances.to_coco(number), names, strict=True):
-            named: dict[str, Any] = {"image_id": number, "file_name": self._names[frame.source]}
+        for entry, name in zip(instances.to_coco(image_id), names, strict=True):
+            named: dict[str, Any] = {"image_id": image_id, "file_name": self._names[source]}
             if frame.index is not None:
                 named |= {"frame": frame.index, "time": round(frame.time, 3)}
             named |= {"category_id": entry["category_id"], "category_name": name}
-            named |= {"bbox": [round(value, 2) for value in entry["bbox"]], "score": round(entry["score"], 5)}
+            named |= {"bbox": self._rounded(entry["bbox"], 2), "score": self._rounded([entry["score"]], 5)[0]}
             if "keypoints" in entry:
-                entry["keypoints"] = [round(value, 2) for value in entry["keypoints"]]
+                entry["keypoints"] = self._rounded(entry["keypoints"], 2)
             entries.append(named | {key: entry[key] for key in OPTIONAL_KEYS if key in entry})
         return entries
 
-    def _video_of(self, source: Source, rate: float, picture: np.ndarray) -> _VideoWriter:
-        if self._video is None or self._video.source != source:
-            self._close_video()
-            self._video = _VideoWriter(self._paths[source], source, rate, picture.shape[:2])
-        return self._video
+    def _rounded(self, values: list[float], digits: int) -> list[float]:
+        return values if self._exact else [round(value, digits) for value in values]
+
+    def _add_to_video(self, frame: Frame, picture: np.ndarray) -> str:
+        """Append a picture; the reason where the encoder does not take pictures of this kind."""
+        try:
+            if self._video is None or self._video.source != frame.source:
+                self._close_video()
+                self._video = VideoWriter(self._paths[frame.source], frame.source, frame.rate, picture.shape[:2])
+            self._video.add(picture, frame.time)
+        except UserError as error:
+            if isinstance(error.__cause__, OSError):  # the disk, not the picture
+                raise
+            self._undrawable = frame.source
+            self._close_video(error)
+            return str(error)
+        return ""
 
     def _close_video(self, error: BaseException | None = None) -> None:
-        if self._video is not None:
-            self._video.close(error)
-            self._video = None
-
-
-class _VideoWriter:
-    """H.264 in MP4, with the time stamps of the source."""
-
-    def __init__(self, path: Path, source: Source, rate: float, size: tuple[int, int]) -> None:
-        self.source = source
-        self._path = path
-        self._size = size
-        self._last = -1
-        codec = next(codec for codec in VIDEO_CODECS if codec in av.codecs_available)
-        with _errors_name(path), ExitStack() as files:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = files.enter_context(whole_file(path))
-            self._container = files.enter_context(av.open(str(temporary), "w", format="mp4"))
-            self._files = files.pop_all()
-        stream = self._container.add_stream(codec, rate=Fraction(rate).limit_denominator(1001))
-        assert isinstance(stream, av.VideoStream)
-        stream.height, stream.width = (side + side % 2 for side in size)  # 4:2:0 colour needs even sides
-        stream.pix_fmt = "yuv420p"
-        stream.codec_context.time_base = Fraction(1, VIDEO_CLOCK)
-        if codec == "libx264":
-            stream.options = {"crf": "20", "preset": "veryfast"}
-        self._stream = stream
-
-    def add(self, picture: np.ndarray, time: float) -> None:
-        """Append (H, W, 3) uint8 RGB, shown from ``time`` seconds on."""
-        if picture.shape[:2] != self._size:  # a stream may change its size in the middle
-            picture = cv2.resize(picture, self._size[::-1])
-        odd_rows, odd_columns = (side % 2 for side in self._size)
-        if odd_rows or odd_columns:
-            picture = cv2.copyMakeBorder(picture, 0, odd_rows, 0, odd_columns, cv2.BORDER_REPLICATE)
-        frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-        self._last = frame.pts = max(round(time * VIDEO_CLOCK), self._last + 1)  # the encoder needs rising time stamps
-        frame.time_base = Fraction(1, VIDEO_CLOCK)
-        with _errors_name(self._path):
-            self._container.mux(self._stream.encode(frame))
-
-    def close(self, error: BaseException | None = None) -> None:
-        """Write the encoder's last frames and give the file its name; after an error, remove the file."""
-        if error is not None:
-            # Closing the container writes its index, which fails again if the error was a full disk.
-            with suppress(av.error.FFmpegError, OSError):
-                self._files.__exit__(type(error), error, error.__traceback__)
+        if self._video is None:
             return
-        with _errors_name(self._path), self._files:
-            self._container.mux(self._stream.encode(None))
+        video, self._video = self._video, None
+        if error is None:
+            self._forget_earlier()
+            if video.resized:
+                size = f"{video.resized} of its frames have another size than the first"
+                self.summary.notes.append(f"{video.source.shown}: {size}; they are drawn at that size")
+        video.close(error)
+
+    def _forget_earlier(self) -> None:
+        """Remove the ``predictions.json`` of an earlier run."""
+        with self._lock:
+            if self._earlier_is_there:
+                with errors_name(self.folder / PREDICTIONS):
+                    (self.folder / PREDICTIONS).unlink(missing_ok=True)
+                self._earlier_is_there = False
 
 
-@contextmanager
-def _errors_name(path: Path) -> Iterator[None]:
-    """Errors of the system and of the video library become a ``UserError`` that names the file."""
-    try:
-        yield
-    except (av.error.FFmpegError, OSError) as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+def _posix(source: Source) -> str:
+    return source.shown if source.kind == "stream" or "://" in source.path else Path(source.path).as_posix()
 
 
 def _paths(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]:
@@ -229,7 +217,7 @@ def _paths(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]:
     taken = {PREDICTIONS}
     paths = {}
     for source in sources:
-        relative = Path(source.name)
+        relative = _inside(source.name)
         suffix = {"image": ".png" if relative.suffix.lower() == ".png" else ".jpg"}.get(source.kind, ".mp4")
         stem = relative.stem if source.kind != "camera" else relative.name
         number, name = 1, f"{stem}{suffix}"
@@ -243,3 +231,9 @@ def _paths(folder: Path, sources: Sequence[Source]) -> dict[Source, Path]:
         if path.resolve() in originals:
             raise UserError(f"--output {folder}: {path} would replace a source; choose another folder")
     return paths
+
+
+def _inside(name: str) -> Path:
+    """A name as a path that stays inside a folder: a data set may list pictures that lie beside its own folder."""
+    path = PurePath(name)
+    return Path(*[part for part in path.parts if part not in (path.anchor, "..", ".")])

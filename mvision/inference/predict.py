@@ -175,17 +175,18 @@ def predict_images(
     if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
         images = [images]  # type: ignore[list-item]
     prepared = ordered_map(partial(_prepare_image, model.config.image_size), images, WORKERS)
-    with eval_mode(model), closing(infer(model, prepared, chosen, batch_size)) as results:
-        return [replace(instances, path=path) for path, instances in results if instances is not None]
+    with eval_mode(model), closing(infer(model, prepared, [chosen], batch_size)) as results:
+        return [replace(found[0], path=path) for path, found in results if found is not None]
 
 
 def infer(
-    model: Predictor, prepared: Iterable[Prepared[T]], chosen: Selection, batch_size: int | None
-) -> Generator[tuple[T, Instances | None], None, None]:
+    model: Predictor, prepared: Iterable[Prepared[T]], chosen: Sequence[Selection], batch_size: int | None
+) -> Generator[tuple[T, list[Instances] | None], None, None]:
     """Run the model on batches, in the caller's thread, and the post-processing in a second one.
 
     Yields:
-        For every prepared image, in order, what identifies it and its instances; None if it has no input.
+        For every prepared image, in order, what identifies it and its instances, once for every selection; None if it
+        has no input.
     """
     results = ordered_map(partial(_postprocess, model, chosen), _outputs(model, prepared, batch_size), 1, ahead=1)
     with closing(results) as batches:
@@ -207,13 +208,16 @@ def _outputs(
 
 
 def _postprocess(
-    model: Predictor, chosen: Selection, raw: tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]
-) -> list[tuple[T, Instances | None]]:
+    model: Predictor, chosen: Sequence[Selection], raw: tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]
+) -> list[tuple[T, list[Instances] | None]]:
     batch, outputs = raw
     sizes = [size for _, image, size in batch if image is not None]
     with torch.no_grad():  # the setting of the caller's thread does not apply to this one
-        options = {"multi_label": chosen.multi_label, "nms": chosen.nms}
-        results = iter(model.postprocess(outputs, sizes, chosen.threshold, **options) if sizes else [])
+        found = [
+            model.postprocess(outputs, sizes, one.threshold, multi_label=one.multi_label, nms=one.nms)
+            for one in (chosen if sizes else ())
+        ]
+    results = map(list, zip(*found))  # by image
     return [(key, None if image is None else next(results)) for key, image, _ in batch]
 
 

@@ -1,4 +1,4 @@
-"""Prediction on sources (files, folders, videos, cameras) into a folder of pictures and ``predictions.json``."""
+"""Prediction on sources (files, folders, videos, cameras, URLs) into a folder of pictures and ``predictions.json``."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mvision.errors import UserError
-from mvision.inference.output import Output, Summary
+from mvision.drawing import unwritable
+from mvision.errors import UserError, printable
+from mvision.inference.output import Output
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, infer
+from mvision.inference.reading import Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
-from mvision.inference.sources import Frame, Source, find_sources, read_frames
+from mvision.inference.sources import Sources, find_sources
+from mvision.inference.summary import Summary
 from mvision.structures.images import resize_image
 
 
 def predict_sources(
     model: Predictor,
-    sources: Sequence[str | Path],
+    sources: Sequence[str | Path] | Sources,
     output: Path,
     threshold: Threshold = DEFAULT_THRESHOLD,
     batch_size: int | None = None,
@@ -29,55 +32,72 @@ def predict_sources(
     *,
     multi_label: bool = False,
     nms: float | None = None,
+    for_metrics: Selection | None = None,
 ) -> Summary:
-    """Predict on files, folders, globs, videos and cameras; write pictures and ``predictions.json``.
+    """Predict on files, folders, globs, videos, streams and cameras; write pictures and ``predictions.json``.
 
     ``output`` gets one picture per image under the same stem (below the same folders), one MP4 per video or camera, and
     ``predictions.json``, a COCO results list whose entries also name the file, the class and, in videos, the frame and
-    its time. ``image_id`` there numbers all images from 1 in the order of the sources. Reading, inference, drawing and
-    writing overlap, and memory does not grow with the number of images. No file is left incomplete: after Ctrl-C or on
-    a full disk there are complete pictures and no ``predictions.json``. Ctrl-C is how a camera's recording usually
-    ends, so with a camera the results up to then are kept.
+    its time. ``image_id`` there is that of the source, or else numbers all images from 1 in their order. Reading,
+    inference, drawing and writing overlap, and memory does not grow with the number of images. No file is left
+    incomplete: after Ctrl-C or on a full disk there are complete pictures and no ``predictions.json``. Ctrl-C is how a
+    camera's recording or a stream usually ends, so with one of them the results up to then are kept.
 
     Args:
         model: in any mode, which it keeps.
-        sources: see ``find_sources``.
+        sources: see ``find_sources``; or what it has found.
         output: a folder; made if missing, files of an earlier run are replaced.
-        threshold: instances with a lower score (0..1) are left out.
+        threshold, multi_label, nms: see ``predict_images``.
         batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
         progress: show a progress bar.
+        for_metrics: what ``predictions.json`` holds, where it is not what the pictures show; its numbers are then not
+            rounded.
 
     Raises:
         UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
-            be written, a threshold outside 0..1.
+            be written, a threshold or IoU outside 0..1, a class that the model does not have.
     """
-    chosen = Selection(threshold, multi_label, nms)
-    chosen.check(model.config.categories)
-    inputs = find_sources(sources, leave_out=output)
+    chosen = [Selection(threshold, multi_label, nms), *([] if for_metrics is None else [for_metrics])]
+    for selection in chosen:
+        selection.check(model.config.categories)
+    inputs = sources if isinstance(sources, Sources) else find_sources(sources, leave_out=output)
     started = time.monotonic()
-    with Output(output, inputs) as writer:
+    with Output(output, inputs, exact=for_metrics is not None) as writer:
         try:
             with eval_mode(model):
                 _run(model, inputs, writer, chosen, batch_size, progress)
         except KeyboardInterrupt:
-            if all(source.kind != "camera" for source in inputs):
+            if not any(source.is_live for source in inputs):
                 raise
         summary = writer.summary
         if not summary.images and summary.skipped:
             name, reason = summary.skipped[0]
             raise UserError(f"none of {len(inputs)} sources can be read; the first is {name}: {reason}")
+    summary.skipped += inputs.skipped
+    summary.notes += inputs.notes()
+    if summary.instances and (numbered := unwritable(model.config.categories)):
+        shown = ", ".join(f"{number} is {printable(name)}" for number, name in list(numbered.items())[:3])
+        summary.notes.append(
+            f"{len(numbered)} class names are drawn as numbers, because no font here has their characters ({shown}); "
+            "fonts such as Noto have them"
+        )
     summary.seconds = time.monotonic() - started
     return summary
 
 
 def _run(
-    model: Predictor, inputs: list[Source], writer: Output, chosen: Selection, batch_size: int | None, progress: bool
+    model: Predictor,
+    inputs: Sources,
+    writer: Output,
+    chosen: Sequence[Selection],
+    batch_size: int | None,
+    progress: bool,
 ) -> None:
     """Six stages that overlap: decode, resize, infer (in this thread), post-process, draw and encode, write."""
     frames = read_frames(inputs, ahead=WORKERS)
     prepared = ordered_map(partial(_prepare_frame, model.config.image_size), frames, workers=2, ahead=2)
     inferred = infer(model, prepared, chosen, batch_size)
-    numbered = ((number, frame, instances) for number, (frame, instances) in enumerate(inferred, start=1))
+    numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))
     rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
     total = len(inputs) if all(source.kind == "image" for source in inputs) else None
     with closing(ordered_map(writer.add, rendered, workers=1, ahead=1)) as written:
@@ -90,4 +110,5 @@ def _run(
 def _prepare_frame(size: tuple[int, int], frame: Frame) -> Prepared[Frame]:
     if frame.image is None:
         return frame, None, (0, 0)
-    return frame, resize_image(frame.image, size), frame.image.shape[:2]
+    # Results are in the pixels that the data set's annotations are in, where the picture is of a data set.
+    return frame, resize_image(frame.image, size), frame.source.size or frame.image.shape[:2]

@@ -1,6 +1,7 @@
-"""The sources of a prediction: image files, folders, globs, videos and cameras, as one ordered stream of frames.
+"""The sources of a prediction: image files, folders, globs, videos, streams and cameras.
 
-Names are looked up first, so that a misspelt one is reported before any work; pictures are decoded one after another.
+Names are looked up first, so that a misspelt one is reported before any work; ``mvision.inference.reading`` decodes
+what was found.
 """
 
 from __future__ import annotations
@@ -8,210 +9,251 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
-from typing import Literal
-
-import av
-import cv2
-import numpy as np
+from stat import S_ISREG
+from typing import Any, Literal
 
 from mvision.errors import UserError
-from mvision.inference.pipeline import background, ordered_map
-from mvision.structures.images import IMAGE_SUFFIXES, BadImage, read_image
+from mvision.inference.streams import check_url, hide_password, is_picture, is_url, name_of_url
+from mvision.structures.images import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, BadImage, frames, image_size
 
-VIDEO_SUFFIXES = frozenset({".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm", ".wmv"})
-DECODERS = 4
-DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not give a rate
+VIDEO_SUFFIXES = frozenset(
+    (
+        *(".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg"),
+        *(".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf", ".ogv", ".ts", ".vob", ".webm", ".wmv", ".y4m"),
+    )
+)
+MOVING = frozenset({".gif", ".apng"})  # pictures that are videos where they have several frames
+VIDEO_DEVICE = re.compile(r"/dev/video(\d+)")
 
 
 @dataclass(frozen=True)
 class Source:
-    """One image file, video file or camera.
+    """One image file, video file, stream or camera.
 
     Attributes:
-        kind: one of the three.
-        path: the file, as the user wrote it or its folder; a camera's number as text.
+        kind: one of the four.
+        path: the file, as the user wrote it or its folder; a URL; a camera's number as text.
         name: the path below the folder that was given, with forward slashes; for a file that was given, its name.
         required: the user named this file itself (not its folder or a glob), so it has to be readable.
+        image_id: the number of the image in the data set that it is from; None: it is numbered where it is predicted.
+        size: the (height, width) that the data set's annotations of it are for; None: those of the picture.
     """
 
-    kind: Literal["image", "video", "camera"]
+    kind: Literal["image", "video", "stream", "camera"]
     path: str
     name: str
     required: bool = True
+    image_id: Any = None
+    size: tuple[int, int] | None = None
+
+    @property
+    def shown(self) -> str:
+        """The path for messages and results, without the password of a URL."""
+        return hide_password(self.path)
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it may have no end, so that Ctrl-C is how it is ended."""
+        return self.kind in ("stream", "camera")
 
 
-@dataclass
-class Frame:
-    """One picture to predict on.
+class Sources(list[Source]):
+    """Sources, and what was left out of the folders and globs.
 
     Attributes:
-        source: the file or camera that it is from.
-        image: (H, W, 3) uint8 RGB, upright; None if it cannot be read, see ``problem``.
-        index: 0-based number within a video or camera, None for an image file.
-        time: seconds since the start of the video.
-        rate: frames per second of the video.
-        problem: the reason why an image, or the rest of a video, cannot be read.
+        left_out: the number of files by their ending, or by the reason.
+        example: a picture that was left out because there is no decoder for its ending.
+        outside: number of sources that lie outside their folder and are reached through links.
+        skipped: (folder, reason) of each folder that cannot be read.
     """
 
-    source: Source
-    image: np.ndarray | None
-    index: int | None = None
-    time: float = 0.0
-    rate: float = 0.0
-    problem: str = ""
+    def __init__(self, sources: Iterable[Source] = ()) -> None:
+        super().__init__(sources)
+        self.left_out: Counter[str] = Counter()
+        self.example = ""
+        self.outside = 0
+        self.skipped: list[tuple[str, str]] = []
+
+    def notes(self) -> list[str]:
+        """Lines for the user."""
+        lines = []
+        if self.left_out:
+            what = ", ".join(f"{count} {reason}" for reason, count in self.left_out.most_common())
+            lines.append(f"left out {self.left_out.total()} files: {what}")
+        if self.example:
+            lines.append(f"there is no decoder for some of them, such as {self.example}: convert them to PNG or JPEG")
+        if self.outside:
+            lines.append(f"{self.outside} sources lie outside the given folders, through links")
+        return lines
 
 
-def find_sources(sources: Sequence[str | Path], leave_out: Path | None = None) -> list[Source]:
+def find_sources(sources: Sequence[str | Path], leave_out: Path | None = None) -> Sources:
     """Look up sources, in the order given; files in folders (at any depth) and of globs are sorted by name.
 
     Args:
-        sources: image or video files, folders, globs (``**`` is any depth), or camera numbers ("0").
+        sources: image or video files, folders, globs (``**`` is any depth), camera numbers ("0"), or URLs, see
+            ``mvision.inference.streams``.
         leave_out: a folder whose files are ignored, such as an earlier run's output inside the folder of pictures.
 
     Raises:
-        UserError: a missing path, a folder or glob without pictures, or an empty list.
+        UserError: a missing path, a folder or glob without pictures, an empty list, or a URL of another kind or of a
+            host that does not answer.
     """
-    inputs: list[Source] = []
+    found = Sources()
     for source in sources:
         text = os.fspath(source)
         path = Path(text)
-        if path.is_dir():
-            inputs += _in_folder(path, leave_out)
-        elif path.exists():
-            inputs.append(Source(_kind(path), text, path.name))
+        try:
+            is_there, is_folder = path.exists(), path.is_dir()
+        except (OSError, ValueError) as error:  # a folder above that may not be read, a name too long, or no name
+            reason = getattr(error, "strerror", None) or str(error)
+            raise UserError(f"source {text}: cannot be looked up ({reason})") from error
+        if is_folder:
+            _in_folder(path, leave_out, found)
+        elif device := VIDEO_DEVICE.fullmatch(text):
+            found.append(Source("camera", device[1], f"camera-{device[1]}"))
+        elif is_there:
+            found.append(_file(path, text))
         elif text.isdecimal():
-            inputs.append(Source("camera", text, f"camera-{text}"))
+            found.append(Source("camera", text, f"camera-{text}"))
+        elif is_url(text):
+            found.append(_url(text))
         elif glob.has_magic(text):
-            inputs += _in_glob(text, leave_out)
+            _in_glob(text, leave_out, found)
         else:
             raise UserError(f"source {text}: no such file or folder")
-    if not inputs:
-        raise UserError("no source given: name images, a folder, a glob such as 'photos/*.jpg', a video or a camera")
-    return inputs
+    once = list({(source.kind, source.path): source for source in reversed(found)}.values())[::-1]
+    if len(once) < len(found):
+        found.left_out["named twice"] += len(found) - len(once)
+        found[:] = once
+    if not found:
+        raise UserError(
+            "no source given: name images, a folder, a glob such as 'photos/*.jpg', a video, a URL or a camera"
+        )
+    return found
 
 
-def read_frames(sources: Iterable[Source], ahead: int = 2 * DECODERS) -> Generator[Frame, None, None]:
-    """Decode in the background, up to ``ahead`` pictures before they are taken, and yield frames in order.
+def _file(path: Path, text: str) -> Source:
+    """A file that the user named; without a known ending, its content tells whether it is a picture."""
+    if not path.is_file():
+        raise UserError(f"source {text}: neither a file nor a folder")
+    kind = _kind(path)
+    if path.suffix.lower() not in IMAGE_SUFFIXES | UNREADABLE_SUFFIXES | VIDEO_SUFFIXES:
+        try:
+            image_size(path)
+        except BadImage:
+            kind = "video"
+    return Source(kind, text, path.name)
 
-    A picture of a folder or a glob that cannot be read is a frame without image; so is the rest of a video that breaks
-    off, after its readable frames.
 
-    Raises:
-        UserError: a file that the user named, or a camera, cannot be read.
-    """
-    for kind, group in groupby(sources, key=lambda source: source.kind):
-        if kind == "image":
-            yield from ordered_map(_read_image, group, workers=DECODERS, ahead=ahead)
-            continue
-        for source in group:
-            yield from background(_read_video(source) if kind == "video" else _read_camera(source))
+def _url(text: str) -> Source:
+    check_url(text)
+    return Source("image" if is_picture(text) else "stream", text, name_of_url(text))
 
 
 def _kind(path: Path) -> Literal["image", "video"]:
-    return "video" if path.suffix.lower() in VIDEO_SUFFIXES else "image"
+    suffix = path.suffix.lower()
+    if suffix in MOVING:
+        try:
+            return "video" if frames(path) > 1 else "image"
+        except BadImage:
+            return "image"  # which is reported when it is read
+    return "video" if suffix in VIDEO_SUFFIXES else "image"
 
 
-def _in_folder(folder: Path, leave_out: Path | None) -> list[Source]:
+def _in_folder(folder: Path, leave_out: Path | None, found: Sources) -> None:
     def refuse(error: OSError) -> None:
-        raise UserError(f"source {error.filename}: cannot be read ({error.strerror})") from error
+        reason = f"cannot be read ({error.strerror})"
+        if error.filename == os.fspath(folder):
+            raise UserError(f"source {folder}: {reason}") from error
+        found.skipped.append((str(error.filename), reason))
 
-    files = [Path(root) / name for root, _, names in os.walk(folder, onerror=refuse) for name in names]
-    return _pictures(files, folder, leave_out, f"{folder}: no image or video in this folder")
+    top = folder.resolve()
+    files, visited = [], {top}
+    elsewhere: set[str] = set()  # folders that are reached through a link out of the given one
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        files += [(Path(root) / name, str(Path(root)) in elsewhere) for name in names]
+        kept = []
+        for name in folders:
+            inner = Path(root) / name
+            if name.startswith("."):
+                found.left_out["hidden folders"] += 1
+                continue
+            if str(Path(root)) in elsewhere or inner.is_symlink():
+                target = inner.resolve()
+                if target in visited or target.is_relative_to(top):
+                    continue  # the same pictures a second time
+                if top.is_relative_to(target):
+                    found.left_out["links to a folder above"] += 1
+                    continue
+                visited.add(target)
+                elsewhere.add(str(inner))
+            kept.append(name)
+        folders[:] = kept
+    _add(files, folder, leave_out, found, f"{folder}: no image or video in this folder")
 
 
-def _in_glob(pattern: str, leave_out: Path | None) -> list[Source]:
+def _in_glob(pattern: str, leave_out: Path | None, found: Sources) -> None:
     parts = Path(pattern).parts
     fixed = next(index for index, part in enumerate(parts) if glob.has_magic(part))
     # Unlike Path.glob, this takes patterns with a folder in front, absolute or not.
-    files = [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207
-    files = [file for file in files if file.is_file()]
-    return _pictures(files, Path(*parts[:fixed]), leave_out, f"{pattern}: matches no image or video")
+    files = [(Path(name), False) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207
+    files = [file for file in files if not file[0].is_dir()]
+    _add(files, Path(*parts[:fixed]), leave_out, found, f"{pattern}: matches no image or video")
 
 
-def _pictures(files: list[Path], root: Path, leave_out: Path | None, problem: str) -> list[Source]:
-    """Files with a known suffix in natural order, without hidden ones and those below ``leave_out``.
+def _add(files: list[tuple[Path, bool]], root: Path, leave_out: Path | None, found: Sources, problem: str) -> None:
+    """Add the files with a known suffix in natural order; count hidden ones, those below ``leave_out``, and others.
+
+    Args:
+        files: each with whether it lies in a folder outside.
 
     Raises:
         UserError: there are none; ``problem`` is the message.
     """
-    known = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+    top = root.resolve()
     excluded = None
-    if leave_out is not None and root.resolve() in leave_out.resolve().parents:
-        excluded = f"{leave_out.resolve().relative_to(root.resolve()).as_posix()}/"
-    found = []
-    for file in files:
+    if leave_out is not None and top in leave_out.resolve().parents:
+        excluded = f"{leave_out.resolve().relative_to(top).as_posix()}/"
+    pictures: list[Source] = []
+    left_out: Counter[str] = Counter()
+    for file, is_outside in files:
         name = file.relative_to(root).as_posix()
-        hidden = any(part.startswith(".") for part in name.split("/"))
-        if not hidden and file.suffix.lower() in known and not (excluded and name.startswith(excluded)):
-            found.append(Source(_kind(file), str(file), name, required=False))
-    if not found:
-        raise UserError(f"source {problem} ({' '.join(sorted(suffix[1:] for suffix in known))})")
-    return sorted(found, key=lambda source: _natural(source.name))
+        reason = _left_out(file, name, excluded)
+        if reason:
+            left_out[reason] += 1
+            if file.suffix.lower() in UNREADABLE_SUFFIXES and reason.startswith("."):
+                found.example = found.example or name
+            continue
+        pictures.append(Source(_kind(file), str(file), name, required=False))
+        found.outside += is_outside or (file.is_symlink() and not file.resolve().is_relative_to(top))
+    if not pictures:
+        there = ", ".join(f"{count} {reason}" for reason, count in left_out.most_common(5))
+        known = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES))
+        raise UserError(f"source {problem} ({known}){f'; there are {there}' if there else ''}")
+    found.left_out += left_out
+    found += sorted(pictures, key=lambda source: _natural(source.name))
+
+
+def _left_out(file: Path, name: str, excluded: str | None) -> str:
+    """Why a file of a folder is no source; empty if it is one."""
+    if any(part.startswith(".") for part in name.split("/")):
+        return "hidden"
+    if excluded and name.startswith(excluded):
+        return "in the output folder"
+    if file.suffix.lower() not in IMAGE_SUFFIXES | VIDEO_SUFFIXES:
+        return file.suffix.lower() or "without ending"
+    try:
+        is_file = S_ISREG(file.stat().st_mode)
+    except OSError:
+        return ""  # such as a link to nothing: it is named when it is read
+    return "" if is_file else "neither file nor folder"  # reading a named pipe would wait for ever
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
     """A sorting key that compares numbers by value: frame-9 comes before frame-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
-def _read_image(source: Source) -> Frame:
-    try:
-        return Frame(source, read_image(source.path))
-    except BadImage as error:
-        return _unreadable(source, error.reason, error)
-
-
-def _read_video(source: Source) -> Iterator[Frame]:
-    index = announced = 0
-    try:
-        with av.open(source.path) as container:
-            if not container.streams.video:
-                yield _unreadable(source, "no video in this file", None)
-                return
-            stream = container.streams.video[0]
-            stream.thread_type = "AUTO"
-            announced = stream.frames
-            rate = float(stream.average_rate or stream.guessed_rate or DEFAULT_RATE)
-            for picture in container.decode(stream):
-                quarters = round(getattr(picture, "rotation", 0) / 90)  # counter-clockwise; older PyAV lacks it
-                image = np.rot90(picture.to_ndarray(format="rgb24"), quarters)
-                seconds = index / rate if picture.time is None else float(picture.time)
-                yield Frame(source, np.ascontiguousarray(image), index, seconds, rate)
-                index += 1
-    except (av.error.FFmpegError, OSError) as error:
-        if index == 0:
-            yield _unreadable(source, f"not a video that can be read ({error.strerror})", error)
-        else:
-            yield Frame(source, None, problem=f"breaks off after {index} frames ({error.strerror})")
-        return
-    if index == 0:
-        yield _unreadable(source, "a video without pictures", None)
-    elif index < 0.9 * announced:  # the header's number is an estimate in some formats
-        yield Frame(source, None, problem=f"breaks off after {index} of {announced} frames")
-
-
-def _read_camera(source: Source) -> Iterator[Frame]:
-    camera = cv2.VideoCapture(int(source.path))
-    try:
-        rate = camera.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
-        index = 0
-        while True:
-            good, image = camera.read()
-            if not good:
-                break
-            yield Frame(source, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), index, index / rate, rate)
-            index += 1
-    finally:
-        camera.release()
-    if index == 0:
-        raise UserError(f"source {source.path}: no camera with this number, or it gives no pictures")
-
-
-def _unreadable(source: Source, reason: str, error: Exception | None) -> Frame:
-    if source.required:
-        raise UserError(f"source {source.path}: {reason}") from error
-    return Frame(source, None, problem=reason)

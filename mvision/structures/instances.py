@@ -142,5 +142,15 @@ class Instances:
         )
 
     def draw(self, image: np.ndarray) -> np.ndarray:
-        """A copy of ``image`` ((H, W, 3) uint8 RGB) with the instances drawn on it."""
+        """A copy of ``image`` ((H, W, 3) uint8 RGB) with the instances drawn on it.
+
+        Raises:
+            UserError: the image is of another size or kind than the one that the instances were found in.
+        """
+        if isinstance(image, np.ndarray) and image.ndim >= 2 and image.shape[:2] != tuple(self.size):
+            (height, width), (own_height, own_width) = image.shape[:2], self.size
+            raise UserError(
+                f"draw: the picture is {width} x {height}, and these instances are for one of {own_width} x {own_height}; "
+                f"give that one, or draw instances.resized(({height}, {width}))"
+            )
         return draw_instances(image, self)

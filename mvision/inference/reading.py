@@ -1,0 +1,233 @@
+"""Decoding sources: pictures by several threads, videos, streams and cameras in the background, frames in order."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import av
+import cv2
+import numpy as np
+
+from mvision.errors import UserError
+from mvision.inference.pipeline import background, ordered_map
+from mvision.inference.sources import Source
+from mvision.inference.streams import downloaded, ffmpeg_input
+from mvision.structures.decoding import check_size
+from mvision.structures.images import BadImage, read_image
+
+DECODERS = 4
+DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not give a rate
+RATES = (0.1, 1000.0)  # frames per second that are believed
+# Of a video's picture, with those that wait for the model, for drawing and for the encoder: the limit for pictures (see
+# ``check_size``) holds for all of them together.
+BYTES_PER_PIXEL = 24
+FAILED_READS = 100  # in succession: what follows in the file is not a video any more
+ASPECT_TOLERANCE = 0.03
+
+
+@dataclass
+class Frame:
+    """One picture to predict on.
+
+    Attributes:
+        source: the file or camera that it is from.
+        image: (H, W, 3) uint8 RGB, upright; None if it cannot be read, see ``problem``.
+        index: 0-based number within a video or camera, None for an image file.
+        time: seconds since the start of the video.
+        rate: frames per second of the video.
+        problem: the reason why an image, or a part of a video, cannot be read.
+        notes: what was left out of the picture or replaced in it, a line each.
+    """
+
+    source: Source
+    image: np.ndarray | None
+    index: int | None = None
+    time: float = 0.0
+    rate: float = 0.0
+    problem: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def read_frames(sources: Iterable[Source], ahead: int = 2 * DECODERS) -> Generator[Frame, None, None]:
+    """Decode in the background, up to ``ahead`` pictures before they are taken, and yield frames in order.
+
+    A picture of a folder or a glob that cannot be read is a frame without image; so is what is missing in a video,
+    after its readable frames.
+
+    Raises:
+        UserError: a file that the user named, a stream or a camera cannot be read.
+    """
+    for kind, group in groupby(sources, key=lambda source: source.kind):
+        if kind == "image":
+            yield from ordered_map(_read_image, group, workers=DECODERS, ahead=ahead)
+            continue
+        for source in group:
+            yield from background(_read_camera(source) if kind == "camera" else _Video(source).frames())
+
+
+def _read_image(source: Source) -> Frame:
+    notes: list[str] = []
+    try:
+        if source.path.startswith(("http://", "https://")):
+            with downloaded(source.path) as file:
+                return Frame(source, read_image(file, notes=notes), notes=notes)
+        image = read_image(source.path, notes=notes)
+        return Frame(source, _as_labelled(source, image), notes=notes)
+    except BadImage as error:
+        return _unreadable(source, error.reason, error)
+
+
+def _as_labelled(source: Source, image: np.ndarray) -> np.ndarray:
+    """The picture in the geometry that its annotations are for: some tools ignore the camera's orientation.
+
+    Raises:
+        BadImage: it has another shape than they say, whichever way it is turned.
+    """
+    if source.size is None:
+        return image
+    height, width = source.size
+    for candidate in (image, None):
+        turned = read_image(source.path, rotate=False) if candidate is None else candidate
+        if abs(turned.shape[1] / turned.shape[0] * height / width - 1) <= ASPECT_TOLERANCE:
+            return turned
+    shape = f"{image.shape[1]} x {image.shape[0]}"
+    raise BadImage(source.path, f"is {shape}, its annotations are for {width} x {height}")
+
+
+class _Video:
+    """A video file or stream: its pictures, and what is damaged in it."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.index = 0
+        self.damaged = 0  # packets that cannot be decoded, and places where the file cannot be read
+        self.doubtful = 0  # pictures that were decoded from damaged packets
+        self.rate = DEFAULT_RATE
+        self._last = 0.0  # time of the latest picture
+        self._shift = 0.0  # added to the times of the file
+
+    def frames(self) -> Iterator[Frame]:
+        """All pictures that can be decoded, then a frame without image where some cannot."""
+        announced = 0
+        name, options = ffmpeg_input(self.source.path, self.source.kind == "stream")
+        try:
+            with av.open(name, **options) as container:
+                if not container.streams.video:
+                    yield self._unreadable("no video in this file", None)
+                    return
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                announced = stream.frames
+                self._set_rate(stream)
+                start = (container.start_time or 0) / av.time_base
+                for picture in self._pictures(container, stream):
+                    yield self._frame(picture, start)
+        except BadImage as error:
+            yield self._stopped(error.reason, error)
+            return
+        except (av.error.FFmpegError, OSError, ValueError) as error:  # ValueError: options that PyAV does not know
+            reason = getattr(error, "strerror", None) or str(error)
+            if isinstance(error, av.error.ExitError):  # PyAV's timeout
+                reason = "no answer"
+            yield self._stopped(reason, error)
+            return
+        if self.index == 0:
+            yield self._unreadable(f"a video without pictures that can be decoded{self._damage()}", None)
+        elif self.index < 0.9 * announced:  # the header's number is an estimate in some formats
+            problem = f"breaks off after {self.index} of {announced} frames{self._damage()}"
+            yield Frame(self.source, None, problem=problem)
+        elif self.damaged or self.doubtful:
+            yield Frame(self.source, None, problem=f"{self.index} frames{self._damage()}")
+
+    def _pictures(
+        self, container: av.container.InputContainer, stream: av.video.stream.VideoStream
+    ) -> Iterator[av.VideoFrame]:
+        """The pictures, going on behind packets that are damaged."""
+        failed = 0
+        while True:
+            try:
+                for packet in container.demux(stream):
+                    failed = 0
+                    yield from self._decode(packet)
+                return
+            except av.error.ExitError:
+                raise
+            except av.error.FFmpegError:
+                failed += 1
+                self.damaged += 1
+                if failed == FAILED_READS:
+                    raise
+
+    def _decode(self, packet: av.Packet) -> list[av.VideoFrame]:
+        try:
+            return packet.decode()  # type: ignore[return-value]
+        except av.error.EOFError:
+            return []  # the decoder's end
+        except av.error.FFmpegError:
+            self.damaged += 1
+            return []
+
+    def _frame(self, picture: av.VideoFrame, start: float) -> Frame:
+        check_size(self.source.path, picture.width, picture.height, "video", BYTES_PER_PIXEL)
+        quarters = round(getattr(picture, "rotation", 0) / 90)  # counter-clockwise; older PyAV lacks it
+        image = np.rot90(picture.to_ndarray(format="rgb24"), quarters)
+        seconds = self._time(None if picture.time is None else float(picture.time) - start)
+        frame = Frame(self.source, np.ascontiguousarray(image), self.index, seconds, self.rate)
+        self.index += 1
+        self.doubtful += picture.is_corrupt
+        return frame
+
+    def _time(self, given: float | None) -> float:
+        """Seconds that rise from picture to picture, also where the clock of a stream starts again."""
+        if self.index == 0:
+            seconds = max(given or 0.0, 0.0)
+        elif given is not None and given + self._shift > self._last:
+            seconds = given + self._shift
+        else:
+            seconds = self._last + 1 / self.rate
+            self._shift = 0.0 if given is None else seconds - given
+        self._last = seconds
+        return seconds
+
+    def _set_rate(self, stream: av.video.stream.VideoStream) -> None:
+        given = float(stream.average_rate or stream.guessed_rate or 0)
+        self.rate = given if RATES[0] <= given <= RATES[1] else DEFAULT_RATE
+
+    def _damage(self) -> str:
+        damage = f"; {self.damaged} damaged packets left out" if self.damaged else ""
+        return damage + (f"; {self.doubtful} frames are of damaged packets" if self.doubtful else "")
+
+    def _stopped(self, reason: str, error: Exception) -> Frame:
+        if self.index == 0:
+            what = "cannot be opened" if self.source.kind == "stream" else "not a video that can be read"
+            return self._unreadable(f"{what} ({reason})", error)
+        problem = f"breaks off after {self.index} frames ({reason}){self._damage()}"
+        return Frame(self.source, None, problem=problem)
+
+    def _unreadable(self, reason: str, error: Exception | None) -> Frame:
+        return _unreadable(self.source, reason, error)
+
+
+def _read_camera(source: Source) -> Iterator[Frame]:
+    camera = cv2.VideoCapture(int(source.path))
+    try:
+        rate = camera.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
+        index = 0
+        while True:
+            good, image = camera.read()
+            if not good:
+                break
+            yield Frame(source, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), index, index / rate, rate)
+            index += 1
+    finally:
+        camera.release()
+    if index == 0:
+        raise UserError(f"source {source.path}: no camera with this number, or it gives no pictures")
+
+
+def _unreadable(source: Source, reason: str, error: Exception | None) -> Frame:
+    if source.required:
+        raise UserError(f"source {source.shown}: {reason}") from error
+    return Frame(source, None, problem=reason)

@@ -1,0 +1,51 @@
+"""What a prediction on sources did, for the last lines of ``mvision predict``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PREDICTIONS = "predictions.json"
+SHOWN = 20  # files that are named; of more, the number
+
+
+@dataclass
+class Summary:
+    """What ``predict_sources`` did.
+
+    Attributes:
+        output: the folder with pictures and ``predictions.json``.
+        images: number of pictures predicted on (frames of videos each count).
+        instances: number of instances by class name.
+        regions: number of pictures with a semantic region of the class, by class name; of joint models.
+        skipped: (file, reason) of each file, or rest of a video, that could not be read.
+        not_drawn: (file, reason) of each picture whose results are in ``predictions.json`` alone.
+        remarks: number of pictures by what was left out of them or replaced in them.
+        notes: further lines for the user.
+        seconds: duration in seconds.
+    """
+
+    output: Path
+    images: int = 0
+    instances: Counter[str] = field(default_factory=Counter)
+    regions: Counter[str] = field(default_factory=Counter)
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    not_drawn: list[tuple[str, str]] = field(default_factory=list)
+    remarks: Counter[str] = field(default_factory=Counter)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        counts = [f"{count} {name}" for name, count in self.instances.most_common()]
+        counts += [f"region {name} in {count}" for name, count in self.regions.most_common()]
+        rate = self.images / max(self.seconds, 1e-9)
+        lines = [f"{self.images} images in {self.seconds:.1f} s ({rate:.1f}/s): {', '.join(counts) or 'nothing found'}"]
+        lines += _named("skipped", self.skipped) + _named("not drawn", self.not_drawn)
+        lines += [f"{count} x {remark}" for remark, count in self.remarks.most_common()]
+        return "\n".join([*lines, *self.notes, f"pictures and {PREDICTIONS}: {self.output}"])
+
+
+def _named(what: str, files: list[tuple[str, str]]) -> list[str]:
+    lines = [f"{what} {name}: {reason}" for name, reason in files[:SHOWN]]
+    return lines + [f"{what}: {len(files) - SHOWN} more"] * (len(files) > SHOWN)
