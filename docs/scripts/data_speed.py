@@ -89,14 +89,10 @@ def quick_check(root: Path, data: Path, _: Path) -> float:
 
 def start(root: Path, data: Path, folder: Path) -> float:
     """Seconds from the start of ``mvision train`` to the line that names the run."""
-    output = folder / f"run{time.monotonic_ns()}"
+    options = ("--workers", "0", "--output", str(folder / f"run{time.monotonic_ns()}"))
+    command = _command("train", "--task", "instance-seg", "--data", str(data), *options)
     begin = time.monotonic()
-    command = _command(
-        "train", "--task", "instance-seg", "--data", str(data), "--workers", "0", "--output", str(output)
-    )
-    with subprocess.Popen(
-        _command(*command), env=_environment(root), cwd=root, stdout=subprocess.PIPE, text=True
-    ) as run:
+    with subprocess.Popen(command, env=_environment(root), cwd=root, stdout=subprocess.PIPE, text=True) as run:
         assert run.stdout is not None
         lines = []
         for line in run.stdout:
