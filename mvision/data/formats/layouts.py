@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mvision.data.formats.split import Split
-from mvision.data.formats.yolo import is_yolo_file, yolo_splits
+from mvision.data.formats.yolo_yaml import is_yolo_file, yolo_splits
 from mvision.errors import UserError, did_you_mean
 
 USUAL_SPLITS = ("train", "val", "test")

@@ -3,143 +3,313 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-import yaml
-
 from mvision.data.formats.problems import Problems
+from mvision.data.formats.yolo_lines import (
+    BOX,
+    BadLine,
+    Form,
+    Row,
+    check_values,
+    look_like_corners,
+    parse_line,
+    pose_shape,
+    recognise,
+    with_blanks,
+)
+from mvision.data.formats.yolo_pictures import Folders, Found, LabelFiles, find_pictures, shown
+from mvision.data.formats.yolo_yaml import YoloSet, point_names
 from mvision.errors import UserError
-from mvision.structures.images import IMAGE_SUFFIXES, BadImage, image_size
+from mvision.storage.text_files import NotText, decode_text, read_limited
+from mvision.structures.images import BadImage, image_size
 
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "test": "test"}
+MAX_LABELS = 64 * 2**20  # bytes of one label file
+UNLABELLED = ("test",)  # splits that may have no labels at all
+SAMPLE = 200  # label files of another split from which its form is recognised
 
 
-@dataclass(frozen=True)
-class YoloSet:
-    """A ``data.yaml``, read.
+@dataclass
+class _Labels:
+    """The label files of a split.
 
     Attributes:
-        file: the YAML file.
-        names: class names; a label file's first number is the position.
-        sources: by split, the folders or list files that hold the images.
-        folders: by split, the folder that all images of the split lie in.
-        keypoint_names: of every class with keypoints; empty for boxes and polygons.
-        keypoint_dims: numbers per keypoint in the label files, 2 (x, y) or 3 (x, y, visibility).
+        rows: by picture, the lines of its label file; pictures without one are missing.
+        files: by picture, its label file.
+        faults: the lines that cannot be used: file and number, the fault, and the line.
+        unreadable: pictures whose label file is no text.
     """
 
-    file: Path
-    names: list[str]
-    sources: dict[str, list[Path]]
-    folders: dict[str, Path]
-    keypoint_names: list[str]
-    keypoint_dims: int
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    faults: list[tuple[str, int, BadLine, str]] = field(default_factory=list)
+    unreadable: set[str] = field(default_factory=set)
 
-
-def is_yolo_file(path: Path) -> bool:
-    """Whether a YAML file describes a YOLO data set, which has ``names`` and at least one split."""
-    if path.suffix not in (".yaml", ".yml"):
-        return False
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return path.stem == "data"  # by its name it is one, and reading it gives the user the reason
-    return isinstance(tree, dict) and "names" in tree and any(name in tree for name in SPLIT_NAMES)
-
-
-def yolo_splits(file: Path) -> YoloSet:
-    """Read a ``data.yaml``: path, train, val, test, names, kpt_shape, flip_idx, kpt_names.
-
-    Raises:
-        UserError: the file is no YAML, or a split's images are not there.
-    """
-    try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{file}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict) or "names" not in tree:
-        raise UserError(f"{file}: not a YOLO data set: it has no 'names'")
-    names = _class_names(tree["names"], file)
-    sources: dict[str, list[Path]] = {}
-    for key, name in SPLIT_NAMES.items():
-        if tree.get(key) and name not in sources:
-            sources[name] = _sources(tree, key, file)
-    if not sources:
-        raise UserError(f"{file}: names no train, val or test images")
-    folders = {name: _common_folder(paths) for name, paths in sources.items()}
-    points, dims = _keypoints(tree, file)
-    return YoloSet(file, names, sources, folders, points, dims)
+    def all_rows(self) -> Iterator[Row]:
+        """Those of every file."""
+        return (row for rows in self.rows.values() for row in rows)
 
 
 def read_yolo_split(yolo: YoloSet, split: str, problems: Problems) -> dict[str, Any]:
     """One split as a COCO dictionary: boxes, polygons or keypoints, whatever its label files hold.
 
-    An image without a label file, or with an empty one, is an image without objects. Images that cannot be read are
-    kept without size, so that they are named like those of any other data set.
+    An image with an empty label file is an image without objects, and so is one without a label file where others have
+    one. Lines that cannot be used are left out and named; the others of the file count.
 
     Args:
         problems: gets what was left out or mended.
 
     Raises:
-        UserError: no images, a class that ``names`` lacks, or a line that is neither box, polygon nor pose.
+        UserError: no images; not one of them has a label file; not one line of the label files can be used; or it
+            cannot be told what the numbers stand for.
     """
-    folder = yolo.folders[split]
+    for concerned, kind, place in yolo.notes:
+        if concerned == split:
+            problems.add(kind, place)
+    folders = Folders()
+    found = find_pictures(yolo.sources[split], yolo.roots, folders, problems)
+    if not found.pictures:
+        raise UserError(f"{yolo.file}: no images in {', '.join(map(str, yolo.sources[split]))}{_left_out(problems)}")
+    finder = LabelFiles(yolo.roots, folders)
+    labels = _read_labels(yolo, found, finder, problems)
+    if not labels.files and split not in UNLABELLED:
+        raise UserError(_no_labels(yolo, split, found, finder))
+    _name_pairs(yolo, found, finder, labels, problems)
+    names, form = _form(yolo, split, labels, problems)
+    return _as_coco(yolo, split, found, labels, names, form, problems)
+
+
+def _read_labels(yolo: YoloSet, found: Found, finder: LabelFiles, problems: Problems) -> _Labels:
+    labels = _Labels()
+    for picture in dict.fromkeys(found.pictures):
+        file = finder.find(picture)
+        if file is None:
+            continue
+        labels.files[picture] = file
+        if finder.used.setdefault(file, picture) != picture:
+            both = f"{shown(finder.used[file], yolo.roots)}, {shown(picture, yolo.roots)}"
+            problems.add("images that share a label file: it counts for each", both)
+        name = shown(file, yolo.roots)
+        try:
+            text, encoding = decode_text(read_limited(file, MAX_LABELS))
+        except (OSError, NotText) as error:
+            reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+            problems.add("label file that cannot be read: left out with its image", f"{name}: {reason}")
+            labels.unreadable.add(picture)
+            continue
+        if encoding != "UTF-8":
+            problems.add(f"label file in {encoding}: read", name)
+        if "," in text or ";" in text:
+            problems.add("label file with commas or semicolons between its numbers: read", name)
+            text = with_blanks(text)
+        labels.rows[picture] = _rows(text, file, name, yolo, labels, problems)
+    return labels
+
+
+def _rows(text: str, file: str, name: str, yolo: YoloSet, labels: _Labels, problems: Problems) -> list[Row]:
+    rows: list[Row] = []
+    seen: set[tuple[int, tuple[float, ...]]] = set()
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line or line.isspace():
+            continue
+        try:
+            row = parse_line(line, number, yolo.names)
+        except BadLine as error:
+            labels.faults.append((file, number, error, line))
+            continue
+        if row[1:] in seen:
+            problems.add("label line that repeats another one of its file: merged", f"{name}, line {number}")
+            continue
+        seen.add(row[1:])
+        rows.append(row)
+    return rows
+
+
+def _form(yolo: YoloSet, split: str, labels: _Labels, problems: Problems) -> tuple[list[str], Form]:
+    """Names of the keypoints, and what the numbers stand for."""
+    if not yolo.find_points:
+        return yolo.keypoint_names, recognise(labels.all_rows(), len(yolo.keypoint_names), yolo.keypoint_dims)
+    decided = split
+    shape = pose_shape(list(labels.all_rows()))
+    other = "train" if "train" in yolo.sources else next(iter(yolo.sources))
+    if split != other and (shape != (0, 0) or not any(labels.rows.values())):
+        # What a class has must not depend on the split: where there are few lines, train tells more.
+        rows = _sample(other, yolo)
+        if any(len(row.values) > BOX for row in rows):
+            decided, shape = other, pose_shape(rows)
+    if shape is None:
+        count = len(next(row for row in labels.all_rows() if len(row.values) > BOX + 1).values)
+        raise UserError(
+            f"{yolo.file}: the {count} numbers after the class in the label files of '{decided}' can be a box and "
+            f"{(count - BOX) // 2} points, or a polygon: add kpt_shape: [{(count - BOX) // 2}, 2] for poses, or "
+            f"kpt_shape: null for polygons"
+        )
+    points, dims = shape
+    if points:
+        kind = f"kpt_shape is missing in data.yaml: taken as [{points}, {dims}] from the label files"
+        problems.add(kind, str(yolo.file), "keypoints")
+    names = point_names(yolo.described, points, yolo.file) if points else []
+    return names, recognise(labels.all_rows(), points, dims)
+
+
+def _sample(split: str, yolo: YoloSet) -> list[Row]:
+    """Lines of some label files of a split."""
+    unsaid, folders = Problems(), Folders()
+    try:
+        pictures = find_pictures(yolo.sources[split], yolo.roots, folders, unsaid).pictures
+    except UserError:
+        return []  # reported where that split is read
+    step = max(len(pictures) // SAMPLE, 1)
+    return list(_read_labels(yolo, Found(pictures[::step]), LabelFiles(yolo.roots, folders), unsaid).all_rows())
+
+
+def _as_coco(
+    yolo: YoloSet, split: str, found: Found, labels: _Labels, points: list[str], form: Form, problems: Problems
+) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for path in _image_files(yolo.sources[split]):
-        record: dict[str, Any] = {"id": len(images) + 1, "file_name": path.relative_to(folder).as_posix()}
+    folder = os.path.join(yolo.folders[split], "")  # noqa: PTH118 - texts are several times faster than Path objects
+    checked = _checked(labels, form)
+    _refuse_or_name(yolo, split, labels, checked, problems)
+    boxes = [row.values for rows in checked.values() for row in rows if len(row.values) == BOX]
+    if look_like_corners(boxes):
+        kind = "boxes that look like corners (x0 y0 x1 y1), which are read as centre and size: convert them"
+        problems.add(kind, f"{len(boxes)} boxes, such as {' '.join(map(str, boxes[0]))}")
+    confident = sum(row.values != form.without_confidence(row.values) for row in labels.all_rows())
+    if confident:
+        example = shown(next(iter(labels.files.values())), yolo.roots)
+        problems.add("a number after the last one, taken as a confidence: left out", f"{confident} lines: {example}")
+    for picture in found.pictures:
+        if picture in labels.unreadable:
+            continue
+        name = picture[len(folder) :].replace(os.sep, "/")
+        record: dict[str, Any] = {"id": len(images) + 1, "file_name": name}
         images.append(record)
         try:
-            record["height"], record["width"], _ = image_size(path)
+            record["height"], record["width"], _ = image_size(picture)
         except BadImage:
-            continue
-        labels = label_file(path)
-        if not labels.is_file():
-            continue
-        for number, line in enumerate(labels.read_text(encoding="utf-8").splitlines(), start=1):
-            if line.strip():
-                annotation = _annotation(line.split(), record, yolo, f"{labels}, line {number}")
-                annotations.append({"id": len(annotations) + 1, "image_id": record["id"], "iscrowd": 0, **annotation})
-    if not images:
-        raise UserError(f"{yolo.file}: no images in {', '.join(map(str, yolo.sources[split]))}")
-    return {"images": images, "annotations": annotations, "categories": _categories(yolo)}
+            continue  # kept without a size, so that it is named like those of any other data set
+        for row in checked.get(picture, ()):
+            annotation = _annotation(row, record, form)
+            annotations.append({"id": len(annotations) + 1, "image_id": record["id"], "iscrowd": 0, **annotation})
+    extra: dict[str, Any] = {"keypoints": points} if points else {}
+    categories = [{"id": label, "name": name, **extra} for label, name in yolo.names.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def label_file(image: Path) -> Path:
-    """The text file of an image: the last ``images`` in its path becomes ``labels``, the suffix ``.txt``."""
-    parts = list(image.parts)
-    for position in range(len(parts) - 2, -1, -1):
-        if parts[position] == "images":
-            parts[position] = "labels"
-            break
-    return Path(*parts).with_suffix(".txt")
+def _checked(labels: _Labels, form: Form) -> dict[str, list[Row]]:
+    """The usable rows by picture, without confidences; the others join the faults."""
+    checked: dict[str, list[Row]] = {}
+    for picture, rows in labels.rows.items():
+        good = checked[picture] = []
+        for row in rows:
+            values = form.without_confidence(row.values)
+            try:
+                check_values(values, form)
+            except BadLine as error:
+                text = " ".join(map("{:g}".format, (row.label, *row.values)))
+                labels.faults.append((labels.files[picture], row.line, error, text))
+                continue
+            good.append(row._replace(values=values))
+    return checked
 
 
-def _annotation(words: list[str], record: dict[str, Any], yolo: YoloSet, where: str) -> dict[str, Any]:
-    try:
-        label, values = int(float(words[0])), [float(word) for word in words[1:]]
-    except (ValueError, OverflowError) as error:
-        raise UserError(f"{where}: numbers expected, found '{' '.join(words[:6])}'") from error
-    if not 0 <= label < len(yolo.names):
-        raise UserError(f"{where}: class {label}, but {yolo.file} names {len(yolo.names)} classes (0 is the first)")
-    width, height = record["width"], record["height"]
-    annotation: dict[str, Any] = {"category_id": label}
-    points = len(yolo.keypoint_names)
-    if len(values) == 4 or (points and len(values) == 4 + points * yolo.keypoint_dims):
-        cx, cy, w, h = values[:4]
+def _refuse_or_name(
+    yolo: YoloSet, split: str, labels: _Labels, checked: dict[str, list[Row]], problems: Problems
+) -> None:
+    """Name the lines that cannot be used; refuse a split in which there are no others."""
+    faults = sorted(labels.faults, key=lambda fault: fault[:2])
+    used = {row.label for rows in checked.values() for row in rows}
+    _refuse_counting_from_one(yolo, split, faults, used)
+    if faults and not used:
+        file, number, error, line = faults[0]
+        reason = f"{error.detail}: {error.kind}" if error.detail else error.kind
+        raise UserError(
+            f"{yolo.file}: none of the {len(faults)} lines in the label files of '{split}' can be used; the first: "
+            f"{file}, line {number}: {reason} ('{_short(line)}'){_other_shape(yolo, labels)}"
+        )
+    for file, number, error, line in faults:
+        detail = f"{error.detail}: " if error.detail else ""
+        place = f"{shown(file, yolo.roots)}, line {number}: {detail}'{_short(line)}'"
+        problems.add(f"label line left out: {error.kind}", place)
+
+
+def _refuse_counting_from_one(yolo: YoloSet, split: str, faults: Sequence[Any], used: set[int]) -> None:
+    """Files that number the classes from 1 on would teach every class under the name of the next one."""
+    beyond = [fault for fault in faults if fault[2].kind == "class without a name"]
+    top = len(yolo.names)
+    if not beyond or 0 in used or list(yolo.names) != list(range(top)):
+        return
+    if all(line.split()[0].split(".")[0] == str(top) for _, _, _, line in beyond):
+        file, number, _, _ = beyond[0]
+        raise UserError(
+            f"{yolo.file}: the label files of '{split}' have classes from {min(used, default=top)} to {top} ({file}, "
+            f"line {number}), names counts from 0 to {top - 1}: write names as a mapping from 1 on (1: "
+            f"{yolo.names[0]}, ...)"
+        )
+
+
+def _other_shape(yolo: YoloSet, labels: _Labels) -> str:
+    """A hint where ``kpt_shape`` contradicts the label files."""
+    if not yolo.keypoint_names:
+        return ""
+    count = len(yolo.keypoint_names)
+    numbers = Counter(len(row.values) for row in labels.all_rows()).most_common(1)
+    for dims in (2, 3):
+        if numbers and numbers[0][0] == BOX + count * dims:
+            return f"; the files fit kpt_shape: [{count}, {dims}]"
+    shape = pose_shape(list(labels.all_rows()))
+    return f"; the files fit kpt_shape: [{shape[0]}, {shape[1]}]" if shape is not None and shape[0] else ""
+
+
+def _name_pairs(yolo: YoloSet, found: Found, finder: LabelFiles, labels: _Labels, problems: Problems) -> None:
+    """Images without label files, and label files without images."""
+    for picture in dict.fromkeys(found.pictures):
+        if picture not in labels.files:
+            looked = " and ".join(shown(place, yolo.roots) for place in finder.looked_for(picture))
+            problems.add(
+                "image without a label file: it counts as one without objects",
+                f"{shown(picture, yolo.roots)}: looked for {looked}",
+            )
+    for file in sorted(finder.orphans(found)):
+        problems.add("label file without an image: left out", shown(file, yolo.roots))
+
+
+def _no_labels(yolo: YoloSet, split: str, found: Found, finder: LabelFiles) -> str:
+    pictures = list(dict.fromkeys(found.pictures))
+    looked = " and ".join(finder.looked_for(pictures[0]))
+    name = f"{os.path.splitext(os.path.basename(pictures[0]))[0]}.txt"  # noqa: PTH119, PTH122
+    elsewhere = next((os.path.join(place, name) for place, _, files in os.walk(yolo.roots[0]) if name in files), None)  # noqa: PTH118
+    hint = f"; there is {elsewhere}: call its folder labels, where the images have images" if elsewhere else ""
+    more = ", ..." if len(pictures) > 1 else ""
+    return (
+        f"{yolo.file}: 0 of {len(pictures)} images of '{split}' have a label file; looked for {looked}{more}{hint} "
+        f"(an image without objects has an empty one)"
+    )
+
+
+def _left_out(problems: Problems) -> str:
+    text = str(problems)
+    return f" ({text})" if text else ""
+
+
+def _annotation(row: Row, record: dict[str, Any], form: Form) -> dict[str, Any]:
+    values, width, height = row.values, record["width"], record["height"]
+    annotation: dict[str, Any] = {"category_id": row.label}
+    if len(values) == BOX or form.points:
+        cx, cy, w, h = values[:BOX]
         annotation["bbox"] = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
-        if len(values) > 4:
-            annotation["keypoints"] = _pixel_keypoints(values[4:], yolo.keypoint_dims, width, height)
-    elif not points and len(values) >= 6 and len(values) % 2 == 0:
-        annotation["segmentation"] = [[v * (height if i % 2 else width) for i, v in enumerate(values)]]
+        if len(values) > BOX:
+            annotation["keypoints"] = _pixel_keypoints(values[BOX:], form.dims, width, height)
     else:
-        form = f"a pose of {4 + points * yolo.keypoint_dims} numbers" if points else "a polygon of six or more"
-        raise UserError(f"{where}: {len(values)} numbers after the class: neither a box of 4 nor {form}")
+        annotation["segmentation"] = [[v * (height if i % 2 else width) for i, v in enumerate(values)]]
     return annotation
 
 
-def _pixel_keypoints(values: list[float], dims: int, width: int, height: int) -> list[float]:
+def _pixel_keypoints(values: Sequence[float], dims: int, width: int, height: int) -> list[float]:
     keypoints: list[float] = []
     for start in range(0, len(values), dims):
         x, y = values[start], values[start + 1]
@@ -149,95 +319,6 @@ def _pixel_keypoints(values: list[float], dims: int, width: int, height: int) ->
     return keypoints
 
 
-def _categories(yolo: YoloSet) -> list[dict[str, Any]]:
-    extra: dict[str, Any] = {"keypoints": yolo.keypoint_names} if yolo.keypoint_names else {}
-    return [{"id": label, "name": name, **extra} for label, name in enumerate(yolo.names)]
-
-
-def _class_names(names: Any, file: Path) -> list[str]:
-    if isinstance(names, dict):
-        try:
-            numbered = {int(key): name for key, name in names.items()}
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{file}: names has to be a list, or numbers with names, not {names!r}") from error
-        if sorted(numbered) != list(range(len(numbered))):
-            raise UserError(f"{file}: the numbers under names have gaps: {sorted(numbered)}")
-        names = [numbered[key] for key in sorted(numbered)]
-    if not isinstance(names, list) or not names:
-        raise UserError(f"{file}: names has to be a list of class names, not {names!r}")
-    return [str(name) for name in names]
-
-
-def _sources(tree: dict[str, Any], key: str, file: Path) -> list[Path]:
-    entries = tree[key] if isinstance(tree[key], list) else [tree[key]]
-    base = Path(os.path.normpath(file.parent / str(tree.get("path") or ".")))
-    found = []
-    for entry in map(str, entries):
-        # Roboflow writes ../train/images in a file that lies beside train/: last, try it without the leading dots.
-        stripped = entry
-        while stripped.startswith("../"):
-            stripped = stripped[3:]
-        candidates = [base / entry, file.parent / entry, file.parent / stripped]
-        path = next((Path(os.path.normpath(c)) for c in candidates if c.exists()), None)
-        if path is None:
-            raise UserError(f"{file}: {key}: {entry} is not there (looked in {base} and {file.parent})")
-        found.append(path)
-    return found
-
-
-def _common_folder(paths: list[Path]) -> Path:
-    """The folder that file names are made relative to: the source itself, or the common parent of several."""
-    folders = [path.resolve() if path.is_dir() else path.resolve().parent for path in paths]
-    files = [path for path in paths if path.is_file()]
-    folders += [image.parent for path in files for image in _listed(path)]
-    return Path(os.path.commonpath(folders))
-
-
-def _image_files(sources: list[Path]) -> list[Path]:
-    files: list[Path] = []
-    for source in sources:
-        if source.is_file():
-            files += _listed(source)
-        else:
-            found = source.resolve().rglob("*")
-            files += sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
-    return files
-
-
-def _listed(file: Path) -> list[Path]:
-    """Images named in a text file, one a line, relative to the file."""
-    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
-    return [Path(os.path.normpath(file.resolve().parent / line)) for line in lines if line]
-
-
-def _keypoints(tree: dict[str, Any], file: Path) -> tuple[list[str], int]:
-    """Names of the keypoints, and numbers per keypoint in the label files."""
-    shape = tree.get("kpt_shape")
-    if not shape:
-        return [], 0
-    if not isinstance(shape, list) or len(shape) != 2 or shape[1] not in (2, 3) or int(shape[0]) < 1:
-        raise UserError(f"{file}: kpt_shape has to be [number of keypoints, 2 or 3], not {shape!r}")
-    count = int(shape[0])
-    names = tree.get("kpt_names")
-    if isinstance(names, dict):
-        names = next(iter(names.values()), None)
-    if isinstance(names, list) and len(names) == count:
-        return [str(name) for name in names], int(shape[1])
-    return _names_from_flip(tree.get("flip_idx"), count, file), int(shape[1])
-
-
-def _names_from_flip(flip: Any, count: int, file: Path) -> list[str]:
-    """Names with ``left_`` and ``right_`` for the pairs of ``flip_idx``: augmentation recognises pairs by name."""
-    if not flip:
-        return [f"point_{index}" for index in range(count)]
-    if (
-        not isinstance(flip, list)
-        or sorted(flip) != list(range(count))
-        or any(flip[flip[i]] != i for i in range(count))
-    ):
-        raise UserError(f"{file}: flip_idx has to list, for each of the {count} keypoints, its mirror image: {flip!r}")
-    sides = {True: "left", False: "right"}
-    return [
-        f"point_{index}" if other == index else f"{sides[index < other]}_point_{min(index, other)}"
-        for index, other in enumerate(flip)
-    ]
+def _short(line: str) -> str:
+    line = " ".join(line.split())
+    return line if len(line) <= 60 else f"{line[:57]}..."
