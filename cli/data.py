@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from mvision.cli.options import SuggestingGroup, echo
+from mvision.cli.options import EXISTING_FILE, OneOf, SuggestingGroup, assignments_option, echo
+from mvision.heads import known_tasks
 
 SPLITS_HELP = "Only this split. Repeatable.  [default: {}]"
 
@@ -20,20 +21,41 @@ def data() -> None:
 @click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--split", "splits", multiple=True, metavar="NAME", help=SPLITS_HELP.format("train, val and test"))
 @click.option("--quick", is_flag=True, help="Read the annotations only, do not open the images.")
+@click.option("--all", "every_place", is_flag=True, help="List every place of every fault, not five of each kind.")
+@click.option(
+    "--task",
+    "tasks",
+    multiple=True,
+    type=OneOf(known_tasks()),
+    metavar="T",
+    help=f"What the data is for, as in mvision train. Repeatable.  [default: {known_tasks()[0]}]",
+)
+@click.option("--config", "file", type=EXISTING_FILE, metavar="FILE", help="The YAML file of the training.")
+@assignments_option
 @click.pass_context
-def check(context: click.Context, folder: str | None, splits: tuple[str, ...], quick: bool) -> None:
+def check(
+    context: click.Context,
+    folder: str | None,
+    splits: tuple[str, ...],
+    quick: bool,
+    every_place: bool,
+    tasks: tuple[str, ...],
+    file: Path | None,
+    assignments: tuple[str, ...],
+) -> None:
     """Read annotations and images, and report the contents and every kind of fault with its count.
 
-    Without DIR the built-in data set is checked. The exit code is 2 if training would refuse the data.
+    Without DIR the built-in data set is checked. The exit code is 2 exactly where mvision train, with the same tasks
+    and settings, would refuse the data.
 
     \b
     Example:
-      mvision data check my_data
+      mvision data check my_data --task keypoints -o data.val_fraction=0.2
     """
     from mvision.commands.data import check
 
-    report = check(folder, splits, quick=quick)
-    echo(report.text())
+    report = check(folder, splits, quick=quick, tasks=tasks, file=file, assignments=assignments)
+    echo(report.text(every_place))
     if not report.usable:
         context.exit(2)
 

@@ -7,27 +7,38 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from mvision.config import AugmentConfig
+from mvision.config import AugmentConfig, load_config
 from mvision.data import find_layout
 from mvision.data.tools import check as checking
 from mvision.data.tools import convert as converting
 from mvision.data.tools.show import contact_sheet, write_image
 
 
-def check(folder: str | None, splits: Sequence[str] = (), *, quick: bool = False) -> checking.Report:
+def check(
+    folder: str | None,
+    splits: Sequence[str] = (),
+    *,
+    quick: bool = False,
+    tasks: Sequence[str] = (),
+    file: Path | None = None,
+    assignments: Sequence[str] = (),
+) -> checking.Report:
     """Read a data set and report its contents and its faults, see ``mvision.data.tools.check``.
 
     Args:
-        folder: data folder; None: the built-in data set.
-        splits: names; empty: train, val and test.
+        folder: data folder; None: that of the config, else the built-in data set.
+        splits: names; empty: those that a training reads, and ``test``.
         quick: read the annotations only, not the images.
+        tasks: that the data is to serve; empty: as ``mvision train`` chooses them.
+        file, assignments: see ``mvision.config.load_config``.
 
     Raises:
-        UserError: no data set is recognised, or it has no such split.
+        UserError: no data set is recognised, it has no such split, or a mistake in the config.
     """
-    layout = find_layout(folder)
+    options = {} if folder is None else {"data.root": folder}
+    config = load_config(file=file, tasks=list(tasks), overrides=options, assignments=list(assignments))
     with tqdm(desc="reading", unit="img", leave=False) as bar:
-        return checking.check(layout, splits, quick=quick, progress=bar.update)
+        return checking.check(config, splits, quick=quick, progress=bar.update)
 
 
 def show(

@@ -167,6 +167,9 @@ class MoreDataConfig(Settings):
         train, val: its splits.
         tasks: what its labels are used for; empty: every task of the model for which it has labels.
         weight: how often an epoch shows each of its images; may be below 1.
+        val_fraction: where the data set has no split ``val``: the share of its training images that are held out for
+            validation, drawn with the run's seed. They are not trained on.
+        ignore_iscrowd: read regions marked ``iscrowd`` as single objects: CVAT marks every mask of its brush so.
     """
 
     root: str
@@ -174,6 +177,8 @@ class MoreDataConfig(Settings):
     val: str = "val"
     tasks: list[str] = []
     weight: float = Field(1.0, gt=0)
+    val_fraction: float = Field(0.0, ge=0, lt=1)
+    ignore_iscrowd: bool = False
 
 
 class DataConfig(Settings):
@@ -182,7 +187,7 @@ class DataConfig(Settings):
     Attributes:
         root: the folder; None is the built-in data set.
         train, val: the splits to train and to evaluate on; any annotation file of the folder, by its stem.
-        tasks, weight: as in ``MoreDataConfig``.
+        tasks, weight, val_fraction, ignore_iscrowd: as in ``MoreDataConfig``.
         more: further data sets. Classes are one where they have one name. What a data set has no class for, or no
             labels, is not taken for absent in its images; a task is evaluated on every data set that is used for it.
         fraction: share of the training images to use, drawn with the run's seed: how much do more labels help?
@@ -195,6 +200,8 @@ class DataConfig(Settings):
     val: str = "val"
     tasks: list[str] = []
     weight: float = Field(1.0, gt=0)
+    val_fraction: float = Field(0.0, ge=0, lt=1)
+    ignore_iscrowd: bool = False
     more: list[MoreDataConfig] = []
     fraction: float = Field(1.0, gt=0, le=1)
     augment: AugmentConfig = AugmentConfig()

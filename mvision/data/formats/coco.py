@@ -1,44 +1,34 @@
 """Reading COCO annotation files: structural mistakes are refused in one line, damaged entries are named and skipped.
 
-Refused (``UserError``): no file, no JSON, no images / annotations / categories, categories without name or id, ids that
-occur twice, keypoint sigmas or flip pairs that fit no keypoints, annotations of an unknown image or category, image
-files outside the data folder, none of the images found.
-Named, counted and skipped (``problems``): boxes without area, outside the image or NaN, unusable segmentations and
-keypoints. Image files that do not decode show up when they are read: training replaces and names them, evaluation
-leaves them out and names them.
+Refused (``UserError``): no file, no JSON, no images / categories, categories without name or id, ids that occur twice,
+keypoint sigmas or flip pairs that fit no keypoints, annotations of an unknown category, image files outside the data
+folder, none of the images found.
+Named, counted and skipped (``problems``): annotations of an image that is not listed, boxes without area, outside the
+image or NaN, unusable segmentations and keypoints, objects that are there twice, images that are not there. Image files
+that do not decode show up when they are read: training replaces and names them, evaluation leaves them out and names
+them. Whether what is left can serve a task is decided by ``usable.py``.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from mvision.data.formats.categories import category_difference, read_categories, whole_number
+from mvision.data.formats.categories import extend_categories, read_categories
 from mvision.data.formats.labels import Labels, pack_labels
+from mvision.data.formats.numbers import flag, whole_number
 from mvision.data.formats.objects import clean_annotation, to_json
-from mvision.data.formats.points import describe_keypoints
+from mvision.data.formats.points import describe_keypoints, match_points
 from mvision.data.formats.problems import Problems
+from mvision.data.formats.records import ImageRecord, read_images
 from mvision.data.formats.split import FIELDS, Split
 from mvision.errors import UserError
 from mvision.structures import Category
-from mvision.structures.images import BadImage, image_size
 
-PROBED = 50  # image files that are looked for before a folder is called wrong
-
-
-@dataclass(frozen=True)
-class ImageRecord:
-    """One image of a split: the data set's id, the file, and height and width in pixels as the annotations assume."""
-
-    id: int
-    file: str
-    height: int
-    width: int
+__all__ = ["FIELDS", "CocoSplit", "ImageRecord", "same_categories"]
 
 
 class CocoSplit:
@@ -51,7 +41,10 @@ class CocoSplit:
         available: what the annotations offer, whether asked for or not.
         categories: by rising id, gaps or not, or those given; labels are the positions in this list.
         own: those of the file, by rising id.
-        records: the images, in the file's order.
+        records: the images, in the file's order; each picture once.
+        broken: positions of the images whose files are not there or no pictures, as far as is known without reading.
+        real_files: of every image the path of its file, links followed.
+        annotated: how many annotations the file has, usable or not.
         labels: the labelled objects, image by image.
         start: (images + 1,) int64: the objects of image i are the rows ``start[i]:start[i + 1]`` of ``labels``.
         problems: what was left out or mended.
@@ -61,7 +54,7 @@ class CocoSplit:
         self,
         split: Split,
         fields: Iterable[str] = ("boxes",),
-        categories: list[Category] | None = None,
+        categories: Sequence[Category] | None = None,
         keep_annotations: bool = True,
     ) -> None:
         """Read and check the file.
@@ -69,7 +62,7 @@ class CocoSplit:
         Args:
             split: from ``find_layout(root).split(name)``.
             fields: names of ``Targets`` fields that are needed; masks and keypoints cost time and memory.
-            categories: of several data sets, those of this one among them by their names; None: its own.
+            categories: see ``use_categories``; None: its own.
             keep_annotations: keep what ``coco_dict`` needs. Training does not, and saves the memory: a second copy of
                 every outline and keypoint.
 
@@ -81,22 +74,29 @@ class CocoSplit:
         self.problems = Problems()
         where = str(split.annotations)
         raw = split.load(self.problems)
-        self.own = read_categories(raw, where)
-        self.categories = self.own if categories is None else categories
-        self.folder, self.records = _images(raw, split, self.problems)
-        self.available = _available(raw, self.categories)
-        cleaned = list(self._clean(raw, where))
-        self._annotations = [entry for _, _, entry in cleaned] if keep_annotations else None
+        self.own = self.categories = read_categories(raw, where)
+        images = read_images(raw, split, self.problems)
+        self.folder, self.records, self.broken = images.folder, images.records, images.broken
+        self.real_files = images.real_files
+        self.available = _available(raw, self.own)
+        self.annotated = len(raw["annotations"])
+        cleaned = list(self._clean(raw, where, images.positions))
+        self._annotations = [(label, entry) for _, label, entry in cleaned] if keep_annotations else None
         cleaned.sort(key=lambda item: item[0])  # stable: the objects of an image keep the file's order
-        images = [position for position, _, _ in cleaned]
-        self.start = np.searchsorted(images, np.arange(len(self.records) + 1)).astype(np.int64)
+        of_image = [position for position, _, _ in cleaned]
+        self.start = np.searchsorted(of_image, np.arange(len(self.records) + 1)).astype(np.int64)
         self.labels: Labels = pack_labels(
             [entry for _, _, entry in cleaned],
             [label for _, label, _ in cleaned],
-            [(self.records[position].height, self.records[position].width) for position in images],
+            [(self.records[position].height, self.records[position].width) for position in of_image],
             self.fields,
-            max((len(category.keypoints) for category in self.categories), default=0),
+            max((len(category.keypoints) for category in self.own), default=0),
         )
+        self._orders: list[np.ndarray | None] = [None] * len(self.own)
+        self._place = list(range(len(self.own)))
+        self._never_labelled_points()
+        if categories is not None:
+            self.use_categories(categories)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -105,9 +105,55 @@ class CocoSplit:
         """The rows of ``labels`` that belong to an image, given by its position in ``records``."""
         return slice(int(self.start[image]), int(self.start[image + 1]))
 
+    def use_categories(self, categories: Sequence[Category]) -> None:
+        """Change to another list of classes: that of several data sets, or of the training set. Once.
+
+        Classes and keypoints are matched by their names, ids do not matter. Classes that the list lacks are put at its
+        end. Points that a class of the list has and this data set has not count as not labelled.
+
+        Args:
+            categories: labels become positions in this list.
+        """
+        self.categories = extend_categories(categories, self.own)
+        by_name = {category.name: label for label, category in enumerate(self.categories)}
+        self._place = [by_name[category.name] for category in self.own]
+        places = np.array(self._place, dtype=np.int64)
+        old, points = self.labels.labels, self.labels.keypoints
+        count = max((len(category.keypoints) for category in self.categories), default=0)
+        moved = None if points is None else np.zeros((len(old), count, 3), dtype=points.dtype)
+        for label, category in enumerate(self.own):
+            given = self.categories[self._place[label]].keypoints
+            order, said = match_points(category.keypoints, given)
+            self._orders[label] = order
+            if said:
+                kind = "class whose keypoints have other names than in the training set"
+                self.problems.add(kind, f"{category.name}: {said}", "keypoints")
+            if moved is not None and points is not None:
+                rows, known = np.flatnonzero(old == label), np.flatnonzero(order >= 0)
+                moved[rows[:, None], known[None]] = points[rows[:, None], order[known][None]]
+        self.labels.labels, self.labels.keypoints = places[old], moved
+
+    def leave_out(self, fields: frozenset[str]) -> None:
+        """Forget what was read for these fields of ``Targets``."""
+        self.fields -= fields
+        if "masks" in fields:
+            self.labels.outlines = None
+        if "keypoints" in fields:
+            self.labels.keypoints = None
+
+    @property
+    def summary(self) -> str:
+        """Numbers of images and objects in a few words."""
+        objects = np.bincount(
+            np.repeat(np.arange(len(self)), np.diff(self.start))[~self.labels.crowd], minlength=len(self)
+        )
+        empty = np.flatnonzero(objects == 0)
+        of_them = f" ({len(empty)} without objects, such as {self.records[empty[0]].file})" if len(empty) else ""
+        return f"{len(self)} images{of_them}, {int(objects.sum())} objects of {len(self.own)} classes"
+
     @property
     def coco_dict(self) -> dict[str, Any]:
-        """The usable part as a COCO dictionary, for evaluation and conversion: pixels and ids as in the file.
+        """The usable part as a COCO dictionary, for evaluation and conversion: pixels and image ids as in the file.
 
         Crowd regions are in it, skipped annotations are not; ``bbox``, ``area``, ``iscrowd`` and, with keypoints,
         ``keypoints`` and ``num_keypoints`` are always there.
@@ -122,13 +168,21 @@ class CocoSplit:
                 {"id": record.id, "file_name": record.file, "height": record.height, "width": record.width}
                 for record in self.records
             ],
-            "annotations": [to_json(entry) for entry in self._annotations],
+            "annotations": [self._entry(label, entry) for label, entry in self._annotations],
             "categories": [
                 {"id": category.id, "name": category.name, **describe_keypoints(category)}
                 for category in self.categories
                 if self._is_own(category)
             ],
         }
+
+    def _entry(self, label: int, entry: dict[str, Any]) -> dict[str, Any]:
+        """An annotation in COCO's format. ``label``: the position of its class in ``own``."""
+        order = self._orders[label]
+        if order is not None and "keypoints" in entry:
+            padded = np.concatenate((entry["keypoints"], np.zeros((1, 3))))  # -1, the padding: not labelled
+            entry = {**entry, "keypoints": padded[order]}
+        return to_json({**entry, "category_id": self.categories[self._place[label]].id})
 
     @property
     def labelled_classes(self) -> np.ndarray | None:
@@ -139,36 +193,99 @@ class CocoSplit:
     def _is_own(self, category: Category) -> bool:
         return any(category.name == own.name for own in self.own)
 
-    def _clean(self, raw: dict[str, Any], where: str) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    def _clean(
+        self, raw: dict[str, Any], where: str, positions: dict[int, int]
+    ) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Usable annotations in the file's order: the position of the image, the label, and the cleaned entry."""
-        position_of: dict[int | None, int] = {record.id: position for position, record in enumerate(self.records)}
-        by_name = {category.name: label for label, category in enumerate(self.categories)}
-        label_of: dict[int | None, int] = {category.id: by_name[category.name] for category in self.own}
+        label_of = {category.id: label for label, category in enumerate(self.own)}
         has_masks = "masks" in self.fields & self.available
-        identities = _Identities()
+        identities, unknown, twins = _Identities(), Counter[str](), _Twins(raw["annotations"])
         for number, annotation in enumerate(raw["annotations"]):
             if not isinstance(annotation, dict):
                 raise UserError(f"{where}: annotations[{number}] is no object with bbox, image_id and category_id")
-            name = f"annotation {annotation.get('id', f'no. {number}')}"
-            position = position_of.get(whole_number(annotation.get("image_id")))
+            position = positions.get(whole_number(annotation.get("image_id")))  # type: ignore[arg-type]
             if position is None:
-                raise UserError(f"{where}: {name} has image_id {annotation.get('image_id')!r}, which no image has")
-            label = label_of.get(whole_number(annotation.get("category_id")))
+                shown = f"{_name(annotation, number)}: image_id {annotation.get('image_id')!r:.60}"
+                self.problems.add("annotation of an image that 'images' does not list: left out", shown)
+                continue
+            label = label_of.get(whole_number(annotation.get("category_id")))  # type: ignore[arg-type]
             if label is None:
-                ids = ", ".join(str(category.id) for category in self.own[:20])
-                raise UserError(
-                    f"{where}: {name} has category_id {annotation.get('category_id')!r}; the categories are {ids}"
-                )
-            record, category = self.records[position], self.categories[label]
-            size, place = (record.height, record.width), f"{record.file}, {name}"
-            entry = clean_annotation(annotation, category, size, self.fields, self.problems, place)
+                unknown[f"{_name(annotation, number)} has category_id {annotation.get('category_id')!r:.60}"] += 1
+                continue
+            record = self.records[position]
+            place = _Place(record.file, annotation, number)
+            entry = clean_annotation(
+                annotation,
+                self.own[label],
+                (record.height, record.width),
+                self.fields,
+                self.problems,
+                place,
+                self.split.ignore_iscrowd,
+            )
             if entry is None:
                 continue
-            if has_masks and not annotation.get("segmentation") and not entry["iscrowd"]:
+            if twins.has(number, position, label, entry["bbox"]):
+                self.problems.add("object that is there twice, alike in everything: read once", str(place))
+                continue
+            if entry["iscrowd"]:
+                kind = "crowd region (iscrowd 1), no object: -o data.ignore_iscrowd=true reads them as single objects"
+                self.problems.add(kind, str(place))
+            elif has_masks and not annotation.get("segmentation"):
                 # The box is learned from, a mask is not.
-                self.problems.add("object without segmentation: no mask is learned from it", place)
-            ids_of_it = {"id": identities.unique(annotation), "image_id": record.id, "category_id": category.id}
-            yield position, label, {**ids_of_it, **entry}
+                self.problems.add("object without segmentation: no mask is learned from it", str(place), "masks")
+            yield position, label, {"id": identities.unique(annotation), "image_id": record.id, **entry}
+        if unknown:
+            more = f" (and {len(unknown) - 1} other annotations)" if len(unknown) > 1 else ""
+            ids = ", ".join(str(category.id) for category in self.own[:20])
+            raise UserError(f"{where}: {next(iter(unknown))}{more}; the categories are {ids}")
+
+    def _never_labelled_points(self) -> None:
+        """Points that no object has: nothing is learned about them."""
+        points = self.labels.keypoints
+        if points is None:
+            return
+        for label, category in enumerate(self.own):
+            seen = (points[self.labels.labels == label, :, 2] > 0).any(axis=0)
+            if seen.any():
+                for name in (name for name, labelled in zip(category.keypoints, seen) if not labelled):
+                    kind = "keypoint that no object has labelled: nothing is learned about it"
+                    self.problems.add(kind, f"{category.name}: {name}", "keypoints")
+
+
+def _name(annotation: dict[str, Any], number: int) -> str:
+    identity = annotation.get("id", f"no. {number}")
+    return f"annotation {identity!s:.40}"
+
+
+class _Place:
+    """File and annotation, for problems: most annotations have none, so the text is made when it is asked for."""
+
+    __slots__ = ("annotation", "file", "number")
+
+    def __init__(self, file: str, annotation: dict[str, Any], number: int) -> None:
+        self.file, self.annotation, self.number = file, annotation, number
+
+    def __str__(self) -> str:
+        return f"{self.file}, {_name(self.annotation, self.number)}"
+
+
+class _Twins:
+    """Recognises annotations that say the same of the same image."""
+
+    def __init__(self, annotations: Sequence[dict[str, Any]]) -> None:
+        self.annotations = annotations
+        self.seen: dict[int, int] = {}  # hash -> number of the annotation
+
+    def has(self, number: int, position: int, label: int, bbox: Sequence[float]) -> bool:
+        """Whether an earlier annotation has the same class, box, outline, points and flag. Remembers this one."""
+        first = self.seen.setdefault(hash((position, label, *bbox)), number)
+        if first == number:
+            return False
+        one, other = self.annotations[first], self.annotations[number]
+        return flag(one.get("iscrowd")) == flag(other.get("iscrowd")) and all(
+            (one.get(key) or None) == (other.get(key) or None) for key in ("bbox", "segmentation", "keypoints")
+        )
 
 
 class _Identities:
@@ -189,79 +306,31 @@ class _Identities:
 
 
 def same_categories(train: CocoSplit, val: CocoSplit) -> None:
-    """Labels of both splits have to mean the same.
+    """Labels of both splits have to mean the same: classes are matched by name, and some have to be in both.
 
     Raises:
-        UserError: ids or names differ.
+        UserError: no class has the same name in both.
     """
-    if difference := category_difference(val.own, train.own):
+    names = {category.name for category in train.own}
+    if names.isdisjoint(category.name for category in val.own):
+        ours, theirs = (", ".join(category.name for category in split.own[:5]) for split in (val, train))
         raise UserError(
-            f"{val.split.annotations}: its categories differ from those of {train.split.annotations}: {difference}"
+            f"{val.split.annotations}: none of its classes ({ours}) is in {train.split.annotations} ({theirs}); "
+            "classes are matched by name"
         )
-
-
-def _images(raw: dict[str, Any], split: Split, problems: Problems) -> tuple[Path, list[ImageRecord]]:
-    where = str(split.annotations)
-    names: dict[int, str] = {}
-    for number, entry in enumerate(raw["images"]):
-        identity = whole_number(entry.get("id")) if isinstance(entry, dict) else None
-        if identity is None:
-            raise UserError(f"{where}: images[{number}] has no whole number as id: {entry!r}")
-        if identity in names:
-            raise UserError(f"{where}: image id {identity} occurs twice ({names[identity]}, {entry.get('file_name')})")
-        name = entry.get("file_name")
-        if not isinstance(name, str) or not name:
-            raise UserError(f"{where}: image {identity} has no file_name")
-        names[identity] = _inside(name.replace("\\", "/"), split, where)
-    if not names:
-        raise UserError(f"{where}: no images in it")
-    folder = _image_folder(split, list(names.values()))
-    records = []
-    for entry in raw["images"]:
-        identity = int(entry["id"])
-        height, width = whole_number(entry.get("height")), whole_number(entry.get("width"))
-        if not height or not width or min(height, width) < 1:
-            problems.add("image without height and width in the annotations: taken from the file", names[identity])
-            try:
-                height, width, _ = image_size(folder / names[identity])
-            except BadImage as error:
-                problems.add("image that cannot be read", f"{names[identity]}: {error.reason}")
-                height = width = 1
-        records.append(ImageRecord(identity, names[identity], height, width))
-    return folder, records
-
-
-def _inside(name: str, split: Split, where: str) -> str:
-    """``name`` relative to the images' folder; nothing outside of it is ever opened."""
-    root = os.path.normpath(split.images)
-    path = os.path.normpath(os.path.join(root, name))  # noqa: PTH118 - an absolute name has to win here to be refused
-    if not path.startswith(root + os.sep):
-        raise UserError(f"{where}: file_name '{name}' leaves the folder of the images ({split.images})")
-    return os.path.relpath(path, root).replace(os.sep, "/")
-
-
-def _image_folder(split: Split, names: list[str]) -> Path:
-    """``images/`` or, where the files lie one level deeper, ``images/train/``."""
-    step = max(len(names) // PROBED, 1)
-    for folder in (split.images, split.images / split.name):
-        if any((folder / name).is_file() for name in names[::step]):
-            return folder
-    raise UserError(
-        f"{split.annotations}: none of its images is there: looked for {names[0]} and others in {split.images} "
-        f"(file_name is relative to that folder)"
-    )
 
 
 def _available(raw: dict[str, Any], categories: list[Category]) -> frozenset[str]:
     """The fields of ``Targets`` for which at least one annotation has something."""
     available = {"boxes"}
+    has_points = any(category.keypoints for category in categories)
     for annotation in raw["annotations"]:
         if not isinstance(annotation, dict):
             continue  # refused when it is cleaned
-        if annotation.get("segmentation") and not annotation.get("iscrowd"):
+        if annotation.get("segmentation") and not flag(annotation.get("iscrowd")):
             available.add("masks")
         points = annotation.get("keypoints")
-        if isinstance(points, list) and any(points[2::3]) and any(category.keypoints for category in categories):
+        if has_points and isinstance(points, list) and any(points[2::3]):
             available.add("keypoints")
         if len(available) == len(FIELDS):
             break

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
 
+from mvision.data.formats.numbers import flag, number, numbers
 from mvision.data.formats.problems import Problems
 from mvision.data.formats.segmentation import (
     BadSegmentation,
@@ -17,6 +17,7 @@ from mvision.data.formats.segmentation import (
 )
 from mvision.structures import Category
 
+MARGIN, LEAST_MARGIN = 0.1, 0.02  # around points: of their extent, but at least of the image's longer side
 BORDER = 1.0  # pixels by which a box may reach over the border unmentioned: rounding in COCO's own files
 
 
@@ -26,35 +27,53 @@ def clean_annotation(
     size: tuple[int, int],
     fields: frozenset[str],
     problems: Problems,
-    where: str,
+    where: object,
+    ignore_iscrowd: bool = False,
 ) -> dict[str, Any] | None:
     """Check one annotation; what is wrong with it goes to ``problems``.
+
+    An object without a usable box gets that of its segmentation or, with a margin, of its labelled keypoints.
 
     Args:
         size: (height, width) of its image.
         fields: those of ``Targets`` that are wanted.
-        where: file and annotation, for ``problems``.
+        where: file and annotation, for ``problems``; its text is asked for only where there is one.
+        ignore_iscrowd: read crowd regions as single objects.
 
     Returns:
         COCO's keys in the file's own pixels and at its precision: ``bbox`` (xywh, inside the image), ``area`` and
         ``iscrowd``; where wanted ``keypoints`` ((K, 3) float64, zeros where not labelled) and, if it has a usable one,
         ``segmentation`` (an ``Outline``). None where nothing of the annotation can be used.
     """
-    outline = _outline(annotation, size, fields, problems, where)
-    box = _box(annotation, outline, size, problems, where)
+    bbox = numbers(annotation.get("bbox"), 4)
+    has_box = bbox is not None and bbox[2] > 0 and bbox[3] > 0
+    outline = _outline(annotation, size, problems, where) if "masks" in fields or not has_box else None
+    points = None
+    if "keypoints" in fields or not (has_box or outline is not None):
+        points = _keypoints(annotation, category, size, problems, where)
+    if has_box and bbox is not None:
+        raw = (bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3])
+    else:
+        found = _other_box(annotation, outline, points, size, problems, where)
+        if found is None:
+            return None
+        raw = found
+    is_around_points = not has_box and outline is None
+    box = _inside(raw, size, annotation.get("bbox"), problems, where, is_around_points)
     if box is None:
         return None
     width, height = box[2] - box[0], box[3] - box[1]
-    area = _positive(annotation.get("area")) or (outline_area(outline, *size) if outline is not None else 0.0)
+    area = number(annotation.get("area")) or 0.0
+    if not 0 < area <= size[0] * size[1]:
+        area = outline_area(outline, *size) if outline is not None else 0.0
     entry: dict[str, Any] = {
         "bbox": [box[0], box[1], width, height],
         "area": area or width * height,
-        "iscrowd": int(bool(annotation.get("iscrowd"))),
+        "iscrowd": int(flag(annotation.get("iscrowd")) and not ignore_iscrowd),
     }
     if outline is not None and "masks" in fields:
         entry["segmentation"] = outline
     if "keypoints" in fields:
-        points = _keypoints(annotation, category, size, problems, where)
         entry["keypoints"] = np.zeros((len(category.keypoints), 3)) if points is None else points
     return entry
 
@@ -73,54 +92,77 @@ def to_json(entry: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def _outline(
-    annotation: dict[str, Any], size: tuple[int, int], fields: frozenset[str], problems: Problems, where: str
-) -> Outline | None:
+def _outline(annotation: dict[str, Any], size: tuple[int, int], problems: Problems, where: object) -> Outline | None:
     segmentation = annotation.get("segmentation")
-    if not segmentation or ("masks" not in fields and "bbox" in annotation):
+    if not segmentation:
         return None
     try:
         outline, left_out = parse_segmentation(segmentation, *size)
     except BadSegmentation as error:
-        problems.add("segmentation that cannot be used: the object has no mask", f"{where}: {error}")
+        problems.add("segmentation that cannot be used: the object has no mask", f"{where}: {error}", "masks")
         return None
     if left_out:
-        problems.add("polygon parts with fewer than three points or with NaN: left out", where)
+        kind = "polygon parts with fewer than three points, with NaN or far from the image: left out"
+        problems.add(kind, str(where), "masks")
     return outline
 
 
-def _box(
-    annotation: dict[str, Any], outline: Outline | None, size: tuple[int, int], problems: Problems, where: str
+def _other_box(
+    annotation: dict[str, Any],
+    outline: Outline | None,
+    points: np.ndarray | None,
+    size: tuple[int, int],
+    problems: Problems,
+    where: object,
 ) -> tuple[float, float, float, float] | None:
-    """The xyxy box inside the image, or None with the reason in ``problems``."""
-    height, width = size
+    """The xyxy box of an annotation whose ``bbox`` cannot be used, or None; what is done is said in ``problems``."""
     bbox = annotation.get("bbox")
-    if isinstance(bbox, list) and len(bbox) == 4 and all(_is_number(value) for value in bbox):
-        x, y, w, h = bbox
-        raw = (float(x), float(y), float(x + w), float(y + h))
-        if w <= 0 or h <= 0:
-            problems.add("box without area: annotation skipped", f"{where}: bbox {bbox}")
-            return None
-    elif outline is not None:
-        raw = outline_box(outline)
-        if bbox:
-            problems.add("bbox that is not four finite numbers: taken from the segmentation", f"{where}: bbox {bbox}")
+    if not bbox:
+        kind = "object without bbox"
+    elif numbers(bbox, 4) is None:
+        kind = "bbox that is not four finite numbers"
     else:
-        kind = "bbox that is not four finite numbers" if bbox else "neither bbox nor segmentation"
-        problems.add(f"{kind}: annotation skipped", f"{where}: bbox {bbox}" if bbox else where)
-        return None
+        kind = "box without area"
+    place = f"{where}: bbox {bbox!r:.120}" if bbox else str(where)
+    if outline is not None:
+        if bbox:
+            problems.add(f"{kind}: taken from the segmentation", place)
+        return outline_box(outline)
+    labelled = points[points[:, 2] > 0, :2] if points is not None else np.zeros((0, 2))
+    if len(labelled):
+        problems.add(f"{kind}: a box around its labelled keypoints, with a margin, takes its place", place)
+        (x0, y0), (x1, y1) = labelled.min(axis=0).tolist(), labelled.max(axis=0).tolist()
+        margin = max(MARGIN * max(x1 - x0, y1 - y0), LEAST_MARGIN * max(size))
+        return x0 - margin, y0 - margin, x1 + margin, y1 + margin
+    problems.add(f"{kind if bbox else 'neither bbox nor segmentation'}: annotation skipped", place)
+    return None
+
+
+def _inside(
+    raw: tuple[float, float, float, float],
+    size: tuple[int, int],
+    bbox: Any,
+    problems: Problems,
+    where: object,
+    is_around_points: bool,
+) -> tuple[float, float, float, float] | None:
+    """The part of an xyxy box that lies inside the image, or None with the reason in ``problems``."""
+    height, width = size
     box = (max(raw[0], 0.0), max(raw[1], 0.0), min(raw[2], float(width)), min(raw[3], float(height)))
     if box[2] <= box[0] or box[3] <= box[1]:
         place = "without area" if raw[2] <= raw[0] or raw[3] <= raw[1] else "outside the image"
-        problems.add(f"box {place}: annotation skipped", f"{where}: bbox {bbox or list(raw)} on {width} x {height}")
+        shown = f"{where}: bbox {bbox or list(raw)!r:.120} on {width} x {height}"
+        problems.add(f"box {place}: annotation skipped", shown)
         return None
-    if max(abs(a - b) for a, b in zip(raw, box)) > BORDER:
-        problems.add("box reaching over the image's border: clipped", f"{where}: bbox {bbox} on {width} x {height}")
+    # The margin around points is nobody's mistake.
+    if not is_around_points and max(abs(a - b) for a, b in zip(raw, box)) > BORDER:
+        shown = f"{where}: bbox {bbox or list(raw)!r:.120} on {width} x {height}"
+        problems.add("box reaching over the image's border: clipped", shown)
     return box
 
 
 def _keypoints(
-    annotation: dict[str, Any], category: Category, size: tuple[int, int], problems: Problems, where: str
+    annotation: dict[str, Any], category: Category, size: tuple[int, int], problems: Problems, where: object
 ) -> np.ndarray | None:
     """(K, 3) x, y in pixels and visibility; None where the annotation has none that can be used."""
     values = annotation.get("keypoints")
@@ -132,30 +174,28 @@ def _keypoints(
         problems.add(
             "keypoints of the wrong number: the object has none",
             f"{where}: {amount} values, {category.name} has {count}",
+            "keypoints",
         )
         return None
     try:
         points = np.array(values, dtype=np.float64).reshape(-1, 3)
-    except (TypeError, ValueError):
-        problems.add("keypoints that are no numbers: the object has none", where)
+    except (TypeError, ValueError, OverflowError):
+        problems.add("keypoints that are no numbers: the object has none", str(where), "keypoints")
         return None
     height, width = size
     seen = points[:, 2] > 0
+    if not seen.any():
+        if points[:, :2].any():
+            kind = "object whose keypoints have places but visibility 0, which means not labelled: nothing is learned"
+            problems.add(kind, str(where), "keypoints")
+        return np.zeros_like(points)
     bad = seen & ~np.isfinite(points).all(axis=1)
     inside = (points[:, 0] >= 0) & (points[:, 0] <= width) & (points[:, 1] >= 0) & (points[:, 1] <= height)
     outside = seen & ~bad & ~inside
     if bad.any():
-        problems.add("keypoint with NaN: counted as not labelled", where)
+        problems.add("keypoint with NaN: counted as not labelled", str(where), "keypoints")
     if outside.any():
-        problems.add("keypoint outside the image: counted as not labelled", where)
+        problems.add("keypoint outside the image: counted as not labelled", str(where), "keypoints")
     points[~seen | bad | outside] = 0
-    points[:, 2] = points[:, 2].clip(0, 2).round()
+    points[points[:, 2] > 0, 2] = points[points[:, 2] > 0, 2].clip(1, 2).round()  # some files have a confidence here
     return points
-
-
-def _positive(value: Any) -> float:
-    return float(value) if _is_number(value) and value > 0 else 0.0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

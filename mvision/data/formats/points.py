@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
+
+from mvision.data.formats.numbers import numbers, whole_number
 from mvision.errors import UserError
 from mvision.structures import Category
 from mvision.structures.oks import check_sigmas
@@ -31,6 +34,38 @@ def skeleton(pairs: Any, count: int) -> list[tuple[int, int]]:
     return [(a - first, b - first) for a, b in whole if 0 <= a - first < count and 0 <= b - first < count]
 
 
+def unnamed_points(count: int) -> list[str]:
+    """Names for keypoints that have none."""
+    return [f"point_{index}" for index in range(count)]
+
+
+def match_points(own: Sequence[str], given: Sequence[str]) -> tuple[np.ndarray, str]:
+    """Where the keypoints of one list are in another, by name.
+
+    Points without a partner of their name take each other's places in their order, if there are as many on both sides:
+    then they were renamed, or have no names at all on one side.
+
+    Args:
+        own: names as in the annotations.
+        given: names as in the list that they are matched with.
+
+    Returns:
+        (len(given),) int64 position in ``own``, -1 where it has no such point; and what has to be said about it.
+    """
+    if list(own) == list(given) or not own or len(set(own)) < len(own) or len(set(given)) < len(given):
+        short = min(len(own), len(given))
+        return np.array([*range(short), *[-1] * (len(given) - short)], dtype=np.int64), ""
+    order = np.array([own.index(name) if name in own else -1 for name in given], dtype=np.int64)
+    alone = [index for index, name in enumerate(own) if name not in given]
+    wanted = np.flatnonzero(order < 0).tolist()
+    if len(alone) == len(wanted):
+        order[wanted] = alone
+        renamed = [f"'{own[index]}' is taken for '{given[place]}'" for index, place in zip(alone, wanted)]
+        return order, ", ".join(renamed[:5]) if own != unnamed_points(len(own)) else ""
+    lost = [f"'{own[index]}' is left out" for index in alone] + [f"'{given[place]}' is missing" for place in wanted]
+    return order, ", ".join(lost[:5])
+
+
 def add_sigmas_and_pairs(raw: dict[str, Any], categories: dict[int, Category], where: str) -> None:
     """Fill ``sigmas`` and ``flip_pairs`` of the categories (by id, names known) from a COCO dictionary, in place.
 
@@ -42,14 +77,13 @@ def add_sigmas_and_pairs(raw: dict[str, Any], categories: dict[int, Category], w
     """
     info = raw.get("info") if isinstance(raw.get("info"), dict) else {}
     assert isinstance(info, dict)
-    entries = [entry for entry in raw["categories"] if isinstance(entry, dict)]
-    own = {name: entry for entry in entries if isinstance(name := entry.get("name"), str)}
+    own = {whole_number(entry.get("id")): entry for entry in reversed(raw["categories"])}
     shared = _shared_sigmas(info.get("keypoint_sigmas"), list(categories.values()), where)
     pairs_for_all = info.get("flip_pairs")
     if pairs_for_all is not None:
         _check_pairs(pairs_for_all, list(categories.values()), f"{where}: info.flip_pairs")
     for identity, category in categories.items():
-        entry, count = own[category.name], len(category.keypoints)
+        entry, count = own[identity], len(category.keypoints)
         sigmas = shared if len(shared) == count else []
         for key in ("sigmas", "keypoint_sigmas"):
             if entry.get(key) is not None:
@@ -93,10 +127,10 @@ def _shared_sigmas(value: Any, categories: Sequence[Category], where: str) -> li
 
 
 def _numbers(value: Any, where: str) -> list[float]:
-    numeric = isinstance(value, list) and all(isinstance(v, int | float) and not isinstance(v, bool) for v in value)
-    if not numeric:
+    found = numbers(value, len(value)) if isinstance(value, list) else None
+    if found is None:
         raise UserError(f"{where} has to be a list of numbers, one per keypoint, not {value!r:.80}")
-    return [float(number) for number in value]
+    return found
 
 
 def _check_pairs(pairs: Any, categories: Sequence[Category], where: str) -> None:

@@ -11,9 +11,16 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from mvision.data.formats.numbers import whole_number
+
 Polygons = list[np.ndarray]  # parts of one object, each (P, 2) x, y; the object is their union
 RunLengths = dict[str, Any]  # {"size": [height, width], "counts": bytes}, column by column as COCO has it
 Outline = Polygons | RunLengths
+
+
+FARTHEST = 64  # sides of the image by which a point may lie outside of it
+LONGEST, LONGEST_PIXELS = 1000, 2**21  # the way round a polygon, in sides of the image and in pixels
+LARGE = 2**24  # pixels of an image whose run lengths are not decoded as a whole
 
 
 class BadSegmentation(ValueError):
@@ -41,9 +48,9 @@ def parse_segmentation(segmentation: Any, height: int, width: int) -> tuple[Outl
         raise BadSegmentation("segmentation is neither a list of polygons nor run lengths")
     if isinstance(segmentation[0], int | float):
         segmentation = [segmentation]  # one flat polygon without the outer list: a common slip of exporters
-    parts = [part for part in map(_parse_polygon, segmentation) if part is not None]
+    parts = [part for part in (_parse_polygon(part, height, width) for part in segmentation) if part is not None]
     if not parts:
-        raise BadSegmentation("no polygon with three or more finite points")
+        raise BadSegmentation("no polygon with three or more finite points near the image")
     return parts, len(segmentation) - len(parts)
 
 
@@ -90,11 +97,10 @@ def rasterise(
     if x1 <= x0 or y1 <= y0:
         return raster
     if isinstance(outline, dict):
-        source = coco_mask.decode(outline)
-        rows = _source_indices(np.arange(y0, y1), height, float(scale[1]), float(offset[1]), source.shape[0])
-        columns = _source_indices(np.arange(x0, x1), width, float(scale[0]), float(offset[0]), source.shape[1])
-        padded = np.pad(source, ((0, 1), (0, 1)))  # index -1, the padding, stands for "outside the source"
-        raster[y0:y1, x0:x1] = padded[np.ix_(rows, columns)]
+        extent = outline["size"]
+        rows = _source_indices(np.arange(y0, y1), height, float(scale[1]), float(offset[1]), extent[0])
+        columns = _source_indices(np.arange(x0, x1), width, float(scale[0]), float(offset[0]), extent[1])
+        raster[y0:y1, x0:x1] = _sample_run_lengths(outline, rows, columns)
         return raster
     factor = scale * np.array((width, height))
     shift = offset * np.array((width, height)) - np.array((x0, y0))
@@ -162,52 +168,80 @@ def _source_indices(targets: np.ndarray, extent: int, scale: float, offset: floa
     return indices
 
 
-def _parse_polygon(part: Any) -> np.ndarray | None:
+def _sample_run_lengths(outline: RunLengths, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """The pixels of a mask in these rows and columns; index -1 stands for "outside the image", which is 0."""
+    height, width = outline["size"]
+    if height * width <= LARGE:
+        padded = np.pad(coco_mask.decode(outline), ((0, 1), (0, 1)))
+        return padded[np.ix_(rows, columns)]
+    ends = np.cumsum(_uncompress(outline["counts"]))
+    run = np.searchsorted(ends, columns[None] * height + rows[:, None], side="right")
+    run[(rows < 0)[:, None] | (columns < 0)[None]] = 0  # the first run is of pixels outside the object
+    return (run % 2).astype(np.uint8)
+
+
+def _parse_polygon(part: Any, height: int, width: int) -> np.ndarray | None:
+    """(P, 2) points of one part of an object; None where it cannot be one.
+
+    pycocotools walks along a polygon in steps of a fifth of a pixel, with whole numbers of 32 bits. A point far away
+    takes the process down (signal 11), and a line that goes to and fro over the image thousands of times the memory.
+    """
     if not isinstance(part, list) or len(part) < 6 or len(part) % 2:
         return None
     try:
         points = np.array(part, dtype=np.float64).reshape(-1, 2)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
-    return points if np.isfinite(points).all() else None
+    # Not-a-number fails every comparison.
+    if not (np.abs(points) <= (FARTHEST * width, FARTHEST * height)).all():
+        return None
+    steps = np.abs(np.diff(points, axis=0, append=points[:1]))
+    if (steps / (width, height)).max(axis=1).sum() > LONGEST or steps.max(axis=1).sum() > LONGEST_PIXELS:
+        return None
+    return points
 
 
 def _parse_run_lengths(segmentation: dict[str, Any], height: int, width: int) -> RunLengths:
     size, counts = segmentation.get("size"), segmentation.get("counts")
-    if size != [height, width]:
-        raise BadSegmentation(f"run lengths of size {size} on an image of [{height}, {width}]")
+    if not isinstance(size, list) or [whole_number(side) for side in size] != [height, width]:
+        raise BadSegmentation(f"run lengths of size {size!r:.60} on an image of [{height}, {width}]")
     if isinstance(counts, list):
-        runs = counts
+        try:
+            runs = np.array(counts, dtype=np.float64)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise BadSegmentation("run lengths that are no numbers") from error
     elif isinstance(counts, str | bytes):
         runs = _uncompress(counts.encode() if isinstance(counts, str) else counts)
     else:
         raise BadSegmentation("run lengths without counts")
-    if not all(isinstance(run, int) and run >= 0 for run in runs) or sum(runs) != height * width:
+    # Run by run, as a sum of huge ones could wrap around to the right one.
+    if not ((runs >= 0) & (runs <= height * width) & (runs % 1 == 0)).all() or runs.sum() != height * width:
         raise BadSegmentation(f"run lengths do not add up to {height} x {width} pixels")
     return coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width)
 
 
-def _uncompress(counts: bytes) -> list[int]:
-    """COCO's compressed run lengths as a list.
+def _uncompress(counts: bytes) -> np.ndarray:
+    """COCO's compressed run lengths as (R,) int64.
 
     Each character holds five bits of a number, counted from '0'; its sixth bit is set if more bits follow. From the
     third run on, the difference to the run two before is stored. Done here because pycocotools reads past the end of a
     damaged string without an error.
     """
-    runs: list[int] = []
-    value, shift = 0, 0
-    for character in counts:
-        code = character - 48
-        if not 0 <= code < 64:
-            raise BadSegmentation("run lengths hold a character that does not belong there")
-        value |= (code & 31) << shift
-        shift += 5
-        if code & 32:
-            continue
-        if code & 16:
-            value -= 1 << shift
-        runs.append(value + runs[-2] if len(runs) > 2 else value)
-        value, shift = 0, 0
-    if shift:
+    codes = np.frombuffer(counts, np.uint8).astype(np.int64) - 48
+    if ((codes < 0) | (codes >= 64)).any():
+        raise BadSegmentation("run lengths hold a character that does not belong there")
+    if not len(codes):
+        return codes
+    last = np.flatnonzero(codes < 32)  # character of each number
+    if codes[-1] >= 32:
         raise BadSegmentation("run lengths end in the middle of a number")
-    return runs
+    first = np.concatenate(([0], last[:-1] + 1))
+    if (last - first).max() >= 7:
+        raise BadSegmentation("run lengths hold a number of more than 35 bits")
+    length = last - first + 1
+    place = np.arange(len(codes)) - np.repeat(first, length)
+    values = np.add.reduceat((codes & 31) << (5 * place), first)
+    values -= np.where(codes[last] & 16, np.int64(1) << (5 * length), 0)
+    values[2::2] = np.cumsum(values[2::2])
+    values[1::2] = np.cumsum(values[1::2])
+    return values

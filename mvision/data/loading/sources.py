@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from mvision.config import DataConfig, MoreDataConfig
+from mvision.config import DataConfig
 from mvision.data.augment.extra import build_transforms
-from mvision.data.formats.categories import read_categories
 from mvision.data.formats.coco import CocoSplit, same_categories
-from mvision.data.formats.layouts import Layout, find_layout
-from mvision.data.formats.split import Split
+from mvision.data.formats.problems import Problem, Problems
+from mvision.data.formats.split import FIELDS, Split
+from mvision.data.formats.usable import refusal, refuse
+from mvision.data.loading.compare import compare_splits, count_above_queries, refuse_unreadable
+from mvision.data.loading.folders import Folder, needs, open_folders
 from mvision.errors import UserError
 from mvision.heads import head_class
+from mvision.settings import Settings
 from mvision.structures import Category
 
 
@@ -26,6 +28,8 @@ class DataSource:
         tasks: what its labels are used for.
         train, val: its splits; labels are positions in the list of classes that all data sets of the run share.
         weight: how often an epoch shows each of its images.
+        folder: its files.
+        problems: what concerns both splits together.
     """
 
     name: str
@@ -33,50 +37,80 @@ class DataSource:
     train: CocoSplit
     val: CocoSplit
     weight: float
+    folder: Folder
+    problems: Problems
+
+    def lines(self) -> list[str]:
+        """Numbers, and what was left out or mended as far as it concerns the tasks: the first lines of a training."""
+        lines = [self.folder.note] if self.folder.note else []
+        for name, split in (("train", self.train), ("val", self.val)):
+            lines.append(f"{name}: {split.summary}")
+            lines += [f"  ! {problem}" for problem in concerning(split.problems, self.tasks)]
+        return lines + [f"! {problem}" for problem in concerning(self.problems, self.tasks)]
 
 
 def read_data_sources(
-    config: DataConfig, tasks: Sequence[str], seed: int, log: Callable[[str], None]
+    config: DataConfig,
+    tasks: Sequence[str],
+    seed: int,
+    log: Callable[[str], None],
+    heads: Mapping[str, Settings] | None = None,
+    all_fields: bool = False,
 ) -> list[DataSource]:
     """Read every data set of a run, with the fields of ``Targets`` that the tasks need.
 
+    ``mvision train`` and ``mvision data check`` both call it, so that they accept and refuse the same data.
+
     Args:
-        seed: of the share of the training images, where ``config.fraction`` asks for one.
+        seed: of the share of the training images, where ``config.fraction`` asks for one, and of the images that
+            ``config.val_fraction`` holds out.
         log: is called with a description of each data set, and with what is wrong in it.
+        heads: settings by task; objects beyond the number of queries of a head are counted.
+        all_fields: read all that there is, for a report.
 
     Raises:
         UserError: a data set that cannot be used, a task without any, or a mistake in ``config.augment.extra``.
     """
     build_transforms(config.augment.extra)  # a mistake in it is reported before the data is read
-    configs = _configs(config)
-    opened = []
-    for one in configs:
-        layout = find_layout(one.root)
-        log(layout.description)
-        wanted = _wanted(one, layout, one.train, tasks, len(configs) > 1)
-        some = replace(_split(layout, one.train, wanted), fraction=config.fraction, seed=seed)
-        opened.append((one, wanted, some, _split(layout, one.val, wanted)))
-    _check_all_are_served(tasks, [(_name(one), wanted) for one, wanted, _, _ in opened])
-    shared = merge_categories([split for _, _, split, _ in opened]) if len(opened) > 1 else None
+    folders = open_folders(config, seed)
+    opened: list[tuple[Folder, list[str], CocoSplit]] = []
+    for folder in folders:
+        log(folder.layout.description)
+        wanted, train = _read_training(folder, tasks, config.fraction, len(folders) > 1, all_fields)
+        opened.append((folder, wanted, train))
+    _check_all_are_served(tasks, [(folder.name, wanted) for folder, wanted, _ in opened])
+    shared = merge_categories([train for _, _, train in opened])
     sources = []
-    for one, wanted, train_split, val_split in opened:
-        train = CocoSplit(train_split, _needs(wanted), shared, keep_annotations=False)
-        val = CocoSplit(val_split, _needs(wanted), shared)
-        for read in (train, val):
-            if len(read.problems):
-                log(f"{read.problems}")
+    for folder, wanted, train in opened:
+        if len(opened) > 1:
+            train.use_categories(shared)
+        refuse(train, wanted)
+        val = CocoSplit(folder.validation(wanted), FIELDS if all_fields else needs(wanted), train.categories)
         same_categories(train, val)
-        sources.append(DataSource(_name(one), wanted, train, val, one.weight))
+        refuse(val, wanted, empty_is_fine=True)
+        for read in (train, val):
+            refuse_unreadable(read)
+            for task in wanted:
+                count_above_queries(read, task, (heads or {}).get(task))
+        problems = compare_splits(train, val, "val")
+        if val.annotated == 0:
+            kind = "validation set without any label: nothing is measured, the newest weights count as the best"
+            problems.add(kind, str(val.split.annotations))
+        source = DataSource(folder.name, wanted, train, val, folder.config.weight, folder, problems)
+        for line in source.lines():
+            log(line)
+        sources.append(source)
     return sources
 
 
 def read_validation(
-    config: DataConfig, split: str | None, tasks: Sequence[str]
+    config: DataConfig, split: str | None, tasks: Sequence[str], seed: int = 0
 ) -> tuple[list[str], list[tuple[str, list[str], CocoSplit]]]:
     """The data sets that a model is evaluated on.
 
     Args:
         split: its name; None: the one that a run evaluates on.
+        seed: of the run, which decides on the images that ``config.val_fraction`` holds out.
 
     Returns:
         Lines for the user (descriptions, and what is wrong), and for every data set its name, the tasks that it is
@@ -85,21 +119,30 @@ def read_validation(
     Raises:
         UserError: a data set that cannot be used, or a task without any.
     """
-    configs = _configs(config)
     used, messages = [], []
-    for one in configs:
-        layout = find_layout(one.root)
-        messages.append(layout.description)
-        wanted = _wanted(one, layout, split or one.val, tasks, len(configs) > 1)
+    folders = open_folders(config, seed)
+    for folder in folders:
+        messages.append(folder.layout.description)
+        wanted = _asked(folder, tasks)
+        if not wanted:
+            continue
+
+        def read(tasks: Sequence[str], folder: Folder = folder) -> CocoSplit:
+            chosen = folder.validation(tasks) if split is None else folder.split(split, tasks)
+            return CocoSplit(chosen, needs(tasks))
+
+        found = read(wanted)
+        if len(folders) > 1 and not folder.config.tasks:
+            wanted = [task for task in wanted if refusal(found, task) is None]
         if wanted:
-            read = CocoSplit(_split(layout, split or one.val, wanted), _needs(wanted))
-            messages += [f"{read.problems}"] if len(read.problems) else []
-            used.append((_name(one), wanted, read))
+            refuse(found, wanted)
+            messages += [f"! {problem}" for problem in concerning(found.problems, wanted)]
+            used.append((folder.name, wanted, found))
     _check_all_are_served(tasks, [(name, wanted) for name, wanted, _ in used])
     return messages, used
 
 
-def merge_categories(splits: Sequence[Split]) -> list[Category]:
+def merge_categories(splits: Sequence[CocoSplit]) -> list[Category]:
     """One list of classes for several data sets: classes of the same name are one, ids stay where they are not taken.
 
     Raises:
@@ -109,51 +152,50 @@ def merge_categories(splits: Sequence[Split]) -> list[Category]:
     origin: dict[str, Split] = {}
     used: set[int] = set()
     for split in splits:
-        for category in read_categories(split.load(), str(split.annotations)):
+        for category in split.own:
             same = merged.get(category.name)
             identity = same.id if same is not None else category.id if category.id not in used else max(used) + 1
             used.add(identity)
-            if same is not None and same.keypoints and category.keypoints not in ([], same.keypoints):
+            if same is not None and same.keypoints and set(category.keypoints) not in (set(), set(same.keypoints)):
                 raise UserError(
-                    f"{split.annotations}: class '{category.name}' has other keypoints "
+                    f"{split.split.annotations}: class '{category.name}' has other keypoints "
                     f"({', '.join(category.keypoints[:3])}, ...) than in {origin[category.name].annotations} "
                     f"({', '.join(same.keypoints[:3])}, ...); rename it in one of them"
                 )
             if same is None or not same.keypoints:
                 merged[category.name] = category.model_copy(update={"id": identity})
-                origin[category.name] = split
+                origin[category.name] = split.split
     return list(merged.values())
 
 
-def _configs(config: DataConfig) -> list[DataConfig | MoreDataConfig]:
-    return [config, *config.more]
+def concerning(problems: Problems, tasks: Iterable[str]) -> list[Problem]:
+    """The problems that make a difference to these tasks."""
+    return problems.of(needs(tasks))
 
 
-def _name(config: DataConfig | MoreDataConfig) -> str:
-    return "built-in" if config.root is None else Path(config.root).resolve().name
-
-
-def _needs(tasks: Iterable[str]) -> frozenset[str]:
-    return frozenset[str]().union(*(head_class(task).needs for task in tasks))
-
-
-def _split(layout: Layout, name: str, tasks: Sequence[str]) -> Split:
-    return layout.split(name, _needs(tasks), poses_only=all(head_class(task).kind == "poses" for task in tasks))
-
-
-def _wanted(
-    config: DataConfig | MoreDataConfig, layout: Layout, split: str, tasks: Sequence[str], several: bool
-) -> list[str]:
-    """The tasks that a data set is used for: those in its ``tasks``; else all of the model's, or where there are
-    several data sets, those for which it has labels."""
-    for task in config.tasks:
+def _asked(folder: Folder, tasks: Sequence[str]) -> list[str]:
+    """The tasks that a data set may be used for: those in its ``tasks``, else all of the model's."""
+    for task in folder.config.tasks:
         head_class(task)
-    if config.tasks:
-        return [task for task in tasks if task in config.tasks]
-    if not several:
-        return list(tasks)
-    available = CocoSplit(_split(layout, split, tasks), keep_annotations=False).available
-    return [task for task in tasks if head_class(task).needs <= available]
+    return [task for task in tasks if task in folder.config.tasks] if folder.config.tasks else list(tasks)
+
+
+def _read_training(
+    folder: Folder, tasks: Sequence[str], fraction: float, several: bool, all_fields: bool
+) -> tuple[list[str], CocoSplit]:
+    """The training set of a folder, and the tasks that it is used for: where there are several data sets and the config
+    names no tasks, those that it has labels for."""
+    asked = _asked(folder, tasks)
+    split = folder.training(asked, fraction)
+    train = CocoSplit(split, FIELDS if all_fields else needs(asked), keep_annotations=False)
+    if not several or folder.config.tasks:
+        return asked, train
+    wanted = [task for task in asked if refusal(train, task) is None]
+    if wanted and needs(wanted) != needs(asked) and folder.training(wanted, fraction) == split:
+        train.leave_out(FIELDS - needs(wanted))
+    elif wanted and needs(wanted) != needs(asked):
+        train = CocoSplit(folder.training(wanted, fraction), needs(wanted), keep_annotations=False)
+    return wanted, train
 
 
 def _check_all_are_served(tasks: Sequence[str], used: Sequence[tuple[str, list[str]]]) -> None:

@@ -1,22 +1,28 @@
-"""``mvision data check``: numbers of every split, what is wrong with it, and a verdict."""
+"""``mvision data check``: numbers of every split, what is wrong with it, and whether a training would take the data."""
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from mvision.config import Config
 from mvision.data.formats.coco import FIELDS, CocoSplit
-from mvision.data.formats.layouts import Layout, usual_splits
-from mvision.data.formats.problems import Problem, Problems
+from mvision.data.formats.layouts import usual_splits
+from mvision.data.formats.problems import Problem
+from mvision.data.formats.split import Split
+from mvision.data.formats.usable import refusal, refuse, usable_objects
+from mvision.data.loading.compare import compare_splits, refuse_unreadable
 from mvision.data.loading.dataset import Dataset
-from mvision.errors import UserError
-from mvision.heads import head_class, known_tasks
+from mvision.data.loading.folders import Folder, needs, open_folders
+from mvision.data.loading.sources import DataSource, read_data_sources
+from mvision.errors import UserError, printable
+from mvision.heads import known_tasks
 from mvision.machine import cores
 from mvision.structures.images import BadImage
 
@@ -30,7 +36,7 @@ class SplitReport:
 
     Attributes:
         annotations: the file.
-        error: why the split cannot be used at all; everything else is empty then.
+        error: why the split cannot be read at all; everything else is empty then.
         images, empty_images: how many, and how many of them without any object.
         objects, crowds: labelled objects, and regions marked ``iscrowd``.
         with_masks, with_keypoints: objects that have a usable outline, or at least one labelled keypoint.
@@ -57,83 +63,213 @@ class SplitReport:
     decoded: bool = False
     problems: list[Problem] = field(default_factory=list)
 
-    @property
-    def tasks(self) -> list[str]:
-        """The tasks that the split can train: those whose head needs no more than its objects have."""
-        counts = {"boxes": self.objects, "masks": self.with_masks, "keypoints": self.with_keypoints}
-        return [task for task in known_tasks() if all(counts.get(field) for field in head_class(task).needs)]
-
 
 @dataclass
 class Report:
-    """A whole data set: its layout, its splits, and faults that concern several of them."""
+    """The data sets of a config: their layouts and splits, faults that concern several splits, and the verdict.
+
+    Attributes:
+        layout: a line for every data set.
+        asked: the tasks that the data is checked for.
+        splits: by name.
+        refused: the line with which a training of these tasks would end at once; None where it would start.
+        tasks: every known task -> why the data cannot serve it, None where it can.
+        problems: between the splits.
+    """
 
     layout: str
-    splits: dict[str, SplitReport]
+    asked: list[str]
+    splits: dict[str, SplitReport] = field(default_factory=dict)
+    refused: str | None = None
+    tasks: dict[str, str | None] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
 
     @property
     def usable(self) -> bool:
-        """Whether every checked split can be used."""
-        return all(split.error is None for split in self.splits.values())
+        """Whether a training would start."""
+        return self.refused is None
 
     @property
     def verdict(self) -> str:
         """One line."""
-        for name, split in self.splits.items():
-            if split.error is not None:
-                return f"not usable: {name}: {split.error}"
+        if self.refused is not None:
+            return f"not usable: {self.refused}"
         kinds = [*self.problems, *(problem for split in self.splits.values() for problem in split.problems)]
-        tasks = [split.tasks for split in self.splits.values()]
-        common = [task for task in tasks[0] if all(task in others for others in tasks)] if tasks else []
-        able = f"every split can serve {', '.join(common)}" if common else "no task can be served by every split"
+        able = f"the data can serve {', '.join(task for task, reason in self.tasks.items() if reason is None)}"
         if kinds:
             return f"usable with {sum(problem.count for problem in kinds)} problems of {len(kinds)} kinds: {able}"
         return f"sound: {able}"
 
-    def text(self) -> str:
-        """For the terminal."""
+    def text(self, every_place: bool = False) -> str:
+        """For the terminal.
+
+        Args:
+            every_place: list all places of every problem, one a line, and not the first few.
+        """
         lines = [self.layout]
         for name, split in self.splits.items():
-            lines += ["", f"{name}: {split.annotations}", *(f"  {line}" for line in _split_lines(split))]
+            lines += ["", f"{name}: {printable(split.annotations)}"]
+            lines += [f"  {line}" for line in _split_lines(split)]
+            lines += [f"  {line}" for line in self._problem_lines(split.problems, every_place)]
         if self.problems:
-            lines += ["", "between the splits", *(f"  ! {problem}" for problem in self.problems)]
-        return "\n".join([*lines, "", self.verdict])
+            lines += ["", "between the splits"]
+            lines += [f"  {line}" for line in self._problem_lines(self.problems, every_place)]
+        if self.tasks:
+            lines += ["", "tasks"]
+            lines += [
+                f"  {task:12} {'yes' if reason is None else f'no: {printable(reason)}'}"
+                for task, reason in self.tasks.items()
+            ]
+        return "\n".join([*lines, "", printable(self.verdict)])
+
+    def _problem_lines(self, problems: Sequence[Problem], every_place: bool) -> Iterator[str]:
+        """The lines that a training begins with; those that only other tasks lose something by name the tasks."""
+        for problem in problems:
+            others = problem.field != "boxes" and problem.field not in needs(self.asked)
+            tasks = [task for task in known_tasks() if problem.field in needs([task])] if others else []
+            mark = f" [{', '.join(tasks)}]" if tasks else ""
+            if not every_place:
+                yield f"! {problem}{mark}"
+                continue
+            yield f"! {problem.count} x {problem.kind}{mark}"
+            yield from (f"    {printable(place)}" for place in problem.examples)
+            if problem.count > len(problem.examples):
+                yield f"    ... and {problem.count - len(problem.examples)} more"
 
 
 def check(
-    layout: Layout,
-    splits: Sequence[str] | None = None,
+    config: Config,
+    splits: Sequence[str] = (),
     quick: bool = False,
     progress: Callable[[int], object] | None = None,
 ) -> Report:
     """Read everything and report.
 
     Args:
-        layout: from ``find_layout``.
-        splits: names; None: train, val and test where they exist, else all.
+        config: data sets, and the model whose tasks they have to serve.
+        splits: of the first data set, these alone; empty: those that a training reads, and ``test`` where there is one.
         quick: the annotations only; images are not opened.
         progress: called with the number of images just read.
 
     Raises:
-        UserError: a split that the layout does not have. Broken files are reported, not raised.
+        UserError: no data set is recognised, or it has no split of that name. What else would end a training is
+            reported, not raised.
     """
-    names = list(splits) if splits else usual_splits(layout)
-    read: dict[str, CocoSplit] = {}
-    reports: dict[str, SplitReport] = {}
-    for name in names:
-        split = layout.split(name, FIELDS)
-        try:
-            read[name] = CocoSplit(split, FIELDS, keep_annotations=False)
-        except UserError as error:
-            reports[name] = SplitReport(str(split.annotations), error=str(error))
-            continue
-        reports[name] = _count(read[name])
+    if splits:
+        report, read = _read_named(config, splits)
+    else:
+        report, read = _read_all(config)
+    for name, split in read.items():
+        report.splits[name] = _count(split)
         if not quick:
-            _decode(read[name], progress)
-            reports[name].decoded = True
-        reports[name].problems = list(read[name].problems)
-    return Report(layout.description, reports, list(_between(read)))
+            _decode(split, progress)
+            report.splits[name].decoded = True
+        report.splits[name].problems = list(split.problems)
+    return report
+
+
+def _read_named(config: Config, names: Sequence[str]) -> tuple[Report, dict[str, CocoSplit]]:
+    """Single splits, each held to what a training or an evaluation would ask of it."""
+    folder, asked = open_folders(config.data, config.train.seed)[0], list(config.model.heads)
+    report = Report(folder.layout.description, asked)
+    read: dict[str, CocoSplit] = {}
+    for name in names:
+        split = folder.split(name, asked)
+        try:
+            one = read[name] = CocoSplit(split, FIELDS, keep_annotations=False)
+            refuse(one, asked)
+            refuse_unreadable(one)
+        except UserError as error:
+            report.refused = report.refused or str(error)
+            if name not in read:
+                report.splits[name] = SplitReport(str(split.annotations), error=str(error))
+    read = {name: _with_every_field(folder, split) for name, split in read.items()}
+    report.tasks = {task: _reason(task, [read]) for task in known_tasks()}
+    return report, read
+
+
+def _read_all(config: Config) -> tuple[Report, dict[str, CocoSplit]]:
+    """The splits that a training reads, as it reads them, and ``test``."""
+    asked, heads, seed = list(config.model.heads), config.model.heads, config.train.seed
+    sources: list[DataSource] = []
+    refused = None
+    try:
+        sources = read_data_sources(config.data, asked, seed, lambda _: None, heads, all_fields=True)
+    except UserError as error:
+        refused = str(error)
+    folders = [source.folder for source in sources] or open_folders(config.data, seed)
+    report = Report("\n".join(folder.layout.description for folder in folders), asked, refused=refused)
+    parts: dict[str, dict[str, CocoSplit]] = {}
+    for number, folder in enumerate(folders):
+        prefix = f"{folder.name}/" if len(folders) > 1 else ""
+        if sources:
+            part = {"train": sources[number].train, "val": sources[number].val}
+            report.problems += sources[number].problems
+        else:
+            part = _read_each(folder, prefix, report)
+        parts[prefix] = {name: _with_every_field(folder, split) for name, split in part.items()}
+        _read_test(folder, parts[prefix], prefix, report)
+    trained = [{name: part[name] for name in ("train", "val") if name in part} for part in parts.values()]
+    report.tasks = {task: _reason(task, trained) for task in known_tasks()}
+    return report, {prefix + name: split for prefix, part in parts.items() for name, split in part.items()}
+
+
+def _read_each(folder: Folder, prefix: str, report: Report) -> dict[str, CocoSplit]:
+    """What can be read of a data set that a training would refuse; errors go to the report."""
+    asked = report.asked
+    choices: dict[str, Callable[[], Split]] = {
+        "train": lambda: folder.training(asked),
+        "val": lambda: folder.validation(asked),
+    }
+    if folder.config.train not in folder.layout.splits:
+        choices = {name: partial(folder.split, name, asked) for name in usual_splits(folder.layout)}
+    read = {}
+    for name, choose in choices.items():
+        where = folder.layout.splits.get(name)
+        try:
+            read[name] = CocoSplit(choose(), FIELDS, keep_annotations=False)
+        except UserError as error:
+            path = str(folder.layout.root if where is None else where.annotations)
+            report.splits[prefix + name] = SplitReport(path, error=str(error))
+    return read
+
+
+def _read_test(folder: Folder, read: dict[str, CocoSplit], prefix: str, report: Report) -> None:
+    """Add the split ``test`` where there is one. No training reads it, so nothing in it is a reason to refuse."""
+    if "test" not in folder.layout.splits or "test" in (*read, folder.config.train, folder.config.val):
+        return
+    split = folder.split("test", known_tasks())
+    try:
+        read["test"] = CocoSplit(split, FIELDS, keep_annotations=False)
+    except UserError as error:
+        report.splits[f"{prefix}test"] = SplitReport(
+            str(split.annotations), error=f"{error} (training does not use it)"
+        )
+        return
+    if "train" in read:
+        report.problems += compare_splits(read["train"], read["test"], "test")
+
+
+def _with_every_field(folder: Folder, split: CocoSplit) -> CocoSplit:
+    """The split with COCO's second file, that of keypoints, where a training of other tasks leaves it aside."""
+    every = folder.split(split.split.name, known_tasks())
+    if (every.annotations, every.keypoints) == (split.split.annotations, split.split.keypoints):
+        return split
+    try:
+        files = replace(split.split, annotations=every.annotations, keypoints=every.keypoints)
+        return CocoSplit(files, FIELDS, keep_annotations=False)
+    except UserError as error:
+        split.problems.add("file of keypoints that cannot be read", str(error), "keypoints")
+        return split
+
+
+def _reason(task: str, parts: Sequence[dict[str, CocoSplit]]) -> str | None:
+    """Why no data set can serve a task; None where one can."""
+    reasons = []
+    for part in parts:
+        refusals = [refusal(split, task, empty_is_fine=name == "val") for name, split in part.items()]
+        reasons.append(next(filter(None, refusals), None) if part else "no split of it can be read")
+    return None if None in reasons else reasons[0]
 
 
 def _count(split: CocoSplit) -> SplitReport:
@@ -146,15 +282,15 @@ def _count(split: CocoSplit) -> SplitReport:
     per_class = np.bincount(objects.labels[real], minlength=len(split.categories))
     images = np.repeat(np.arange(len(split)), per_image)
     of_image = np.bincount(images[real], minlength=len(split))
-    outlines = objects.outlines
+    usable = usable_objects(split)
     return SplitReport(
         annotations=str(split.split.annotations),
         images=len(split),
         empty_images=int((of_image == 0).sum()),
-        objects=int(real.sum()),
+        objects=usable["boxes"],
         crowds=int(objects.crowd.sum()),
-        with_masks=0 if outlines is None else sum(outlines[int(i)] is not None for i in np.flatnonzero(real)),
-        with_keypoints=0 if objects.keypoints is None else int((objects.keypoints[real, :, 2] > 0).any(axis=1).sum()),
+        with_masks=usable["masks"],
+        with_keypoints=usable["keypoints"],
         classes={category.name: int(count) for category, count in zip(split.categories, per_class)},
         image_sizes=dict(sizes.most_common(5)),
         object_sizes={
@@ -171,10 +307,12 @@ def _decode(split: CocoSplit, progress: Callable[[int], object] | None) -> None:
     dataset = Dataset(split, validate=False)
 
     def attempt(index: int) -> tuple[str, str] | None:
+        if index in split.broken:
+            return None  # named already
         try:
             image = dataset.image(index)
         except BadImage as error:
-            return "image that cannot be read", f"{Path(error.path).name}: {error.reason}"
+            return "image that cannot be read: never shown", f"{Path(error.path).name}: {error.reason}"
         record = split.records[index]
         if image.shape[:2] != (record.height, record.width):
             found = f"{image.shape[1]} x {image.shape[0]}, annotated as {record.width} x {record.height}"
@@ -189,34 +327,12 @@ def _decode(split: CocoSplit, progress: Callable[[int], object] | None) -> None:
                 progress(1)
 
 
-def _between(splits: dict[str, CocoSplit]) -> Problems:
-    problems = Problems()
-    if "train" not in splits:
-        return problems
-    train = splits["train"]
-    trained = {os.path.realpath(train.folder / record.file) for record in train.records}
-    names = [(category.id, category.name) for category in train.categories]
-    seen = {train.categories[label].name for label in np.unique(train.labels.labels)}
-    for name, split in splits.items():
-        if name == "train":
-            continue
-        if [(category.id, category.name) for category in split.categories] != names:
-            problems.add(f"categories of {name} that differ from those of train", str(split.split.annotations))
-        for record in split.records:
-            if os.path.realpath(split.folder / record.file) in trained:
-                problems.add(f"image of {name} that is in train too", record.file)
-        for label in np.unique(split.labels.labels):
-            if split.categories[label].name not in seen:
-                problems.add(f"class of {name} without an object in train", split.categories[label].name)
-    return problems
-
-
 def _split_lines(split: SplitReport) -> list[str]:
     if split.error is not None:
         return [f"! {split.error}"]
     sizes = ", ".join(f"{size} ({count})" for size, count in split.image_sizes.items())
     ranked = sorted(split.classes.items(), key=lambda item: -item[1])
-    classes = ", ".join(f"{name} {count}" for name, count in ranked[:LISTED])
+    classes = ", ".join(f"{printable(name)} {count}" for name, count in ranked[:LISTED])
     rest = f", and {len(ranked) - LISTED} more" if len(ranked) > LISTED else ""
     objects = ", ".join(f"{count} {size}" for size, count in split.object_sizes.items())
     return [
@@ -226,5 +342,4 @@ def _split_lines(split: SplitReport) -> list[str]:
         f"with points  {split.with_keypoints}",
         f"classes      {len(ranked)}: {classes}{rest}",
         "files        " + ("all images read" if split.decoded else "not opened (quick check)"),
-        *(f"! {problem}" for problem in split.problems),
     ]

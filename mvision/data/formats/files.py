@@ -1,0 +1,180 @@
+"""Finding the pictures that a file of annotations names."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, cached_property
+from pathlib import Path
+
+from mvision.data.formats.problems import Problems
+from mvision.data.formats.split import Split
+from mvision.errors import UserError
+
+PROBED = 50  # names by which the folder is chosen
+
+
+def inside(name: str, split: Split) -> str:
+    """``name`` as written in the annotations, relative to the images' folder, with slashes.
+
+    Raises:
+        UserError: it leads out of the folder by itself; no file of annotations decides what is opened elsewhere.
+    """
+    name = name.replace("\\", "/")
+    parts = name.split("/")
+    if ".." not in parts and "" not in parts and "." not in parts and ":" not in name:
+        return name
+    root = os.path.normpath(split.images)
+    path = os.path.normpath(os.path.join(root, name))  # noqa: PTH118 - an absolute name has to win here to be refused
+    if not path.startswith(root.rstrip(os.sep) + os.sep):
+        raise UserError(
+            f"{split.annotations}: file_name '{name}' leaves the folder of the images ({split.images}); write names "
+            "relative to that folder"
+        )
+    return os.path.relpath(path, root).replace(os.sep, "/")
+
+
+def set_root(split: Split) -> Path:
+    """The folder that holds images and annotations of a split; that of the images where they lie far apart."""
+    images, annotations = (Path(os.path.abspath(path)) for path in (split.images, split.annotations.parent))  # noqa: PTH100 - links stay
+    try:
+        common = Path(os.path.commonpath((images, annotations)))
+    except ValueError:  # on two drives
+        return images
+    return common if common in (images, annotations, annotations.parent) else images
+
+
+class PictureFiles:
+    """The files of a list of names.
+
+    Names count from the folder of the images. Where none is there, they count from a folder of the split's name in it,
+    from the split's further folders, from that of the annotations, or from the root of the data set. Single files that
+    are still missing are looked for in these folders too, in another spelling (capitals, accents in two parts), and at
+    last by their base name anywhere in the data set, if only one file has it.
+
+    Attributes:
+        folder: that all files are relative to.
+        files: one for each name, relative to ``folder``.
+        real: their paths, links followed.
+        missing: positions of the names without a file.
+    """
+
+    def __init__(self, split: Split, names: Sequence[str], problems: Problems) -> None:
+        """Look for the files.
+
+        Args:
+            split: names the folders.
+            names: from ``inside``.
+            problems: gets what was found in another place than written, what is missing, and what lies outside the
+                data set's folder, through links.
+
+        Raises:
+            UserError: no name has a file.
+        """
+        self._split = split
+        self._root = set_root(split)
+        self._list = cache(_list_folder)
+        folders = [split.images]
+        if split.yolo is None:
+            folders += [split.images / split.name, *split.folders, split.annotations.parent, self._root]
+        self._folders = list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+        step = max(len(names) // PROBED, 1)
+        found = [sum(self._has(folder, name) for name in names[::step]) for folder in self._folders]
+        self.folder = self._folders[found.index(max(found))] if any(found) else split.images
+        places = [self.folder if self._has(self.folder, name) else None for name in names]
+        self.files = list(names)
+        lost = [position for position, place in enumerate(places) if place is None]
+        self.missing = self._search(lost, problems) if lost else set[int]()
+        if len(self.missing) == len(names):
+            looked = " and ".join(map(str, self._folders[:3])) or f"{split.images}, which is no folder"
+            raise UserError(
+                f"{split.annotations}: none of its images is there: looked for {names[0]} and others in {looked} "
+                f"(file_name is relative to that folder)"
+            )
+        for position in sorted(self.missing):
+            problems.add("image that is not there: never shown", self.files[position])
+        self.real = self._follow_links(problems)
+
+    def _has(self, folder: Path, name: str) -> bool:
+        parent, base = posixpath.split(name)
+        return base in self._list(str(folder), parent)
+
+    def _search(self, lost: Sequence[int], problems: Problems) -> set[int]:
+        """Other places of these names; returns the positions of those that have none."""
+        elsewhere: dict[int, Path] = {}
+        missing = set()
+        bases = Counter(posixpath.basename(self.files[position]) for position in lost)
+        for position in lost:
+            name = self.files[position]
+            path = self._other_place(name, bases[posixpath.basename(name)] == 1)
+            if path is None:
+                missing.add(position)
+                continue
+            elsewhere[position] = path
+            said = f"{name}: {os.path.relpath(path, self._root)}"
+            problems.add("file_name that is not there as written: taken from another place of the data set", said)
+        if elsewhere:
+            base = self.folder
+            if any(not path.is_relative_to(base) for path in elsewhere.values()):
+                base = Path(os.path.commonpath((os.path.abspath(self.folder), self._root)))  # noqa: PTH100
+            for position, name in enumerate(self.files):
+                path = elsewhere.get(position, self.folder / name)
+                self.files[position] = os.path.relpath(path, base).replace(os.sep, "/")
+            self.folder = base
+        return missing
+
+    def _other_place(self, name: str, only_one: bool) -> Path | None:
+        if self._split.yolo is not None:
+            return None
+        for folder in self._folders:
+            if self._has(folder, name):
+                return folder / name
+        parent, base = posixpath.split(name)
+        alike = [entry for entry in self._list(str(self.folder), parent) if _spelling(entry) == _spelling(base)]
+        if len(alike) == 1:
+            return self.folder / parent / alike[0]
+        named = self._by_base.get(_spelling(base), [])
+        return named[0] if only_one and len(named) == 1 else None
+
+    @cached_property
+    def _by_base(self) -> dict[str, list[Path]]:
+        """Every file of the data set by its base name; hidden folders apart."""
+        found: dict[str, list[Path]] = {}
+        for folder, below, files in os.walk(self._root):
+            below[:] = [name for name in below if not name.startswith(".")]
+            for name in files:
+                found.setdefault(_spelling(name), []).append(Path(folder, name))
+        return found
+
+    def _follow_links(self, problems: Problems) -> list[str]:
+        """The real path of every file. Those outside the data set are read, as the user made the links, and counted."""
+        root = os.path.realpath(self._root)
+        real_folder = cache(os.path.realpath)
+        paths = []
+        for position, name in enumerate(self.files):
+            parent, base = posixpath.split(name)
+            path = os.path.join(real_folder(os.path.join(self.folder, parent)), base)  # noqa: PTH118 - half the time
+            if self._list(str(self.folder), parent).get(base, False):
+                path = os.path.realpath(path)
+            paths.append(path)
+            if self._split.yolo is not None:
+                continue  # counted when they are found
+            if position not in self.missing and not path.startswith(root.rstrip(os.sep) + os.sep):
+                problems.add(f"picture outside {self._root}, through links: read from there", f"{name}: {path}")
+        return paths
+
+
+def _list_folder(folder: str, parent: str) -> dict[str, bool]:
+    """The files in a folder, and whether each is a link; empty where there is no such folder."""
+    try:
+        with os.scandir(os.path.join(folder, parent)) as entries:  # noqa: PTH118
+            return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
+    except (OSError, ValueError):  # not there, not readable, a name with a zero byte
+        return {}
+
+
+def _spelling(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

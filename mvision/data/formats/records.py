@@ -1,0 +1,132 @@
+"""The images of an annotation file: checked, found on disk, and each of them once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mvision.data.formats.files import PictureFiles, inside
+from mvision.data.formats.numbers import whole_number
+from mvision.data.formats.problems import Problems
+from mvision.data.formats.split import Split
+from mvision.errors import UserError
+from mvision.structures.images import BadImage, image_size
+
+MOST_PIXELS = 2**32 - 1  # of an image: run lengths are counted in 32 bits
+
+
+@dataclass(frozen=True)
+class ImageRecord:
+    """One image of a split: the data set's id, the file, and height and width in pixels as the annotations assume."""
+
+    id: int
+    file: str
+    height: int
+    width: int
+
+
+@dataclass
+class Images:
+    """All images of a split.
+
+    Attributes:
+        folder: the folder that the records' ``file`` are relative to.
+        records: the images, in the file's order.
+        positions: the image ids of the file -> position in ``records``.
+        broken: positions of the images that are not there or no pictures, as far as is known without reading them.
+        real_files: the path of every image's file, links followed.
+    """
+
+    folder: Path
+    records: list[ImageRecord]
+    positions: dict[int, int]
+    broken: set[int]
+    real_files: list[str]
+
+
+def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images:
+    """Read ``images`` of a COCO dictionary.
+
+    A picture that several entries list (a merge of two exports) becomes one record, with the labels of all of them.
+
+    Raises:
+        UserError: no images, an entry without whole number as id or without file_name, an id with two files, a file
+            outside the folder, or none of the files is there.
+    """
+    where = str(split.annotations)
+    positions: dict[int, int] = {}
+    first_of: dict[tuple[str, tuple[int, int] | None], int] = {}
+    sizes_of: dict[str, tuple[int, int] | None] = {}
+    entries: list[tuple[int, str, tuple[int, int] | None]] = []
+    for number, entry in enumerate(raw["images"]):
+        identity, name = _identity(entry, number, split)
+        # YOLO's sizes come from the files themselves, and a list of pictures may repeat one on purpose.
+        size = _size(entry, name, problems if split.yolo is None else Problems())
+        if identity in positions and entries[positions[identity]][1] != name:
+            other = entries[positions[identity]][1]
+            raise UserError(f"{where}: image id {identity} occurs twice ({other}, {name})")
+        if identity in positions or ((name, size) in first_of and split.yolo is None):
+            position = positions.get(identity, first_of.get((name, size), 0))
+            problems.add(
+                "picture in several image entries: read once, with the labels of all of them",
+                f"{name}, ids {entries[position][0]} and {identity}",
+            )
+            positions[identity] = position
+            continue
+        if name in sizes_of and split.yolo is None:
+            problems.add(
+                "picture in several image entries that differ in height and width: read once for each",
+                f"{name}, {_text(sizes_of[name])} and {_text(size)}",
+            )
+        positions[identity] = first_of[name, size] = len(entries)
+        sizes_of[name] = size
+        entries.append((identity, name, size))
+    if not entries:
+        raise UserError(f"{where}: no images in it")
+    files = PictureFiles(split, [name for _, name, _ in entries], problems)
+    broken = set(files.missing)
+    records = []
+    for position, ((identity, _, size), file) in enumerate(zip(entries, files.files)):
+        if size is None:
+            size = None if position in broken else _size_of_file(files.folder / file, file, problems)
+            if size is None:
+                broken.add(position)
+        records.append(ImageRecord(identity, file, *(size or (1, 1))))
+    return Images(files.folder, records, positions, broken, files.real)
+
+
+def _identity(entry: Any, number: int, split: Split) -> tuple[int, str]:
+    """Id and file name of an entry."""
+    identity = whole_number(entry.get("id")) if isinstance(entry, dict) else None
+    if identity is None:
+        raise UserError(f"{split.annotations}: images[{number}] has no whole number as id: {entry!r:.200}")
+    name = entry.get("file_name")
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(f"{split.annotations}: image {identity} has no file_name")
+    return identity, inside(name, split)
+
+
+def _size(entry: dict[str, Any], where: str, problems: Problems) -> tuple[int, int] | None:
+    """Height and width as annotated; None where they are missing or cannot be true."""
+    height, width = whole_number(entry.get("height")), whole_number(entry.get("width"))
+    if height is None or width is None or min(height, width) < 1:
+        problems.add("image without height and width in the annotations: taken from the file", where)
+        return None
+    if height * width > MOST_PIXELS:
+        problems.add("image with an impossible height and width: taken from the file", f"{where}: {width} x {height}")
+        return None
+    return height, width
+
+
+def _size_of_file(path: Path, name: str, problems: Problems) -> tuple[int, int] | None:
+    try:
+        height, width, _ = image_size(path)
+    except BadImage as error:
+        problems.add("image that cannot be read: never shown", f"{name}: {error.reason}")
+        return None
+    return height, width
+
+
+def _text(size: tuple[int, int] | None) -> str:
+    return "without size" if size is None else f"{size[1]} x {size[0]}"

@@ -1,0 +1,78 @@
+"""What is wrong with splits beyond their annotations: with their pictures, between two of them, for a model."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mvision.data.formats.coco import CocoSplit
+from mvision.data.formats.problems import Problems
+from mvision.data.loading.dataset import Dataset
+from mvision.errors import UserError
+from mvision.settings import Settings
+from mvision.structures.images import BadImage
+
+
+def refuse_unreadable(split: CocoSplit) -> None:
+    """One picture has to be readable; in a sound data set the first one is, and no other is opened.
+
+    Raises:
+        UserError: none of them can be read.
+    """
+    dataset, reasons = Dataset(split, validate=False), []
+    for index in range(len(split)):
+        try:
+            dataset.image(index, at_least=(1, 1))
+        except BadImage as error:
+            reasons.append(error)
+        else:
+            return
+    raise UserError(f"{split.split.annotations}: none of its {len(split)} images can be read: {reasons[0]}, ...")
+
+
+def count_above_queries(split: CocoSplit, task: str, settings: Settings | None) -> None:
+    """Count the images with more objects than the task's head can find, if its settings limit them."""
+    queries = getattr(settings, "num_queries", None)
+    if queries is None:
+        return
+    objects = np.bincount(_images(split)[~split.labels.crowd], minlength=len(split))
+    most = int(objects.max(initial=0))
+    kind = (
+        f"image with more objects than the {queries} that {task} can find: raise them with "
+        f"-o model.heads.{task}.num_queries={most}"
+    )
+    for index in np.flatnonzero(objects > queries):
+        split.problems.add(kind, f"{split.records[index].file}: {objects[index]}")
+
+
+def compare_splits(train: CocoSplit, other: CocoSplit, name: str) -> Problems:
+    """What another split has in common with the training set and should not, and the other way round.
+
+    Args:
+        name: of the other split.
+    """
+    problems = Problems()
+    trained = set(train.real_files)
+    for record, file in zip(other.records, other.real_files):
+        if file in trained:
+            problems.add(f"image of {name} that is in train too", record.file)
+    ours, theirs = ({category.name: category.name for category in split.own} for split in (train, other))
+    folded = {own.casefold().strip(): own for own in ours}
+    for own in theirs.keys() - ours.keys():
+        alike = folded.get(own.casefold().strip())
+        problems.add(
+            f"class of {name} that train does not have: nothing is measured for it",
+            f"{own!r}{f', train has {alike!r}' if alike else ''}",
+        )
+    for own in ours.keys() - theirs.keys():
+        problems.add(f"class of train that {name} does not have: nothing is measured for it", own)
+    seen = {train.categories[label].name for label in np.unique(train.labels.labels)}
+    for label in np.unique(other.labels.labels):
+        own = other.categories[label].name
+        if own not in seen and own in ours:
+            problems.add(f"class of {name} without an object in train", own)
+    return problems
+
+
+def _images(split: CocoSplit) -> np.ndarray:
+    """(N,) the image of every object."""
+    return np.repeat(np.arange(len(split)), np.diff(split.start))
