@@ -57,7 +57,9 @@ def validate(
     model, runtime = _open(weights, tasks, chosen, precision)
     run = config_of_run(weights)
     config = run.data if run is not None and data is None else DataConfig(root=data)
-    messages, parts = read_validation(config, split, model.tasks)
+    if run is not None and data is not None:
+        config.ignore_iscrowd = run.data.ignore_iscrowd  # what an object is has to mean the same as in training
+    messages, parts = read_validation(config, split, model.tasks, seed=0 if run is None else run.train.seed)
     validation = [
         Validation(
             name,
