@@ -31,7 +31,7 @@ from mvision.structures.decoding import (
 from mvision.structures.pixels import PixelRange, as_stored, is_deep, not_finite, scale, to_array, to_rgb, upright
 
 if "OPENCV_LOG_LEVEL" not in os.environ:  # else it prints warnings of its own about pictures that are read or refused
-    cv2.setLogLevel(1)  # fatal errors only
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
 
 __all__ = [
     "IMAGE_SUFFIXES",
