@@ -212,7 +212,7 @@ def test_many_masks_of_a_large_image_need_little_memory() -> None:
     assert peak < 6 * image.nbytes  # 108 MB; the masks as booleans alone would take 240
 
 
-def test_regions_are_drawn_unless_instances_have_masks() -> None:
+def test_regions_are_drawn_below_the_masks_of_instances(labels_drawn: list[dict[str, Any]]) -> None:
     mask = np.zeros((1, 200, 300), bool)
     mask[0, 100:200] = True
     sky = [Category(id=1, name="grass"), Category(id=2, name="sky")]
@@ -223,9 +223,12 @@ def test_regions_are_drawn_unless_instances_have_masks() -> None:
     drawn = draw_instances(GREY, instances([], regions=regions))
     assert drawn[150, 20].tolist() == pytest.approx(tint, abs=1)
     own = np.zeros((1, 200, 300), bool)
-    own[0, 60:90, 50:150] = True
-    drawn = draw_instances(GREY, instances([[50, 60, 150, 90]], regions=regions, masks=own))
-    assert (drawn[150] == 128).all()
+    own[0, 60:130, 50:150] = True
+    drawn = draw_instances(GREY, instances([[50, 60, 150, 130]], regions=regions, masks=own))
+    assert drawn[150, 20].tolist() == pytest.approx(tint, abs=1)
+    both = [(1 - MASK_OPACITY) * below + MASK_OPACITY * c for below, c in zip(tint, class_colour(0))]
+    assert drawn[120, 100].tolist() == pytest.approx(both, abs=1)
+    assert labels_drawn[-1]["texts"] == ["sky 0.90", "cat 0.90"]
 
 
 FACE = Category(id=1, name="face", keypoints=["left_eye", "right eye", "nose"], skeleton=[(0, 1), (1, 2), (2, 7)])

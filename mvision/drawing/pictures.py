@@ -90,10 +90,8 @@ def draw_instances(
     line, thin = max(1, round(2.7 * scale)), max(1, round(1.3 * scale))
     by_class = instances.masks is None or len(instances.categories) > 1
     colours = instances.labels.astype(int) if by_class else np.arange(len(instances))
-    if instances.masks is not None:
-        _draw_masks(canvas, instances.masks, colours, max(1, line - 1))
-    elif instances.regions is not None:
-        _draw_masks(canvas, instances.regions.masks, instances.regions.labels.astype(int), max(1, line - 1))
+    for areas, of_each in _areas(instances, colours):
+        _draw_masks(canvas, areas, of_each, max(1, line - 1))
     limits = np.array([width, height] * 2) - 1
     boxes = instances.boxes.reshape(-1, 4).round().clip(0, limits).astype(int)
     plain = instances.masks is None and instances.keypoints is None
@@ -101,15 +99,14 @@ def draw_instances(
     box_annotator.annotate(canvas, _best_last(boxes, colours))
     if instances.keypoints is not None:
         _draw_skeletons(canvas, instances, scale, keypoint_threshold)
-    picture = cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB, dst=canvas)
-    if not len(instances):
-        return picture
-    names = label_texts(instances.categories)
-    texts = [names.texts[label] for label in instances.labels.tolist()]
-    if scores:
-        texts = [f"{text} {score:.2f}" for text, score in zip(texts, instances.scores.tolist())]
-    size = max(10, round(13 * scale))
-    return _with_labels(picture, boxes, colours, texts, names.font, size)
+    texts, font = _texts(instances, scores)
+    if instances.regions is not None:
+        corners = instances.regions.boxes.reshape(-1, 4).round().clip(0, limits).astype(int)
+        boxes, colours = (
+            np.concatenate((boxes, corners)),
+            np.concatenate((colours, instances.regions.labels.astype(int))),
+        )
+    return _with_labels(canvas, boxes, colours, texts, font, max(10, round(13 * scale)))
 
 
 def side_by_side(image: np.ndarray, gt: Drawable, pred: Drawable, side: int = 640) -> np.ndarray:
@@ -170,6 +167,27 @@ def _check_kind(image: np.ndarray) -> None:
         )
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
         raise UserError(f"{needed}, not one of shape {image.shape} and type {image.dtype}")
+
+
+def _areas(instances: Drawable, colours: np.ndarray) -> list[tuple[Any, np.ndarray]]:
+    """The masks to draw with a colour for each: regions first, the objects in them on top."""
+    regions = instances.regions
+    areas = [] if regions is None else [(regions.masks, regions.labels.astype(int))]
+    return areas if instances.masks is None else [*areas, (instances.masks, colours)]
+
+
+def _texts(instances: Drawable, scores: bool) -> tuple[list[str], str]:
+    """The labels of the instances and then of the regions, and the font for them."""
+    parts = [part for part in (instances, instances.regions) if part is not None]
+    names = label_texts([category for part in parts for category in part.categories])
+    texts, first = [], 0
+    for part in parts:
+        texts += [names.texts[first + label] for label in part.labels.tolist()]
+        first += len(part.categories)
+    if scores:
+        values = [score for part in parts for score in part.scores.tolist()]
+        texts = [f"{text} {score:.2f}" for text, score in zip(texts, values)]
+    return texts, names.font
 
 
 @lru_cache(maxsize=1)
@@ -243,12 +261,15 @@ def _side_colour(keypoint: str) -> Colour:
 
 
 def _with_labels(
-    picture: np.ndarray, boxes: np.ndarray, colours: np.ndarray, texts: list[str], font: str, size: int
+    canvas: np.ndarray, boxes: np.ndarray, colours: np.ndarray, texts: list[str], font: str, size: int
 ) -> np.ndarray:
-    """The (H, W, 3) RGB picture with the labels of the first boxes, as many as ``MAX_LABELLED`` allows."""
+    """(H, W, 3) RGB: the BGR canvas with the labels of the first boxes, as many as ``MAX_LABELLED`` allows."""
+    import cv2
     import supervision as sv
     from PIL import Image
 
+    if not texts:
+        return cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB)
     padding = max(2, size // 4)
     annotator = sv.RichLabelAnnotator(
         _palette(),
@@ -259,8 +280,12 @@ def _with_labels(
         smart_position=True,
     )
     areas = [(annotator.font.getlength(text) + 2 * padding) * (size + 2 * padding) for text in texts]
-    count = int((np.cumsum(areas) <= MAX_LABELLED * picture.shape[0] * picture.shape[1]).sum())
+    count = int((np.cumsum(areas) <= MAX_LABELLED * canvas.shape[0] * canvas.shape[1]).sum())
     if not count:
-        return picture
-    scene = Image.fromarray(picture)
-    return np.array(annotator.annotate(scene, _best_last(boxes[:count], colours[:count]), texts[:count][::-1]))
+        return cv2.cvtColor(canvas, cv2.COLOR_BGR2RGB)
+    # Pillow's pictures have four bytes a pixel: of such an array it needs no copy, neither now nor at the end.
+    array = cv2.cvtColor(canvas, cv2.COLOR_BGR2RGBA)
+    scene = Image.frombuffer("RGBX", array.shape[1::-1], array, "raw", "RGBX", 0, 1)
+    scene.readonly = 0
+    annotator.annotate(scene, _best_last(boxes[:count], colours[:count]), texts[:count][::-1])
+    return cv2.cvtColor(array, cv2.COLOR_RGBA2RGB)

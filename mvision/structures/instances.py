@@ -148,9 +148,9 @@ class Instances:
             UserError: the image is of another size or kind than the one that the instances were found in.
         """
         if isinstance(image, np.ndarray) and image.ndim >= 2 and image.shape[:2] != tuple(self.size):
-            (height, width), (own_height, own_width) = image.shape[:2], self.size
+            (height, width), own = image.shape[:2], f"{self.size[1]} x {self.size[0]}"
             raise UserError(
-                f"draw: the picture is {width} x {height}, and these instances are for one of {own_width} x {own_height}; "
+                f"draw: the picture is {width} x {height}, and these instances are for one of {own}; "
                 f"give that one, or draw instances.resized(({height}, {width}))"
             )
         return draw_instances(image, self)
