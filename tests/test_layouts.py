@@ -32,7 +32,7 @@ def test_unknown_split_names_the_nearest(tmp_path: Path) -> None:
     write_set(tmp_path, coco([annotation()]), "train_permissive")
     with pytest.raises(UserError, match="did you mean 'train_permissive'"):
         find_layout(tmp_path).split("train_permisive")
-    with pytest.raises(UserError, match=r"no split 'val': choose one of train_permissive"):
+    with pytest.raises(UserError, match=r"no split 'val': choose one of train, train_permissive"):
         find_layout(tmp_path).split("val")
 
 

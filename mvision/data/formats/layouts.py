@@ -1,8 +1,8 @@
-"""Recognises the layout of a data folder: COCO's, Roboflow's or YOLO's. All are read as COCO dictionaries."""
+"""Recognises the layout of a data folder: COCO's, Roboflow's, YOLO's and others. All are read as COCO dictionaries."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -10,13 +10,21 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mvision.data.formats.coco_layouts import (
+    ROBOFLOW_FILE,
+    Recognised,
+    annotations_folder,
+    files_beside_images,
+    folders_with_files,
+)
 from mvision.data.formats.split import Split
-from mvision.data.formats.yolo_yaml import is_yolo_file, yolo_splits
+from mvision.data.formats.yolo_plain import is_plain_yolo, plain_yolo
+from mvision.data.formats.yolo_yaml import YoloSet, is_yolo_file, yolo_splits
 from mvision.errors import UserError, did_you_mean
 
 USUAL_SPLITS = ("train", "val", "test")
-ROBOFLOW_FILE = "_annotations.coco.json"
-ROBOFLOW_NAMES = {"train": "train", "valid": "val", "val": "val", "test": "test"}
+YAML_SUFFIXES = (".yaml", ".yml")
+MAX_DESCENT = 3  # folders in folders with nothing else in them, as archives are unpacked
 
 
 @dataclass(frozen=True)
@@ -25,13 +33,16 @@ class Layout:
 
     Attributes:
         root: the folder.
-        description: one line for the user: the kind of layout, the folder, and its splits.
+        description: one line for the user: the kind of layout, the folder, its splits, and what was guessed or left
+            out.
         splits: by name; ``train`` and ``val`` where the layout has them, and every other annotation file by its stem.
+        missing: by name, why a split that the data set speaks of cannot be used.
     """
 
     root: Path
     description: str
     splits: dict[str, Split] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def split(self, name: str = "val", fields: Collection[str] = (), poses_only: bool = False) -> Split:
         """One split by name.
@@ -49,7 +60,8 @@ class Layout:
             UserError: there is no such split; the message names the ones there are.
         """
         if name not in self.splits:
-            raise UserError(f"{self.root}: no split '{name}': {did_you_mean(name, self.splits)}")
+            why = f" ({self.missing[name]})" if name in self.missing else ""
+            raise UserError(f"{self.root}: no split '{name}'{why}: {did_you_mean(name, self.splits)}")
         split = self.splits[name]
         persons = self.splits.get(f"person_keypoints_{split.annotations.stem.removeprefix('instances_')}")
         if persons is None or "keypoints" not in fields or persons.annotations == split.annotations:
@@ -66,7 +78,10 @@ def find_layout(root: str | Path | None = None) -> Layout:
     """Recognise the data set at ``root``; None is the built-in one, generated on first use.
 
     Recognised: ``images/`` + ``annotations/{train,val}.json``; COCO's own (``annotations/instances_train2017.json``,
-    ``train2017/``); Roboflow's COCO export (``train/_annotations.coco.json``, ``valid/``); a YOLO ``data.yaml``.
+    ``train2017/``) and CVAT's, in any case; a folder for each split with one COCO file in it (Roboflow's
+    ``train/_annotations.coco.json``, ``valid/``); COCO files beside the images or beside folders of them; a YOLO
+    ``data.yaml``, or YOLO's label files with a ``classes.txt`` or ``obj.names``. A folder that holds one folder and
+    nothing else stands for that one.
 
     Raises:
         UserError: there is no such folder, or nothing in it is recognised.
@@ -81,14 +96,23 @@ def find_layout(root: str | Path | None = None) -> Layout:
     if not root.exists():
         raise UserError(f"--data {root}: no such folder")
     if root.is_file():
-        if is_yolo_file(root):
-            return _yolo(root.parent, root)
-        raise UserError(f"--data {root}: a folder or a YOLO data.yaml is expected, not this file")
-    for recognise in (_coco_original, _images_and_annotations, _roboflow, _yolo_folder):
-        layout = recognise(root)
+        if root.suffix.lower() in YAML_SUFFIXES:
+            return _yolo(root.parent, yolo_splits(root))
+        ways = {".json": "give the folder that it lies in", ".zip": "unpack it and give the folder"}
+        way = ways.get(root.suffix.lower(), "")
+        raise UserError(
+            f"--data {root}: a folder or a YOLO data.yaml is expected, not this file{f': {way}' if way else ''}"
+        )
+    folder = root
+    for _ in range(MAX_DESCENT + 1):
+        layout = _recognise(folder)
         if layout is not None:
             return layout
-    raise UserError(_not_recognised(root))
+        below = [entry for entry in _entries(folder) if not entry.name.startswith((".", "__MACOSX"))]
+        if len(below) != 1 or not below[0].is_dir():
+            break
+        folder = below[0]
+    raise UserError(_not_recognised(folder))
 
 
 def _show(bar: tqdm[Any], done: int, total: int) -> None:
@@ -96,77 +120,47 @@ def _show(bar: tqdm[Any], done: int, total: int) -> None:
     bar.update(done - bar.n)
 
 
-def _images_and_annotations(root: Path) -> Layout | None:
-    images, annotations = root / "images", root / "annotations"
-    files = sorted(annotations.glob("*.json")) if images.is_dir() else []
-    if not files:
-        return None
-    aliases = {"valid": "val", "validation": "val"}
-    splits = {}
-    for file in files:
-        name = aliases.get(file.stem, file.stem)
-        splits[name] = Split(name, images, file)
-    return Layout(root, f"COCO annotations in {root}: {_listing(splits)}", _ordered(splits))
+def _recognise(root: Path) -> Layout | None:
+    coco: tuple[Callable[[Path], Recognised | None], ...] = (annotations_folder, folders_with_files)
+    for recognise in coco:
+        if (found := recognise(root)) is not None:
+            return _coco(root, found)
+    files = [entry for entry in _entries(root) if entry.suffix in YAML_SUFFIXES and not entry.name.startswith(".")]
+    files = [file for file in sorted(files, key=lambda file: (file.stem != "data", file.name)) if is_yolo_file(file)]
+    if files:
+        others = f"; not read: {', '.join(file.name for file in files[1:4])}" if files[1:] else ""
+        return _yolo(root, yolo_splits(files[0]), others)
+    if (found := files_beside_images(root)) is not None:
+        return _coco(root, found)
+    return _yolo(root, plain_yolo(root)) if is_plain_yolo(root) else None
 
 
-def _coco_original(root: Path) -> Layout | None:
-    splits = {}
-    for file in sorted((root / "annotations").glob("*.json")):
-        for prefix in ("instances_", "person_keypoints_"):
-            part = file.stem.removeprefix(prefix)
-            if part == file.stem:
-                continue
-            folder = next((f for f in (root / part, root / "images" / part) if f.is_dir()), None)
-            if folder is None:
-                continue
-            splits[file.stem] = Split(file.stem, folder, file)
-            alias = part.rstrip("0123456789")
-            if prefix == "instances_" or alias not in splits:
-                splits[alias] = Split(alias, folder, file)
-    if not splits:
-        return None
-    return Layout(root, f"COCO's own layout in {root}: {_listing(splits)}", _ordered(splits))
+def _coco(root: Path, found: Recognised) -> Layout:
+    splits = {name: found.splits[name] for name in sorted(found.splits, key=lambda n: (n != "train", n != "val", n))}
+    guessed = "".join(f"; {note}" for note in found.notes)
+    return Layout(root, f"{found.kind} in {root}: {', '.join(splits)}{guessed}", splits, found.missing)
 
 
-def _roboflow(root: Path) -> Layout | None:
-    splits = {}
-    for folder, name in ROBOFLOW_NAMES.items():
-        file = root / folder / ROBOFLOW_FILE
-        if file.is_file() and name not in splits:
-            splits[name] = Split(name, root / folder, file)
-    if not splits:
-        return None
-    return Layout(root, f"Roboflow's COCO export in {root}: {_listing(splits)}", splits)
+def _yolo(root: Path, yolo: YoloSet, more: str = "") -> Layout:
+    splits = {name: Split(name, yolo.folders[name], yolo.file, yolo=yolo) for name in yolo.sources}
+    missing = "".join(f"; without {name}: {reason}" for name, reason in yolo.missing.items())
+    return Layout(root, f"YOLO data set in {yolo.file}: {', '.join(splits)}{missing}{more}", splits, yolo.missing)
 
 
-def _yolo_folder(root: Path) -> Layout | None:
-    files = sorted([*root.glob("*.yaml"), *root.glob("*.yml")], key=lambda file: (file.stem != "data", file.name))
-    file = next((file for file in files if is_yolo_file(file)), None)
-    return None if file is None else _yolo(root, file)
-
-
-def _yolo(root: Path, file: Path) -> Layout:
-    yolo = yolo_splits(file)
-    splits = {name: Split(name, yolo.folders[name], file, yolo=yolo) for name in yolo.sources}
-    return Layout(root, f"YOLO data set in {file}: {_listing(splits)}", splits)
-
-
-def _ordered(splits: dict[str, Split]) -> dict[str, Split]:
-    """``train`` and ``val`` first."""
-    return {name: splits[name] for name in sorted(splits, key=lambda n: (n != "train", n != "val", n))}
-
-
-def _listing(splits: dict[str, Split]) -> str:
-    return ", ".join(_ordered(splits))
+def _entries(root: Path) -> list[Path]:
+    try:
+        return sorted(root.iterdir())
+    except OSError as error:
+        raise UserError(f"--data {root}: cannot be read ({error.strerror})") from error
 
 
 def _not_recognised(root: Path) -> str:
-    entries = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in root.iterdir())
+    entries = [entry.name + ("/" if entry.is_dir() else "") for entry in _entries(root)]
     found = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") or "nothing"
     hint = ""
     if any((root / folder).is_dir() for folder in ("Annotations", "JPEGImages")) or any(root.glob("*.xml")):
         hint = "; Pascal VOC's XML files are not read: convert them to COCO first"
     return (
         f"--data {root}: no data set recognised (found: {found}); expected images/ + annotations/{{train,val}}.json, "
-        f"COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, or a YOLO data.yaml{hint}"
+        f"COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, a COCO file beside its images, or a YOLO data.yaml{hint}"
     )
