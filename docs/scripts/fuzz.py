@@ -50,15 +50,23 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 @dataclass
 class Outcome:
-    """What became of a case: exit code or exception of each command, and what is wrong with that."""
+    """What became of a case: for each command its exit code or exception and its last line, and what is wrong."""
 
     number: int
     kind: str
     case: Case | None = None
     codes: list[int | str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
-    seconds: float = 0.0
+    lines: list[str] = field(default_factory=list)
     gibibytes: float = 0.0
+
+    def text(self) -> str:
+        """The case with its commands, how they ended, and their last lines on stderr."""
+        if self.case is None:
+            return f"{self.number} {self.kind}"
+        ends = zip(map(_short, self.case.commands), self.codes, self.lines)
+        shown = "".join(f"\n    {command}: {code} {line}" for command, code, line in ends)
+        return f"{self.number} {self.kind}: {self.case.what[:300]!a}{shown}"
 
 
 def build(seed: int, number: int, base: Path, folder: Path) -> tuple[str, Case]:
@@ -183,6 +191,7 @@ def judge(child: Child, status: int, peak: float) -> Outcome:
     for index, (arguments, code) in enumerate(zip(case.commands, outcome.codes)):
         texts = [(folder / f"{index}.{name}").read_bytes().decode("utf-8", "replace") for name in ("out", "err")]
         outcome.failures += [f"{_short(arguments)}: {fault}" for fault in faults(code, *texts)]
+        outcome.lines.append(ascii((PROGRESS.sub("", texts[1]).strip().splitlines() or [""])[-1][:300])[1:-1])
     if case.agree and len(set(map(str, outcome.codes))) > 1 and not outcome.failures:
         outcome.failures.append(f"check ends with {outcome.codes[0]}, train with {outcome.codes[1]}")
     if list(folder.glob("place/**/ran")):
@@ -211,12 +220,12 @@ def _short(arguments: Sequence[str]) -> str:
     return " ".join(arguments[:2] if arguments[0] in ("data", "benchmark") else arguments[:1])
 
 
-def run_cases(numbers: Iterable[int], seed: int, base: Path, work: Path, jobs: int, keep: bool) -> list[Outcome]:
+def run_cases(numbers: Iterable[int], base: Path, work: Path, options: argparse.Namespace) -> list[Outcome]:
     """Run cases, each in a forked child, and print every failure when it is known."""
     waiting, running, outcomes = list(numbers)[::-1], [], []
     while waiting or running:
-        while waiting and len(running) < jobs:
-            running.append(_start(waiting.pop(), seed, base, work))
+        while waiting and len(running) < options.jobs:
+            running.append(_start(waiting.pop(), options.seed, base, work))
         for child in list(running):
             pid, status, usage = os.wait4(child.pid, os.WNOHANG)
             if not pid:
@@ -228,7 +237,9 @@ def run_cases(numbers: Iterable[int], seed: int, base: Path, work: Path, jobs: i
             outcomes.append(outcome)
             for failure in outcome.failures:
                 print(f"{outcome.number} {outcome.kind}: {failure}\n    {_what(outcome)}", flush=True)
-            if not keep:
+            if options.show:
+                print(outcome.text(), flush=True)
+            if not options.only:
                 shutil.rmtree(child.folder, ignore_errors=True)
             if len(outcomes) % 100 == 0:
                 bad = sum(bool(outcome.failures) for outcome in outcomes)
@@ -252,6 +263,8 @@ def _start(number: int, seed: int, base: Path, work: Path) -> Child:
         try:
             run_case(seed, number, base, folder)
             code = 0
+        except BaseException:  # noqa: BLE001 - shown here, because the process ends without cleaning up
+            traceback.print_exc()
         finally:
             sys.stderr.flush()
             os._exit(code)
@@ -267,10 +280,13 @@ def prepare_in_child(base: Path) -> None:
         try:
             prepare(base, lambda *arguments: _sound([str(argument) for argument in arguments]))
             code = 0
+        except BaseException:  # noqa: BLE001 - shown here, because the process ends without cleaning up
+            traceback.print_exc()
         finally:
             sys.stderr.flush()
             os._exit(code)
     if os.waitpid(pid, 0)[1]:
+        shutil.rmtree(base, ignore_errors=True)
         sys.exit("the sound inputs could not be made")
 
 
@@ -323,11 +339,13 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, action="append", help="this number alone; its folder is kept")
     parser.add_argument("--kinds", default=",".join(KINDS), help=f"of {','.join(KINDS)}")
+    parser.add_argument("--show", action="store_true", help="print every case, not only those that failed")
     parser.add_argument("--jobs", type=int, default=1, help="cases at a time")
     parser.add_argument(
         "--base", type=Path, help="folder of the sound inputs, made where it is missing; else temporary"
     )
     options = parser.parse_args()
+    options.show |= bool(options.only)
     kinds = options.kinds.split(",")
     numbers = range(options.first, options.first + options.count)
     chosen = options.only or [number for number in numbers if list(KINDS)[number % len(KINDS)] in kinds]
@@ -337,11 +355,10 @@ def main() -> None:
     if not base.is_dir():
         prepare_in_child(base)
     start = time.monotonic()
-    outcomes = run_cases(chosen, options.seed, base, work, options.jobs, keep=bool(options.only))
+    outcomes = run_cases(chosen, base, work, options)
     print(f"{summary(outcomes)}; {time.monotonic() - start:.0f} s")
     if options.only:
-        for outcome in outcomes:
-            print(f"{work / str(outcome.number)}: {outcome.kind}: {_what(outcome)}; ends {outcome.codes}")
+        print(f"the files are in {work}")
     else:
         shutil.rmtree(work, ignore_errors=True)
     sys.exit(any(outcome.failures for outcome in outcomes))

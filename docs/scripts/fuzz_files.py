@@ -165,7 +165,7 @@ def prepare(base: Path, command: Callable[..., None]) -> None:
     """Write every sound input below ``base``; ``command`` runs the command line with arguments.
 
     ``coco``, ``yolo-box``, ``yolo-polygon``, ``yolo-pose``: data sets. ``pictures``: one of every format. ``run``: a
-    trained run; ``model.onnx``, ``openvino``: its exports.
+    trained run; ``model.onnx``, ``openvino``: its exports. All of them are tried once, as they are.
     """
     base.mkdir(parents=True, exist_ok=True)
     write_coco(base / "coco")
@@ -174,6 +174,10 @@ def prepare(base: Path, command: Callable[..., None]) -> None:
     (base / "pictures").mkdir()
     for name, data in picture_files().items():
         (base / "pictures" / name).write_bytes(data)
+    for name in ("coco", "yolo-box", "yolo-polygon", "yolo-pose"):
+        command("data", "check", base / name)
     command("train", "--data", base / "coco", "--output", base / "run", *OPTIONS)
     command("export", "--weights", base / "run", "--output", base / "model.onnx")
     command("export", "--weights", base / "run", "--format", "openvino", "--output", base / "openvino")
+    for weights in ("run", "model.onnx", "openvino"):
+        command("val", "--weights", base / weights, "--data", base / "coco", "--workers", 0, "--device", "cpu")
