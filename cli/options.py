@@ -21,7 +21,7 @@ WEIGHTS = "a run folder, .safetensors file, Hugging Face folder or Hub id"
 
 def echo(text: object) -> None:
     """Print lines, with escape sequences in names of classes and files written out."""
-    click.echo(printable_lines(str(text)))
+    print(printable_lines(str(text)), flush=True)
 
 
 class SuggestingGroup(click.Group):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import os
 import signal
@@ -21,7 +20,6 @@ import pytest
 from mvision import __version__
 from mvision.cli.main import cli, run
 from mvision.cli.options import ImageSize
-from mvision.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,71 +129,6 @@ def test_no_arguments_show_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("text", "size"), [("640", (640, 640)), ("480x640", (480, 640)), ("480X640", (480, 640))])
 def test_image_size_is_height_and_width(text: str, size: tuple[int, int]) -> None:
     assert ImageSize().convert(text, None, None) == size
-
-
-class TestExceptions:
-    """What becomes of an exception that a command raises."""
-
-    @pytest.fixture
-    def raising(self, monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
-        """``mvision info`` raises the exception put into this list."""
-        thrown: list[BaseException] = []
-
-        def callback(**_: object) -> None:
-            raise thrown[0]
-
-        monkeypatch.setattr(cli.commands["info"], "callback", callback)
-        return thrown
-
-    def test_user_error_is_one_line(self, raising: list[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
-        raising.append(UserError("first\nsecond"))
-        assert _refused(capsys, "info") == "error: first second\n"
-
-    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.ENOTDIR])
-    def test_the_file_system_refusing(
-        self, code: int, raising: list[BaseException], capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        raising.append(OSError(code, os.strerror(code), "runs/1/best.safetensors"))
-        assert _refused(capsys, "info") == f"error: runs/1/best.safetensors: {os.strerror(code).lower()}\n"
-
-    def test_a_full_disk_in_safetensors(self, raising: list[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
-        raising.append(RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"))
-        assert "no space left" in _refused(capsys, "info")
-
-    def test_out_of_memory(self, raising: list[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
-        import torch
-
-        raising.append(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"))
-        assert "smaller --batch-size" in _refused(capsys, "info")
-
-    def test_ctrl_c(self, raising: list[BaseException], capsys: pytest.CaptureFixture[str]) -> None:
-        raising.append(KeyboardInterrupt())
-        assert run(["info"]) == 130
-        assert capsys.readouterr().err.split("\n")[-2] == "stopped by Ctrl-C"
-
-    @pytest.mark.parametrize("bug", [ValueError("x"), OSError(errno.EBADF, "x"), AssertionError()])
-    def test_bugs_keep_their_traceback(self, bug: BaseException, raising: list[BaseException]) -> None:
-        raising.append(bug)
-        with pytest.raises(type(bug)):
-            run(["info"])
-
-
-def test_a_reader_that_leaves_is_no_error() -> None:
-    """As in ``mvision info | head -0``, with output that the program has not flushed itself."""
-    code = (
-        "from mvision.cli.main import cli, main\n"
-        "cli.commands['info'].callback = lambda **_: print('x' * {})\n"
-        "main(['info'])"
-    )
-    for size in (10, 10_000_000):
-        child = subprocess.Popen(
-            [sys.executable, "-c", code.format(size)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
-        )
-        assert child.stdout is not None
-        assert child.stderr is not None
-        child.stdout.close()
-        assert child.stderr.read() == b""
-        assert child.wait() == 1
 
 
 def _write_data(folder: Path) -> Path:

@@ -37,7 +37,7 @@ def check(
     """
     options = {} if folder is None else {"data.root": folder}
     config = load_config(file=file, tasks=list(tasks), overrides=options, assignments=list(assignments))
-    with tqdm(desc="reading", unit="img", leave=False) as bar:
+    with tqdm(desc="reading", unit="img", leave=False, disable=None) as bar:
         return checking.check(config, splits, quick=quick, progress=bar.update)
 
 
@@ -68,6 +68,6 @@ def convert(folder: str, destination: Path, splits: Sequence[str] = ()) -> str:
         UserError: the data cannot be used, or the folder is not empty.
     """
     layout = find_layout(folder)
-    with tqdm(desc="copying", unit="img", leave=False) as bar:
+    with tqdm(desc="copying", unit="img", leave=False, disable=None) as bar:
         converted = converting.convert(layout, destination, splits, progress=bar.update)
     return f"{layout.description}\n{converted.description}"

@@ -75,7 +75,7 @@ def load_config(
         key, sign, text = assignment.partition("=")
         if not sign or not key:
             raise UserError(f"-o {assignment}: write it as key.sub=value")
-        _assign(tree, key, parse_yaml(text, f"-o {assignment}"))
+        _assign(tree, key, parse_yaml(text, f"-o {key}"))
     return parse_config(tree)
 
 
