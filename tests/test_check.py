@@ -10,16 +10,20 @@ import cv2
 import numpy as np
 import pytest
 
-from mvision.config import AugmentConfig
+from mvision.config import AugmentConfig, load_config
 from mvision.data.formats.coco import FIELDS, CocoSplit
 from mvision.data.formats.layouts import find_layout
-from mvision.data.tools.check import check
+from mvision.data.tools import check as checking
 from mvision.data.tools.convert import convert
 from mvision.data.tools.show import contact_sheet, write_image
 from mvision.errors import UserError
 from tests.coco_files import CATEGORIES, annotation, coco, picture, write_picture, write_set
 
 SQUARE = [[8.0, 8.0, 28.0, 8.0, 28.0, 24.0, 8.0, 24.0]]
+
+
+def check(root: Path, splits: tuple[str, ...] = (), *, tasks: list[str] | None = None, **more: Any) -> checking.Report:
+    return checking.check(load_config(tasks=tasks, overrides={"data.root": str(root)}), splits, **more)
 
 
 def two_splits(root: Path, train: list[dict[str, Any]], val: list[dict[str, Any]] | None = None) -> Path:
@@ -33,7 +37,7 @@ def two_splits(root: Path, train: list[dict[str, Any]], val: list[dict[str, Any]
 def test_a_sound_set(tmp_path: Path) -> None:
     entries = [annotation(1, segmentation=SQUARE), annotation(1, category_id=7, segmentation=SQUARE)]
     entries.append(annotation(2, iscrowd=1))
-    report = check(find_layout(two_splits(tmp_path, entries)))
+    report = check(two_splits(tmp_path, entries))
     train = report.splits["train"]
     assert (train.images, train.empty_images, train.objects, train.crowds) == (3, 2, 2, 1)
     assert (train.with_masks, train.with_keypoints, train.most_objects) == (2, 0, 2)
@@ -42,46 +46,51 @@ def test_a_sound_set(tmp_path: Path) -> None:
     assert train.object_sizes == {"small": 2, "medium": 0, "large": 0}
     assert train.decoded
     assert report.usable
-    assert report.verdict == "sound: every split can serve detection"
+    assert report.verdict == "usable with 1 problems of 1 kinds: the data can serve detection"
+    assert not report.splits["val"].problems
     assert "64 x 48 (3)" in report.text()
-    assert train.tasks == ["detection", "instance-seg", "semantic-seg"]
+    assert [task for task, reason in report.tasks.items() if reason is None] == ["detection"]
+    reason = report.tasks["instance-seg"]
+    assert reason is not None
+    assert "val.json: no object in it can be used for instance-seg: none of the 1 objects has a mask" in reason
 
 
 def test_objects_without_segmentation_are_named_where_others_have_one(tmp_path: Path) -> None:
     entries = [
         annotation(1, segmentation=SQUARE),
         annotation(2),
-        annotation(2, segmentation=[]),
+        annotation(2, [1, 2, 9, 9], segmentation=[]),
         annotation(3, iscrowd=1),
     ]
-    report = check(find_layout(two_splits(tmp_path, entries)))
-    (problem,) = report.splits["train"].problems
+    report = check(two_splits(tmp_path, entries))
+    crowd, problem = report.splits["train"].problems[::-1]
+    assert crowd.kind.startswith("crowd region (iscrowd 1)")
     assert problem.kind == "object without segmentation: no mask is learned from it"
     assert (problem.count, problem.examples[0]) == (2, "2.png, annotation 2")
     assert not report.splits["val"].problems  # nothing there has one: a data set for detection
 
 
 def test_problems_are_counted_with_examples(tmp_path: Path) -> None:
-    layout = find_layout(two_splits(tmp_path, [annotation(1), annotation(2, [10, 10, 0, 5])]))
+    root = two_splits(tmp_path, [annotation(1), annotation(2, [10, 10, 0, 5])])
     (tmp_path / "images" / "3.png").write_bytes(b"broken")
     write_picture(tmp_path / "images" / "2.png", picture(96, 128))
-    report = check(layout)
+    report = check(root)
     kinds = {problem.kind: problem.examples for problem in report.splits["train"].problems}
     assert kinds["box without area: annotation skipped"] == ["2.png, annotation 2: bbox [10, 10, 0, 5]"]
-    assert kinds["image that cannot be read"] == ["3.png: not an image that can be read"]
+    assert kinds["image that cannot be read: never shown"] == ["3.png: not an image that can be read"]
     assert "128 x 96, annotated as 64 x 48" in kinds["image of another size than annotated: labels are scaled"][0]
     assert report.usable
     assert report.verdict.startswith("usable with 3 problems of 3 kinds")
     assert "! 1 x box without area" in report.text()
 
-    quick = check(layout, ["train"], quick=True)
+    quick = check(root, ("train",), quick=True)
     assert list(quick.splits) == ["train"]
     assert len(quick.splits["train"].problems) == 1
 
 
 def test_a_broken_split_is_reported_and_not_usable(tmp_path: Path) -> None:
     two_splits(tmp_path, [annotation(1, category_id=55)])
-    report = check(find_layout(tmp_path))
+    report = check(tmp_path)
     assert not report.usable
     assert "category_id 55" in report.verdict
     assert report.splits["val"].error is None
@@ -92,7 +101,7 @@ def test_problems_between_splits(tmp_path: Path) -> None:
     tree = json.loads((tmp_path / "annotations" / "val.json").read_text())
     tree["images"].append({"id": 10, "file_name": "2.png", "height": 48, "width": 64})
     (tmp_path / "annotations" / "val.json").write_text(json.dumps(tree))
-    found = {problem.kind: problem.examples for problem in check(find_layout(tmp_path)).problems}
+    found = {problem.kind: problem.examples for problem in check(tmp_path).problems}
     assert found == {
         "class of val without an object in train": ["dog"],
         "image of val that is in train too": ["2.png"],
@@ -101,7 +110,7 @@ def test_problems_between_splits(tmp_path: Path) -> None:
 
 def test_progress_counts_every_image(tmp_path: Path) -> None:
     read: list[int] = []
-    check(find_layout(two_splits(tmp_path, [annotation(1)])), progress=read.append)
+    check(two_splits(tmp_path, [annotation(1)]), progress=read.append)
     assert sum(read) == 4
 
 

@@ -66,7 +66,7 @@ def silent(_: str) -> None: ...
 
 def test_classes_of_one_name_are_one_class(boxes: Path, poses: Path) -> None:
     splits = [find_layout(root).split("train") for root in (boxes, poses)]
-    merged = merge_categories(splits)
+    merged = merge_categories([CocoSplit(split) for split in splits])
     assert [(c.id, c.name, len(c.keypoints)) for c in merged] == [(2, "blue", 0), (5, "red", 4), (6, "green", 1)]
     read = CocoSplit(splits[1], ("boxes", "keypoints"), merged)
     assert set(read.labels.labels.tolist()) == {1, 2}
@@ -88,7 +88,7 @@ def test_one_class_with_two_kinds_of_keypoints_is_refused(boxes: Path, poses: Pa
             category["keypoints"] = ["a", "b", "c", "d"][: len(category["keypoints"])]
         file.write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"poses.*train.json: class 'red' has other keypoints .* rename it in one"):
-        merge_categories([find_layout(root).split("train") for root in (boxes, poses)])
+        merge_categories([CocoSplit(find_layout(root).split("train")) for root in (boxes, poses)])
 
 
 def test_the_tasks_of_a_data_set_count_in_evaluation_too(boxes: Path, poses: Path) -> None:

@@ -275,14 +275,23 @@ class _Twins:
 
     def __init__(self, annotations: Sequence[dict[str, Any]]) -> None:
         self.annotations = annotations
-        self.seen: dict[int, int] = {}  # hash -> number of the annotation
+        self.first: dict[int, int] = {}  # hash -> number of the annotation
+        self.others: dict[int, list[int]] = {}  # the few that have the box of another
 
     def has(self, number: int, position: int, label: int, bbox: Sequence[float]) -> bool:
         """Whether an earlier annotation has the same class, box, outline, points and flag. Remembers this one."""
-        first = self.seen.setdefault(hash((position, label, *bbox)), number)
+        key = hash((position, label, *bbox))
+        first = self.first.setdefault(key, number)
         if first == number:
             return False
-        one, other = self.annotations[first], self.annotations[number]
+        alike = self.others.setdefault(key, [first])
+        if any(self._same(self.annotations[other], self.annotations[number]) for other in alike):
+            return True
+        alike.append(number)
+        return False
+
+    @staticmethod
+    def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
         return flag(one.get("iscrowd")) == flag(other.get("iscrowd")) and all(
             (one.get(key) or None) == (other.get(key) or None) for key in ("bbox", "segmentation", "keypoints")
         )
