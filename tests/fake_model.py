@@ -26,7 +26,7 @@ class FakeModel(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.config = SimpleNamespace(image_size=SIZE, categories=CATEGORIES)
+        self.config = SimpleNamespace(image_size=SIZE, categories=CATEGORIES, pixel_range=None)
         self.categories = CATEGORIES
         self.tasks = ["detection"]
         self.part = nn.BatchNorm2d(3)

@@ -63,7 +63,7 @@ class Oracle(nn.Module):
 
     def __init__(self, image_size: tuple[int, int]) -> None:
         super().__init__()
-        self.config = SimpleNamespace(image_size=image_size)
+        self.config = SimpleNamespace(image_size=image_size, categories=[], pixel_range=None)
         self.categories = CATEGORIES
         self.tasks = ["instance-seg"]
         small = MaskConfig(embed_dim=8, num_heads=1, num_layers=1, ffn_dim=8, pixel_dim=8, mask_dim=4)

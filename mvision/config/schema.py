@@ -47,6 +47,8 @@ class ModelConfig(Settings):
         heads: task -> settings of its head, whose schema is the head's ``Config``.
         categories: the classes that labels index into; a training run takes them from the data set.
         image_size: (height, width) of the model's input in pixels, multiples of 32. One number stands for both.
+        pixel_range: the values that become 0 and 255 in pictures of more than 8 bits (16-bit, 32-bit, floating point).
+            A training run measures it on its data where none is given; None: there are only pictures of 8 bits.
     """
 
     backbone: BackboneConfig = BackboneConfig()
@@ -54,6 +56,14 @@ class ModelConfig(Settings):
     heads: dict[str, SerializeAsAny[Settings]] = {}
     categories: list[Category] = Field([], max_length=MAX_CLASSES)
     image_size: tuple[int, int] = (640, 640)
+    pixel_range: tuple[float, float] | None = None
+
+    @field_validator("pixel_range")
+    @classmethod
+    def _rising(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not value[0] < value[1]:
+            raise ValueError("the first value has to be below the second")
+        return value
 
     @field_validator("heads", mode="before")
     @classmethod

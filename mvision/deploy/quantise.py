@@ -94,7 +94,9 @@ def _validation(data: str | None, model: ExportedModel) -> list[Validation]:
     return [
         Validation(
             name,
-            build_eval_loader(split, DataConfig(), batch_size=16, image_size=size),
+            build_eval_loader(
+                split, DataConfig(), batch_size=16, image_size=size, pixel_range=model.config.pixel_range
+            ),
             make_metrics(model, split, tasks),
         )
         for name, tasks, split in parts
@@ -111,7 +113,10 @@ def _calibration_images(data: str | None, model: ExportedModel) -> Iterator[np.n
     _, parts = read_validation(DataConfig(root=data), "train", model.tasks)
     for _, _, split in parts:
         split.records = split.records[:: max(1, len(split.records) // MOST_IMAGES)][:MOST_IMAGES]
-        loader = build_eval_loader(split, DataConfig(workers=0), batch_size=1, image_size=model.config.image_size)
+        config = model.config
+        loader = build_eval_loader(
+            split, DataConfig(workers=0), batch_size=1, image_size=config.image_size, pixel_range=config.pixel_range
+        )
         for batch in loader:
             if len(batch):
                 yield batch.images.contiguous().numpy()

@@ -27,7 +27,8 @@ from mvision.errors import UserError
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.structures import Category, Instances
-from mvision.structures.images import BadImage, read_image, resize_image, to_rgb
+from mvision.structures.images import BadImage, PixelRange, read_image, resize_image, to_rgb
+from mvision.structures.pixels import scale
 
 WORKERS = 4
 T = TypeVar("T")
@@ -42,6 +43,10 @@ class Sized(Protocol):
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width of the model's input in pixels."""
+
+    @property
+    def pixel_range(self) -> PixelRange | None:
+        """The values that become 0 and 255 in pictures of more than 8 bits, see ``read_image``."""
 
     @property
     def categories(self) -> list[Category]:
@@ -160,6 +165,7 @@ def predict_images(
     Args:
         model: in any mode, which it keeps.
         images: files, PIL images, or uint8 arrays: (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) grey; also a single one.
+            A model with a ``pixel_range`` takes arrays of other numbers too.
         threshold: instances with a lower score (0..1) are left out; or a score for each class by its name, where "*" is
             for the others (0.5 where it is not given).
         batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
@@ -174,7 +180,7 @@ def predict_images(
     chosen.check(model.config.categories)
     if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
         images = [images]  # type: ignore[list-item]
-    prepared = ordered_map(partial(_prepare_image, model.config.image_size), images, WORKERS)
+    prepared = ordered_map(partial(_prepare_image, model.config), images, WORKERS)
     with eval_mode(model), closing(infer(model, prepared, [chosen], batch_size)) as results:
         return [replace(found[0], path=path) for path, found in results if found is not None]
 
@@ -221,23 +227,25 @@ def _postprocess(
     return [(key, None if image is None else next(results)) for key, image, _ in batch]
 
 
-def _prepare_image(size: tuple[int, int], image: str | Path | Image.Image | np.ndarray) -> Prepared[str | None]:
+def _prepare_image(config: Sized, image: str | Path | Image.Image | np.ndarray) -> Prepared[str | None]:
     path = str(image) if isinstance(image, str | Path) else None
-    array = _to_array(image)
-    return path, resize_image(array, size), array.shape[:2]
+    array = _to_array(image, config.pixel_range)
+    return path, resize_image(array, config.image_size), array.shape[:2]
 
 
-def _to_array(image: str | Path | Image.Image | np.ndarray) -> np.ndarray:
+def _to_array(image: str | Path | Image.Image | np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
     """(H, W, 3) uint8 RGB of anything that ``predict_images`` takes."""
     if isinstance(image, str | Path):
         try:
-            return read_image(image)
+            return read_image(image, pixel_range=pixel_range)
         except BadImage as error:
             raise UserError(str(error)) from error
     if isinstance(image, Image.Image):
-        return np.array(to_rgb(ImageOps.exif_transpose(image)))
+        return np.array(to_rgb(ImageOps.exif_transpose(image), pixel_range))
     if not isinstance(image, np.ndarray):
         raise UserError(f"an image of type {type(image).__name__}: give a path, a PIL image or a numpy array")
+    if pixel_range is not None and image.dtype.kind in "uif" and image.dtype != np.uint8:
+        image = scale(image, *pixel_range)
     if image.ndim == 2:
         image = np.repeat(image[..., None], 3, axis=2)
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:

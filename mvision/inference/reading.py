@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import groupby
 
 import av
@@ -15,7 +16,7 @@ from mvision.inference.pipeline import background, ordered_map
 from mvision.inference.sources import Source
 from mvision.inference.streams import downloaded, ffmpeg_input
 from mvision.structures.decoding import check_size
-from mvision.structures.images import BadImage, read_image
+from mvision.structures.images import BadImage, PixelRange, read_image
 
 DECODERS = 4
 DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not give a rate
@@ -50,7 +51,9 @@ class Frame:
     notes: list[str] = field(default_factory=list)
 
 
-def read_frames(sources: Iterable[Source], ahead: int = 2 * DECODERS) -> Generator[Frame, None, None]:
+def read_frames(
+    sources: Iterable[Source], ahead: int = 2 * DECODERS, pixel_range: PixelRange | None = None
+) -> Generator[Frame, None, None]:
     """Decode in the background, up to ``ahead`` pictures before they are taken, and yield frames in order.
 
     A picture of a folder or a glob that cannot be read is a frame without image; so is what is missing in a video,
@@ -61,25 +64,25 @@ def read_frames(sources: Iterable[Source], ahead: int = 2 * DECODERS) -> Generat
     """
     for kind, group in groupby(sources, key=lambda source: source.kind):
         if kind == "image":
-            yield from ordered_map(_read_image, group, workers=DECODERS, ahead=ahead)
+            yield from ordered_map(partial(_read_image, pixel_range), group, workers=DECODERS, ahead=ahead)
             continue
         for source in group:
             yield from background(_read_camera(source) if kind == "camera" else _Video(source).frames())
 
 
-def _read_image(source: Source) -> Frame:
+def _read_image(pixel_range: PixelRange | None, source: Source) -> Frame:
     notes: list[str] = []
     try:
         if source.path.startswith(("http://", "https://")):
             with downloaded(source.path) as file:
-                return Frame(source, read_image(file, notes=notes), notes=notes)
-        image = read_image(source.path, notes=notes)
-        return Frame(source, _as_labelled(source, image), notes=notes)
+                return Frame(source, read_image(file, pixel_range=pixel_range, notes=notes), notes=notes)
+        image = read_image(source.path, pixel_range=pixel_range, notes=notes)
+        return Frame(source, _as_labelled(source, image, pixel_range), notes=notes)
     except BadImage as error:
         return _unreadable(source, error.reason, error)
 
 
-def _as_labelled(source: Source, image: np.ndarray) -> np.ndarray:
+def _as_labelled(source: Source, image: np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
     """The picture in the geometry that its annotations are for: some tools ignore the camera's orientation.
 
     Raises:
@@ -89,7 +92,9 @@ def _as_labelled(source: Source, image: np.ndarray) -> np.ndarray:
         return image
     height, width = source.size
     for candidate in (image, None):
-        turned = read_image(source.path, rotate=False) if candidate is None else candidate
+        turned = candidate
+        if turned is None:
+            turned = read_image(source.path, rotate=False, pixel_range=pixel_range)
         if abs(turned.shape[1] / turned.shape[0] * height / width - 1) <= ASPECT_TOLERANCE:
             return turned
     shape = f"{image.shape[1]} x {image.shape[0]}"

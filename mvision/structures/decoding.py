@@ -197,7 +197,7 @@ def opened(path: str | Path, stream: BinaryIO) -> Iterator[tuple[ImageFile.Image
     except (BadImage, UserError):
         raise
     except Exception as error:
-        raise BadImage(path, reason_of(error)) from error
+        raise BadImage(path, _reason(error, name)) from error
 
 
 def check_size(path: str | Path, width: int, height: int, name: str, depth: int = BYTES_PER_PIXEL) -> None:
@@ -291,16 +291,15 @@ def stored_size(image: ImageFile.ImageFile, name: str) -> tuple[int, int]:
     return image.size
 
 
-def reason_of(error: Exception) -> str:
+def _reason(error: Exception, name: str) -> str:
     """The error of a decoder in one line."""
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
     text = " ".join(str(error).split())
     if "unknown pixel mode" in text:
         return "a TIFF with pixels of a kind that is not read; grey or RGB is needed"
-    if isinstance(error, OSError | SyntaxError | ValueError | Image.DecompressionBombError) and text:
-        return text
-    return f"damaged ({type(error).__name__}{f': {text}' if text else ''})"
+    understood = isinstance(error, OSError | SyntaxError | ValueError) and text
+    return f"cannot be decoded as {name} ({text if understood else f'{type(error).__name__} {text}'.strip()})"
 
 
 def _webp_size(start: bytes) -> tuple[int, int]:

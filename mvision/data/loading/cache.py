@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import psutil
 import torch
 
 from mvision.data.formats.coco import ImageRecord
+from mvision.structures.decoding import size_limit
 
 LARGEST = 2 << 30  # bytes
 SHARE_OF_MEMORY = 0.25  # of what is available when the cache is made
@@ -24,8 +25,8 @@ class ImageCache:
     Two processes that decode the same image at the same time write the same bytes.
     """
 
-    def __init__(self, records: Sequence[ImageRecord]) -> None:
-        sizes = [record.height * record.width * 3 for record in records]
+    def __init__(self, records: Sequence[ImageRecord], missing: Collection[int] = ()) -> None:
+        sizes = _sizes(records, missing)
         self.shapes = [(record.height, record.width, 3) for record in records]
         self.start = np.cumsum([0, *sizes], dtype=np.int64)
         self.pixels = torch.empty(int(self.start[-1]), dtype=torch.uint8).share_memory_()
@@ -39,7 +40,7 @@ class ImageCache:
 
     def put(self, index: int, image: np.ndarray) -> None:
         """Keep an image, unless its size differs from the one in its annotations, for which the memory was made."""
-        if image.shape == self.shapes[index]:
+        if image.shape == self.shapes[index] and self.start[index] < self.start[index + 1]:
             self._pixels_of(index)[:] = image
             self.ready[index] = True
 
@@ -48,10 +49,28 @@ class ImageCache:
         return flat.reshape(self.shapes[index])
 
 
-def make_cache(records: Sequence[ImageRecord], caches: int = 1) -> ImageCache | None:
-    """A cache if all decoded images fit into a quarter of the free memory, shared by ``caches``; else None."""
-    needed = sum(record.height * record.width * 3 for record in records)
-    return ImageCache(records) if needed <= _budget() // caches else None
+def make_cache(records: Sequence[ImageRecord], caches: int = 1, missing: Collection[int] = ()) -> ImageCache | None:
+    """A cache if all decoded images fit into a quarter of the free memory; else None.
+
+    Args:
+        caches: how many share the memory.
+        missing: positions of images without a file that can be read.
+    """
+    fits = sum(_sizes(records, missing)) <= _budget() // caches
+    return ImageCache(records, missing) if fits else None
+
+
+def is_small(records: Sequence[ImageRecord], caches: int = 1, missing: Collection[int] = ()) -> bool:
+    """Whether there is a cache for these images on a machine with enough memory: a function of the data set alone."""
+    return sum(_sizes(records, missing)) <= LARGEST // caches
+
+
+def _sizes(records: Sequence[ImageRecord], missing: Collection[int]) -> list[int]:
+    """Bytes to be kept for each image: none for those without a file, nor where the annotations claim a size that is
+    larger than any picture that is read (one wrong number would cost the whole cache)."""
+    missing, limit = frozenset(missing), size_limit()
+    sizes = [record.height * record.width * 3 for record in records]
+    return [0 if position in missing or size > limit else size for position, size in enumerate(sizes)]
 
 
 def _budget() -> int:

@@ -24,7 +24,7 @@ from mvision.data.loading.cache import ImageCache
 from mvision.errors import UserError
 from mvision.heads import head_class, known_tasks
 from mvision.structures import Instances, Targets
-from mvision.structures.images import BadImage, read_image
+from mvision.structures.images import BadImage, PixelRange, read_image
 from mvision.structures.masks import Masks, encode_mask
 
 ATTEMPTS = 10  # images tried in place of a damaged one
@@ -88,6 +88,8 @@ class Dataset(data.Dataset[Sample]):
         cache: ImageCache | None = None,
         validate: bool = True,
         tasks: Collection[str] | None = None,
+        reduce: bool = True,
+        pixel_range: PixelRange | None = None,
     ) -> None:
         """Prepare the samples of a split.
 
@@ -99,6 +101,9 @@ class Dataset(data.Dataset[Sample]):
             cache: keeps decoded images in memory between epochs.
             validate: insist that the annotations have what was asked for; off for looking at a data set.
             tasks: what the labels are used for, see ``Targets.tasks``; None: all for which there are some.
+            reduce: decode a large JPEG at a part of its size where a sample needs no more. It gives slightly other
+                pixels, so that it may not depend on whether there was memory for a ``cache`` (which has whole images).
+            pixel_range: see ``read_image``.
 
         Raises:
             UserError: masks or keypoints are asked for, and the annotations have none, or see ``TrainTransform``.
@@ -114,6 +119,8 @@ class Dataset(data.Dataset[Sample]):
         self.seed = seed
         self.mask_stride = mask_stride
         self.cache = cache
+        self.reduce = reduce and cache is None
+        self.pixel_range = pixel_range
         self.augmented = augment is not None
         self.transform: Transform
         self.light: Transform
@@ -156,7 +163,7 @@ class Dataset(data.Dataset[Sample]):
             BadImage: it cannot be read, or has another shape than its annotations say.
         """
         if self.cache is None:
-            return self._read(index, at_least)
+            return self._read(index, at_least if self.reduce else None)
         image = self.cache.get(index)
         if image is None:
             image = self._read(index, None)
@@ -212,11 +219,11 @@ class Dataset(data.Dataset[Sample]):
 
     def _read(self, index: int, at_least: tuple[int, int] | None) -> np.ndarray:
         path, record = self.path(index), self.records[index]
-        image = read_image(path, at_least)
+        image = read_image(path, at_least, pixel_range=self.pixel_range)
         aspect = image.shape[1] / image.shape[0]
         if abs(aspect / self.aspect(index) - 1) > ASPECT_TOLERANCE:
             # Some tools label the picture as stored and ignore the camera's orientation.
-            turned = read_image(path, at_least, rotate=False)
+            turned = read_image(path, at_least, rotate=False, pixel_range=self.pixel_range)
             if abs(turned.shape[1] / turned.shape[0] / self.aspect(index) - 1) > ASPECT_TOLERANCE:
                 height, width = image.shape[:2]
                 raise BadImage(path, f"is {width} x {height}, its annotations are for {record.width} x {record.height}")
@@ -263,11 +270,13 @@ class MixedDataset(data.Dataset[Sample]):
 
 
 def require_fields(split: CocoSplit) -> None:
-    """Masks and keypoints that were asked for have to be in the annotations.
+    """Masks and keypoints that were asked for have to be in the annotations, if there are any.
 
     Raises:
         UserError: they are not.
     """
+    if split.annotated == 0:
+        return  # a validation set of images without objects
     for name in sorted(split.fields - split.available):
         tasks = [task for task in known_tasks() if name in head_class(task).needs]
         needed = f"the task{'s' * (len(tasks) > 1)} {' and '.join(tasks)} need{'s' * (len(tasks) == 1)}"

@@ -13,6 +13,7 @@ from mvision.data.formats.split import FIELDS, Split
 from mvision.data.formats.usable import refusal, refuse
 from mvision.data.loading.compare import compare_splits, count_above_queries, refuse_unreadable
 from mvision.data.loading.folders import Folder, needs, open_folders
+from mvision.data.loading.pixel_range import count_oddities
 from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.settings import Settings
@@ -90,6 +91,7 @@ def read_data_sources(
         refuse(val, wanted, empty_is_fine=True)
         for read in (train, val):
             refuse_unreadable(read)
+            count_oddities(read)
             for task in wanted:
                 count_above_queries(read, task, (heads or {}).get(task))
         problems = compare_splits(train, val, "val")

@@ -20,6 +20,7 @@ from mvision.data.formats.usable import refusal, refuse, usable_objects
 from mvision.data.loading.compare import compare_splits, refuse_unreadable
 from mvision.data.loading.dataset import Dataset
 from mvision.data.loading.folders import Folder, needs, open_folders
+from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.data.loading.sources import DataSource, read_data_sources
 from mvision.errors import UserError, printable
 from mvision.heads import known_tasks
@@ -75,6 +76,7 @@ class Report:
         refused: the line with which a training of these tasks would end at once; None where it would start.
         tasks: every known task -> why the data cannot serve it, None where it can.
         problems: between the splits.
+        notes: what a training says of the data besides.
     """
 
     layout: str
@@ -83,6 +85,7 @@ class Report:
     refused: str | None = None
     tasks: dict[str, str | None] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     @property
     def usable(self) -> bool:
@@ -106,7 +109,7 @@ class Report:
         Args:
             every_place: list all places of every problem, one a line, and not the first few.
         """
-        lines = [self.layout]
+        lines = [self.layout, *self.notes]
         for name, split in self.splits.items():
             lines += ["", f"{name}: {printable(split.annotations)}"]
             lines += [f"  {line}" for line in _split_lines(split)]
@@ -199,6 +202,7 @@ def _read_all(config: Config) -> tuple[Report, dict[str, CocoSplit]]:
         refused = str(error)
     folders = [source.folder for source in sources] or open_folders(config.data, seed)
     report = Report("\n".join(folder.layout.description for folder in folders), asked, refused=refused)
+    choose_pixel_range(config.model.pixel_range, [source.train for source in sources], report.notes.append)
     parts: dict[str, dict[str, CocoSplit]] = {}
     for number, folder in enumerate(folders):
         prefix = f"{folder.name}/" if len(folders) > 1 else ""

@@ -8,6 +8,7 @@ from mvision.config import AugmentConfig
 from mvision.data.formats.coco import FIELDS, CocoSplit
 from mvision.data.formats.layouts import Layout
 from mvision.data.loading.dataset import Dataset
+from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.drawing import draw_instances, grid
 from mvision.errors import UserError
 from mvision.structures.images import BadImage, resize_image, write_image
@@ -40,7 +41,8 @@ def contact_sheet(
         UserError: no such split, broken annotations, or none of the chosen images can be read.
     """
     annotations = CocoSplit(layout.split(split, FIELDS), FIELDS, keep_annotations=False)
-    dataset = Dataset(annotations, augment, seed, validate=False)
+    pixel_range = choose_pixel_range(None, [annotations], lambda _: None)
+    dataset = Dataset(annotations, augment, seed, validate=False, pixel_range=pixel_range)
     chosen = np.random.default_rng(seed).permutation(len(dataset))[:count]
     pictures, reasons = [], []
     for index in chosen.tolist():
