@@ -132,16 +132,16 @@ def _form(yolo: YoloSet, split: str, labels: _Labels, problems: Problems) -> tup
     """Names of the keypoints, and what the numbers stand for."""
     if not yolo.find_points:
         return yolo.keypoint_names, recognise(labels.all_rows(), len(yolo.keypoint_names), yolo.keypoint_dims)
-    decided = split
-    shape = pose_shape(list(labels.all_rows()))
+    decided, rows = split, list(labels.all_rows())
+    shape = pose_shape(rows)
     other = "train" if "train" in yolo.sources else next(iter(yolo.sources))
-    if split != other and (shape != (0, 0) or not any(labels.rows.values())):
+    if split != other and (shape != (0, 0) or not rows):
         # What a class has must not depend on the split: where there are few lines, train tells more.
-        rows = _sample(other, yolo)
-        if any(len(row.values) > BOX for row in rows):
-            decided, shape = other, pose_shape(rows)
+        sample = _sample(other, yolo)
+        if any(len(row[2]) > BOX for row in sample):
+            decided, shape, rows = other, pose_shape(sample), sample
     if shape is None:
-        count = len(next(row for row in labels.all_rows() if len(row.values) > BOX + 1).values)
+        count = next(len(row[2]) for row in rows if len(row[2]) > BOX + 1)
         raise UserError(
             f"{yolo.file}: the {count} numbers after the class in the label files of '{decided}' can be a box and "
             f"{(count - BOX) // 2} points, or a polygon: add kpt_shape: [{(count - BOX) // 2}, 2] for poses, or "
@@ -174,12 +174,12 @@ def _as_coco(
     folder = os.path.join(yolo.folders[split], "")  # noqa: PTH118 - texts are several times faster than Path objects
     checked = _checked(labels, form)
     _refuse_or_name(yolo, split, labels, checked, problems)
-    boxes = [row.values for rows in checked.values() for row in rows if len(row.values) == BOX]
+    boxes = [row[2] for rows in checked.values() for row in rows if len(row[2]) == BOX]
     if look_like_corners(boxes):
         kind = "boxes that look like corners (x0 y0 x1 y1), which are read as centre and size: convert them"
         problems.add(kind, f"{len(boxes)} boxes, such as {' '.join(map(str, boxes[0]))}")
-    confident = sum(row.values != form.without_confidence(row.values) for row in labels.all_rows())
-    if confident:
+    if form.confidence:
+        confident = sum(row[2] != form.without_confidence(row[2]) for row in labels.all_rows())
         example = shown(next(iter(labels.files.values())), yolo.roots)
         problems.add("a number after the last one, taken as a confidence: left out", f"{confident} lines: {example}")
     for picture in found.pictures:
@@ -206,14 +206,16 @@ def _checked(labels: _Labels, form: Form) -> dict[str, list[Row]]:
     for picture, rows in labels.rows.items():
         good = checked[picture] = []
         for row in rows:
-            values = form.without_confidence(row.values)
+            line, label, values = row
+            if form.confidence:
+                values = form.without_confidence(values)
             try:
                 check_values(values, form)
             except BadLine as error:
-                text = " ".join(map("{:g}".format, (row.label, *row.values)))
-                labels.faults.append((labels.files[picture], row.line, error, text))
+                text = " ".join(map("{:g}".format, (label, *row[2])))
+                labels.faults.append((labels.files[picture], line, error, text))
                 continue
-            good.append(row._replace(values=values))
+            good.append((line, label, values))
     return checked
 
 
@@ -222,7 +224,7 @@ def _refuse_or_name(
 ) -> None:
     """Name the lines that cannot be used; refuse a split in which there are no others."""
     faults = sorted(labels.faults, key=lambda fault: fault[:2])
-    used = {row.label for rows in checked.values() for row in rows}
+    used = {row[1] for rows in checked.values() for row in rows}
     _refuse_counting_from_one(yolo, split, faults, used)
     if faults and not used:
         file, number, error, line = faults[0]
@@ -257,7 +259,7 @@ def _other_shape(yolo: YoloSet, labels: _Labels) -> str:
     if not yolo.keypoint_names:
         return ""
     count = len(yolo.keypoint_names)
-    numbers = Counter(len(row.values) for row in labels.all_rows()).most_common(1)
+    numbers = Counter(len(row[2]) for row in labels.all_rows()).most_common(1)
     for dims in (2, 3):
         if numbers and numbers[0][0] == BOX + count * dims:
             return f"; the files fit kpt_shape: [{count}, {dims}]"
@@ -297,8 +299,9 @@ def _left_out(problems: Problems) -> str:
 
 
 def _annotation(row: Row, record: dict[str, Any], form: Form) -> dict[str, Any]:
-    values, width, height = row.values, record["width"], record["height"]
-    annotation: dict[str, Any] = {"category_id": row.label}
+    _, label, values = row
+    width, height = record["width"], record["height"]
+    annotation: dict[str, Any] = {"category_id": label}
     if len(values) == BOX or form.points:
         cx, cy, w, h = values[:BOX]
         annotation["bbox"] = [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]

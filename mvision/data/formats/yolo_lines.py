@@ -7,7 +7,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 BOX = 4  # cx, cy, w, h in fractions of the picture's sides
 LARGEST = 2.0  # a number above it is a pixel: no box or polygon in fractions reaches as far
@@ -25,12 +24,8 @@ class BadLine(ValueError):
         self.kind, self.detail = kind, detail
 
 
-class Row(NamedTuple):
-    """A line: its number in the file, the class, and the numbers after it."""
-
-    line: int
-    label: int
-    values: tuple[float, ...]
+Row = tuple[int, int, tuple[float, ...]]
+"""A line: its number in the file, the class, and the numbers after it. Millions of plain tuples cost the least."""
 
 
 @dataclass(frozen=True)
@@ -74,19 +69,17 @@ def parse_line(line: str, number: int, names: dict[int, str]) -> Row:
     if "_" in line:  # Python's numbers may have underscores
         raise BadLine("numbers expected")
     try:
-        values = tuple(map(float, words))
+        label, *values = map(float, words)
     except ValueError as error:
         raise BadLine("numbers expected") from error
-    if not all(map(math.isfinite, values)):
+    if not (math.isfinite(label) and math.isfinite(sum(values))):
         raise BadLine("a number that is not finite")
-    if not values[0].is_integer():
-        raise BadLine("the class is no whole number")
-    label = int(values[0])
-    if label not in names:
-        raise BadLine(
-            "class without a name", f"class {words[0][:20]}, but names has {len(names)} classes from {min(names)} on"
-        )
-    return Row(number, label, values[1:])
+    if label not in names:  # 1.0 is the same key as 1
+        if not label.is_integer():
+            raise BadLine("the class is no whole number")
+        numbers = f"class {words[0][:20]}, but names has {len(names)} classes from {min(names)} on"
+        raise BadLine("class without a name", numbers)
+    return number, int(label), tuple(values)
 
 
 def check_values(values: tuple[float, ...], form: Form) -> None:
@@ -95,15 +88,17 @@ def check_values(values: tuple[float, ...], form: Form) -> None:
     Raises:
         BadLine: they do not.
     """
-    if not form.fits(len(values)):
-        raise BadLine(f"{form}", f"{len(values)} numbers after the class")
-    shape = values[:BOX] if len(values) == BOX or form.points else values
+    count = len(values)
+    if count == BOX and min(values) >= 0 and max(values) <= LARGEST and values[2] > 0 and values[3] > 0:
+        return  # nearly every line
+    if not form.fits(count):
+        raise BadLine(f"{form}", f"{count} numbers after the class")
+    has_box = count == BOX or form.points > 0
+    shape = values[:BOX] if has_box else values
     if max(map(abs, shape)) > LARGEST:
         raise BadLine("numbers above 1: pixels? Fractions of the picture's width and height are expected")
-    if shape is not values or len(values) == BOX:
-        w, h = values[2], values[3]
-        if min(w, h) < 0 or (len(values) == BOX and min(w, h) == 0):
-            raise BadLine("width or height is not above 0")
+    if has_box and (min(shape[2:]) < 0 or (count == BOX and min(shape[2:]) == 0)):
+        raise BadLine("width or height is not above 0")
 
 
 def with_blanks(text: str) -> str:
@@ -118,9 +113,10 @@ def with_blanks(text: str) -> str:
 
 def recognise(rows: Iterable[Row], points: int = 0, dims: int = 0) -> Form:
     """What the numbers stand for as far as ``kpt_shape`` says it, and whether they end with confidences."""
-    plain = Form(points, dims)
-    odd = [row.values[-1] for row in rows if not plain.fits(len(row.values)) and plain.fits(len(row.values) - 1)]
-    confident = bool(odd) and all(0 <= value <= 1 for value in odd)
+    plain, rows = Form(points, dims), list(rows)
+    counts = {len(row[2]) for row in rows}
+    odd = {count for count in counts if not plain.fits(count) and plain.fits(count - 1)}
+    confident = bool(odd) and all(0 <= row[2][-1] <= 1 for row in rows if len(row[2]) in odd)
     return Form(points, dims, confident)
 
 
@@ -134,7 +130,7 @@ def pose_shape(rows: Sequence[Row]) -> tuple[int, int] | None:
     Returns:
         The shape; (0, 0) for polygons or where there are boxes alone; None where both fit.
     """
-    long = [row.values for row in rows if len(row.values) > BOX + 1]
+    long = [row[2] for row in rows if len(row[2]) > BOX + 1]
     if not long:
         return 0, 0
     count, number = Counter(map(len, long)).most_common(1)[0]

@@ -161,7 +161,8 @@ def shown(path: str, roots: Sequence[Path]) -> str:
 def _walk(top: str, folders: Folders, problems: Problems) -> list[str]:
     """Pictures in a folder and all below it. Links are followed; a folder that was read before is not read again."""
     pictures: list[str] = []
-    queue, linked, seen = [top], [], set()
+    queue, linked = [top], list[str]()
+    seen: set[str] = set()
     while queue or linked:
         # Links come last, so that a folder of the set counts under its own name.
         folder = queue.pop() if queue else linked.pop(0)
