@@ -78,7 +78,7 @@ class CocoSplit:
         images = read_images(raw, split, self.problems)
         self.folder, self.records, self.broken = images.folder, images.records, images.broken
         self.real_files = images.real_files
-        self.available = _available(raw, self.own)
+        self.available = _available(raw, self.own, split.ignore_iscrowd)
         self.annotated = len(raw["annotations"])
         cleaned = list(self._clean(raw, where, images.positions))
         self._annotations = [(label, entry) for _, label, entry in cleaned] if keep_annotations else None
@@ -329,14 +329,14 @@ def same_categories(train: CocoSplit, val: CocoSplit) -> None:
         )
 
 
-def _available(raw: dict[str, Any], categories: list[Category]) -> frozenset[str]:
+def _available(raw: dict[str, Any], categories: list[Category], ignore_iscrowd: bool) -> frozenset[str]:
     """The fields of ``Targets`` for which at least one annotation has something."""
     available = {"boxes"}
     has_points = any(category.keypoints for category in categories)
     for annotation in raw["annotations"]:
         if not isinstance(annotation, dict):
             continue  # refused when it is cleaned
-        if annotation.get("segmentation") and not flag(annotation.get("iscrowd")):
+        if annotation.get("segmentation") and (ignore_iscrowd or not flag(annotation.get("iscrowd"))):
             available.add("masks")
         points = annotation.get("keypoints")
         if has_points and isinstance(points, list) and any(points[2::3]):

@@ -100,7 +100,7 @@ def _identity(entry: Any, number: int, split: Split) -> tuple[int, str]:
     """Id and file name of an entry."""
     identity = whole_number(entry.get("id")) if isinstance(entry, dict) else None
     if identity is None:
-        raise UserError(f"{split.annotations}: images[{number}] has no whole number as id: {entry!r:.200}")
+        raise UserError(f"{split.annotations}: images[{number}] has no whole number as id: {entry!r:.200}; number them")
     name = entry.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{split.annotations}: image {identity} has no file_name")

@@ -211,6 +211,8 @@ def _parse_run_lengths(segmentation: dict[str, Any], height: int, width: int) ->
         except (TypeError, ValueError, OverflowError) as error:
             raise BadSegmentation("run lengths that are no numbers") from error
     elif isinstance(counts, str | bytes):
+        if isinstance(counts, str) and counts[:2] in ("b'", 'b"'):
+            counts = counts[2:-1].replace("\\\\", "\\")  # Python's way to show bytes, written by mistake
         runs = _uncompress(counts.encode() if isinstance(counts, str) else counts)
     else:
         raise BadSegmentation("run lengths without counts")

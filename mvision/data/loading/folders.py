@@ -66,7 +66,7 @@ class Folder:
         name = self.config.train
         if name not in self.layout.splits:
             raise UserError(
-                f"{self.layout.root}: no split '{name}' to train on: it has {self._listing}; "
+                f"{self.layout.root}: no split '{name}' to train on{self._why(name)}: it has {self._listing}; "
                 f"choose one of them with -o data.train={next(iter(self.layout.splits), 'NAME')}"
             )
         split = replace(self.split(name, tasks), fraction=fraction, seed=self.seed)
@@ -83,10 +83,14 @@ class Folder:
             return replace(self.training(tasks), held_out=True)
         if name not in self.layout.splits:
             raise UserError(
-                f"{self.layout.root}: no split '{name}' to validate on: it has {self._listing}; choose one of them "
-                "with -o data.val=NAME, or hold out a share of the training images with -o data.val_fraction=0.2"
+                f"{self.layout.root}: no split '{name}' to validate on{self._why(name)}: it has {self._listing}; "
+                "choose one of them with -o data.val=NAME, or hold out a share of the training images with "
+                "-o data.val_fraction=0.2"
             )
         return self.split(name, tasks)
+
+    def _why(self, name: str) -> str:
+        return f" ({self.layout.missing[name]})" if name in self.layout.missing else ""
 
     @property
     def _listing(self) -> str:
