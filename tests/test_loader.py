@@ -252,6 +252,25 @@ def test_workers_end_with_the_main_process(tmp_path: Path, kill: signal.Signals)
     assert not _alive(worker)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="signals")
+def test_a_program_ends_while_its_loader_still_has_workers(tmp_path: Path) -> None:
+    """They ignore SIGTERM, with which multiprocessing ends what is left of them before it waits for them."""
+    split_of(tmp_path / "set")
+    script = """
+        import sys
+        from mvision.config import DataConfig
+        from mvision.data import CocoSplit, build_train_loader, find_layout
+
+        split = CocoSplit(find_layout(sys.argv[1]).split("train"))
+        loader = build_train_loader(split, DataConfig(workers=1), batch_size=1, image_size=(64, 64))
+        iterator = loader.epoch(0)
+        next(iterator)
+        raise SystemExit(3)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(script), str(tmp_path / "set")]
+    assert subprocess.run(command, timeout=60).returncode == 3
+
+
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)

@@ -91,7 +91,8 @@ def paint(image: np.ndarray, placement: Placement, canvas: np.ndarray) -> np.nda
     left, top, right, bottom = placement.target
     resized = resize_image(image[y0:y1, x0:x1], (bottom - top, right - left))
     if resized.shape == canvas.shape:
-        return resized
+        # Without a change of size this is the image itself, which the cache may go on using.
+        return resized.copy() if np.may_share_memory(resized, image) else resized
     canvas[top:bottom, left:right] = resized
     return canvas
 

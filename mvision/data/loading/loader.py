@@ -7,7 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -22,12 +23,13 @@ from mvision.compat import stop_workers, worker_sentinels
 from mvision.config import DataConfig
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.loading.batch import Batch, PackedBatch, Skipped, pack
-from mvision.data.loading.cache import make_cache
+from mvision.data.loading.cache import is_small, make_cache
 from mvision.data.loading.dataset import Dataset, MixedDataset
 from mvision.data.loading.samplers import EvalBatches, TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.errors import UserError
 from mvision.machine import cores
+from mvision.structures.images import PixelRange
 
 PREFETCH = 3  # batches that a worker makes ahead of their use
 SETTLE = 5.0  # seconds to wait for the end of a process
@@ -60,8 +62,13 @@ class Loader:
             num_workers=workers,
             collate_fn=pack,
             pin_memory=pin_memory,
+            # Else every iterator draws a number of torch's global generator, from which the model takes its noise, and
+            # how many iterators there are depends on workers (which go on with theirs) and on whether a run is resumed.
+            generator=torch.Generator().manual_seed(0),
             **parallel,
         )
+        # At exit multiprocessing ends workers that are left with SIGTERM, which they ignore, and waits for them.
+        weakref.finalize(self, stop_workers, self._loader)
 
     def __len__(self) -> int:
         """Batches per epoch in this process."""
@@ -70,14 +77,14 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self.epoch(0)
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """Batches of one epoch.
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """Batches of one epoch; in training from number ``start`` on, where a run goes on that stopped inside an epoch.
 
         Raises:
             UserError: a worker process died, or not one image of a training batch (nor any replacement) can be read.
         """
         if isinstance(self.batches, TrainBatches):
-            self.batches.epoch = number
+            self.batches.epoch, self.batches.start = number, start
         for packed in self._guarded():
             if isinstance(packed, PackedBatch):
                 yield packed.unpack()
@@ -121,6 +128,7 @@ def build_train_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    pixel_range: PixelRange | None = None,
 ) -> Loader:
     """Shuffled, augmented batches.
 
@@ -134,6 +142,7 @@ def build_train_loader(
         mask_stride: masks are drawn at 1 / stride of the input size.
         rank, world_size: this process among all.
         device: where training happens; for CUDA the batches are in pinned memory.
+        pixel_range: see ``read_image``.
 
     Raises:
         UserError: the annotations lack masks or keypoints that were asked for.
@@ -141,13 +150,12 @@ def build_train_loader(
     dataset: Dataset | MixedDataset
     images: int | list[tuple[int, float]]
     if isinstance(split, CocoSplit):
-        dataset = Dataset(split, config.augment, seed, mask_stride, make_cache(split.records))
+        dataset = _train_dataset(split, config, seed, mask_stride, pixel_range)
         images = len(dataset)
     else:
-        datasets = []
-        for source in split:
-            cache = make_cache(source.train.records, len(split))
-            datasets.append(Dataset(source.train, config.augment, seed, mask_stride, cache, tasks=source.tasks))
+        datasets = [
+            _train_dataset(one.train, config, seed, mask_stride, pixel_range, one.tasks, len(split)) for one in split
+        ]
         dataset = MixedDataset(datasets)
         images = [(len(one), source.weight) for one, source in zip(datasets, split)]
     batches = TrainBatches(
@@ -165,6 +173,23 @@ def build_train_loader(
     return Loader(dataset, batches, pick_workers(config.workers, on_cuda, world_size), pin_memory=on_cuda)
 
 
+def _train_dataset(
+    split: CocoSplit,
+    config: DataConfig,
+    seed: int,
+    mask_stride: int,
+    pixel_range: PixelRange | None = None,
+    tasks: Collection[str] | None = None,
+    datasets: int = 1,
+) -> Dataset:
+    """The samples of one of the ``datasets`` of a run; they are the same with and without memory for a cache."""
+    cache = make_cache(split.records, datasets, split.broken)
+    small = is_small(split.records, datasets, split.broken)
+    return Dataset(
+        split, config.augment, seed, mask_stride, cache, tasks=tasks, reduce=not small, pixel_range=pixel_range
+    )
+
+
 def build_eval_loader(
     split: CocoSplit,
     config: DataConfig,
@@ -174,12 +199,13 @@ def build_eval_loader(
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    pixel_range: PixelRange | None = None,
 ) -> Loader:
     """Every image once, stretched to ``image_size``, in the file's order. Arguments as in ``build_train_loader``.
 
     The targets have no masks: the metric compares with the annotations themselves.
     """
-    dataset = Dataset(split, mask_stride=None)
+    dataset = Dataset(split, mask_stride=None, pixel_range=pixel_range)
     batches = EvalBatches(len(dataset), batch_size, image_size, rank, world_size)
     on_cuda = torch.device(device).type == "cuda"
     return Loader(dataset, batches, pick_workers(config.workers, on_cuda, world_size), pin_memory=on_cuda)
@@ -240,8 +266,9 @@ def main_module_hidden() -> Iterator[None]:
 
 
 def init_worker(_: int) -> None:
-    """Set up a worker process: one thread, Ctrl-C is left to the main process, and the worker ends with that one."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Set up a worker process: one thread, Ctrl-C and SIGTERM are left to the main process, with which it ends."""
+    for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler may send it to every process
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _report_unless_parent_left
     cv2.setNumThreads(0)
     torch.set_num_threads(1)

@@ -14,7 +14,7 @@ STEP = 32  # image sizes are multiples of the coarsest stride
 
 
 class TrainBatches:
-    """Batches of one epoch, shuffled; set ``epoch`` before iterating.
+    """Batches of one epoch, shuffled; set ``epoch``, and ``start`` to leave out its first batches, before iterating.
 
     The permutation of all images is cut into batches of the total batch size, and each process takes its share of every
     batch: one process and eight have the same batches. The images at the end that do not fill a batch are left out of
@@ -52,7 +52,7 @@ class TrainBatches:
         self.seed, self.multi_scale = seed, multi_scale
         self.rank, self.world_size = rank, world_size
         self.light_from = math.inf if epochs is None else epochs - round(epochs * last_epochs)
-        self.epoch = 0
+        self.epoch = self.start = 0
 
     def __len__(self) -> int:
         return max(self.num_images // self.batch_size, 1)
@@ -60,7 +60,7 @@ class TrainBatches:
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self._order()
         light = self.epoch >= self.light_from
-        for number in range(len(self)):
+        for number in range(self.start, len(self)):
             members = order[number * self.batch_size : (number + 1) * self.batch_size]
             members = members[np.arange(max(len(members), self.world_size)) % len(members)]
             size = self._size(number)
@@ -86,16 +86,25 @@ class TrainBatches:
             start += count
         return rng.permutation(np.concatenate(chosen))
 
+    def smallest(self) -> tuple[int, tuple[int, int]]:
+        """The fewest images of a process in a batch, and (height, width) of the smallest batch that can occur."""
+        members = max(min(self.num_images, self.batch_size), self.world_size)
+        return members // self.world_size, self._scaled(-self._scale_steps())
+
     def _size(self, number: int) -> tuple[int, int]:
         """Height and width of a batch: the longer side changes in steps of 32 pixels, the shorter one in proportion."""
-        height, width = self.image_size
-        longer = max(height, width)
-        steps = int(self.multi_scale * longer / STEP)
+        steps = self._scale_steps()
         if steps == 0:
             return self.image_size
         rng = np.random.default_rng((self.seed, self.epoch, number, SCALE))
-        factor = 1 + int(rng.integers(-steps, steps + 1)) * STEP / longer
-        return tuple(max(round(side * factor / STEP) * STEP, STEP) for side in (height, width))  # type: ignore[return-value]
+        return self._scaled(int(rng.integers(-steps, steps + 1)))
+
+    def _scale_steps(self) -> int:
+        return int(self.multi_scale * max(self.image_size) / STEP)
+
+    def _scaled(self, steps: int) -> tuple[int, int]:
+        factor = 1 + steps * STEP / max(self.image_size)
+        return tuple(max(round(side * factor / STEP) * STEP, STEP) for side in self.image_size)  # type: ignore[return-value]
 
 
 class EvalBatches:
