@@ -78,7 +78,7 @@ def build(seed: int, number: int, base: Path, folder: Path) -> tuple[str, Case]:
 def run_command(arguments: Sequence[str]) -> int:
     """One command of the command line in this process, or ``load SOURCE``; its exit code."""
     from mvision.cli.main import run
-    from mvision.errors import UserError
+    from mvision.errors import UserError, printable
 
     if arguments[0] != "load":
         return run(arguments)
@@ -87,7 +87,7 @@ def run_command(arguments: Sequence[str]) -> int:
     try:
         mvision.load(arguments[1])
     except UserError as error:
-        print(f"error: {error!s}".encode("ascii", "backslashreplace").decode().replace("\n", " "), file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return 2
     return 0
 
