@@ -111,7 +111,7 @@ def test_damaged_images_are_left_out_and_named(
         assert messages == []
     else:
         (text,) = messages
-        assert text.startswith(f"predictions.jpg {message} validation images that cannot be read: ")
+        assert text.startswith(f"predictions.jpg {message} validation images that cannot be read or drawn: ")
         assert [f"{number}.jpg" in text for number in range(1, 5)] == [number in damaged for number in range(1, 5)]
 
 
@@ -122,9 +122,34 @@ def test_without_a_readable_image_there_is_no_picture(
     write_prediction_grid(model, dataset, tmp_path / "predictions.jpg")
     assert not (tmp_path / "predictions.jpg").exists()
     text = capsys.readouterr().out
-    assert text.startswith("no predictions.jpg: 5 of 5 validation images that cannot be read: ")
-    assert "3.jpg, ...\n" in text
+    assert text.startswith("no predictions.jpg: 5 of 5 validation images that cannot be read or drawn: ")
+    assert text.endswith("), ...\n")
+    assert "3.jpg (" in text
     assert "4.jpg" not in text
+
+
+def test_an_image_that_cannot_be_drawn_costs_itself_alone(
+    model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as one of 70,000 x 1 pixels, which has no row left when it is made smaller."""
+    draw, messages = report.side_by_side, []  # type: ignore[var-annotated]
+
+    def side_by_side(image: np.ndarray, gt: Instances, pred: Instances) -> np.ndarray:
+        image = np.zeros((1, 70000, 3), np.uint8) if str(gt.path).endswith("2.jpg") else image
+        return draw(image, gt, pred)
+
+    monkeypatch.setattr(report, "side_by_side", side_by_side)
+    write_prediction_grid(model, dataset_in(tmp_path), tmp_path / "predictions.jpg", log=messages.append)
+    assert len(messages) == 1
+    assert messages[0].startswith("predictions.jpg leaves out 1 of 4 validation images that cannot be read or drawn: ")
+    assert "2.jpg (" in messages[0]
+    assert cv2.imread(str(tmp_path / "predictions.jpg")) is not None
+
+
+def test_no_sheet_of_an_earlier_time_stays(model: FakeModel, tmp_path: Path) -> None:
+    (tmp_path / "predictions.jpg").write_bytes(b"of other weights")
+    write_prediction_grid(model, dataset_in(tmp_path, damaged=(1, 2, 3, 4)), tmp_path / "predictions.jpg")
+    assert not (tmp_path / "predictions.jpg").exists()
 
 
 RECORDS: list[dict[str, Any]] = [

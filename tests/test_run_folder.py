@@ -1,8 +1,12 @@
 """A run's folder: its name, what is refused, and its state after a kill."""
 
+import subprocess
+import sys
+
 import pytest
 
 from mvision.errors import UserError
+from mvision.storage import atomic
 from mvision.storage.run_folder import RunFolder
 
 
@@ -17,22 +21,35 @@ def test_run_folders_are_numbered(tmp_path, monkeypatch):
     assert str(RunFolder.create(None, ["detection"]).path) == "runs/detection/2"
 
 
-def test_the_state_survives_a_kill_between_the_two_renames(tmp_path):
-    (tmp_path / ".last.old").mkdir()
-    (tmp_path / ".last.old" / "progress.json").write_text("{}")
-    run = RunFolder.resume(tmp_path)
-    assert (run.state() / "progress.json").is_file()
+def test_a_state_of_pickles_is_refused(tmp_path):
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "progress.json").write_text("{}")
+    with pytest.raises(UserError, match=r"files that can run code.*--init .*best\.safetensors"):
+        RunFolder.resume(tmp_path)
 
 
-def test_a_new_state_replaces_the_old_one(tmp_path):
-    run = RunFolder(tmp_path)
-    for text in ("first", "second", "third"):
-        fresh = tmp_path / ".fresh"
-        fresh.mkdir()
-        (fresh / "progress.json").write_text(text)
-        run.replace_state(fresh)
-        assert (RunFolder.resume(tmp_path).state() / "progress.json").read_text() == text
-        assert [path.name for path in tmp_path.iterdir()] == ["last"]
+def test_one_run_at_a_time_and_the_claim_ends_with_the_process(tmp_path):
+    code = "import sys, os, pathlib; from mvision.storage.run_folder import RunFolder\n"
+    code += "with RunFolder(pathlib.Path(sys.argv[1])).claimed(): print('claimed', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "claimed\n"
+        with pytest.raises(UserError, match="a training is going on in this folder"), RunFolder(tmp_path).claimed():
+            pass
+        other.kill()
+        other.wait()
+        with RunFolder(tmp_path).claimed():
+            pass
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path):
+    (tmp_path / "last").mkdir()
+    left = [folder / atomic._partial_name("state") for folder in (tmp_path, tmp_path / "last")]
+    for file in (*left, tmp_path / "notes.txt"):
+        file.touch()
+    with RunFolder(tmp_path).claimed():
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "last", "notes.txt"]
+        assert not list((tmp_path / "last").iterdir())
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
@@ -43,10 +60,29 @@ def test_a_folder_in_use_is_refused(tmp_path):
         RunFolder.create(tmp_path / "file" / "run", ["detection"])
 
 
-def test_records_are_cut_at_the_epoch_that_is_trained_again(tmp_path):
+def test_records_agree_with_the_state(tmp_path):
+    """Those of epochs that are trained again are removed, and one that a kill prevented is made up for."""
     run = RunFolder(tmp_path)
     assert run.records() == []
+    assert run.restore_records(0, None) == []
     for epoch in range(4):
         run.log({"epoch": epoch})
-    run.cut_records(2)
-    assert [record["epoch"] for record in run.records()] == [0, 1]
+    assert run.restore_records(2, {"epoch": 1}) == [{"epoch": 0}, {"epoch": 1}]
+    assert run.restore_records(3, {"epoch": 2, "loss": {}}) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2, "loss": {}}]
+    assert run.records() == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2, "loss": {}}]
+
+
+@pytest.mark.parametrize("line", ['{"epoch": 1', "[]", '{"epoch": "one"}', '{"step": 1}'])
+def test_a_damaged_record_is_named(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not .*; remove that line"):
+        RunFolder(tmp_path).records()
+
+
+def test_the_end_of_a_run_is_noted_for_its_number_of_epochs(tmp_path):
+    run = RunFolder(tmp_path)
+    assert not run.is_finished(3)
+    (tmp_path / "last").mkdir()
+    run.mark_finished(3)
+    assert run.is_finished(3)
+    assert not run.is_finished(4)  # trained on, and killed before its figures were written

@@ -32,7 +32,7 @@ def records_of(run):
 def test_a_run_leaves_everything_it_promises(squares, tmp_path, capsys):
     run = run_in_process(squares, tmp_path / "run", train__epochs=2)
     expected = {"best.safetensors", "last", "config.yaml", "metrics.jsonl", "results.png", "predictions.jpg"}
-    assert {path.name for path in run.iterdir()} == expected | {"metrics.json"}
+    assert {path.name for path in run.iterdir()} == expected | {"metrics.json", ".lock"}
     figures = json.loads((run / "metrics.json").read_text())
     assert {"AP", "AP50", "AP/blue", "AP/red"} <= set(figures["detection"])
     records = records_of(run)
@@ -75,8 +75,9 @@ def test_a_resumed_run_equals_the_uninterrupted_one(squares, tmp_path, monkeypat
         return [{key: value for key, value in record.items() if key != "seconds"} for record in records_of(run)]
 
     assert without_time(resumed) == without_time(whole)
-    averages = [torch.load(run / "last" / "custom_checkpoint_0.pkl", weights_only=True) for run in (whole, resumed)]
-    for first, second in ((load(whole).state_dict(), load(resumed).state_dict()), averages):
+    states = [load_file(RunFolder(run).state) for run in (whole, resumed)]
+    assert {name.partition(".")[0] for name in states[0]} == {"model", "average", "optimizer", "random"}
+    for first, second in ((load(whole).state_dict(), load(resumed).state_dict()), states):
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -136,7 +137,7 @@ def test_patience_is_a_number_of_evaluations(squares, tmp_path, monkeypatch, cap
     assert [record["epoch"] for record in records_of(run) if "metrics" in record] == [1, 3, 5]
     assert len(records_of(run)) == 6
     printed = capsys.readouterr().out
-    assert "stopped early: no better AP in 2 evaluations" in printed
+    assert "stopped early: no better result in 2 evaluations" in printed
     assert "best weights (epoch 2)" in printed
 
 
@@ -145,12 +146,11 @@ def test_the_moving_average_is_evaluated_and_saved_after_the_last_epoch_too(squa
     settings = {"train__ema_decay": 0.9, "train__ema_warmup": 1, "train__val_interval": 2}
     run = run_in_process(squares, tmp_path / "run", train__epochs=3, **settings)
     assert [record["epoch"] for record in records_of(run) if "metrics" in record] == [1, 2]
-    average = torch.load(run / "last" / "custom_checkpoint_0.pkl", weights_only=True)
-    trained, best = load_file(run / "last" / "model.safetensors"), load_file(run / "best.safetensors")
+    state, best = load_file(RunFolder(run).state), load_file(run / "best.safetensors")
     weight = "neck.projections.0.conv.weight"
-    assert torch.equal(evaluated[1][weight], average[f"module.{weight}"])
-    assert torch.equal(best[weight], average[f"module.{weight}"])
-    assert not torch.allclose(trained[weight], best[weight], rtol=1e-3)
+    assert torch.equal(evaluated[1][weight], state[f"average.{weight}"])
+    assert torch.equal(best[weight], state[f"average.{weight}"])
+    assert not torch.allclose(state[f"model.{weight}"], best[weight], rtol=1e-3)
     assert torch.equal(evaluated[2][weight], best[weight])  # the last evaluation is that of the best weights
 
 

@@ -72,11 +72,13 @@ class Batches:
     def __len__(self) -> int:
         return 5
 
-    def epoch(self, number: int) -> Iterator[Batch]:
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(number)
         for index in range(len(self)):
             images, values = torch.rand(4, 3, generator=generator), torch.rand(4, 2, generator=generator)
             values = values * 10 if index == 3 else values
+            if index < start:
+                continue
             yield Batch(images * (math.nan if index in self.bad else 1), [Labels(row) for row in values])  # type: ignore
 
 
@@ -196,7 +198,6 @@ def test_the_best_weights_are_those_of_the_best_mean_over_the_tasks(
 @pytest.mark.parametrize(("patience", "stops_at"), [(0, None), (1, 5), (3, 9)])
 def test_patience_counts_evaluations(patience: int, stops_at: int | None) -> None:
     """Evaluated after every second epoch, 1, 3, 5, ... counted from 0; the best one is that of epoch 3."""
-    trainer = make_trainer(val_interval=2, patience=patience)
-    trainer.progress = Progress(best=0.5, best_epoch=3)
-    stops = [epoch for epoch in range(3, 12) if is_out_of_patience(trainer, epoch)]
+    config = parse_config({"train": {"val_interval": 2, "patience": patience}}).train
+    stops = [epoch for epoch in range(3, 12) if is_out_of_patience(config, Progress(best=0.5, best_epoch=3), epoch)]
     assert (stops[0] if stops else None) == stops_at

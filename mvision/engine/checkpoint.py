@@ -2,55 +2,63 @@
 
 from __future__ import annotations
 
-import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from mvision.config import RUN_CONFIG
+from mvision.config import RUN_CONFIG, TrainConfig
 from mvision.engine.report import plot_run
+from mvision.engine.state import SavedState, load_state, not_finite, random_states, save_state
 from mvision.engine.trainer import Progress, Trainer
+from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.storage.run_folder import BEST, RunFolder
 from mvision.weights import save_weights
 
 
-def open_run(trainer: Trainer, output: Path | None, resume: Path | None) -> RunFolder:
-    """A new folder with the complete config, or the one of ``resume``, whose saved state is loaded into ``trainer``."""
+def new_folder(trainer: Trainer, output: Path | None) -> RunFolder:
+    """An empty folder, the same for all processes."""
     accelerator = trainer.accelerator
-    if resume is not None:
-        run = RunFolder.resume(resume)
-        state = run.state()
-        accelerator.load_state(str(state))
-        trainer.progress = Progress(**json.loads((state / "progress.json").read_text()))
-        if accelerator.is_main_process:
-            run.cut_records(trainer.progress.epoch)
-    else:
-        folder: list[Any] = [None]
-        if accelerator.is_main_process:
-            folder[0] = RunFolder.create(output, trainer.bare_model.tasks).path
-        if accelerator.num_processes > 1:
-            torch.distributed.broadcast_object_list(folder)
-        run = RunFolder(folder[0])
+    folder: list[Any] = [None]
     if accelerator.is_main_process:
+        folder[0] = RunFolder.create(output, trainer.bare_model.tasks).path
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(folder)
+    return RunFolder(folder[0])
+
+
+def start(trainer: Trainer, run: RunFolder, saved: SavedState | None) -> None:
+    """Write the complete config; for a run that is resumed, load its state and make its other files agree with it."""
+    if saved is not None:
+        load_state(trainer, run.state, saved)
+        if bad := not_finite(trainer):
+            raise UserError(f"{run.state}: {bad[0]} is not finite; start a new run from other weights: --init WEIGHTS")
+    if trainer.accelerator.is_main_process:
         run.write_text(RUN_CONFIG, trainer.config.to_yaml())
-    return run
+        if saved is not None:
+            _draw_curves(run, run.restore_records(saved.progress.epoch, saved.record))
 
 
 def keep_best(trainer: Trainer, run: RunFolder, metrics: dict[str, dict[str, float]], epoch: int) -> None:
     """Save the weights if no evaluation before had a higher score, the mean of the tasks' primary metrics.
 
+    Tasks without a figure (there is no such object in the validation images) do not count; where no task has one, the
+    newest weights are the best.
+
     Args:
         metrics: the figures of this evaluation, by task.
         epoch: counted from 0.
     """
-    score = sum(value for _, _, value in primary_figures(metrics)) / len(metrics)
+    values = [value for _, _, value in primary_figures(metrics) if math.isfinite(value) and value >= 0]
+    score = sum(values) / len(values) if values else -1.0
     progress = trainer.progress
-    if score > progress.best or progress.best_epoch < 0:
-        progress.best, progress.best_epoch = score, epoch
+    if score > progress.best or progress.best_epoch < 0 or not values:
         if trainer.accelerator.is_main_process:
             save_weights(trainer.eval_model, run.path / BEST, extra={"epoch": epoch + 1, "metrics": metrics})
+        # Not before: a run that is stopped while it saves has to save once more when it is resumed.
+        progress.best, progress.best_epoch = score, epoch
 
 
 def primary_figures(metrics: dict[str, dict[str, float]]) -> list[tuple[str, str, float]]:
@@ -59,29 +67,66 @@ def primary_figures(metrics: dict[str, dict[str, float]]) -> list[tuple[str, str
     return [(task, names[task], figures[names[task]]) for task, figures in metrics.items()]
 
 
-def is_out_of_patience(trainer: Trainer, epoch: int) -> bool:
+def is_out_of_patience(config: TrainConfig, progress: Progress, epoch: int) -> bool:
     """Whether the last ``patience`` evaluations, up to this epoch, were all no better than the best one."""
-    evaluations_since_best = (epoch - trainer.progress.best_epoch) // trainer.config.train.val_interval
-    return 0 < trainer.config.train.patience <= evaluations_since_best
+    evaluations_since_best = (epoch - progress.best_epoch) // config.val_interval
+    return 0 < config.patience <= evaluations_since_best
+
+
+def has_ended(config: TrainConfig, progress: Progress) -> bool:
+    """Whether there is no epoch left to train."""
+    out_of_patience = progress.epoch > 0 and is_out_of_patience(config, progress, progress.epoch - 1)
+    return progress.epoch >= config.epochs or out_of_patience
 
 
 def finish_epoch(trainer: Trainer, run: RunFolder, record: dict[str, Any]) -> None:
     """Write the epoch's record to the trackers and to the run, and save the state that a resumed run starts from.
+
+    The state has the record in it and is replaced first: wherever a kill comes, the records can be made to agree.
 
     Args:
         record: one line of ``metrics.jsonl``: epoch, step, losses, seconds, and metrics where there was an evaluation.
     """
     accelerator = trainer.accelerator
     accelerator.log({**flat(record["loss"], "loss"), **flat(record.get("metrics", {}))}, step=record["step"])
-    new_state = run.path / ".state.tmp"
-    accelerator.save_state(str(new_state))
-    accelerator.wait_for_everyone()
+    trainer.random = random_states(accelerator)
     if accelerator.is_main_process:
-        (new_state / "progress.json").write_text(json.dumps(vars(trainer.progress)))
-        run.replace_state(new_state)
+        save_state(trainer, run.state, record)
         run.log(record)
-        plot_run(run.records(), run.path / "results.png")
+        _draw_curves(run, run.records())
     accelerator.wait_for_everyone()
+
+
+def save_inside_epoch(trainer: Trainer, run: RunFolder) -> None:
+    """Save the state of a run that is stopped inside an epoch; nothing is sent between the processes."""
+    if trainer.accelerator.is_main_process and trainer.random:
+        require_finite(trainer, run)
+        save_state(trainer, run.state, None)
+
+
+def require_finite(trainer: Trainer, run: RunFolder) -> None:
+    """Refuse to go on with, and to save, weights that have become infinite or NaN.
+
+    Raises:
+        UserError: they have.
+    """
+    if bad := not_finite(trainer):
+        config = trainer.config.train
+        kept = (
+            f"the state of epoch {trainer.progress.epoch} is kept in {run.path}"
+            if run.state.is_file()
+            else "nothing was saved"
+        )
+        raise UserError(
+            f"training diverged in epoch {trainer.progress.epoch + 1}: {bad[0]}"
+            f"{f' and {len(bad) - 1} more tensors are' if bad[1:] else ' is'} not finite (precision "
+            f"{trainer.accelerator.mixed_precision}, lr {config.lr:g}); {kept}; lower train.lr or use --precision fp32"
+        )
+
+
+def _draw_curves(run: RunFolder, records: list[dict[str, Any]]) -> None:
+    if records:
+        plot_run(records, run.path / "results.png")
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,16 +6,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from mvision.data import Dataset
 from mvision.drawing import grid, side_by_side
+from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.model import Model
 from mvision.storage.atomic import whole_file
-from mvision.structures.images import write_image
+from mvision.structures.images import BadImage, write_image
 
 NAMED = 3  # files that cannot be read and are named; more are counted
+# What reading, resizing and drawing raise for pictures that are damaged, far too large or of an impossible shape.
+UNSHOWABLE = (BadImage, UserError, cv2.error, ValueError, OverflowError, MemoryError, OSError)
 
 
 def plot_run(records: list[dict[str, Any]], path: Path) -> None:
@@ -52,39 +56,42 @@ def write_prediction_grid(
     threshold: float = 0.4,
     log: Callable[[str], None] = print,
 ) -> None:
-    """The first ``count`` images that can be read, each with ground truth (left) and predictions (right), as one JPEG.
+    """The first ``count`` images that can be shown, each with ground truth (left) and predictions (right), as one JPEG.
 
     Ground truth is shown for the model's classes only: a keypoint head has none of the classes without keypoints.
 
     Args:
         model: in any mode, which it keeps.
         dataset: the validation images.
-        path: the file; it is not written if no image can be read.
+        path: the file. If no image can be shown, it is not written, and one of an earlier time is removed.
         count: number of images at most.
         threshold: predictions with a lower score (0..1) are left out.
-        log: receives a line about images that cannot be read, if there are any.
+        log: receives a line about images that cannot be read or drawn, if there are any.
     """
-    samples = dataset.truths(count)
-    _log_unreadable(dataset, [gt.path for _, gt in samples], count, path, log)
-    if not samples:
-        return
     names = {category.name for task in model.tasks for category in model.head(task).classes}
-    halves = []
-    for (image, gt), pred in zip(samples, model.predict([image for image, _ in samples], threshold=threshold)):
-        keep = np.array([gt.names[label] in names for label in gt.labels.tolist()], dtype=bool)
-        halves.append(side_by_side(image, gt.filter(keep), pred))
-    write_image(path, grid(halves))
+    shown: list[np.ndarray] = []
+    failed: list[str] = []
+    tried = 0
+    while len(shown) < count and tried < len(dataset):
+        try:
+            shown.append(_compared(model, dataset, tried, names, threshold))
+        except UNSHOWABLE as error:
+            reason = error.reason if isinstance(error, BadImage) else " ".join(str(error).split())[:80]
+            failed.append(f"{dataset.path(tried)} ({reason or type(error).__name__})")
+        tried += 1
+    if failed:
+        named = ", ".join(failed[:NAMED]) + (", ..." if len(failed) > NAMED else "")
+        missing = f"{path.name} leaves out" if shown else f"no {path.name}:"
+        log(f"{missing} {len(failed)} of {tried} validation images that cannot be read or drawn: {named}")
+    if shown:
+        write_image(path, grid(shown))
+    else:
+        path.unlink(missing_ok=True)
 
 
-def _log_unreadable(
-    dataset: Dataset, read: list[str | None], count: int, path: Path, log: Callable[[str], None]
-) -> None:
-    """Log the images before the last of those that were read (of all, if there are fewer than ``count``)."""
-    files = [str(dataset.path(index)) for index in range(len(dataset))]
-    if read and len(read) == count:
-        files = files[: files.index(str(read[-1])) + 1]
-    unreadable = [file for file in files if file not in read]
-    if unreadable:
-        named = ", ".join(unreadable[:NAMED]) + (", ..." if len(unreadable) > NAMED else "")
-        missing = f"{path.name} leaves out" if read else f"no {path.name}:"
-        log(f"{missing} {len(unreadable)} of {len(files)} validation images that cannot be read: {named}")
+def _compared(model: Model, dataset: Dataset, index: int, names: set[str], threshold: float) -> np.ndarray:
+    """One image with ground truth of these classes, beside its prediction."""
+    image, gt = dataset.truth(index)
+    keep = np.array([gt.names[label] in names for label in gt.labels.tolist()], dtype=bool)
+    (pred,) = model.predict([image], threshold=threshold)
+    return side_by_side(image, gt.filter(keep), pred)

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,34 @@ from mvision.backbone import freeze
 from mvision.compat import reset_accelerate
 from mvision.config import Config
 from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_data_sources
+from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.data.loading.sources import DataSource
-from mvision.engine.checkpoint import finish_epoch, flat, is_out_of_patience, keep_best, open_run, primary_figures
+from mvision.engine.checkpoint import (
+    finish_epoch,
+    flat,
+    has_ended,
+    keep_best,
+    new_folder,
+    primary_figures,
+    require_finite,
+    save_inside_epoch,
+    start,
+)
+from mvision.engine.checks import (
+    check_batches,
+    check_same_run,
+    check_task_weights,
+    warn_of_nothing_to_measure,
+    warn_of_slow_backbone,
+)
 from mvision.engine.epoch import train_epoch
 from mvision.engine.optim import Ema, build_optimizer
 from mvision.engine.report import write_prediction_grid
+from mvision.engine.state import SavedState, read_state, run_facts
+from mvision.engine.stopping import StopRequest, lost_processes_in_one_line
 from mvision.engine.trainer import Trainer
-from mvision.errors import UserError
+from mvision.errors import Stopped, UserError, printable_lines
 from mvision.evaluation import Validation, evaluate_all, make_metrics, tables
-from mvision.heads import serving_task
 from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.model import Model
 from mvision.storage.run_folder import BEST, RunFolder
@@ -52,54 +71,155 @@ def train(
         init_parts: of these weights, ``backbone`` and ``neck``; None takes all that fits.
         resume: a run folder to continue; ``config`` is then the run's own.
 
+    A run that is asked to stop, by Ctrl-C or SIGTERM, saves its state after the step that it is in.
+
     Raises:
         UserError: anything wrong with data, weights, device or folder.
+        Stopped: it was asked to stop.
     """
-    _check_task_weights(config)
+    check_task_weights(config)
     keep_freed_memory()
     accelerator = _accelerator(config, device)
-    log = accelerator.print
-    sources = read_data_sources(config.data, list(config.model.heads), config.train.seed, log)
-    config.model.categories = sources[0].train.categories
+    log = _printer(accelerator)
+    with ExitStack() as stack:
+        stack.enter_context(lost_processes_in_one_line(accelerator))
+        stop = stack.enter_context(StopRequest().listening())
+        run, saved = (None, None) if resume is None else _reopen(resume, accelerator, stack)
+        if run is not None and saved is not None and _is_complete(run, config, saved):
+            log(_nothing_to_do(run, config, saved))
+            return run.path
+        sources = _read_data(config, saved is None, log)
+        set_seed(config.train.seed)
+        model = _build_model(config, init, init_parts, saved is None, log)
+        train_loader, validation = _loaders(config, sources, model, accelerator)
+        stack.callback(_close, train_loader, validation)
+        facts = run_facts(config, _images(sources), len(train_loader))
+        if run is not None and saved is not None:
+            check_same_run(run.path, saved.facts, facts, inside_epoch=saved.progress.batch > 0)
+        trainer = _trainer(config, model, accelerator, len(train_loader))
+        trainer.stop, trainer.facts = stop, facts
+        check_batches(trainer, train_loader)
+        if run is None:
+            run = new_folder(trainer, output)
+            _claim(run, accelerator, stack)
+        start(trainer, run, saved)
+        log(f"run {run.path}: {_describe(trainer, sources)}")
+        warn_of_nothing_to_measure(model, sources, log)
+        accelerator.init_trackers("mvision", config=flat(config.model_dump(mode="json")))
+        _train_to_the_end(trainer, run, train_loader, validation)
+        accelerator.end_training()
+        return run.path
 
-    set_seed(config.train.seed)
-    model = Model(config.model)
+
+def _read_data(config: Config, is_new: bool, log: Callable[[str], None]) -> list[DataSource]:
+    """The data sets of the run; the config gets what they decide, the classes and (of a new run) the pixels' range."""
+    heads = config.model.heads
+    sources = read_data_sources(config.data, list(heads), config.train.seed, log, heads)
+    config.model.categories = sources[0].train.categories
+    if is_new:
+        trained = [source.train for source in sources]
+        config.model.pixel_range = choose_pixel_range(config.model.pixel_range, trained, log)
+    return sources
+
+
+def _build_model(
+    config: Config, init: str | None, init_parts: Collection[str] | None, is_new: bool, log: Callable[[str], None]
+) -> Model:
+    """The model with the weights that a new run starts from; those of another run come with its state."""
+    backbone = config.model.backbone
+    pretrained, backbone.pretrained = backbone.pretrained, backbone.pretrained and is_new
+    try:
+        model = Model(config.model)
+    finally:
+        backbone.pretrained = pretrained
     if init is not None:
         log(init_from(model, init, init_parts))
-    elif resume is None:
-        _warn_of_slow_backbone(config, log)
-    train_loader, validation = _loaders(config, sources, model, accelerator)
-    trainer = _trainer(config, model, accelerator, len(train_loader))
-    run = open_run(trainer, output, resume)
-    log(f"run {run.path}: {_describe(trainer, sources)}")
-    accelerator.init_trackers("mvision", config=flat(config.model_dump(mode="json")))
-
-    for epoch in range(trainer.progress.epoch, config.train.epochs):
-        start = time.monotonic()
-        losses = train_epoch(trainer, train_loader, epoch)
-        record: dict[str, Any] = {"epoch": epoch, "step": trainer.progress.step, "loss": losses}
-        if epoch + 1 == config.train.epochs or (epoch + 1) % config.train.val_interval == 0:
-            record["metrics"] = evaluate_all(trainer.eval_model, validation, accelerator=accelerator)
-            keep_best(trainer, run, record["metrics"], epoch)
-            figures = [f"{task} {name} {value:.3f}" for task, name, value in primary_figures(record["metrics"])]
-            log(f"epoch {epoch + 1}: loss {sum(losses.values()):.2f}, {', '.join(figures)}")
-        trainer.progress.epoch = epoch + 1
-        trainer.progress.seconds += time.monotonic() - start
-        finish_epoch(trainer, run, {**record, "seconds": round(trainer.progress.seconds, 2)})
-        if is_out_of_patience(trainer, epoch):
-            log(f"stopped early: no better AP in {config.train.patience} evaluations")
-            break
-
-    _finish_run(trainer, run, validation)
-    accelerator.end_training()
-    return run.path
+    elif is_new:
+        warn_of_slow_backbone(config, log)
+    return model
 
 
-def _check_task_weights(config: Config) -> None:
-    heads = [task for task in config.model.heads if serving_task(task, config.model.heads) == task]
-    for task in config.train.task_weights:
-        if task not in heads:
-            raise UserError(f"train.task_weights: there is no head {task} in this model, only {', '.join(heads)}")
+def _reopen(path: Path, accelerator: Accelerator, stack: ExitStack) -> tuple[RunFolder, SavedState]:
+    """The folder of a run that goes on, kept free of other runs until the end of this one, and its state."""
+    run = RunFolder.resume(path)
+    _claim(run, accelerator, stack)
+    return run, read_state(run.state)
+
+
+def _is_complete(run: RunFolder, config: Config, saved: SavedState) -> bool:
+    """Whether all epochs are trained and all files of the end are written."""
+    return has_ended(config.train, saved.progress) and run.is_finished(saved.progress.epoch)
+
+
+def _train_to_the_end(trainer: Trainer, run: RunFolder, loader: Loader, validation: list[Validation]) -> None:
+    try:
+        _train_epochs(trainer, run, loader, validation)
+        _finish_run(trainer, run, validation)
+    except Stopped as stopped:
+        hint = f"go on with: mvision train --resume {run.path}" if run.state.is_file() else "nothing was saved yet"
+        raise Stopped(stopped.number, hint) from None
+
+
+def _train_epochs(trainer: Trainer, run: RunFolder, loader: Loader, validation: list[Validation]) -> None:
+    """Train and evaluate, epoch by epoch, from where the run is."""
+    config, progress, log = trainer.config.train, trainer.progress, _printer(trainer.accelerator)
+    if progress.epoch or progress.batch:
+        inside = f" and {progress.batch} of {len(loader)} batches" if progress.batch else ""
+        log(f"resumed after {_plural(progress.epoch, 'epoch')}{inside}")
+    while not has_ended(config, progress):
+        epoch, begin, before = progress.epoch, time.monotonic(), progress.seconds
+        try:
+            with trainer.stop.held():
+                losses = train_epoch(trainer, loader, epoch)
+            require_finite(trainer, run)
+            if trainer.stop.requested(trainer.accelerator):
+                raise trainer.stop.stopped()
+            record: dict[str, Any] = {"epoch": epoch, "step": progress.step, "loss": losses}
+            if epoch + 1 == config.epochs or (epoch + 1) % config.val_interval == 0:
+                record["metrics"] = evaluate_all(trainer.eval_model, validation, accelerator=trainer.accelerator)
+                keep_best(trainer, run, record["metrics"], epoch)
+                figures = [f"{task} {name} {value:.3f}" for task, name, value in primary_figures(record["metrics"])]
+                log(f"epoch {epoch + 1}: loss {sum(losses.values()):.2f}, {', '.join(figures)}")
+        except Stopped:
+            with trainer.stop.held():
+                progress.seconds = before + time.monotonic() - begin
+                save_inside_epoch(trainer, run)
+            raise
+        with trainer.stop.held():
+            progress.epoch, progress.batch, progress.sums = epoch + 1, 0, {}
+            progress.seconds = before + time.monotonic() - begin
+            finish_epoch(trainer, run, {**record, "seconds": round(progress.seconds, 2)})
+            if trainer.stop.requested(trainer.accelerator):
+                raise trainer.stop.stopped()
+    if progress.epoch < config.epochs:
+        log(f"stopped early: no better result in {_plural(config.patience, 'evaluation')} (train.patience)")
+
+
+def _claim(run: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
+    """Keep other runs out of the folder until the end of this one."""
+    if accelerator.is_main_process:
+        stack.enter_context(run.claimed())
+
+
+def _close(train_loader: Loader, validation: list[Validation]) -> None:
+    """End the processes that load images."""
+    train_loader.close()
+    for part in validation:
+        assert isinstance(part.loader, Loader)
+        part.loader.close()
+
+
+def _nothing_to_do(run: RunFolder, config: Config, saved: SavedState) -> str:
+    epoch = saved.progress.epoch
+    if epoch >= config.train.epochs:
+        return (
+            f"run {run.path}: nothing to do, it is trained to its end ({_plural(epoch, 'epoch')}). To train on, add "
+            f"--epochs N with more than {epoch}"
+        )
+    return (
+        f"run {run.path}: nothing to do, it stopped early after {_plural(epoch, 'epoch')}: no better result in "
+        f"{_plural(config.train.patience, 'evaluation')}. To train on, add -o train.patience=0"
+    )
 
 
 def _accelerator(config: Config, device: str | None) -> Accelerator:
@@ -122,18 +242,6 @@ def _accelerator(config: Config, device: str | None) -> Accelerator:
         raise UserError(f"train.precision {precision} or train.trackers {config.train.trackers}: {error}") from error
 
 
-def _warn_of_slow_backbone(config: Config, log: Callable[[str], None]) -> None:
-    """The low learning rate of a pretrained backbone is far too low for random weights."""
-    settings = config.train
-    slow = settings.backbone_lr is not None and settings.backbone_lr < settings.lr
-    if slow and not config.model.backbone.pretrained:
-        log(
-            f"warning: the backbone starts from random weights at a low rate (train.backbone_lr "
-            f"{settings.backbone_lr:g}): use --init WEIGHTS, -o model.backbone.pretrained=true, or "
-            f"-o train.backbone_lr={settings.lr:g}"
-        )
-
-
 def _loaders(
     config: Config, sources: Sequence[DataSource], model: Model, accelerator: Accelerator
 ) -> tuple[Loader, list[Validation]]:
@@ -141,6 +249,7 @@ def _loaders(
     shared: dict[str, Any] = {
         "batch_size": config.train.batch_size,
         "image_size": config.model.image_size,
+        "pixel_range": config.model.pixel_range,
         "rank": accelerator.process_index,
         "world_size": accelerator.num_processes,
         "device": accelerator.device,
@@ -170,8 +279,6 @@ def _trainer(config: Config, model: Model, accelerator: Accelerator, batches: in
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ema = Ema(model, config.train.ema_decay, config.train.ema_warmup) if config.train.ema_decay else None
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, config.train))
-    if ema is not None:
-        accelerator.register_for_checkpointing(ema)
     total_steps = math.ceil(batches / config.train.accumulate) * config.train.epochs
     return Trainer(config, accelerator, wrapped, optimizer, ema, total_steps)
 
@@ -180,19 +287,23 @@ def _describe(trainer: Trainer, sources: Sequence[DataSource]) -> str:
     """Model, data and hardware of the run in one line."""
     config, model, accelerator = trainer.config, trainer.bare_model, trainer.accelerator
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    images = [sum(map(len, splits)) for splits in zip(*((source.train, source.val) for source in sources))]
+    images = [sum(numbers) for numbers in zip(*_images(sources))]
     precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     height, width = config.model.image_size
-    return (
-        f"{'+'.join(model.tasks)}, {config.model.backbone.name} with {parameters:.1f} M parameters "
-        f"at {width} x {height}, {images[0]} + {images[1]} images, {len(model.categories)} classes, "
-        f"{config.train.epochs} epochs, {precision} on {accelerator.num_processes} x {accelerator.device.type}"
-    )
+    parts = [
+        "+".join(model.tasks),
+        f"{config.model.backbone.name} with {parameters:.1f} M parameters at {width} x {height}",
+        f"{images[0]} + {images[1]} images",
+        _plural(len(model.categories), "class"),
+        _plural(config.train.epochs, "epoch"),
+        f"{precision} on {accelerator.num_processes} x {accelerator.device.type}",
+    ]
+    return ", ".join(parts)
 
 
 def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) -> None:
     """Evaluate the best weights once more, as a user would load them, and write their figures and pictures."""
-    accelerator = trainer.accelerator
+    accelerator, progress = trainer.accelerator, trainer.progress
     best = load(str(run.path / BEST)).to(accelerator.device)
     figures = evaluate_all(best, validation, accelerator=accelerator)
     if accelerator.is_main_process:
@@ -202,5 +313,21 @@ def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) 
         assert isinstance(loader, Loader)
         dataset = loader.dataset
         assert isinstance(dataset, Dataset)
-        write_prediction_grid(best, dataset, run.path / "predictions.jpg", log=accelerator.print)
-        accelerator.print(f"best weights (epoch {trainer.progress.best_epoch + 1}): {run.path / BEST}")
+        write_prediction_grid(best, dataset, run.path / "predictions.jpg", log=_printer(accelerator))
+        run.mark_finished(progress.epoch)
+        kind = "best" if progress.best >= 0 else "newest"
+        accelerator.print(f"{kind} weights (epoch {progress.best_epoch + 1}): {run.path / BEST}")
+
+
+def _printer(accelerator: Accelerator) -> Callable[[str], None]:
+    """Prints in the main process alone, with control characters in names written out."""
+    return lambda text: accelerator.print(printable_lines(text))
+
+
+def _images(sources: Sequence[DataSource]) -> list[tuple[int, int]]:
+    """Training and validation images of each data set."""
+    return [(len(source.train), len(source.val)) for source in sources]
+
+
+def _plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"

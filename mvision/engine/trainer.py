@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from mvision.config import Config
 from mvision.engine.optim import Ema
+from mvision.engine.stopping import StopRequest
 from mvision.model import Model
 
 
@@ -21,8 +22,11 @@ class Progress:
         epoch: completed epochs.
         step: completed optimiser steps.
         best, best_epoch: the highest score of an evaluation so far (see ``checkpoint.keep_best``) and its epoch,
-            counted from 0; -1 before the first evaluation.
+            counted from 0; -1 before the first evaluation, and ``best`` also where there is nothing to measure.
         seconds: training time so far, evaluations included.
+        bad_steps: optimiser steps in a row without a finite gradient, up to now.
+        batch: of an epoch that was stopped inside, the batches that were trained; 0 between epochs.
+        sums: of these batches, the sum of every loss term.
     """
 
     epoch: int = 0
@@ -30,6 +34,9 @@ class Progress:
     best: float = -1.0
     best_epoch: int = -1
     seconds: float = 0.0
+    bad_steps: int = 0
+    batch: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -40,7 +47,9 @@ class Trainer:
         model: wrapped for several processes where there are some, else the model itself.
         ema: the moving average of the weights; None where it is switched off.
         total_steps: optimiser steps of the whole run.
-        bad_steps: optimiser steps in a row without a finite gradient.
+        stop: whether the run has been asked to stop.
+        facts: what has to be the same when the run is resumed, see ``state.run_facts``.
+        random: the random numbers of all processes when the training last paused, see ``state.random_states``.
     """
 
     config: Config
@@ -50,7 +59,9 @@ class Trainer:
     ema: Ema | None
     total_steps: int
     progress: Progress = field(default_factory=Progress)
-    bad_steps: int = 0
+    stop: StopRequest = field(default_factory=StopRequest)
+    facts: dict[str, Any] = field(default_factory=dict)
+    random: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def bare_model(self) -> Model:

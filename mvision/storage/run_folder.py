@@ -1,24 +1,36 @@
-"""A run's folder: its place, its files, and writing them so that a kill at any moment leaves complete ones."""
+"""A run's folder: its place, its files, who writes into it, and what a kill at any moment leaves of it."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mvision.errors import UserError
-from mvision.storage.atomic import write_text
+from filelock import FileLock, Timeout
 
-STATE = "last"
+from mvision.errors import UserError
+from mvision.storage.atomic import remove_partial_files, write_text
+
 BEST = "best.safetensors"
+METRICS = "metrics.jsonl"
 
 
 class RunFolder:
-    """``runs/TASK/N`` with the files that the README lists under "What a run leaves"."""
+    """``runs/TASK/N`` with the files that the README lists under "What a run leaves".
+
+    Every file is replaced as a whole. ``last/state.safetensors`` is the only one that a resumed run relies on: it holds
+    the record of the last epoch too, from which a line of ``metrics.jsonl`` that a kill prevented is made up for.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @property
+    def state(self) -> Path:
+        """The state from which the run can be resumed."""
+        return self.path / "last" / "state.safetensors"
 
     @classmethod
     def create(cls, output: Path | None, tasks: list[str]) -> RunFolder:
@@ -50,45 +62,106 @@ class RunFolder:
 
     @classmethod
     def resume(cls, path: Path) -> RunFolder:
-        """The folder of a run that can be continued; UserError if it has no saved state."""
+        """The folder of a run that can be continued.
+
+        Raises:
+            UserError: it has no saved state, or one that an earlier version wrote as pickles.
+        """
         run = cls(path)
-        if not (run.state() / "progress.json").is_file():
-            raise UserError(f"--resume {path}: no saved state in {path / STATE}; it is saved after the first epoch")
-        return run
+        if run.state.is_file():
+            return run
+        if (run.state.parent / "progress.json").is_file() or (path / ".last.old").is_dir():
+            raise UserError(
+                f"--resume {path}: an earlier version saved its state in files that can run code when opened, and they "
+                f"are not read; start a new run from its weights: --init {path / BEST}"
+            )
+        raise UserError(
+            f"--resume {path}: no saved state in {run.state.parent}; it is saved after the first epoch, and when a run "
+            "is stopped by Ctrl-C or SIGTERM. Start the run again with another --output"
+        )
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Inside this context no other process can claim the folder; the claim ends with the process, however it ends.
+
+        What a killed run left half-written is removed.
+
+        Raises:
+            UserError: a run is going on in the folder, or nothing can be written into it.
+        """
+        lock = FileLock(self.path / ".lock", timeout=0)
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise UserError(
+                f"{self.path}: a training is going on in this folder; wait for its end, or choose another"
+            ) from error
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror or error})") from error
+        try:
+            for folder in (self.path, self.state.parent):
+                remove_partial_files(folder, all_of_them=True)
+            yield
+        finally:
+            lock.release()
 
     def write_text(self, name: str, text: str) -> None:
-        """Write a file of the run, see ``mvision.storage.atomic``."""
-        write_text(self.path / name, text)
+        """Write a file of the run, see ``mvision.storage.atomic``; nothing is done where it has this text already."""
+        path = self.path / name
+        if not path.is_file() or path.read_bytes() != text.encode():
+            write_text(path, text)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Append a line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        """Add a line to ``metrics.jsonl``."""
+        self._write_records([*self.records(), record])
 
     def records(self) -> list[dict[str, Any]]:
-        """The lines of ``metrics.jsonl``."""
-        path = self.path / "metrics.jsonl"
+        """The lines of ``metrics.jsonl``.
+
+        Raises:
+            UserError: a line is no such record.
+        """
+        path = self.path / METRICS
         if not path.is_file():
             return []
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        records = []
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            try:
+                record = json.loads(line) if line.strip() else None
+            except ValueError as error:
+                raise UserError(f"{path}: line {number} is not JSON ({error}); remove that line") from error
+            if record is not None and not (isinstance(record, dict) and isinstance(record.get("epoch"), int)):
+                raise UserError(f"{path}: line {number} is not the record of an epoch; remove that line")
+            records += [] if record is None else [record]
+        return records
 
-    def cut_records(self, epoch: int) -> None:
-        """Remove the lines of the epochs from ``epoch`` on: a run that is resumed trains these epochs again."""
-        kept = [record for record in self.records() if record["epoch"] < epoch]
-        self.write_text("metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    def restore_records(self, epoch: int, last: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """Make ``metrics.jsonl`` agree with the saved state, and return its records.
 
-    def replace_state(self, fresh: Path) -> None:
-        """Make the folder ``fresh`` the run's saved state; after a kill the old or the new one is there."""
-        state, old = self.path / STATE, self.path / f".{STATE}.old"
-        shutil.rmtree(old, ignore_errors=True)
-        if state.exists():
-            state.replace(old)
-        fresh.replace(state)
-        shutil.rmtree(old, ignore_errors=True)
+        Args:
+            epoch: epochs of the state. Lines of later ones are removed: the run trains these epochs again.
+            last: the record of the state's last epoch; it is added where a kill came before its line.
+        """
+        records = [record for record in self.records() if record["epoch"] < epoch]
+        if last is not None and all(record["epoch"] != last["epoch"] for record in records):
+            records.append(last)
+        self._write_records(records)
+        return records
 
-    def state(self) -> Path:
-        """The folder of the saved state, which is the previous one after a kill between the two renames."""
-        old = self.path / f".{STATE}.old"
-        if not (self.path / STATE).exists() and old.exists():
-            old.replace(self.path / STATE)
-        return self.path / STATE
+    def _write_records(self, records: list[dict[str, Any]]) -> None:
+        self.write_text(METRICS, "".join(json.dumps(record) + "\n" for record in records))
+
+    def is_finished(self, epoch: int) -> bool:
+        """Whether everything that a run leaves at its end is there, for an end after this number of epochs."""
+        try:
+            return bool(json.loads(self._finished.read_text(encoding="utf-8")) == {"epochs": epoch})
+        except (OSError, ValueError):
+            return False
+
+    def mark_finished(self, epoch: int) -> None:
+        """Note that everything is there which a run leaves at its end after this number of epochs."""
+        write_text(self._finished, json.dumps({"epochs": epoch}))
+
+    @property
+    def _finished(self) -> Path:
+        return self.state.parent / "finished.json"

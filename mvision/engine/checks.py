@@ -1,0 +1,159 @@
+"""What can be seen to go wrong before the first step of a training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mvision.config import Config
+from mvision.data import Loader
+from mvision.data.loading.samplers import TrainBatches
+from mvision.data.loading.sources import DataSource
+from mvision.engine.trainer import Trainer
+from mvision.errors import UserError
+from mvision.heads import head_class, serving_task
+from mvision.model import Model
+
+NAMED = 3  # differing classes that are named
+
+
+def check_task_weights(config: Config) -> None:
+    """``train.task_weights`` are of heads that the model has; UserError if not."""
+    heads = [task for task in config.model.heads if serving_task(task, config.model.heads) == task]
+    for task in config.train.task_weights:
+        if task not in heads:
+            raise UserError(f"train.task_weights: there is no head {task} in this model, only {', '.join(heads)}")
+
+
+def warn_of_slow_backbone(config: Config, log: Callable[[str], None]) -> None:
+    """The low learning rate of a pretrained backbone is far too low for random weights."""
+    settings = config.train
+    slow = settings.backbone_lr is not None and settings.backbone_lr < settings.lr
+    if slow and not config.model.backbone.pretrained:
+        log(
+            f"warning: the backbone starts from random weights at a low rate (train.backbone_lr "
+            f"{settings.backbone_lr:g}): use --init WEIGHTS, -o model.backbone.pretrained=true, or "
+            f"-o train.backbone_lr={settings.lr:g}"
+        )
+
+
+def warn_of_nothing_to_measure(model: Model, sources: Sequence[DataSource], log: Callable[[str], None]) -> None:
+    """Without objects in the validation images there is no figure by which the best weights could be chosen."""
+    empty = [task for task in model.tasks if not any(_can_measure(model, source, task) for source in sources)]
+    if not empty:
+        return
+    rest = [task for task in model.tasks if task not in empty]
+    choice = f"chosen by {', '.join(rest)} alone" if rest else "those of the newest evaluation"
+    log(
+        f"warning: the {_count(sum(len(source.val) for source in sources), 'validation image')} have no object to "
+        f"measure {', '.join(empty)} with: the best weights are {choice}"
+    )
+
+
+def _can_measure(model: Model, source: DataSource, task: str) -> bool:
+    if task not in source.tasks:
+        return False
+    labels = source.val.labels
+    names = {category.name for category in model.head(task).classes}
+    known = [number for number, category in enumerate(source.val.categories) if category.name in names]
+    counted = ~labels.crowd & np.isin(labels.labels, known)
+    if "keypoints" in head_class(task).needs and labels.keypoints is not None:
+        counted &= (labels.keypoints[..., 2] > 0).any(axis=1)
+    return bool(counted.any())
+
+
+def check_batches(trainer: Trainer, loader: Loader) -> None:
+    """Batch norm cannot learn from a single value per channel, as one small image gives.
+
+    Raises:
+        UserError: the smallest step of the training would fail.
+    """
+    assert isinstance(loader.batches, TrainBatches)
+    images, size = loader.batches.smallest()
+    one_norm_for_all = trainer.accelerator.num_processes > 1 and trainer.accelerator.device.type == "cuda"
+    if images > 1 or one_norm_for_all:
+        return
+    # A trial of the backbone and the neck, which have the coarsest maps, on copies: norms keep what they have seen.
+    trial = copy.deepcopy(trainer.bare_model).train()
+    picture = torch.zeros((1, 3, *size), dtype=torch.uint8, device=trial.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            trial.features(picture)
+    except ValueError as error:
+        line = single_value(error, 1, size)
+        if line is None:
+            raise
+        raise line from error
+
+
+def single_value(error: ValueError, images: int, size: Sequence[int]) -> UserError | None:
+    """The line for torch's error about a single value per channel; None for any other error."""
+    if "more than 1 value per channel" not in str(error):
+        return None
+    return UserError(
+        f"train.batch_size: {_count(images, 'image')} of {size[1]} x {size[0]} in a step of a process give a batch "
+        "norm a single value per channel, from which it cannot learn; use a larger --batch-size (and as many training "
+        "images), or a larger --image-size"
+    )
+
+
+def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any], *, inside_epoch: bool) -> None:
+    """A run goes on only with the tasks, classes and numbers of images that it had.
+
+    Args:
+        path: of the run.
+        saved, now: ``state.run_facts`` of the saved state and of the config and data of today.
+        inside_epoch: the run was stopped inside an epoch, of which it has done some batches.
+
+    Raises:
+        UserError: they differ.
+    """
+    new = f"start a new run from its weights instead: --init {path / 'best.safetensors'}"
+    if saved["tasks"] != now["tasks"]:
+        before, today = (", ".join(side["tasks"]) for side in (saved, now))
+        raise UserError(f"--resume {path}: the run is of {before}, its config now says {today}; {new}")
+    if saved["optimizer"] != now["optimizer"]:
+        before, today = saved["optimizer"], now["optimizer"]
+        raise UserError(f"--resume {path}: the run has train.optimizer {before}, not {today}; leave that out, or {new}")
+    if saved["classes"] != now["classes"]:
+        raise UserError(f"--resume {path}: {_changed_classes(saved['classes'], now['classes'])}; {new}")
+    if saved["images"] != now["images"]:
+        before, today = (
+            ", ".join(f"{train} + {val}" for train, val in side["images"]) for side in (saved, now)
+        )  # of each data set
+        raise UserError(
+            f"--resume {path}: the data had {before} training and validation images when the run stopped, and has "
+            f"{today} now, so that its epochs and figures are no longer the same; bring the images back, or {new}"
+        )
+    if inside_epoch and saved["batches"] != now["batches"]:
+        raise UserError(
+            f"--resume {path}: the run was stopped inside an epoch of {saved['batches']} batches, which now has "
+            f"{now['batches']}; go on with the same --batch-size and data.* settings, or {new}"
+        )
+
+
+def _changed_classes(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    before, today = ([entry["name"] for entry in side] for side in (saved, now))
+    added, gone = ([name for name in one if name not in other] for one, other in ((today, before), (before, today)))
+    if added or gone:
+        parts = [f"{word} {_names(names)}" for word, names in (("new", added), ("missing", gone)) if names]
+        return f"the data's classes have changed since the run stopped ({'; '.join(parts)})"
+    if before != today:
+        return (
+            f"the data's classes are in another order than when the run stopped: {_names(today)}, not {_names(before)}"
+        )
+    name = next(new["name"] for old, new in zip(saved, now) if old != new)
+    return f"the keypoints of class '{name}' have changed since the run stopped"
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:NAMED]) + (f" and {len(names) - NAMED} more" * (len(names) > NAMED))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"

@@ -1,0 +1,105 @@
+"""Ending a training from outside: by Ctrl-C, by SIGTERM (schedulers pre-empt jobs so), or with another process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mvision.errors import Stopped, UserError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LAUNCHED = "LOCAL_RANK"
+"""The environment variable by which torchrun and others tell a process that it is one of several."""
+
+
+class StopRequest:
+    """Turns signals into ``Stopped``: at once, or inside ``held`` at the next moment that asks for ``requested``.
+
+    A second Ctrl-C does not wait for that moment. Where a launcher has started several processes it sends signals
+    again, so there they all wait.
+
+    Attributes:
+        number: of the first signal that has come; None before.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._holds = 0
+
+    @contextmanager
+    def listening(self) -> Iterator[StopRequest]:
+        """Receive the signals of this process; they are ignored where the caller of the program ignores them."""
+        before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows no other thread to do this
+            before = {number: signal.getsignal(number) for number in SIGNALS}
+            before = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+        for number in before:
+            signal.signal(number, self._receive)
+        try:
+            yield self
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside this context signals are noted only."""
+        self._holds += 1
+        try:
+            yield
+        finally:
+            self._holds -= 1
+
+    def requested(self, accelerator: Accelerator) -> bool:
+        """Whether a signal has come to any of the processes; all of them have to ask at the same moment."""
+        if accelerator.num_processes > 1:
+            number = torch.tensor(self.number or 0, device=accelerator.device)
+            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
+            self.number = int(number) or None
+        return self.number is not None
+
+    def stopped(self, hint: str = "") -> Stopped:
+        """The exception for the signal that has come."""
+        return Stopped(self.number or signal.SIGINT, hint)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        is_first = self.number is None
+        self.number = self.number or number
+        if is_first and self._holds:
+            # Not print: the signal may have come while this thread writes to the same stream.
+            again = "; Ctrl-C again stops at once" if number == signal.SIGINT and LAUNCHED not in os.environ else ""
+            os.write(2, f"\nstopping after this step, to save the state{again}\n".encode())
+        elif is_first or (number == signal.SIGINT and LAUNCHED not in os.environ):
+            raise Stopped(number)
+
+
+@contextmanager
+def lost_processes_in_one_line(accelerator: Accelerator) -> Iterator[None]:
+    """The end of another process of the training, which breaks off the communication, becomes an error in one line.
+
+    Raises:
+        UserError: the communication between the processes has failed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _is_of_communication(error):
+            raise
+        raise UserError(
+            f"process {accelerator.process_index} of {accelerator.num_processes}: another process of this training has "
+            "ended, so this one ends too; its own message is above if it had one, and out of memory if it was killed. "
+            "Go on with --resume and the run's folder"
+        ) from error
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """Gloo raises plain RuntimeErrors that name its source file; NCCL's have classes of their own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error).lower()
