@@ -20,7 +20,7 @@ from mvision.structures.images import IMAGE_SUFFIXES
 ROBOFLOW_FILE = "_annotations.coco.json"
 INSTANCES, PERSONS = "instances_", "person_keypoints_"
 IMAGE_FOLDERS = ("images", "jpegimages", "imgs", "data")
-COCO_KEYS = re.compile(rb'"(images|annotations|categories)"\s*:\s*\[')
+COCO_KEYS = re.compile(rb'"(images|annotations)"\s*:\s*\[')
 SNIFFED = 2**20  # bytes at both ends of a file in which one of COCO's lists has to begin
 
 
@@ -41,16 +41,16 @@ class Recognised:
     notes: list[str] = field(default_factory=list)
 
 
-def annotations_folder(root: Path) -> Recognised | None:
+def annotations_folder(root: Path) -> Recognised:
     """``annotations/*.json``: COCO's own layout, CVAT's, and ``images/`` + ``annotations/{train,val}.json``.
 
     COCO's own layout has files that begin with ``instances_`` or ``person_keypoints_``, and a folder of images for
     each; other files (captions) are left out there.
     """
     folder = _folder(root, "annotations")
-    if folder is None:
-        return None
     found = Recognised("COCO annotations")
+    if folder is None:
+        return found
     files = _coco_files(folder, found)
     prefixed = [file for file in files if file.stem.startswith((INSTANCES, PERSONS))]
     if prefixed:
@@ -74,7 +74,7 @@ def annotations_folder(root: Path) -> Recognised | None:
     return _completed(found)
 
 
-def folders_with_files(root: Path) -> Recognised | None:
+def folders_with_files(root: Path) -> Recognised:
     """A folder for each split with one COCO file in it, as Roboflow and FiftyOne write them.
 
     Raises:
@@ -95,10 +95,10 @@ def folders_with_files(root: Path) -> Recognised | None:
             raise UserError(f"{folder}: several COCO files ({names}): leave one, or put them beside {folder.name}/")
         for file in files:
             _add(found, Split(name, folder, file, folders=_subfolders(folder)))
-    return found if found.splits else None
+    return found
 
 
-def files_beside_images(root: Path) -> Recognised | None:
+def files_beside_images(root: Path) -> Recognised:
     """COCO files in the folder itself, beside the images or beside folders of them (Label Studio, labelme2coco)."""
     found = Recognised("COCO files beside their images")
     for file in _coco_files(root, found):
@@ -108,11 +108,9 @@ def files_beside_images(root: Path) -> Recognised | None:
     return _completed(found)
 
 
-def _completed(found: Recognised) -> Recognised | None:
+def _completed(found: Recognised) -> Recognised:
     """Gives ``train``, ``val`` and ``test`` to files that have these words among others in their names; a single file
     serves as ``train`` where nothing else could."""
-    if not found.splits:
-        return None
     candidates: dict[str, dict[Path, Split]] = {}
     for split in found.splits.values():
         words = {split_of(word) for word in re.split(r"[^a-zA-Z0-9]+", split.annotations.stem)} - {None}

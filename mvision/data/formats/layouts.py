@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -109,10 +109,10 @@ def find_layout(root: str | Path | None = None) -> Layout:
         if layout is not None:
             return layout
         below = [entry for entry in _entries(folder) if not entry.name.startswith((".", "__MACOSX"))]
-        if len(below) != 1 or not below[0].is_dir():
+        if len(below) != 1 or not below[0].is_dir() or below[0].name.casefold() == "annotations":
             break
         folder = below[0]
-    raise UserError(_not_recognised(folder))
+    raise UserError(_not_recognised(folder, root))
 
 
 def _show(bar: tqdm[Any], done: int, total: int) -> None:
@@ -121,23 +121,23 @@ def _show(bar: tqdm[Any], done: int, total: int) -> None:
 
 
 def _recognise(root: Path) -> Layout | None:
-    coco: tuple[Callable[[Path], Recognised | None], ...] = (annotations_folder, folders_with_files)
-    for recognise in coco:
-        if (found := recognise(root)) is not None:
+    for recognise in (annotations_folder, folders_with_files):
+        if (found := recognise(root)).splits:
             return _coco(root, found)
     files = [entry for entry in _entries(root) if entry.suffix in YAML_SUFFIXES and not entry.name.startswith(".")]
     files = [file for file in sorted(files, key=lambda file: (file.stem != "data", file.name)) if is_yolo_file(file)]
     if files:
         others = f"; not read: {', '.join(file.name for file in files[1:4])}" if files[1:] else ""
         return _yolo(root, yolo_splits(files[0]), others)
-    if (found := files_beside_images(root)) is not None:
+    if (found := files_beside_images(root)).splits:
         return _coco(root, found)
     return _yolo(root, plain_yolo(root)) if is_plain_yolo(root) else None
 
 
 def _coco(root: Path, found: Recognised) -> Layout:
     splits = {name: found.splits[name] for name in sorted(found.splits, key=lambda n: (n != "train", n != "val", n))}
-    guessed = "".join(f"; {note}" for note in found.notes)
+    missing = [f"without {name}: {reason}" for name, reason in found.missing.items()]
+    guessed = "".join(f"; {note}" for note in [*found.notes, *missing])
     return Layout(root, f"{found.kind} in {root}: {', '.join(splits)}{guessed}", splits, found.missing)
 
 
@@ -154,13 +154,16 @@ def _entries(root: Path) -> list[Path]:
         raise UserError(f"--data {root}: cannot be read ({error.strerror})") from error
 
 
-def _not_recognised(root: Path) -> str:
+def _not_recognised(root: Path, given: Path) -> str:
     entries = [entry.name + ("/" if entry.is_dir() else "") for entry in _entries(root)]
     found = ", ".join(entries[:8]) + (", ..." if len(entries) > 8 else "") or "nothing"
     hint = ""
     if any((root / folder).is_dir() for folder in ("Annotations", "JPEGImages")) or any(root.glob("*.xml")):
         hint = "; Pascal VOC's XML files are not read: convert them to COCO first"
+    found_there = annotations_folder(root)
+    hint += "".join(f"; {reason}" for reason in [*found_there.missing.values(), *found_there.notes])
+    place = "" if root == given else f" in {root}"
     return (
-        f"--data {root}: no data set recognised (found: {found}); expected images/ + annotations/{{train,val}}.json, "
-        f"COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, a COCO file beside its images, or a YOLO data.yaml{hint}"
+        f"--data {given}: no data set recognised{place} (found: {found}); expected images/ + "
+        f"annotations/{{train,val}}.json, COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, a COCO file beside its images, or a YOLO data.yaml{hint}"
     )

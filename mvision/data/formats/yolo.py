@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -29,6 +30,7 @@ from mvision.structures.images import BadImage, image_size
 
 MAX_LABELS = 64 * 2**20  # bytes of one label file
 UNLABELLED = ("test",)  # splits that may have no labels at all
+SEARCHED = 1000  # folders in which label files are looked for where they are not expected
 SAMPLE = 200  # label files of another split from which its form is recognised
 
 
@@ -284,7 +286,8 @@ def _no_labels(yolo: YoloSet, split: str, found: Found, finder: LabelFiles) -> s
     pictures = list(dict.fromkeys(found.pictures))
     looked = " and ".join(finder.looked_for(pictures[0]))
     name = f"{os.path.splitext(os.path.basename(pictures[0]))[0]}.txt"  # noqa: PTH119, PTH122
-    elsewhere = next((os.path.join(place, name) for place, _, files in os.walk(yolo.roots[0]) if name in files), None)  # noqa: PTH118
+    below = itertools.islice(os.walk(yolo.roots[0]), SEARCHED)
+    elsewhere = next((os.path.join(place, name) for place, _, files in below if name in files), None)  # noqa: PTH118
     hint = f"; there is {elsewhere}: call its folder labels, where the images have images" if elsewhere else ""
     more = ", ..." if len(pictures) > 1 else ""
     return (

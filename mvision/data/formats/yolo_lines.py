@@ -11,6 +11,7 @@ from dataclasses import dataclass
 BOX = 4  # cx, cy, w, h in fractions of the picture's sides
 LARGEST = 2.0  # a number above it is a pixel: no box or polygon in fractions reaches as far
 DECIMAL_COMMA = re.compile(r"[+-]?\d+,\d+")
+MAX_NUMBERS = 3000  # of a pose
 SAME = 0.98  # share of the lines that have equally many numbers where they are poses
 HELD = 0.9  # share of the lines whose points lie in their box where these are poses
 TOLERANCE = 0.1  # of a box's size, by which its keypoints may lie outside
@@ -134,7 +135,7 @@ def pose_shape(rows: Sequence[Row]) -> tuple[int, int] | None:
     if not long:
         return 0, 0
     count, number = Counter(map(len, long)).most_common(1)[0]
-    if number < SAME * len(long):
+    if number < SAME * len(long) or count > MAX_NUMBERS:
         return 0, 0
     fitting = [values for values in long if len(values) == count]
     # Visibilities of 0, 1 and 2 in every third place are no chance; the box may be a bad one then.

@@ -159,16 +159,17 @@ def shown(path: str, roots: Sequence[Path]) -> str:
 
 
 def _walk(top: str, folders: Folders, problems: Problems) -> list[str]:
-    """Pictures in a folder and all below it. Links are followed; a folder that was read before is not read again."""
+    """Pictures in a folder and all below it. Links are followed, but not to a folder read before, and not upwards."""
     pictures: list[str] = []
     queue, linked = [top], list[str]()
     seen: set[str] = set()
+    real_top = os.path.realpath(top)
     while queue or linked:
         # Links come last, so that a folder of the set counts under its own name.
         folder = queue.pop() if queue else linked.pop(0)
         real = os.path.realpath(folder)
-        if real in seen:
-            problems.add("folder reached a second time through a link: left out there", folder)
+        if real in seen or real_top.startswith(os.path.join(real, "")):
+            problems.add("link to a folder that was read before, or to one above: not followed", folder)
             continue
         seen.add(real)
         for name, entry in folders.entries(folder).items():
@@ -182,7 +183,10 @@ def _walk(top: str, folders: Folders, problems: Problems) -> list[str]:
                 if suffix in IMAGE_SUFFIXES:
                     problems.add("hidden file that is called like an image: left out", entry.path)
             elif suffix in IMAGE_SUFFIXES:
-                pictures.append(entry.path)
+                if entry.is_file():
+                    pictures.append(entry.path)
+                else:
+                    problems.add("link that leads nowhere, or no file: left out", entry.path)
             elif suffix not in NO_PICTURES:
                 ending = f"the ending {suffix}" if suffix else "no ending"
                 problems.add(f"file with {ending}, which no image has: left out", entry.path)
@@ -246,7 +250,8 @@ def _count_outside(pictures: dict[str, int], roots: Sequence[Path], problems: Pr
             real = os.path.realpath(path)
         if not real.startswith(inside):
             way = "through links" if any(path.startswith(f"{root}{os.sep}") for root in roots) else "as it is listed"
-            problems.add(f"image outside {roots[-1]}, {way}: used", f"{shown(path, roots)} -> {real}")
+            to = f" -> {real}" if real != path else ""
+            problems.add(f"image outside {roots[-1]}, {way}: used", f"{shown(path, roots)}{to}")
 
 
 class LabelFiles:
@@ -329,8 +334,8 @@ class LabelFiles:
         stem = os.path.splitext(name)[0]
         for place in self.places(folder):
             entry = self.folders.entry(place, f"{stem}.txt")
-            if entry is not None and entry.is_file():
-                return entry.path
+            if entry is not None and not entry.is_dir():
+                return entry.path  # also a link that leads nowhere: the image is labelled, nobody knows how
         return None
 
     def _others(self, folder: str) -> Iterator[str]:
