@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from mvision.config import AugmentConfig, load_config
 from mvision.data import find_layout
+from mvision.data.formats.problems import Problems
 from mvision.data.tools import check as checking
 from mvision.data.tools import convert as converting
 from mvision.data.tools.show import contact_sheet, write_image
@@ -69,5 +70,6 @@ def convert(folder: str, destination: Path, splits: Sequence[str] = ()) -> str:
     """
     layout = find_layout(folder)
     with tqdm(desc="copying", unit="img", leave=False, disable=None) as bar:
-        converted = converting.convert(layout, destination, splits, progress=bar.update)
-    return f"{layout.description}\n{converted.description}"
+        problems = Problems()
+        converted = converting.convert(layout, destination, splits, bar.update, problems)
+    return "\n".join([layout.description, converted.description, *(f"! {problem}" for problem in problems)])

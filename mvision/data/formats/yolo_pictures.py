@@ -17,7 +17,7 @@ from pathlib import Path
 from mvision.data.formats.problems import Problems
 from mvision.errors import UserError
 from mvision.storage.text_files import NotText, decode_text, read_limited
-from mvision.structures.images import IMAGE_SUFFIXES
+from mvision.structures.images import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 
 LIST_SUFFIX = ".txt"
 MAX_LIST = 256 * 2**20  # bytes of a list: a million pictures take a hundred
@@ -189,7 +189,8 @@ def _walk(top: str, folders: Folders, problems: Problems) -> list[str]:
                     problems.add("link that leads nowhere, or no file: left out", entry.path)
             elif suffix not in NO_PICTURES:
                 ending = f"the ending {suffix}" if suffix else "no ending"
-                problems.add(f"file with {ending}, which no image has: left out", entry.path)
+                why = "for which there is no decoder" if suffix in UNREADABLE_SUFFIXES else "which no image has"
+                problems.add(f"file with {ending}, {why}: left out", entry.path)
     return pictures
 
 
