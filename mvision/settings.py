@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from mvision.errors import UserError
 
 # Far above every published model: a number above them is a mistake, or a weights file that wants all memory.
 MAX_WIDTH, MAX_LAYERS, MAX_OBJECTS = 8192, 100, 100_000
+LARGEST = 1e12  # of any number
 
 
 class Replacement(NamedTuple):
@@ -29,8 +30,8 @@ class Replacement(NamedTuple):
 class Settings(BaseModel):
     """A section of the YAML file with typed keys.
 
-    Unknown keys are an error, and so are numbers that are infinite or not a number. Defaults and later assignments are
-    validated as well.
+    Unknown keys are an error, and so are numbers that are infinite, not a number, or above ``LARGEST``: whatever the
+    key, they are slips, and overflow in what is computed with them. Defaults and later assignments are validated too.
 
     Class attributes:
         retired: keys that older weights files and runs have in this section -> their values that have a replacement.
@@ -39,6 +40,13 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True, validate_default=True, allow_inf_nan=False)
     retired: ClassVar[dict[str, list[Replacement]]] = {}
+
+    @field_validator("*")
+    @classmethod
+    def _not_huge(cls, value: Any) -> Any:
+        if isinstance(value, int | float) and abs(value) > LARGEST:
+            raise ValueError(f"input should be between -{LARGEST:g} and {LARGEST:g}")
+        return value
 
 
 def without_retired(schema: type[Settings], section: str, settings: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,9 @@ import yaml
 from mvision.config import Config, config_of_run, load_config, merge, parse_config, parse_model_config, shipped_configs
 from mvision.errors import UserError
 
+# Few lines that stand for 3 * 10 ** 9 values.
+ALIASES = "a0: &a0 [x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 10))
+
 
 def _file(folder: Path, name: str = "mine.yaml", **sections: Any) -> Path:
     path = folder / name
@@ -191,6 +194,19 @@ def test_mistakes_in_a_file_name_the_file_and_those_of_an_assignment_do_not(tmp_
         (b"train: [", "not valid YAML"),
         (b"- 1\n- 2", "has to be a mapping"),
         (b"\xff\xfe\x00", "not text in UTF-16"),
+        (ALIASES.encode(), "not valid YAML: .*every alias"),
+        (b"train: &t {x: *t}", "not valid YAML: .*alias"),
+        (b"[" * 5000, "not valid YAML"),
+        (b"train: {epochs: %s}" % (b"9" * 5000), "not valid YAML: .*number of more than"),
+        (b"train: {lr: 2001-13-45}", "not valid YAML: .*2001-13-45"),
+        (b"train: {lr: !!bool maybe}", "not valid YAML: .*maybe"),
+        (b"1: 2", "unknown key '1'|1: keys should be strings"),
+        (b"train: {1: 2}", "train.1: keys should be strings"),
+        (b"train: {[a]: 2}", "not valid YAML: .*unhashable"),
+        (b"train: [a]", "train: .*dictionary"),
+        (b"model: {heads: {5: {}}}", "unknown task '?5"),
+        (b"model: {heads: {null: {}}}", "unknown task '?None"),
+        (b"base: [tiny]", "base: give the name"),
         (b"train: {lr: !!python/object/apply:os.getcwd []}", "not valid YAML"),
         (b"model: 3", "model: .*got 3"),
         (b"model: {heads: [detection]}", "model.heads: .*dictionary"),
@@ -225,7 +241,7 @@ def test_assignments_are_yaml() -> None:
     shared = "model.neck.share_attention=false"
     config = load_config(assignments=["train.freeze=[backbone]", "data.root=null", shared, "train.trackers=[]"])
     assert (config.train.freeze, config.data.root, config.model.neck.share_attention) == (["backbone"], None, False)
-    with pytest.raises(UserError, match=r"-o train.lr=\[: not valid YAML"):
+    with pytest.raises(UserError, match=r"-o train.lr: not valid YAML"):
         load_config(assignments=["train.lr=["])
 
 
@@ -292,3 +308,49 @@ def test_a_retired_value_without_replacement_is_refused_by_its_key(value: Any) -
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match=r"train.channels_last: False is not supported any more"):
         load_config("tiny", assignments=["train.channels_last=false"])
+
+
+def _numbers(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """Dotted keys of all numbers."""
+    found = []
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            found.append(prefix + key)
+    return found
+
+
+@pytest.mark.parametrize(
+    "value", [".inf", "-.inf", ".nan", "1e400", "1e300", "-1e300", "1000000000000000000000000000000"]
+)
+def test_every_number_has_a_range(value: str) -> None:
+    """What no training can mean is refused in one line that names the key, before it is multiplied or allocated."""
+    keys = _numbers(load_config("tiny").model_dump())
+    assert len(keys) > 40
+    for key in keys:
+        with pytest.raises(UserError, match=f"^{key}: ") as caught:
+            load_config(assignments=[f"{key}={value}"])
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("train.epochs=1000000000000", "train.epochs: .*less than or equal"),
+        ("train.batch_size=1000000000", "train.batch_size: .*less than or equal"),
+        ("train.seed=4294967296", "train.seed: .*less than"),
+        ("model.image_size=1000000", "model.image_size: .*at most"),
+        ("data.workers=1000000", "data.workers: .*less than or equal"),
+        ("train.task_weights={detection: .nan}", "train.task_weights: .*finite"),
+        ("model.heads={5: {}}", "unknown task"),
+        ("train={1: 2}", "train.1: keys should be strings"),
+        ("model.neck=[*a]", "^-o model.neck: not valid YAML"),
+        ("=5", "^-o =5: write it as key.sub=value"),
+        ("train.lr", "^-o train.lr: write it as key.sub=value"),
+        ("train.lr.x.y=1", "^train.lr: .*number"),
+    ],
+)
+def test_hostile_assignments(assignment: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(assignments=[assignment])

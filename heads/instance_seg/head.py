@@ -29,7 +29,7 @@ from mvision.heads.instance_seg.losses import (
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.head import Predictions, QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
-from mvision.settings import MAX_WIDTH, Replacement
+from mvision.settings import MAX_OBJECTS, MAX_WIDTH, Replacement
 from mvision.structures import Instances, Targets
 from mvision.structures.masks import Masks, encode_logits
 
@@ -52,7 +52,7 @@ class MaskConfig(QueryConfig):
     class_weight: float = Field(2.0, ge=0)
     pixel_dim: int = Field(128, gt=0, le=MAX_WIDTH)
     mask_dim: int = Field(32, gt=0, le=MAX_WIDTH)
-    mask_points: int = Field(12544, gt=0)
+    mask_points: int = Field(12544, gt=0, le=MAX_OBJECTS)
 
     retired = {
         "boxes_from_masks": [Replacement(False)],

@@ -64,7 +64,7 @@ class KeypointSettings(Settings):
     embed_dim: int = Field(64, gt=0, le=MAX_WIDTH)
     num_instances: int = Field(100, gt=0, le=MAX_OBJECTS)
     sigmas: list[float] = []
-    top_k: int = Field(10, ge=1)
+    top_k: int = Field(10, ge=1, le=MAX_OBJECTS)
     many_weight: float = Field(1.0, ge=0)
     class_loss: Literal["vfl", "mal"] = "vfl"
     alpha: float = Field(0.75, ge=0)

@@ -152,7 +152,9 @@ def _file_layers(path: Path) -> list[dict[str, Any]]:
     base = tree.pop("base", None)
     if base is None:
         return [tree]
-    below = _read(_shipped_path(base) if base in shipped_configs() else path.parent / str(base))
+    if not isinstance(base, str):
+        raise UserError(f"config {path}: base: give the name of a shipped model or of a file, not {base!r}")
+    below = _read(_shipped_path(base) if base in shipped_configs() else path.parent / base)
     if "base" in below:
         raise UserError(f"{path}: its base '{base}' has a base itself; one level is allowed: write the settings out")
     return [below, tree]

@@ -33,7 +33,7 @@ class NeckConfig(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
     position: Literal["sincos", "learned"] = "sincos"
     attention: Literal["global", "window", "auto"] = "global"
-    window_size: int = Field(20, gt=0)
+    window_size: int = Field(20, gt=0, le=1024)
     window_threshold: int = Field(1600, gt=0)
     depth: int = Field(3, ge=0, le=MAX_LAYERS)
     expansion: float = Field(1.0, gt=0, le=16)
@@ -186,7 +186,7 @@ class MoreDataConfig(Settings):
     train: str = "train"
     val: str = "val"
     tasks: list[str] = []
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=10_000)
     val_fraction: float = Field(0.0, ge=0, lt=1)
     ignore_iscrowd: bool = False
 
@@ -209,7 +209,7 @@ class DataConfig(Settings):
     train: str = "train"
     val: str = "val"
     tasks: list[str] = []
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, le=10_000)
     val_fraction: float = Field(0.0, ge=0, lt=1)
     ignore_iscrowd: bool = False
     more: list[MoreDataConfig] = []
