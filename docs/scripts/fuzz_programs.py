@@ -11,7 +11,8 @@ from random import Random
 from typing import Any
 
 import click
-from fuzz_data import TRAINING, YAML_VALUES, Case, alias_bomb, hostile_yaml
+import yaml
+from fuzz_data import FILE_FORMS, TRAINING, YAML_VALUES, Case, alias_bomb, hostile_yaml
 from fuzz_files import OPTIONS, SMALL
 from fuzz_values import NAMES, NUMBERS, junk, mutate_bytes, mutate_tree, to_json
 
@@ -152,6 +153,71 @@ def _model_commands(rng: Random, base: Path, source: str, folder: Path) -> list[
             ]
         ),
     ]
+
+
+def runs(rng: Random, base: Path, folder: Path) -> Case:
+    """One file in the folder of a run, which is resumed, evaluated or used to predict."""
+    shutil.copytree(base / "run", folder / "run")
+    (folder / "data").symlink_to(base / "coco")
+    file = rng.choice(sorted(path for path in (folder / "run").rglob("*") if path.is_file()))
+    data, form = file.read_bytes(), rng.choice(["content", "content", "content", "bytes", "form"])
+    if form == "form":
+        form = rng.choice(sorted(FILE_FORMS))
+        file.unlink()
+        FILE_FORMS[form](rng, file)
+    elif form == "bytes" or file.suffix not in RUN_FILES:
+        data, form = mutate_bytes(rng, data)
+        file.write_bytes(data)
+    else:
+        data, form = RUN_FILES[file.suffix](rng, data)
+        file.write_bytes(data)
+    command = rng.choice(
+        [
+            ["train", "--resume", "run", "-o", "train.epochs=2", "--device", "cpu"],
+            ["train", "--resume", "run", "-o", "train.epochs=2", "--device", "cpu"],
+            ["val", "--weights", "run", "--device", "cpu"],
+            ["predict", "--weights", "run", "--output", "out", "--device", "cpu"],
+        ]
+    )
+    return Case(f"{file.relative_to(folder)}: {form}", [command])
+
+
+def _header(rng: Random, data: bytes) -> tuple[bytes, str]:
+    """A safetensors file with other metadata: each of ours is JSON inside of the header's JSON."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    key = rng.choice(sorted(header.get("__metadata__", {})) or [""])
+    try:
+        tree = json.loads(header["__metadata__"][key])
+    except (KeyError, ValueError):
+        tree, what = mutate_tree(rng, header)
+        header = tree
+    else:
+        tree, what = mutate_tree(rng, tree, DESCRIPTION_VALUES)
+        header["__metadata__"][key] = to_json(tree)
+    text = to_json(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :], f"{key}: {what}"
+
+
+def _json(rng: Random, data: bytes) -> tuple[bytes, str]:
+    tree, what = mutate_tree(rng, json.loads(data))
+    return to_json(tree).encode(), what
+
+
+def _json_lines(rng: Random, data: bytes) -> tuple[bytes, str]:
+    lines = data.decode().splitlines()
+    row = rng.randrange(len(lines))
+    changed, what = _json(rng, lines[row].encode())
+    lines[row] = changed.decode()
+    return "\n".join(lines[: rng.choice([row + 1, len(lines)])]).encode(), what
+
+
+RUN_FILES = {
+    ".safetensors": _header,
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".yaml": lambda rng, data: hostile_yaml(rng, yaml.safe_load(data), CONFIG_VALUES),
+}
 
 
 def options(rng: Random, base: Path, folder: Path) -> Case:
