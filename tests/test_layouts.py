@@ -3,11 +3,8 @@
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-import yaml
 
 from mvision.config import DataConfig
 from mvision.data import read_data_sources, read_validation
@@ -104,82 +101,6 @@ def test_roboflow_export(tmp_path: Path) -> None:
     split = CocoSplit(layout.split("val"))
     assert split.folder == tmp_path / "valid"
     assert [category.name for category in split.categories] == ["cat", "dog"]  # the unused parent is no class
-
-
-def _yolo(root: Path, lines: list[str], **more: Any) -> Path:
-    for part in ("train", "val"):
-        write_picture(root / "images" / part / "a.png", picture(100, 200))
-        write_picture(root / "images" / part / "b.png", picture(100, 200))  # no label file: no objects
-        (root / "labels" / part).mkdir(parents=True)
-        (root / "labels" / part / "a.txt").write_text("\n".join(lines) + "\n")
-    tree = {"path": str(root), "train": "images/train", "val": "images/val", "names": {0: "cat", 1: "dog"}, **more}
-    (root / "data.yaml").write_text(yaml.safe_dump(tree))
-    return root
-
-
-def test_yolo_boxes(tmp_path: Path) -> None:
-    layout = find_layout(_yolo(tmp_path, ["1 0.5 0.5 0.2 0.4", "0 0.1 0.2 0.1 0.2"]))
-    assert "YOLO" in layout.description
-    assert find_layout(tmp_path / "data.yaml").splits == layout.splits
-    split = CocoSplit(layout.split("val"))
-    assert [(record.file, record.width, record.height) for record in split.records] == [
-        ("a.png", 200, 100),
-        ("b.png", 200, 100),
-    ]
-    np.testing.assert_allclose(split.labels.boxes[0], (0.4, 0.3, 0.6, 0.7), atol=1e-6)
-    assert split.labels.labels.tolist() == [1, 0]
-    assert split.start.tolist() == [0, 2, 2]
-    assert split.coco_dict["annotations"][0]["bbox"] == pytest.approx([80, 30, 40, 40])
-
-
-def test_yolo_polygons(tmp_path: Path) -> None:
-    layout = find_layout(_yolo(tmp_path, ["0 0.1 0.1 0.5 0.1 0.5 0.5 0.1 0.5"]))
-    split = CocoSplit(layout.split("train"), ("boxes", "masks"))
-    assert split.available == {"boxes", "masks"}
-    np.testing.assert_allclose(split.labels.boxes[0], (0.1, 0.1, 0.5, 0.5), atol=1e-6)
-    assert split.labels.areas[0] == pytest.approx(0.16, rel=0.02)
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_yolo_pose(tmp_path: Path, dims: int) -> None:
-    third = {2: ["", "", ""], 3: [" 2", " 1", " 0"]}[dims]
-    points = f"0.5 0.5{third[0]} 0.4 0.6{third[1]} 0 0{third[2]}"
-    root = _yolo(tmp_path, [f"0 0.5 0.5 0.2 0.4 {points}"], kpt_shape=[3, dims], flip_idx=[0, 2, 1])
-    split = CocoSplit(find_layout(root).split("train"), ("boxes", "keypoints"))
-    assert split.categories[0].keypoints == ["point_0", "left_point_1", "right_point_1"]
-    assert split.labels.keypoints is not None
-    expected = [[0.5, 0.5, 2], [0.4, 0.6, 2 if dims == 2 else 1], [0, 0, 0]]
-    np.testing.assert_allclose(split.labels.keypoints[0], expected, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["5 0.5 0.5 0.2 0.4"], r"a\.txt, line 1: class 5, but .* 2 classes"),
-        (["", "0 0.5 x 0.2 0.4"], r"a\.txt, line 2: numbers expected"),
-        (["0 0.5 0.5 0.2"], r"a\.txt, line 1: 3 numbers after the class"),
-    ],
-)
-def test_broken_yolo_lines_are_named(tmp_path: Path, lines: list[str], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        CocoSplit(find_layout(_yolo(tmp_path, lines)).split("train"))
-
-
-def test_yolo_paths_of_roboflow_and_list_files(tmp_path: Path) -> None:
-    root = _yolo(tmp_path, ["0 0.5 0.5 0.2 0.4"], path="", train="../images/train", val="val.txt")
-    (root / "val.txt").write_text("./images/val/a.png\n")
-    layout = find_layout(root)
-    assert len(CocoSplit(layout.split("train"))) == 2
-    assert len(CocoSplit(layout.split("val"))) == 1
-
-
-def test_yolo_without_images_or_with_broken_yaml(tmp_path: Path) -> None:
-    (tmp_path / "data.yaml").write_text("names: [a]\ntrain: nowhere\n")
-    with pytest.raises(UserError, match=r"train: nowhere is not there"):
-        find_layout(tmp_path)
-    (tmp_path / "data.yaml").write_text("names: [a\n")
-    with pytest.raises(UserError, match=r"data\.yaml: not valid YAML: line"):
-        find_layout(tmp_path)
 
 
 def test_what_is_not_recognised_is_named(tmp_path: Path) -> None:

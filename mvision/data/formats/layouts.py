@@ -165,5 +165,6 @@ def _not_recognised(root: Path, given: Path) -> str:
     place = "" if root == given else f" in {root}"
     return (
         f"--data {given}: no data set recognised{place} (found: {found}); expected images/ + "
-        f"annotations/{{train,val}}.json, COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, a COCO file beside its images, or a YOLO data.yaml{hint}"
+        f"annotations/{{train,val}}.json, COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, "
+        f"a COCO file beside its images, or a YOLO data.yaml{hint}"
     )

@@ -294,8 +294,9 @@ class LabelFiles:
         ending: that is said elsewhere.
         """
         stems: dict[str, set[str]] = {}
-        beside = {os.path.dirname(file) for file in self.used}
-        for folder in dict.fromkeys(os.path.dirname(picture) for picture in found.pictures):
+        of_pictures = dict.fromkeys(os.path.dirname(picture) for picture in found.pictures)
+        beside = of_pictures.keys() & {os.path.dirname(file) for file in self.used}
+        for folder in of_pictures:
             names = {os.path.splitext(name)[0].casefold() for name in self._others(folder)}
             for place in self.places(folder):
                 if place != folder or place in beside:
