@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,9 @@ def save_state(trainer: Trainer, path: Path, record: dict[str, Any] | None) -> N
     try:
         path.parent.mkdir(exist_ok=True)
         with whole_file(path) as temporary:
-            save_file(_separate(tensors), temporary, {HEADER: json.dumps(asdict(state))})
+            save_file(
+                _separate(tensors), temporary, {HEADER: json.dumps({**vars(state), "progress": vars(state.progress)})}
+            )
     except (OSError, SafetensorError) as error:
         kept = "the state that was saved before is still there" if path.exists() else "there is no earlier one"
         reason = "no space left on the disk" if "No space left" in str(error) else error
