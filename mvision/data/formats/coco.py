@@ -246,9 +246,9 @@ class CocoSplit:
         if points is None:
             return
         for label, category in enumerate(self.own):
-            seen = (points[self.labels.labels == label, :, 2] > 0).any(axis=0)
-            if seen.any():
-                for name in (name for name, labelled in zip(category.keypoints, seen) if not labelled):
+            seen = (points[self.labels.labels == label, : len(category.keypoints), 2] > 0).any(axis=0)
+            if np.any(seen):
+                for name in (category.keypoints[point] for point in np.flatnonzero(~seen)):
                     kind = "keypoint that no object has labelled: nothing is learned about it"
                     self.problems.add(kind, f"{category.name}: {name}", "keypoints")
 
@@ -318,14 +318,21 @@ def same_categories(train: CocoSplit, val: CocoSplit) -> None:
     """Labels of both splits have to mean the same: classes are matched by name, and some have to be in both.
 
     Raises:
-        UserError: no class has the same name in both.
+        UserError: no class of ``val`` has a name of ``train``, or none of those that its objects belong to.
     """
-    names = {category.name for category in train.own}
-    if names.isdisjoint(category.name for category in val.own):
+    known = {category.name for category in train.categories}
+    if known.isdisjoint(category.name for category in val.own):
         ours, theirs = (", ".join(category.name for category in split.own[:5]) for split in (val, train))
         raise UserError(
             f"{val.split.annotations}: none of its classes ({ours}) is in {train.split.annotations} ({theirs}); "
             "classes are matched by name"
+        )
+    objects = val.labels.labels[~val.labels.crowd]
+    labelled = {val.categories[label].name for label in np.unique(objects)}
+    if labelled and known.isdisjoint(labelled):
+        raise UserError(
+            f"{val.split.annotations}: all of its {len(objects)} objects are of classes that "
+            f"{train.split.annotations} does not have ({', '.join(sorted(labelled)[:5])}); classes are matched by name"
         )
 
 

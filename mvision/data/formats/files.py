@@ -37,6 +37,13 @@ def inside(name: str, split: Split) -> str:
     return os.path.relpath(path, root).replace(os.sep, "/")
 
 
+def name_inside(name: str) -> str:
+    """A name that leads out of the folder, as one that does not: the data set is searched for its base name."""
+    parts = name.replace("\\", "/").split("/")
+    *above, base = (part for part in parts if part not in ("", "."))
+    return "/".join([*("(up)" if part == ".." else part.replace(":", "") for part in above), base.replace(":", "")])
+
+
 def set_root(split: Split) -> Path:
     """The folder that holds images and annotations of a split; that of the images where they lie far apart."""
     images, annotations = (Path(os.path.abspath(path)) for path in (split.images, split.annotations.parent))  # noqa: PTH100 - links stay
@@ -117,9 +124,8 @@ class PictureFiles:
             said = f"{name}: {os.path.relpath(path, self._root)}"
             problems.add("file_name that is not there as written: taken from another place of the data set", said)
         if elsewhere:
-            base = self.folder
-            if any(not path.is_relative_to(base) for path in elsewhere.values()):
-                base = Path(os.path.commonpath((os.path.abspath(self.folder), self._root)))  # noqa: PTH100
+            folders = [self.folder, *(path.parent for path in elsewhere.values())]
+            base = Path(os.path.commonpath([os.path.abspath(folder) for folder in folders]))  # noqa: PTH100
             for position, name in enumerate(self.files):
                 path = elsewhere.get(position, self.folder / name)
                 self.files[position] = os.path.relpath(path, base).replace(os.sep, "/")

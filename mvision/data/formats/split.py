@@ -114,6 +114,10 @@ def _objects(entries: Any) -> list[dict[str, Any]]:
     return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
 def _join_keypoints(instances: dict[str, Any], persons: dict[str, Any], problems: Problems) -> None:
     """Give the objects of ``instances`` the keypoints that ``persons`` has under the same ids, in place."""
     points = {whole_number(entry.get("id")): entry.get("keypoints") for entry in _objects(persons.get("annotations"))}
@@ -124,9 +128,10 @@ def _join_keypoints(instances: dict[str, Any], persons: dict[str, Any], problems
             annotation["keypoints"] = found
     for identity in points:
         problems.add("keypoints of an annotation that the other file lacks: left out", f"id {identity}", "keypoints")
-    ours, theirs = (tree.get("info") if isinstance(tree.get("info"), dict) else {} for tree in (instances, persons))
-    about_points = {key: value for key, value in theirs.items() if key in ("keypoint_sigmas", "flip_pairs")}
-    instances["info"] = {**ours, **about_points}
+    instances["info"] = {
+        **_object(instances.get("info")),
+        **{k: v for k, v in _object(persons.get("info")).items() if k in ("keypoint_sigmas", "flip_pairs")},
+    }
     described = {whole_number(category.get("id")): category for category in _objects(persons["categories"])}
     for category in _objects(instances["categories"]):
         for key in ("keypoints", "skeleton", "keypoint_sigmas", "sigmas", "flip_pairs"):

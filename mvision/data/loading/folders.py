@@ -103,7 +103,8 @@ def open_folders(config: DataConfig, seed: int) -> list[Folder]:
     Raises:
         UserError: a folder that is not there, or in which no data set is recognised.
     """
-    return [Folder(one, find_layout(one.root), seed) for one in (config, *config.more)]
+    configs: list[DataConfig | MoreDataConfig] = [config, *config.more]
+    return [Folder(one, find_layout(one.root), seed) for one in configs]
 
 
 def needs(tasks: Iterable[str]) -> frozenset[str]:

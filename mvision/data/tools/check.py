@@ -213,7 +213,7 @@ def _read_all(config: Config) -> tuple[Report, dict[str, CocoSplit]]:
             part = _read_each(folder, prefix, report)
         parts[prefix] = {name: _with_every_field(folder, split) for name, split in part.items()}
         _read_test(folder, parts[prefix], prefix, report)
-    trained = [{name: part[name] for name in ("train", "val") if name in part} for part in parts.values()]
+    trained = [{name: split for name, split in part.items() if name != "test"} for part in parts.values()]
     report.tasks = {task: _reason(task, trained) for task in known_tasks()}
     return report, {prefix + name: split for prefix, part in parts.items() for name, split in part.items()}
 
