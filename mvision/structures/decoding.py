@@ -164,7 +164,7 @@ def format_of(start: bytes) -> str | None:
         return "JPEG 2000"
     if start[:2] == b"BM":
         return "BMP"
-    if start[:1] == b"P" and start[1:2] in b"123456" and start[2:3] in b" \t\r\n#":
+    if start[:1] == b"P" and start[1:2].isdigit() and b"1" <= start[1:2] <= b"6" and start[2:3].strip() in (b"", b"#"):
         return "PPM"
     return None
 

@@ -49,6 +49,8 @@ __all__ = [
     "write_image",
 ]
 
+FIRST_IS_USED = "picture with several frames or pages: the first one is used"
+LOWEST_INSTEAD = "picture with values that are NaN or infinite: taken as the lowest"
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
 JPEG_QUALITY = 92
@@ -110,6 +112,8 @@ def read_image(
         if data[:2] == JPEG_START and JPEG_END in data[-4096:]:
             image = _decode_jpeg(path, data, at_least, rotate)
             if image is not None:
+                if notes is not None and path.suffix.lower() == ".mpo" and _mpo_frames(stream) > 1:
+                    notes.append(FIRST_IS_USED)
                 return image
         return _decode(path, stream, rotate, pixel_range, notes)
 
@@ -276,8 +280,8 @@ def _decode(
             else:
                 array = to_array(image, pixel_range)
         if notes is not None:
-            notes += ["picture with several frames or pages: the first one is used"] if several else []
-            notes += ["picture with values that are NaN or infinite: taken as the lowest"] if not_finite(image) else []
+            notes += [FIRST_IS_USED] if several else []
+            notes += [LOWEST_INSTEAD] if not_finite(image) else []
     if name == "TIFF":  # turned by Pillow when it is decoded
         return array if rotate else as_stored(array, orientation)
     return upright(array, orientation) if rotate else array

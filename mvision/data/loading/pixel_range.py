@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from mvision.data.formats.coco import CocoSplit
-from mvision.structures.images import BadImage, PictureHeader, PixelRange, picture_header, read_values
+from mvision.structures.images import (
+    FIRST_IS_USED,
+    LOWEST_INSTEAD,
+    BadImage,
+    PictureHeader,
+    PixelRange,
+    picture_header,
+    read_values,
+)
 
 # Endings of formats that can have more than 8 bits or more than one frame. Files of other endings are not opened.
 SUFFIXES = (
@@ -37,12 +45,12 @@ def count_oddities(split: CocoSplit) -> None:
     places = f" ({len(headers)} pictures were looked at)" if len(headers) == HEADERS else ""
     for file, header in headers:
         if header.several:
-            split.problems.add(f"picture with several frames or pages: the first one is used{places}", file)
+            split.problems.add(f"{FIRST_IS_USED}{places}", file)
     for file, _ in _spread([entry for entry in headers if entry[1].deep], DECODED):
         values = _values(split.folder / file)
         if values is not None and not np.isfinite(values).all():
-            kind = f"picture with values that are NaN or infinite: taken as the lowest{places}"
-            split.problems.add(kind, f"{file}: {int((~np.isfinite(values)).sum())} of {values.size}")
+            place = f"{file}: {int((~np.isfinite(values)).sum())} of {values.size}"
+            split.problems.add(f"{LOWEST_INSTEAD}{places}", place)
 
 
 def choose_pixel_range(
@@ -66,9 +74,8 @@ def choose_pixel_range(
     if not found:
         return None
     chosen = range_of(found)
-    lowest, highest = (float(limit([limit(values) for values in found])) for limit in (np.nanmin, np.nanmax))
     log(
-        f"pixel values: pictures of more than 8 bits use {_text((lowest, highest))} ({len(found)} were looked at); "
+        f"pixel values: pictures of more than 8 bits use {_text(_limits(found))} ({len(found)} were looked at); "
         f"{_text(chosen)} becomes 0..255 (set another with -o model.pixel_range=[LOWEST,HIGHEST])"
     )
     return chosen
@@ -84,8 +91,7 @@ def range_of(pictures: Sequence[np.ndarray]) -> PixelRange:
     sample = [values[:: max(values.size // VALUES, 1)] for values in (_finite(picture) for picture in pictures)]
     values = np.concatenate([picture for picture in sample if picture.size] or [np.zeros(1)]).astype(np.float64)
     low, high = (float(value) for value in np.percentile(values, PERCENTILES))
-    limits = [(float(part.min()), float(part.max())) for part in map(_finite, pictures) if part.size]
-    lowest, highest = min((low for low, _ in limits), default=0.0), max((high for _, high in limits), default=0.0)
+    lowest, highest = _limits(pictures)
     top = next((top for top in TOPS if highest <= top), None)
     if top is not None and lowest >= 0 and (high - low >= SHARE * top or low == high):
         return 0.0, float(top)
@@ -94,6 +100,13 @@ def range_of(pictures: Sequence[np.ndarray]) -> PixelRange:
     margin = MARGIN * (high - low)
     low = max(low - margin, 0.0) if lowest >= 0 else low - margin
     return _rounded(low, high + margin)
+
+
+def _limits(pictures: Sequence[np.ndarray]) -> PixelRange:
+    """The lowest and highest of all values that are numbers."""
+    parts = [part for part in map(_finite, pictures) if part.size]
+    lowest, highest = ([limit(part) for part in parts] or [0] for limit in (np.min, np.max))
+    return float(min(lowest)), float(max(highest))
 
 
 def _rounded(low: float, high: float) -> PixelRange:
