@@ -3,21 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo
 from mvision.machine import InferencePrecisionOption
 
-UNIT = click.FloatRange(0, 1)
+EVERY = "*"  # stands for all classes without a threshold of their own
+
+
+def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> Any:
+    """``0.5`` and ``CLASS=0.3`` as one number, or as a dictionary where there are thresholds of classes."""
+    given: dict[str, float] = {}
+    for text in texts:
+        name, has_name, value = text.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise click.BadParameter(f"'{text}' is neither a number nor CLASS=NUMBER", context, option) from None
+        if not 0 <= number <= 1:
+            raise click.BadParameter(f"{text} is not in the range from 0 to 1", context, option)
+        if given.setdefault(name if has_name else EVERY, number) != number:
+            raise click.BadParameter(
+                f"two values for {f'class {name!r}' if has_name else 'all classes'}", context, option
+            )
+    return given.get(EVERY) if set(given) <= {EVERY} else given
 
 
 @click.command(short_help="Find objects in images, folders and videos.")
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: all of the weights]")
 @click.option("--weights", metavar="W", help=f"The model: {WEIGHTS}.  [default: the newest run of the task]")
-@click.option("--threshold", default=0.5, show_default=True, type=UNIT, metavar="X", help="Lowest score that is kept.")
+@click.option("--data", metavar="DIR", help="A COCO, Roboflow or YOLO folder in place of SOURCE.")
+@click.option("--split", metavar="NAME", help="Which split of it.  [default: val]")
+@click.option(
+    "--threshold",
+    "thresholds",
+    multiple=True,
+    callback=_thresholds,
+    metavar="X",
+    help="Lowest score that is kept, or CLASS=X for one class. Repeatable.  [default: 0.5]",
+)
+@click.option("--multi-label", is_flag=True, help="A place may be several classes.  [default: its best one]")
+@click.option("--nms", type=float, metavar="IOU", help="Keep the better of two boxes of any classes that overlap more.")
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
 @click.option(
     "--precision",
@@ -32,15 +61,20 @@ def predict(
     sources: tuple[str, ...],
     tasks: tuple[str, ...],
     weights: str | None,
-    threshold: float,
+    data: str | None,
+    split: str | None,
+    thresholds: Any,
+    multi_label: bool,
+    nms: float | None,
     output: Path | None,
     precision: InferencePrecisionOption,
     device: str | None,
 ) -> None:
-    """Find objects in every SOURCE: an image, a folder, a glob, a video or a camera's number.
+    """Find objects in every SOURCE: an image, a folder, a glob, a video, a URL (http, rtsp) or a camera's number.
 
     Writes predictions.json (a COCO results list) and one picture per image. Without SOURCE it takes sample images of
-    the data that the run was trained on.
+    the data that the run was trained on. With --data, predictions.json has the data set's image ids, and results of
+    every score unless a threshold is given: what an evaluation needs.
 
     \b
     Example:
@@ -52,7 +86,11 @@ def predict(
         sources,
         tasks=tasks,
         weights=weights,
-        threshold=threshold,
+        data=data,
+        split=split,
+        threshold=thresholds,
+        multi_label=multi_label,
+        nms=nms,
         output=output,
         device=device,
         precision=precision,

@@ -16,7 +16,12 @@ from mvision.machine import InferencePrecisionOption
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: all of the weights]")
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: as in training]")
 @click.option("--split", metavar="NAME", help="Which split of the data.  [default: val]")
-@click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Also write metrics.json there.")
+@click.option(
+    "--output",
+    type=OUTPUT_FOLDER,
+    metavar="DIR",
+    help="Also write metrics.json and predictions.json there.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images per step.  [default: 16]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
 @click.option(

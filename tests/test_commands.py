@@ -6,6 +6,7 @@ import ast
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cv2
@@ -16,6 +17,7 @@ from mvision import Model, UserError, __version__
 from mvision.commands import data, info, predict, val
 from mvision.commands.predict import newest_run, predict_job, sample_images
 from mvision.commands.val import validate
+from mvision.inference.sources import Source
 from mvision.structures import Category
 from mvision.weights import save_weights
 from tests.conftest import write_squares
@@ -66,7 +68,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["loader"] = {"workers": config.workers, **options}
         return build_eval_loader(split, config, **options)
 
-    def evaluate_all(model: Any, validation: Any) -> dict:
+    def evaluate_all(model: Any, validation: Any, keep: Any) -> dict:
         seen["model"] = model
         seen["dtype"] = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
         return {"detection": {"AP": 0.25}}
@@ -83,7 +85,13 @@ def test_val_uses_the_data_and_the_split_of_the_run(squares: Path, tmp_path: Pat
     assert seen["annotations"] == squares / "annotations" / "train.json"
     assert text.splitlines()[-1] == "table of squares"
     assert json.loads((tmp_path / "made" / "here" / "metrics.json").read_text()) == {"detection": {"AP": 0.25}}
-    assert seen["loader"] == {"workers": None, "batch_size": 16, "image_size": (64, 64), "device": CPU}
+    assert seen["loader"] == {
+        "workers": None,
+        "batch_size": 16,
+        "image_size": (64, 64),
+        "pixel_range": None,
+        "device": CPU,
+    }
     validate(str(run), split="val", device="cpu", batch_size=3, workers=0)
     assert seen["annotations"] == squares / "annotations" / "val.json"
     assert (seen["loader"]["batch_size"], seen["loader"]["workers"]) == (3, 0)
@@ -161,7 +169,7 @@ def test_sample_images_are_of_the_validation_split_of_the_run(squares: Path, tmp
 
 
 def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls = object(), []
+    model, calls = SimpleNamespace(tasks=["detection"]), []
     monkeypatch.setattr(predict, "open_fastest", lambda *arguments: (calls.append(arguments), (model, "runtime"))[1])
     monkeypatch.setattr(predict, "predict_sources", lambda *arguments, **options: (arguments, options))
     monkeypatch.setattr(predict, "newest_run", lambda tasks: Path("runs/newest"))
@@ -170,13 +178,16 @@ def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     options: Any = {"tasks": ["detection"], "device": "cpu", "log": messages.append}
     photo, output = str(tmp_path / "a.jpg"), tmp_path / "found"
     Path(photo).touch()
+    choices: dict[str, Any] = {"multi_label": False, "nms": None, "for_metrics": None}
     assert predict_job([photo], weights="w", threshold=0.3, output=output, precision="fp32", **options) == (
-        (model, [photo], output),
-        {"threshold": 0.3},
+        (model, [Source("image", photo, "a.jpg")], output, 0.3),
+        choices,
     )
-    assert predict_job(**options) == (
-        (model, ["sample of runs/newest"], Path("predictions")),
-        {"threshold": 0.5},
+    # Of the samples, one that is damaged costs itself alone.
+    samples = [Source("image", "sample of runs/newest", "sample of runs/newest".rpartition("/")[2], required=False)]
+    assert predict_job(multi_label=True, nms=0.4, **options) == (
+        (model, samples, Path("predictions"), 0.5),
+        {**choices, "multi_label": True, "nms": 0.4},
     )
     assert calls == [("w", ["detection"], CPU, "fp32"), ("runs/newest", ["detection"], CPU, "auto")]
     with pytest.raises(UserError, match=r"missing\.jpg: no such file"):

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from mvision.commands.results import ResultsFile, results_path
 from mvision.config import DataConfig, config_of_run
-from mvision.data import build_eval_loader, read_validation
+from mvision.data import CocoSplit, build_eval_loader, read_validation
 from mvision.deploy.exported import is_exported
 from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
@@ -40,7 +44,9 @@ def validate(
         tasks: the tasks to evaluate; empty: all that the weights have.
         data: data folder; None: the one of the weights' run if they lie in one, else the built-in data set.
         split: name of the split; None: the validation split of the run, else ``val``.
-        output: folder for ``metrics.json``.
+        output: folder for ``metrics.json`` and ``predictions.json``, a COCO results list of what was evaluated: with
+            the data set's numbers, every score, and nothing rounded. With several tasks or data sets there is one list
+            for each, and its name has theirs in it: ``predictions-keypoints.json``.
         batch_size: images per step; None: 16.
         workers: loading processes; None: chosen by the number of cores.
         precision: None: the precision of the run, so that the metrics are those at the end of training. Otherwise, and
@@ -68,6 +74,7 @@ def validate(
                 DataConfig(workers=workers),
                 batch_size=batch_size or 16,
                 image_size=model.config.image_size,
+                pixel_range=model.config.pixel_range,
                 device=chosen,
             ),
             make_metrics(model, part, used_for),
@@ -76,11 +83,43 @@ def validate(
     ]
     trained_in = resolve_precision(run.train.precision if run is not None else "auto", chosen)
     autocast = "fp32" if runtime is not None else trained_in
-    with torch.autocast(chosen.type, torch_dtype(autocast), enabled=autocast != "fp32"):
-        metrics = evaluate_all(model, validation)
+    with ExitStack() as files:
+        results = {} if output is None else _results_files(files, output, model, parts)
+        with torch.autocast(chosen.type, torch_dtype(autocast), enabled=autocast != "fp32"):
+            metrics = evaluate_all(model, validation, keep=partial(_keep, results) if results else None)
+        if output is not None:
+            (output / METRICS).unlink(missing_ok=True)  # an earlier one does not belong to the new predictions
     if output is not None:
         write_text(output / METRICS, json.dumps(metrics, indent=2) + "\n")
+        messages += _left_out(results)
     return "\n".join([*messages, *([runtime] if runtime else []), *tables(validation)])
+
+
+def _results_files(
+    files: ExitStack, output: Path, model: Evaluated, parts: Sequence[tuple[str, list[str], CocoSplit]]
+) -> dict[tuple[int, str], ResultsFile]:
+    """The open files by the position of the data set and the task; they are closed with ``files``."""
+    several_tasks = len({task for _, tasks, _ in parts for task in tasks}) > 1
+    results: dict[tuple[int, str], ResultsFile] = {}
+    for number, (name, tasks, part) in enumerate(parts):
+        for task in tasks:
+            names = [name] * (len(parts) > 1) + [task] * several_tasks
+            path = results_path(output, *names, taken=[result.path for result in results.values()])
+            results[number, task] = files.enter_context(ResultsFile(path, model.head(task).classes, part.own))
+    return results
+
+
+def _keep(results: dict[tuple[int, str], ResultsFile], part: int, task: str, entries: list[dict[str, Any]]) -> None:
+    results[part, task].add(entries)
+
+
+def _left_out(results: dict[tuple[int, str], ResultsFile]) -> list[str]:
+    return [
+        f"! {result.path}: {result.left_out.total()} results left out, of classes that the data set does not have "
+        f"({', '.join(list(result.left_out)[:5])})"
+        for result in results.values()
+        if result.left_out
+    ]
 
 
 def _open(

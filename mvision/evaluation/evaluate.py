@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 from accelerate.utils import gather_object
@@ -94,16 +95,25 @@ def tables(validation: Sequence[Validation]) -> list[str]:
 
 
 def evaluate_all(
-    model: Evaluated, validation: Sequence[Validation], *, accelerator: Accelerator | None = None
+    model: Evaluated,
+    validation: Sequence[Validation],
+    *,
+    accelerator: Accelerator | None = None,
+    keep: Callable[[int, str, list[dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """``evaluate`` on every data set.
 
     The first data set that is used for a task gives its figures their plain names; those of the others have the name of
     the data set in front: ``OTHER/AP``.
+
+    Args:
+        keep: is called with the results that this process evaluates, as entries of COCO's result format, with the
+            position of the data set and the task.
     """
     figures: dict[str, dict[str, float]] = {}
-    for part in validation:
-        for task, values in evaluate(model, part.loader, part.metrics, accelerator=accelerator).items():
+    for number, part in enumerate(validation):
+        kept = None if keep is None else partial(keep, number)
+        for task, values in evaluate(model, part.loader, part.metrics, accelerator=accelerator, keep=kept).items():
             if task not in figures:
                 figures[task] = values
             else:
@@ -118,6 +128,7 @@ def evaluate(
     *,
     accelerator: Accelerator | None = None,
     progress: bool = True,
+    keep: Callable[[str, list[dict[str, Any]]], None] | None = None,
 ) -> dict[str, dict[str, float]]:
     """The figures of a model by task, over every image that the loaders of all processes yield, each counted once.
 
@@ -128,6 +139,7 @@ def evaluate(
         metrics: by task, see ``make_metrics``. They are reset first, and hold the results afterwards (``tables``).
         accelerator: for precision and the other processes; None is this process alone, in the weights' precision.
         progress: show a progress bar on the main process.
+        keep: is called with a task and the results of some images, see ``evaluate_all``.
 
     Returns:
         ``{task: {"AP": ..., ...}}``, the same on every process. The figures of further metrics have the metric's name
@@ -143,7 +155,7 @@ def evaluate(
             for file, reason in batch.skipped:
                 tqdm.write(printable(f"skipped {file}: {reason}"))
             if batch.targets:
-                _evaluate_batch(model, batch, metrics, accelerator)
+                _evaluate_batch(model, batch, metrics, accelerator, keep)
     if accelerator is not None and accelerator.num_processes > 1:
         for measurements in gather_object([[metric.measured for metric in all_metrics]]):
             for metric, measured in zip(all_metrics, measurements):
@@ -157,7 +169,11 @@ def evaluate(
 
 
 def _evaluate_batch(
-    model: Evaluated, batch: EvaluationBatch, metrics: Metrics, accelerator: Accelerator | None
+    model: Evaluated,
+    batch: EvaluationBatch,
+    metrics: Metrics,
+    accelerator: Accelerator | None,
+    keep: Callable[[str, list[dict[str, Any]]], None] | None,
 ) -> None:
     """Measure what every head predicts, with its own scores; poses are not linked to other heads' objects."""
     images = batch.images.to(model.device, non_blocking=True)
@@ -168,5 +184,7 @@ def _evaluate_batch(
     predicted = model.results(outputs, sizes, threshold=0.0)
     for task, of_task in metrics.items():
         entries = [entry for i, instances in zip(image_ids, predicted[task]) for entry in instances.to_coco(i)]
+        if keep is not None:
+            keep(task, entries)
         for metric in of_task:
             metric.update(entries, image_ids)

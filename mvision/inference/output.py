@@ -17,14 +17,35 @@ import numpy as np
 
 from mvision.errors import UserError
 from mvision.inference.reading import Frame
+from mvision.inference.selection import Selection
 from mvision.inference.sources import Source
 from mvision.inference.summary import PREDICTIONS, Summary
 from mvision.inference.video_file import VideoWriter, errors_name
 from mvision.storage.atomic import remove_partial_files, whole_file
-from mvision.structures import Instances
+from mvision.structures import Category, Instances
 from mvision.structures.images import write_image
 
 OPTIONAL_KEYS = ("segmentation", "keypoints", "region")  # of its entries, after those that all have
+
+
+@dataclass(frozen=True)
+class ForMetrics:
+    """What ``predictions.json`` holds of the images of a data set: what metrics need, with its numbers for the classes.
+
+    Attributes:
+        selection: the results that are written.
+        model, data: the classes of the two; they are matched by name.
+    """
+
+    selection: Selection
+    model: Sequence[Category]
+    data: Sequence[Category]
+
+    @property
+    def category_ids(self) -> dict[int, int]:
+        """The data set's number of a class, by the model's; classes that the data set does not have are missing."""
+        numbers = {category.name: category.id for category in self.data}
+        return {category.id: numbers[category.name] for category in self.model if category.name in numbers}
 
 
 @dataclass
@@ -35,6 +56,7 @@ class Rendered:
         entries: of ``predictions.json``; None: the frame cannot be read.
         picture: the drawn picture of a video.
         found, regions: the class names of what is drawn.
+        unknown: the class names of results that the data set has no class for.
         not_drawn: why there is no picture.
     """
 
@@ -43,6 +65,7 @@ class Rendered:
     picture: np.ndarray | None = None
     found: list[str] = field(default_factory=list)
     regions: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
     not_drawn: str = ""
 
 
@@ -57,11 +80,12 @@ class Output:
         UserError: the folder cannot be written, or a picture would replace one of the sources.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[Source], exact: bool = False) -> None:
-        """Open ``predictions.json``; with ``exact``, its numbers are not rounded."""
+    def __init__(self, folder: Path, sources: Sequence[Source], for_metrics: ForMetrics | None = None) -> None:
+        """Open ``predictions.json``; with ``for_metrics``, its numbers are not rounded."""
         self.folder = folder
         self.summary = Summary(folder)
-        self._exact = exact
+        self._exact = for_metrics is not None
+        self._category_ids = None if for_metrics is None else for_metrics.category_ids
         self._paths = _paths(folder, sources)
         repeated = {name for name, count in Counter(source.name for source in sources).items() if count > 1}
         self._names = {s: _posix(s) if s.name in repeated else s.name for s in sources}
@@ -105,7 +129,8 @@ class Output:
             return Rendered(frame)
         shown = found[0]
         regions = [] if shown.regions is None else shown.regions.class_names
-        rendered = Rendered(frame, self._entries(number, frame, found[-1]), found=shown.class_names, regions=regions)
+        rendered = Rendered(frame, found=shown.class_names, regions=regions)
+        rendered.entries = self._entries(number, frame, found[-1], rendered.unknown)
         if frame.source != self._undrawable:
             self._draw(rendered, shown)
         return rendered
@@ -141,6 +166,7 @@ class Output:
         summary.instances.update(rendered.found)
         summary.regions.update(rendered.regions)
         summary.remarks.update(frame.notes)
+        summary.unknown.update(rendered.unknown)
         with errors_name(self.folder / PREDICTIONS):
             for entry in rendered.entries:
                 self._file.write(self._separator + json.dumps(entry))
@@ -151,7 +177,7 @@ class Output:
             summary.not_drawn.append((frame.source.shown, rendered.not_drawn))
         return frame
 
-    def _entries(self, number: int, frame: Frame, instances: Instances) -> list[dict[str, Any]]:
+    def _entries(self, number: int, frame: Frame, instances: Instances, unknown: list[str]) -> list[dict[str, Any]]:
         """COCO results, rounded, with the names that a reader without the annotations needs."""
         names = instances.class_names
         if instances.regions is not None:
@@ -160,10 +186,16 @@ class Output:
         image_id = number if source.image_id is None else source.image_id
         entries = []
         for entry, name in zip(instances.to_coco(image_id), names, strict=True):
+            category_id = entry["category_id"]
+            if self._category_ids is not None:
+                if category_id not in self._category_ids:
+                    unknown.append(name)
+                    continue
+                category_id = self._category_ids[category_id]
             named: dict[str, Any] = {"image_id": image_id, "file_name": self._names[source]}
             if frame.index is not None:
                 named |= {"frame": frame.index, "time": round(frame.time, 3)}
-            named |= {"category_id": entry["category_id"], "category_name": name}
+            named |= {"category_id": category_id, "category_name": name}
             named |= {"bbox": self._rounded(entry["bbox"], 2), "score": self._rounded([entry["score"]], 5)[0]}
             if "keypoints" in entry:
                 entry["keypoints"] = self._rounded(entry["keypoints"], 2)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from mvision.drawing import unwritable
 from mvision.errors import UserError, printable
-from mvision.inference.output import Output
+from mvision.inference.output import ForMetrics, Output
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, infer
 from mvision.inference.reading import Frame, read_frames
@@ -32,7 +32,7 @@ def predict_sources(
     *,
     multi_label: bool = False,
     nms: float | None = None,
-    for_metrics: Selection | None = None,
+    for_metrics: ForMetrics | None = None,
 ) -> Summary:
     """Predict on files, folders, globs, videos, streams and cameras; write pictures and ``predictions.json``.
 
@@ -50,19 +50,18 @@ def predict_sources(
         threshold, multi_label, nms: see ``predict_images``.
         batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
         progress: show a progress bar.
-        for_metrics: what ``predictions.json`` holds, where it is not what the pictures show; its numbers are then not
-            rounded.
+        for_metrics: for the images of a data set, what ``predictions.json`` holds in place of what the pictures show.
 
     Raises:
         UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
             be written, a threshold or IoU outside 0..1, a class that the model does not have.
     """
-    chosen = [Selection(threshold, multi_label, nms), *([] if for_metrics is None else [for_metrics])]
+    chosen = [Selection(threshold, multi_label, nms), *([] if for_metrics is None else [for_metrics.selection])]
     for selection in chosen:
         selection.check(model.config.categories)
     inputs = sources if isinstance(sources, Sources) else find_sources(sources, leave_out=output)
     started = time.monotonic()
-    with Output(output, inputs, exact=for_metrics is not None) as writer:
+    with Output(output, inputs, for_metrics) as writer:
         try:
             with eval_mode(model):
                 _run(model, inputs, writer, chosen, batch_size, progress)
@@ -94,7 +93,7 @@ def _run(
     progress: bool,
 ) -> None:
     """Six stages that overlap: decode, resize, infer (in this thread), post-process, draw and encode, write."""
-    frames = read_frames(inputs, ahead=WORKERS)
+    frames = read_frames(inputs, ahead=WORKERS, pixel_range=model.config.pixel_range)
     prepared = ordered_map(partial(_prepare_frame, model.config.image_size), frames, workers=2, ahead=2)
     inferred = infer(model, prepared, chosen, batch_size)
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))

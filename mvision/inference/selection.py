@@ -34,18 +34,24 @@ class Selection:
     multi_label: bool = False
     nms: float | None = None
 
-    def check(self, categories: Sequence[Category]) -> None:
-        """Raise a ``UserError`` for a threshold or IoU outside 0..1, or a class that the model does not have."""
-        names = [category.name for category in categories]
+    def __post_init__(self) -> None:
+        """Raise a ``UserError`` for a threshold or IoU outside 0..1."""
         given = self.threshold if isinstance(self.threshold, Mapping) else {OTHERS: self.threshold}
         for name, value in given.items():
-            where = "threshold" if name == OTHERS else f"threshold of class '{name}':"
             if not 0 <= value <= 1:
-                raise UserError(f"{where} {value}: has to be between 0 and 1")
-            if name != OTHERS and name not in names:
-                raise UserError(f"{where} the model has no such class; {did_you_mean(name, names)}")
+                where = "" if name == OTHERS else f" of class '{name}'"
+                raise UserError(f"threshold {value}{where}: has to be between 0 and 1")
         if self.nms is not None and not 0 < self.nms <= 1:
             raise UserError(f"nms {self.nms}: an IoU above 0 and up to 1 is needed")
+
+    def check(self, categories: Sequence[Category]) -> None:
+        """Raise a ``UserError`` for a threshold of a class that the model does not have."""
+        names = [category.name for category in categories]
+        for name in self.threshold if isinstance(self.threshold, Mapping) else ():
+            if name not in names and name != OTHERS:
+                raise UserError(
+                    f"threshold of class '{name}': the model has no such class; {did_you_mean(name, names)}"
+                )
 
     @property
     def lowest(self) -> float:

@@ -21,6 +21,7 @@ class Summary:
         regions: number of pictures with a semantic region of the class, by class name; of joint models.
         skipped: (file, reason) of each file, or rest of a video, that could not be read.
         not_drawn: (file, reason) of each picture whose results are in ``predictions.json`` alone.
+        unknown: number of results by class name that ``predictions.json`` lacks, because the data set lacks the class.
         remarks: number of pictures by what was left out of them or replaced in them.
         notes: further lines for the user.
         seconds: duration in seconds.
@@ -32,6 +33,7 @@ class Summary:
     regions: Counter[str] = field(default_factory=Counter)
     skipped: list[tuple[str, str]] = field(default_factory=list)
     not_drawn: list[tuple[str, str]] = field(default_factory=list)
+    unknown: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -42,6 +44,11 @@ class Summary:
         rate = self.images / max(self.seconds, 1e-9)
         lines = [f"{self.images} images in {self.seconds:.1f} s ({rate:.1f}/s): {', '.join(counts) or 'nothing found'}"]
         lines += _named("skipped", self.skipped) + _named("not drawn", self.not_drawn)
+        if self.unknown:
+            names = ", ".join(list(self.unknown)[:5])
+            lines.append(
+                f"not in {PREDICTIONS}: {self.unknown.total()} results of classes that the data lacks ({names})"
+            )
         lines += [f"{count} x {remark}" for remark, count in self.remarks.most_common()]
         return "\n".join([*lines, *self.notes, f"pictures and {PREDICTIONS}: {self.output}"])
 
