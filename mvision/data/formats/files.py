@@ -39,9 +39,8 @@ def inside(name: str, split: Split) -> str:
 
 def name_inside(name: str) -> str:
     """A name that leads out of the folder, as one that does not: the data set is searched for its base name."""
-    parts = name.replace("\\", "/").split("/")
-    *above, base = (part for part in parts if part not in ("", "."))
-    return "/".join([*("(up)" if part == ".." else part.replace(":", "") for part in above), base.replace(":", "")])
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
+    return "/".join("(up)" if part == ".." else part.replace(":", "") for part in parts) or "(root)"
 
 
 def set_root(split: Split) -> Path:
