@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -103,7 +104,13 @@ def _stop(number: int, frame: object) -> None:
 
 
 def _show_everything() -> None:
-    """What the encoding of the terminal lacks, such as a class's name in Chinese in one that has ASCII, is escaped."""
+    """What the encoding of the terminal lacks, such as a class's name in Chinese in one that has ASCII, is escaped.
+
+    Streams that the caller has closed (``>&-``) lead nowhere; else the next file that is opened would take their place.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - until the process ends
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

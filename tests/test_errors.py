@@ -152,6 +152,15 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         assert child.wait() == 1
 
 
+@pytest.mark.parametrize(("arguments", "code"), [("--version", 0), ("trian", 2)])
+def test_closed_streams_lead_nowhere(arguments: str, code: int) -> None:
+    for closed in (">&-", "2>&-"):
+        command = f"{sys.executable} -m mvision {arguments} {closed}"
+        done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
+        assert done.returncode == code, (command, done.stderr)
+        assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_a_terminal_that_lacks_a_character_shows_its_number(encoding: str) -> None:
     """A class called so in somebody's data is no reason to end; nor is a name of a file that is no valid UTF-8."""
