@@ -51,7 +51,8 @@ def config(rng: Random, base: Path, folder: Path) -> Case:
     if rng.random() < 0.6:
         data, what = hostile_yaml(rng, config_tree(), CONFIG_VALUES)
         (folder / "config.yaml").write_bytes(data)
-        return Case(what, [[*train, "--config", "config.yaml"]])
+        # With options that win over the file: a file without ``data`` would train on the built-in data set for long.
+        return Case(what, [[*train, "--config", "config.yaml", "--data", "data", "--epochs", "1"]])
     key = rng.choice([*config_keys(), rng.choice(NAMES), "model", "train", "model.heads", "model.heads.detection"])
     special = [str(value) for value in CONFIG_VALUES.get(key.split(".")[-1], ["1e400", "-1", "10e12"])]
     value = rng.choice([str(junk(rng)), rng.choice(YAML_VALUES), alias_bomb(), rng.choice(NAMES), *special])
@@ -173,10 +174,10 @@ def runs(rng: Random, base: Path, folder: Path) -> Case:
         file.write_bytes(data)
     command = rng.choice(
         [
-            ["train", "--resume", "run", "-o", "train.epochs=2", "--device", "cpu"],
-            ["train", "--resume", "run", "-o", "train.epochs=2", "--device", "cpu"],
-            ["val", "--weights", "run", "--device", "cpu"],
-            ["predict", "--weights", "run", "--output", "out", "--device", "cpu"],
+            ["train", "--resume", "run", "-o", "train.epochs=2", "--data", "data", "--device", "cpu"],
+            ["train", "--resume", "run", "-o", "train.epochs=2", "--data", "data", "--device", "cpu"],
+            ["val", "--weights", "run", "--data", "data", "--workers", "0", "--device", "cpu"],
+            ["predict", "data/images/0.png", "--weights", "run", "--output", "out", "--device", "cpu"],
         ]
     )
     return Case(f"{file.relative_to(folder)}: {form}", [command])
