@@ -13,6 +13,7 @@ from mvision.data.formats.problems import Problems
 from mvision.data.tools import check as checking
 from mvision.data.tools import convert as converting
 from mvision.data.tools.show import contact_sheet, write_image
+from mvision.structures.messages import decoder_messages_hidden
 
 
 def check(
@@ -38,7 +39,7 @@ def check(
     """
     options = {} if folder is None else {"data.root": folder}
     config = load_config(file=file, tasks=list(tasks), overrides=options, assignments=list(assignments))
-    with tqdm(desc="reading", unit="img", leave=False, disable=None) as bar:
+    with decoder_messages_hidden(), tqdm(desc="reading", unit="img", leave=False, disable=None) as bar:
         return checking.check(config, splits, quick=quick, progress=bar.update)
 
 
@@ -69,7 +70,7 @@ def convert(folder: str, destination: Path, splits: Sequence[str] = ()) -> str:
         UserError: the data cannot be used, or the folder is not empty.
     """
     layout = find_layout(folder)
-    with tqdm(desc="copying", unit="img", leave=False, disable=None) as bar:
+    with decoder_messages_hidden(), tqdm(desc="copying", unit="img", leave=False, disable=None) as bar:
         problems = Problems()
         converted = converting.convert(layout, destination, splits, bar.update, problems)
     return "\n".join([layout.description, converted.description, *(f"! {problem}" for problem in problems)])

@@ -19,6 +19,7 @@ from mvision.inference.summary import Summary
 from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 from mvision.structures import Category
+from mvision.structures.messages import decoder_messages_hidden
 from mvision.weights import rtdetr
 
 SAMPLES = 8
@@ -83,9 +84,10 @@ def predict_job(
         for_metrics = ForMetrics(every, model.config.categories, categories)
     elif found is None:
         found = Sources(Source("image", file, Path(file).name, required=False) for file in sample_images(source))
-    return predict_sources(
-        model, found, folder, chosen.threshold, multi_label=multi_label, nms=nms, for_metrics=for_metrics
-    )
+    with decoder_messages_hidden():
+        return predict_sources(
+            model, found, folder, chosen.threshold, multi_label=multi_label, nms=nms, for_metrics=for_metrics
+        )
 
 
 def images_of_split(folder: Folder, split: str | None, tasks: Sequence[str]) -> tuple[Sources, list[Category]]:
