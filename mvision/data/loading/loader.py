@@ -30,6 +30,7 @@ from mvision.data.loading.sources import DataSource
 from mvision.errors import UserError
 from mvision.machine import cores
 from mvision.structures.images import PixelRange
+from mvision.structures.messages import hide_library_messages
 
 PREFETCH = 3  # batches that a worker makes ahead of their use
 SETTLE = 5.0  # seconds to wait for the end of a process
@@ -269,6 +270,7 @@ def init_worker(_: int) -> None:
     """Set up a worker process: one thread, Ctrl-C and SIGTERM are left to the main process, with which it ends."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a scheduler may send it to every process
         signal.signal(number, signal.SIG_IGN)
+    hide_library_messages()
     sys.excepthook = _report_unless_parent_left
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
