@@ -146,14 +146,18 @@ def _answer(url: str) -> Iterator[http.client.HTTPResponse]:
         with _opener().open(_request(url), timeout=TIMEOUT) as response:
             yield response
     except urllib.error.HTTPError as error:
-        raise UserError(f"source {shown}: the server answers {error.code} ({error.reason})") from error
+        raise UserError(f"source {shown}: the server answers {error.code} ({_one_line(error.reason)})") from error
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
         if isinstance(reason, TimeoutError):
             reason = f"no answer within {TIMEOUT:.0f} s"
         elif isinstance(reason, OSError):
             reason = reason.strerror or reason
-        raise UserError(f"source {shown}: cannot be reached ({reason or type(error).__name__})") from error
+        raise UserError(f"source {shown}: cannot be reached ({_one_line(reason) or type(error).__name__})") from error
+
+
+def _one_line(reason: object) -> str:
+    return " ".join(str(reason).split())
 
 
 def _request(url: str) -> urllib.request.Request:
