@@ -28,7 +28,16 @@ from mvision.structures.decoding import (
     orientation_of,
     stored_size,
 )
-from mvision.structures.pixels import PixelRange, as_stored, is_deep, not_finite, scale, to_array, to_rgb, upright
+from mvision.structures.pixels import (
+    PixelRange,
+    as_stored,
+    is_deep,
+    not_finite,
+    scale_colours,
+    to_array,
+    to_rgb,
+    upright,
+)
 
 if "OPENCV_LOG_LEVEL" not in os.environ:  # else it prints warnings of its own about pictures that are read or refused
     cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
@@ -272,16 +281,17 @@ def _decode(
     with opened(path, stream) as (image, name):
         several = notes is not None and bool(getattr(image, "is_animated", False))
         deep_colour = pixel_range is not None and _is_deep_colour(image, name)
-        with decoding(*image.size):
+        with decoding(*(size := image.size)):
             orientation = orientation_of(image)
             image.load()
-            if deep_colour and pixel_range is not None:
-                array = scale(_deep_colour(path, stream), *pixel_range)
-            else:
-                array = to_array(image, pixel_range)
+            array = None if deep_colour else to_array(image, pixel_range)
         if notes is not None:
             notes += [FIRST_IS_USED] if several else []
             notes += [LOWEST_INSTEAD] if not_finite(image) else []
+    del image  # its memory, before another decoder needs as much
+    if array is None:
+        with decoding(*size):
+            array = scale_colours(_deep_colour(path, stream), pixel_range or (0.0, 65535.0))
     if name == "TIFF":  # turned by Pillow when it is decoded
         return array if rotate else as_stored(array, orientation)
     return upright(array, orientation) if rotate else array
@@ -301,7 +311,7 @@ def _deep_colour(path: Path, stream: BinaryIO) -> np.ndarray:
     values = cv2.imdecode(np.frombuffer(stream.read(), np.uint8), DEEP_COLOUR)
     if values is None or values.dtype != np.uint16:
         raise BadImage(path, "its 16-bit colours cannot be decoded")
-    return np.ascontiguousarray(values[..., ::-1])
+    return values[..., ::-1]
 
 
 def _mpo_frames(stream: BinaryIO) -> int:

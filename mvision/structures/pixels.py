@@ -65,6 +65,15 @@ def scale(values: np.ndarray, low: float, high: float) -> np.ndarray:
     return _scaled(values.astype(np.float32), low, high)
 
 
+def scale_colours(values: np.ndarray, pixel_range: PixelRange) -> np.ndarray:
+    """``scale`` of (H, W, 3), some rows at a time."""
+    array = np.empty(values.shape, np.uint8)
+    rows = max(PIECE // max(values.shape[1], 1), 1)
+    for top in range(0, len(values), rows):
+        array[top : top + rows] = scale(values[top : top + rows], *pixel_range)
+    return array
+
+
 def _scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
     if low:  # subtracted from 0 it would cost time for nothing
         values = values - low

@@ -1,0 +1,47 @@
+"""Memory for decoded images: only where there are pictures, whatever the annotations claim."""
+
+import numpy as np
+import pytest
+
+from mvision.data.formats.coco import ImageRecord
+from mvision.data.loading import cache as module
+from mvision.data.loading.cache import is_small, make_cache
+
+
+def records(*sizes: tuple[int, int]) -> list[ImageRecord]:
+    return [ImageRecord(number, f"{number}.png", *size) for number, size in enumerate(sizes)]
+
+
+def test_one_impossible_size_does_not_cost_the_cache() -> None:
+    pictures = records((4, 5), (400_000, 400_000), (1, 1))
+    assert is_small(pictures)
+    cache = make_cache(pictures)
+    assert cache is not None
+    assert len(cache.pixels) == 4 * 5 * 3 + 3
+    for index, (height, width) in enumerate([(4, 5), (6, 7), (1, 1)]):
+        cache.put(index, np.full((height, width, 3), index, np.uint8))
+    assert cache.get(1) is None
+    for index in (0, 2):
+        image = cache.get(index)
+        assert image is not None
+        assert (image == index).all()
+
+
+def test_missing_pictures_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = records((10, 10), (100, 100), (100, 100))
+    monkeypatch.setattr(module, "_budget", lambda: 1000)
+    monkeypatch.setattr(module, "LARGEST", 1000)
+    assert make_cache(pictures) is None
+    assert not is_small(pictures)
+    cache = make_cache(pictures, missing={1, 2})
+    assert cache is not None
+    assert len(cache.pixels) == 300
+    assert is_small(pictures, missing={1, 2})
+    cache.put(1, np.zeros((100, 100, 3), np.uint8))  # it was there after all: read again each time
+    assert cache.get(1) is None
+
+
+def test_no_pictures() -> None:
+    cache = make_cache([])
+    assert cache is not None
+    assert len(cache.pixels) == 0
