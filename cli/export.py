@@ -22,10 +22,14 @@ from mvision.cli.options import WEIGHTS, ImageSize, OneOf, echo
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: all of the weights]")
 @click.option("--image-size", type=ImageSize(), metavar="N|HxW", help="Multiples of 32.  [default: the model's]")
 @click.option("--dynamic-size", is_flag=True, help="Accept images of any size in multiples of 32.")
+@click.option("--opset", type=int, metavar="N", help="Version of ONNX's operators, 17 or higher.  [default: torch's]")
 @click.option("--int8", is_flag=True, help="Quantise (openvino only), and measure the loss of AP.")
 @click.option("--data", metavar="DIR", help="Data for --int8.  [default: the built-in data set]")
 @click.option(
-    "--output", type=click.Path(path_type=Path), metavar="PATH", help="Result.  [default: beside the weights]"
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="PATH",
+    help="A .onnx file, or a folder; replaces nothing but an earlier export.  [default: beside the weights]",
 )
 def export(
     weights: str,
@@ -33,6 +37,7 @@ def export(
     tasks: tuple[str, ...],
     image_size: tuple[int, int] | None,
     dynamic_size: bool,
+    opset: int | None,
     int8: bool,
     data: str | None,
     output: Path | None,
@@ -54,6 +59,7 @@ def export(
         tasks=tasks,
         image_size=image_size,
         dynamic_size=dynamic_size,
+        opset=opset,
         int8=int8,
         data=data,
         output=output,

@@ -9,9 +9,11 @@ from mvision.cli.options import WEIGHTS, echo
 
 @click.command(short_help="Describe this machine, or the parts of a model.")
 @click.option("--model", metavar="NAME", help="A shipped model or any timm backbone.")
-@click.option("--weights", metavar="W", help=f"Instead of --model: {WEIGHTS}.")
+@click.option("--weights", metavar="W", help=f"Instead of --model: {WEIGHTS}; or an exported model.")
 def info(model: str | None, weights: str | None) -> None:
     """Describe this machine and the installed versions, or a model: layers, parameters and FLOPs by part.
+
+    Of an exported model: what it was made from, its inputs and outputs.
 
     \b
     Example:

@@ -16,7 +16,7 @@ if (_root / "heads" / "base.py").is_file() and (_root / "setup.cfg").is_file():
 
 _LAZY = {
     "create_model": "mvision.model",
-    "load": "mvision.weights",
+    "load": "mvision.deploy.loading",
     "Model": "mvision.model",
     "Instances": "mvision.structures",
     "Targets": "mvision.structures",
@@ -25,10 +25,10 @@ _LAZY = {
 __all__ = [*_LAZY, "__version__"]
 
 if TYPE_CHECKING:
+    from mvision.deploy.loading import load
     from mvision.errors import UserError
     from mvision.model import Model, create_model
     from mvision.structures import Instances, Targets
-    from mvision.weights import load
 
 
 def __getattr__(name: str) -> Any:

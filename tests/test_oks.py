@@ -72,7 +72,13 @@ def test_sigmas_are_the_data_sets_else_cocos_else_one_for_all() -> None:
 
 @pytest.mark.parametrize(
     ("sigmas", "problem"),
-    [([0.1], "1 sigmas for 2"), ([0.1, 0.0], "0.0 is not above 0"), ([0.1, float("nan")], "nan"), ([0.1, 0.2], None)],
+    [
+        ([0.1], "1 sigmas for 2"),
+        ([0.1, 0.0], "0.0 is not above 0"),
+        ([0.1, float("nan")], "nan is not a finite"),
+        ([0.1, float("inf")], "inf is not a finite"),
+        ([0.1, 0.2], None),
+    ],
 )
 def test_what_is_wrong_with_sigmas(sigmas: list[float], problem: str | None) -> None:
     found = check_sigmas(sigmas, 2)

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvision import __version__
 from mvision.config import load_config, shipped_configs
+from mvision.deploy.exported import ExportedModel, is_exported
 from mvision.errors import UserError
 from mvision.evaluation.tables import text_table
 from mvision.machine import cores, cpu_field, cpu_name, resolve_device, resolve_precision
@@ -35,17 +36,19 @@ class Part:
 
 
 def info_text(model: str | None = None, weights: str | None = None) -> str:
-    """The parts of a model, or machine and versions if neither a model nor weights are given.
+    """The parts of a model, what is in an export, or machine and versions if neither a model nor weights are given.
 
     Args:
         model: a shipped model or a timm backbone.
-        weights: any source that ``mvision.load`` takes.
+        weights: any source that ``mvision.load`` takes, exported models too.
 
     Raises:
         UserError: both are given, or one is unknown.
     """
     if model is not None and weights is not None:
         raise UserError("--model and --weights: give one of them")
+    if weights is not None and is_exported(weights):
+        return exported_text(ExportedModel(weights))
     if weights is not None:
         return model_text(load(weights), weights)
     if model is not None:
@@ -108,6 +111,32 @@ def model_text(model: Model, name: str) -> str:
             "FLOPs of one image, a multiply-add counts as two; convolutions, linear layers and attention are counted.",
         ]
     )
+
+
+def exported_text(model: ExportedModel) -> str:
+    """What an exported model takes and returns, and what it was made from."""
+    session, described = model.session, model.session.description
+    height, width = model.config.image_size
+    any_size = None in session.images[2:]
+    made_from = f"SHA-256 {described.weights}" if described.weights else "not stored (an older export, or edited)"
+    rows = [
+        ("runtime", f"{session.runtime}, on the CPU"),
+        ("tasks", ", ".join(model.tasks)),
+        ("classes", str(len(model.categories))),
+        ("images", f"{height} high, {width} wide{'; other multiples of 32 too' if any_size else ''}, any batch size"),
+        ("precision", described.precision),
+        ("size", f"{sum(file.stat().st_size for file in model.files) / 1e6:.1f} MB"),
+        ("backbone", model.config.backbone.name),
+        ("written by", f"mvision {described.version or 'of an unknown version'}"),
+        ("made from", f"weights file, {made_from}"),
+        *((f"output {name}", _shape(shape)) for name, shape in session.outputs.items()),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([f"{model.path}", "", *(f"{name:<{width}}  {value}" for name, value in rows)])
+
+
+def _shape(sides: tuple[int | None, ...]) -> str:
+    return " x ".join("any" if side is None else str(side) for side in sides)
 
 
 def count_parts(model: Model) -> list[Part]:

@@ -26,12 +26,17 @@ from mvision import __version__
 from mvision.compat import ONNX_NAME_SCOPES
 from mvision.deploy.compare import TOLERANCE, difference
 from mvision.deploy.coordinates import coordinate_operators, mark
-from mvision.deploy.exported import DESCRIPTION, XML, ExportedModel
+from mvision.deploy.exported import ExportedModel
+from mvision.deploy.opset import TORCH_OPSET, check_file, set_opset
+from mvision.deploy.output import data_name
+from mvision.deploy.sessions import DESCRIPTION, XML
 from mvision.errors import UserError
 from mvision.model import Model
+from mvision.weights.stored import first_line
 
 FORMATS = ("onnx", "openvino")
 BATCHES = (1, 4)  # batch sizes that are compared
+LARGE = 1_800_000_000  # bytes of weights from which on they get a file of their own: one ONNX file holds 2 GB
 STEP = 32  # image sides are multiples of the coarsest stride
 
 
@@ -47,19 +52,35 @@ class _FlatOutputs(nn.Module):
         return tuple(outputs[task][name] for task, name in self.names)
 
 
-def write_export(model: Model, path: Path, format: str, dynamic_size: bool = False) -> None:
+def write_export(
+    model: Model, path: Path, format: str, dynamic_size: bool = False, weights: str = "", opset: int | None = None
+) -> None:
     """Write a fused model.
 
     Args:
         path: a file for ``onnx``, a new folder for ``openvino``.
         format: one of ``FORMATS``.
         dynamic_size: the graph takes images of any size in multiples of 32; otherwise of ``config.image_size`` only.
+        weights: SHA-256 of the weights file; by it a run's folder knows the export of its weights.
+        opset: version of ONNX's operators, see ``set_opset``; None: torch's choice.
+
+    Raises:
+        UserError: the model cannot be written with this opset.
+        OSError: the disk is full, or its folder cannot be written.
     """
-    program = _onnx_program(model, dynamic_size)
-    description = json.dumps({"version": __version__, "model": model.config.model_dump(mode="json")})
-    program.model.metadata_props[DESCRIPTION] = description
+    import onnx_ir
+
+    graph = _onnx_program(model, dynamic_size, opset).model
+    if opset is not None:
+        set_opset(graph, opset)
+    described = {"version": __version__, "weights": weights, "precision": "fp32"}
+    description = json.dumps({**described, "model": model.config.model_dump(mode="json")})
+    graph.metadata_props[DESCRIPTION] = description
     file = path if format == "onnx" else path.with_name("model.onnx")
-    program.save(str(file))
+    size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
+    onnx_ir.save(graph, file, external_data=data_name(file) if size > LARGE else None)
+    if opset is not None:
+        check_file(file, opset)
     if format == "openvino":
         import openvino
 
@@ -67,12 +88,15 @@ def write_export(model: Model, path: Path, format: str, dynamic_size: bool = Fal
 
 
 def write_openvino(model: Any, folder: Path, description: str) -> None:
-    """Write an ``openvino.Model`` into a new folder, with coordinates marked to stay in float32."""
+    """Write an ``openvino.Model`` into a new folder, with coordinates marked to stay in float32; raises OSError."""
     import openvino
 
     folder.mkdir()
     model.set_rt_info(description, [DESCRIPTION])
-    openvino.save_model(model, folder / XML, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, folder / XML, compress_to_fp16=False)
+    except RuntimeError as error:  # this is what OpenVINO raises when a disk is full
+        raise OSError(f"OpenVINO: {first_line(error)}") from error
     mark(folder / XML, coordinate_operators(model))
 
 
@@ -114,7 +138,7 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _onnx_program(model: Model, dynamic_size: bool) -> torch.onnx.ONNXProgram:
+def _onnx_program(model: Model, dynamic_size: bool, opset: int | None) -> torch.onnx.ONNXProgram:
     height, width = model.config.image_size
     images = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     shape: dict[int, Any] = {0: torch.export.Dim("batch", min=1, max=1024)}
@@ -131,6 +155,7 @@ def _onnx_program(model: Model, dynamic_size: bool) -> torch.onnx.ONNXProgram:
             input_names=["images"],
             output_names=[f"{task}.{name}" for task, name in names],
             verbose=False,
+            opset_version=None if opset is None else max(opset, TORCH_OPSET),
         )
     assert program is not None
     _name_by_module(program.model.graph)

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
+import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvision.config import ModelConfig, parse_model_config
+from mvision.config import ModelConfig
+from mvision.deploy.output import restore
+from mvision.deploy.sessions import BIN, XML, Description, Session, open_session
 from mvision.errors import UserError
-from mvision.evaluation import Metric
-from mvision.heads.base import Head
-from mvision.inference.selection import Threshold
 from mvision.machine import InferencePrecision
-from mvision.model import Model
-from mvision.structures import Instances
+from mvision.model import Features, Model
+from mvision.weights.stored import first_line, without_data
 
-DESCRIPTION = "mvision"  # the metadata key of an exported file that holds the model's config
-XML = "model.xml"  # in the folder of an OpenVINO export
-
-Run = Callable[[np.ndarray], list[np.ndarray]]
+SLACK = 2**26  # numbers that a model can have besides those that its file has bytes for
 
 
 def is_exported(source: str | Path) -> bool:
     """Whether a source of weights is an ONNX file or an OpenVINO folder."""
     path = Path(source)
-    return path.suffix.lower() == ".onnx" or path.suffix.lower() == ".xml" or (path / XML).is_file()
+    if path.suffix.lower() in (".onnx", ".xml"):
+        return True
+    try:
+        restore(path)
+        return (path / XML).is_file()
+    except (OSError, ValueError):  # a name that no file can have, or a folder without permission
+        return False
 
 
 def export_path(file: Path, format: str) -> Path:
@@ -39,8 +39,8 @@ def export_path(file: Path, format: str) -> Path:
     return file.with_suffix(".onnx") if format == "onnx" else file.with_name(f"{file.stem}_{format}")
 
 
-class ExportedModel(nn.Module):
-    """An exported model that predicts and is evaluated like a ``Model`` (see ``mvision.evaluation.Evaluated``).
+class ExportedModel(Model):
+    """An exported model: it predicts and is evaluated like a ``Model``, and cannot be trained, fused, moved or saved.
 
     Args:
         path: an ONNX file, or a folder of OpenVINO.
@@ -48,166 +48,174 @@ class ExportedModel(nn.Module):
         precision: what OpenVINO computes in; ONNX Runtime has fp32 only on a CPU.
 
     Attributes:
-        config: the description of the model, read from the file.
+        path: as given.
+        session: the open graph, and what is described in the file.
+        heads: for the post-processing; they have random weights.
 
     Raises:
-        UserError: no such file, a file of another program or without one of the tasks, or a missing package.
+        UserError: no such file, a file of another program or without one of the tasks, one whose description does not
+            fit its graph, or a missing package.
     """
 
     def __init__(
         self, path: str | Path, tasks: Sequence[str] | None = None, precision: InferencePrecision = "fp32"
     ) -> None:
-        super().__init__()
         path = Path(path)
-        if path.suffix.lower() == ".xml":
-            path = path.parent
-        config, names, self._run = _open(path, precision)
-        self._outputs = [name.partition(".")[::2] for name in names]
+        session = _open(path, precision)
+        config = session.description.config
         missing = [task for task in tasks or () if task not in config.heads]
         if missing:
             raise UserError(f"weights {path}: there is no head '{', '.join(missing)}', only {', '.join(config.heads)}")
         if tasks is not None:
             config = config.model_copy(update={"heads": {task: config.heads[task] for task in tasks}})
+        try:
+            described = without_data(lambda: Model(config)).eval()
+        except Exception as error:  # constructors of timm's networks raise what they like
+            reason = first_line(error)
+            raise UserError(f"weights {path}: the model in its description cannot be built ({reason})") from error
+        _check_graph(described, session, path)
+        nn.Module.__init__(self)  # not Model's, which makes a backbone and a neck
         self.config = config
-        # For the post-processing of its heads, which needs no trained weights. It is built in 0.1 to 0.5 s.
-        self._model = Model(config)
-        del self._model.backbone, self._model.neck
-        self.eval()
-
-    @property
-    def tasks(self) -> list[str]:
-        """The names of the tasks that the model performs."""
-        return self._model.tasks
+        # Post-processing uses tensors that the heads compute when they are built.
+        self.heads = nn.ModuleDict({task: described.new_head(task, config.categories) for task in described.heads})
+        self.path, self.session = path, session
+        self._process, self._arguments = os.getpid(), (path, tasks, precision)
+        super().train(False)
 
     @property
     def device(self) -> torch.device:
         """The device that images have to be on."""
         return torch.device("cpu")
 
-    def head(self, task: str) -> Head:
-        """As ``Model.head``; its weights are random."""
-        return self._model.head(task)
+    @property
+    def files(self) -> list[Path]:
+        """The graph, and the weights where they are in a file of their own."""
+        return export_files(self.path)
 
-    def evaluators(self, task: str) -> list[type[Metric]]:
-        """As ``Model.evaluators``."""
-        return self._model.evaluators(task)
-
-    def forward(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
-        """Raw outputs by task name, of (B, 3, H, W) uint8."""
+    def forward(self, images: Tensor, targets: Any = None) -> dict[str, dict[str, Tensor]]:
+        """Raw outputs by task name, of (B, 3, H, W) uint8; any number of threads may call it at once."""
+        if targets is not None:
+            self._refuse("trained")
         if images.dtype != torch.uint8:
             raise UserError(f"an exported model takes uint8 images, not {images.dtype}")
+        if os.getpid() != self._process:
+            raise UserError(
+                f"{self.path}: was opened in another process, and its threads do not exist in this one; open it here, "
+                "or start processes with multiprocessing's 'spawn'"
+            )
         outputs: dict[str, dict[str, Tensor]] = {}
-        for (task, name), value in zip(self._outputs, self._run(images.cpu().contiguous().numpy())):
+        for output, value in zip(self.session.outputs, self.session.run(images.cpu().contiguous().numpy())):
+            task, _, name = output.partition(".")
             if task in self.config.heads:
                 outputs.setdefault(task, {})[name] = torch.from_numpy(np.asarray(value))
         return outputs
 
-    def postprocess(
-        self,
-        outputs: dict[str, dict[str, Tensor]],
-        sizes: Sequence[tuple[int, int]],
-        threshold: Threshold = 0.5,
-        *,
-        multi_label: bool = False,
-        nms: float | None = None,
-    ) -> list[Instances]:
-        """As ``Model.postprocess``."""
-        return self._model.postprocess(outputs, sizes, threshold, multi_label=multi_label, nms=nms)
+    def features(self, images: Tensor) -> Features:
+        """Refused: the graph returns outputs alone."""
+        self._refuse("asked for its features")
 
-    def results(
-        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.0
-    ) -> dict[str, list[Instances]]:
-        """As ``Model.results``."""
-        return self._model.results(outputs, sizes, threshold)
+    def run_head(self, task: str, features: Features, targets: Any = None) -> Any:
+        """Refused: the graph runs as a whole."""
+        self._refuse("run in parts")
+
+    def loss(self, outputs: dict[str, Any], targets: Any) -> dict[str, Tensor]:
+        """Refused: training needs the weights in PyTorch."""
+        self._refuse("trained")
+
+    def fuse(self) -> Model:
+        """Refused: it was fused before it was exported."""
+        self._refuse("fused again")
+
+    def train(self, mode: bool = True) -> Any:
+        """Only ``train(False)``, which changes nothing."""
+        if mode:
+            self._refuse("trained")
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Refused: the weights are in the graph."""
+        self._refuse("saved as weights")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: the weights are in the graph."""
+        self._refuse("given other weights")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """What ``to``, ``cuda``, ``half`` and others call; only what would change nothing is accepted."""
+        before = torch.zeros(1)
+        after = fn(before)
+        if (after.device, after.dtype) != (before.device, before.dtype):
+            self._refuse("moved or converted")
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy, or the model in another process, opens the file again."""
+        return ExportedModel, self._arguments
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise UserError(
+            f"{self.path}: an exported model only predicts, on the CPU, and cannot be {what}; use the weights that it "
+            "was made from"
+        )
+
+
+def exported_description(path: Path) -> Description:
+    """The description in an exported file. Raises the same errors as ``ExportedModel``."""
+    return _open(path, "fp32").description
 
 
 def exported_config(path: Path) -> ModelConfig:
-    """The config in an exported file. Raises the same errors as ``ExportedModel``."""
-    return _open(path, "fp32")[0]
+    """The model's config in an exported file. Raises the same errors as ``ExportedModel``."""
+    return exported_description(path).config
 
 
-def require(*packages: str) -> None:
-    """Raise a UserError that says what to install if one of the packages is missing."""
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"the package {package} is missing: pip install {package}")
+def _open(path: Path, precision: InferencePrecision) -> Session:
+    if path.suffix.lower() == ".xml":
+        if path.name != XML:
+            raise UserError(f"weights {path}: exported OpenVINO models are called {XML}; name the folder that it is in")
+        path = path.parent
+    return open_session(path, precision)
 
 
-@lru_cache(maxsize=1)
-def openvino_core() -> Any:
-    """The only ``openvino.Core`` of this process, never destroyed.
+def _check_graph(model: Model, session: Session, path: Path) -> None:
+    """Compare the description with the graph and the size of the file, before memory is taken for the heads.
 
-    On CPUs with AMX every ``Core`` replaces the stack of the process's signal handlers and restores the previous one
-    when it is destroyed. If two are destroyed in the order in which they were created, the second restores a stack that
-    was freed already, and the next signal (the end of a worker process) is a segmentation fault.
+    Args:
+        model: without data, except for networks that can be built with data only.
+
+    Raises:
+        UserError: the outputs have other names or shapes, or the heads are larger than the file.
     """
-    import openvino
-
-    return openvino.Core()
-
-
-def _open(path: Path, precision: InferencePrecision) -> tuple[ModelConfig, list[str], Run]:
-    """The model's config, the names of its outputs, and the function that runs it (compiled at its first call)."""
-    if not path.exists():
-        raise UserError(f"weights {path}: no such file or folder")
-    description, names, run = _open_onnx(path) if path.is_file() else _open_openvino(path, precision)
-    config = parse_model_config(json.loads(description)["model"])
-    config.backbone.pretrained = False  # the weights are in the file: nothing has to be downloaded
-    return config, names, run
-
-
-def _open_onnx(path: Path) -> tuple[str, list[str], Run]:
-    require("onnxruntime")
-    import onnxruntime
-
+    numbers = sum(parameter.numel() for parameter in model.heads.parameters())
+    size = sum(file.stat().st_size for file in export_files(path))
+    if numbers > size + SLACK:
+        raise UserError(
+            f"weights {path}: its description asks for heads of {numbers:,} numbers, and the file has {size:,} bytes"
+        )
+    parameter = next(model.parameters())
+    images = torch.zeros(1, 3, *model.config.image_size, dtype=torch.uint8, device=parameter.device)
     try:
-        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions have no common base class
-        raise UserError(f"weights {path}: ONNX Runtime cannot read it ({_first_line(error)})") from error
-    description = session.get_modelmeta().custom_metadata_map.get(DESCRIPTION)
-    if description is None:
-        raise UserError(f"weights {path}: not exported by mvision (its metadata, with the classes, are missing)")
-    names = [entry.name for entry in session.get_outputs()]
-
-    def run(images: np.ndarray) -> list[np.ndarray]:
-        try:
-            return session.run(names, {"images": images})
-        except Exception as error:
-            raise UserError(f"{path}: does not run on images of shape {images.shape} ({_first_line(error)})") from error
-
-    return description, names, run
-
-
-def _open_openvino(path: Path, precision: InferencePrecision) -> tuple[str, list[str], Run]:
-    require("openvino")
-    core = openvino_core()
-    try:
-        model = core.read_model(path / XML)
-    except RuntimeError as error:
-        raise UserError(f"weights {path}: OpenVINO cannot read it ({_first_line(error)})") from error
-    if not model.has_rt_info([DESCRIPTION]):
-        raise UserError(f"weights {path}: not exported by mvision (its metadata, with the classes, are missing)")
-    description = model.get_rt_info([DESCRIPTION]).astype(str)
-    # Without the hint OpenVINO computes in bf16 on every CPU that has it.
-    hint = {"fp32": "f32", "bf16": "bf16"}[precision]
-    names = [output.get_any_name() for output in model.outputs]
-
-    # A model compiled for one input shape is a quarter faster than one for any shape, and a run has few shapes.
-    @lru_cache(maxsize=4)
-    def request(shape: tuple[int, ...]) -> Any:
-        fixed = core.read_model(path / XML)
-        fixed.reshape({"images": list(shape)})
-        return core.compile_model(fixed, "CPU", {"INFERENCE_PRECISION_HINT": hint}).create_infer_request()
-
-    def run(images: np.ndarray) -> list[np.ndarray]:
-        try:
-            results: Any = request(images.shape).infer({"images": images})
-        except RuntimeError as error:
-            raise UserError(f"{path}: does not run on images of shape {images.shape} ({_first_line(error)})") from error
-        return [results[index].copy() for index in range(len(names))]
-
-    return description, names, run
+        with torch.no_grad():
+            outputs = model(images)
+    except (NotImplementedError, RuntimeError):  # some operators of timm's networks need data
+        return
+    for task, values in outputs.items():
+        for name, value in values.items():
+            found = session.outputs.get(f"{task}.{name}")
+            expected = tuple(value.shape)[1:]
+            if found is None or len(found) != value.ndim:
+                raise UserError(f"weights {path}: its graph has no output {task}.{name} as in its description")
+            for side, wanted in zip(found[1:], expected):
+                if side not in (None, wanted):
+                    raise UserError(
+                        f"weights {path}: its output {task}.{name} has shape {list(found)[1:]}, and the described "
+                        f"model {list(expected)}"
+                    )
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def export_files(path: Path) -> list[Path]:
+    """The files of an exported model: the graph, and the weights where they are in a file of their own."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir() or path.suffix.lower() == ".xml":
+        return [file for file in (folder / XML, folder / BIN) if file.is_file()]
+    return [path, *sorted(path.parent.glob(f"{path.name}.*data"))]

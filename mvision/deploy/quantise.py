@@ -7,6 +7,7 @@ in turn, the one with the most quantised layers first; the first that loses litt
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ import numpy as np
 from mvision.config import DataConfig
 from mvision.data import build_eval_loader, read_validation
 from mvision.deploy.export import quiet, write_openvino
-from mvision.deploy.exported import DESCRIPTION, XML, ExportedModel, openvino_core, require
+from mvision.deploy.exported import ExportedModel
+from mvision.deploy.output import writing
+from mvision.deploy.sessions import DESCRIPTION, XML, openvino_core, require
 from mvision.errors import UserError
 from mvision.evaluation import Validation, evaluate_all, make_metrics
 from mvision.heads import head_class
@@ -52,13 +55,14 @@ class Quantised:
         return f"INT8 lost {self.loss:.1%} of AP, more than {ALLOWED:.0%}" if self.loss > ALLOWED else None
 
 
-def quantise(folder: Path, data: str | None, log: Callable[[str], None]) -> Quantised:
+def quantise(folder: Path, data: str | None, log: Callable[[str], None], output: Path) -> Quantised:
     """Replace the OpenVINO model in ``folder`` by one in INT8.
 
     Args:
         data: data folder: its training images are calibrated with, its validation images are measured on. None: the
             built-in data set.
         log: is called with a line per candidate.
+        output: what errors call the folder.
 
     Raises:
         UserError: nncf is missing, or the data cannot be used.
@@ -73,7 +77,7 @@ def quantise(folder: Path, data: str | None, log: Callable[[str], None]) -> Quan
     tried: list[tuple[Quantised, Path]] = []
     for number, (candidate, floating) in enumerate(CANDIDATES.items()):
         path = folder.with_name(f"{folder.name}.int8-{number}")
-        _write_int8(folder, path, images, floating)
+        _write_int8(folder, path, images, floating, output)
         # The layers in floating point are measured in the precision that prediction uses.
         quantised_model = ExportedModel(path, precision="bf16" if cpu_has_bf16() else "fp32")
         result = Quantised(candidate, before, _primary_metrics(quantised_model, validation))
@@ -83,8 +87,9 @@ def quantise(folder: Path, data: str | None, log: Callable[[str], None]) -> Quan
         if result.loss <= ALLOWED:
             break
     best, path = min(tried, key=lambda entry: entry[0].loss)
-    for file in path.iterdir():
-        file.replace(folder / file.name)
+    with writing(output):
+        for file in path.iterdir():
+            file.replace(folder / file.name)
     return best
 
 
@@ -122,12 +127,12 @@ def _calibration_images(data: str | None, model: ExportedModel) -> Iterator[np.n
                 yield batch.images.contiguous().numpy()
 
 
-def _write_int8(source: Path, target: Path, images: list[np.ndarray], floating: list[str]) -> None:
+def _write_int8(source: Path, target: Path, images: list[np.ndarray], floating: list[str], output: Path) -> None:
     """Quantise the model in the folder ``source``, except for the nodes that match one of the patterns ``floating``."""
     import nncf
 
     model = openvino_core().read_model(source / XML)
-    description = model.get_rt_info([DESCRIPTION]).astype(str)
+    description = json.loads(model.get_rt_info([DESCRIPTION]).astype(str)) | {"precision": "int8"}
     with quiet():
         quantised = nncf.quantize(
             model,
@@ -136,4 +141,5 @@ def _write_int8(source: Path, target: Path, images: list[np.ndarray], floating: 
             subset_size=len(images),
             ignored_scope=nncf.IgnoredScope(patterns=floating, validate=False),
         )
-    write_openvino(quantised, target, description)
+    with writing(output):
+        write_openvino(quantised, target, json.dumps(description))

@@ -8,22 +8,24 @@ from pathlib import Path
 
 import torch
 
-from mvision.deploy.exported import ExportedModel, export_path, exported_config, is_exported
+from mvision.deploy.exported import ExportedModel, export_path, exported_description, is_exported
 from mvision.deploy.fast import prepare
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated
 from mvision.machine import InferencePrecision, InferencePrecisionOption, cpu_has_bf16, resolve_precision
 from mvision.storage.run_folder import BEST
-from mvision.weights import load, read_weights
+from mvision.weights import load, read_config
+from mvision.weights.stored import digest
 
 
 def open_fastest(
     source: str, tasks: Sequence[str], device: torch.device, precision: InferencePrecisionOption = "auto"
 ) -> tuple[Evaluated, str]:
-    """A model that is ready to predict, and a line that names its runtime, device and precision.
+    """A model that is ready to predict, and a line that names its runtime, device, precision and image size.
 
-    For a run folder on a CPU this is the OpenVINO export in it, if that is newer than the weights and has the tasks. A
-    ``source`` that is a file is always opened itself.
+    For a run folder on a CPU this is the OpenVINO export in it, if it gives what the weights give: it was made from
+    exactly these weights at the image size of the run, is not quantised, and has the tasks. Otherwise the line says why
+    it is not used. A ``source`` that is a file is always opened itself.
 
     Args:
         source: any source of weights, or an exported model.
@@ -35,22 +37,34 @@ def open_fastest(
     Raises:
         UserError: the weights cannot be used, or their runtime does not have this precision.
     """
-    exported = Path(source) if is_exported(source) else _export_in_run(source, tasks, device)
-    if exported is not None:
-        return _open_exported(exported, tasks, precision)
+    if is_exported(source):
+        return _open_exported(Path(source), tasks, precision)
+    hint = ""
+    if device.type == "cpu" and (Path(source) / BEST).is_file():
+        exported = export_path(Path(source) / BEST, "openvino")
+        obstacle = _obstacle(exported, Path(source) / BEST, tasks) if is_exported(exported) else ""
+        if obstacle is None:
+            return _open_exported(exported, tasks, precision)
+        not_used = f"; {exported.name} is not used: {obstacle}" if obstacle else ""
+        hint = f"{not_used}; faster after mvision export --weights {source} --format openvino"
     chosen = _check_precision(precision, device)
     model = prepare(load(source, tasks=list(tasks) or None).to(device), chosen)
-    hint = f"; faster after mvision export --weights {source} --format openvino" if _is_run(source, device) else ""
-    return model, f"PyTorch on {device.type} in {chosen}{hint}"
+    return model, f"PyTorch on {device.type} in {chosen}, {_size(model)}{hint}"
 
 
 def _open_exported(path: Path, tasks: Sequence[str], precision: InferencePrecisionOption) -> tuple[Evaluated, str]:
     if path.suffix.lower() == ".onnx":
         if precision == "bf16":
             raise UserError("--precision bf16: ONNX Runtime has fp32 only on a CPU; use an export for openvino")
-        return ExportedModel(path, list(tasks) or None), f"ONNX Runtime on cpu in fp32: {path}"
+        model = ExportedModel(path, list(tasks) or None)
+        return model, f"ONNX Runtime on cpu in fp32, {_size(model)}: {path}"
     chosen = _check_precision(precision, torch.device("cpu"))
-    return ExportedModel(path, list(tasks) or None, chosen), f"OpenVINO on cpu in {chosen}: {path}"
+    model = ExportedModel(path, list(tasks) or None, chosen)
+    return model, f"OpenVINO on cpu in {chosen}, {_size(model)}: {path}"
+
+
+def _size(model: Evaluated) -> str:
+    return "image size {}x{}".format(*model.config.image_size)
 
 
 def _check_precision(precision: InferencePrecisionOption, device: torch.device) -> InferencePrecision:
@@ -59,17 +73,23 @@ def _check_precision(precision: InferencePrecisionOption, device: torch.device) 
     return "bf16" if resolve_precision(precision, device) == "bf16" else "fp32"
 
 
-def _export_in_run(source: str, tasks: Sequence[str], device: torch.device) -> Path | None:
-    """The OpenVINO export in a run folder; None if it is older than the weights or lacks one of the tasks."""
-    weights = Path(source) / BEST
-    exported = export_path(weights, "openvino")
-    if not _is_run(source, device) or not is_exported(exported) or find_spec("openvino") is None:
-        return None
-    if exported.stat().st_mtime < weights.stat().st_mtime:
-        return None
-    wanted = tasks or read_weights(weights).config.heads
-    return exported if set(wanted) <= set(exported_config(exported).heads) else None
-
-
-def _is_run(source: str, device: torch.device) -> bool:
-    return device.type == "cpu" and (Path(source) / BEST).is_file()
+def _obstacle(exported: Path, weights: Path, tasks: Sequence[str]) -> str | None:
+    """Why the export beside a run's weights does not stand for them; None if it does."""
+    if find_spec("openvino") is None:
+        return "the package openvino is missing"
+    try:
+        description = exported_description(exported)
+    except UserError as error:
+        return str(error)
+    config = read_config(weights)
+    missing = [task for task in tasks or config.heads if task not in description.config.heads]
+    if not description.weights:
+        return "an older version wrote it, which did not store from which weights"
+    if description.weights != digest(weights):
+        return "it was made from other weights than the run has now"
+    if description.config.image_size != config.image_size:
+        (height, width), (h, w) = description.config.image_size, config.image_size
+        return f"it was made for images of {height}x{width}, and the run is for {h}x{w}"
+    if description.precision != "fp32":
+        return f"its weights are in {description.precision}"
+    return f"it lacks {', '.join(missing)}" if missing else None

@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -57,8 +58,26 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yields a new, hidden folder beside ``target`` in which something is made before it is moved there.
+
+    It is removed at the end of the block; what killed processes have left there is removed at the beginning.
+
+    Raises:
+        OSError: the folder cannot be created.
+    """
+    remove_partial_files(target.parent)
+    folder = target.with_name(_partial_name(target.name))
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def remove_partial_files(folder: Path, *, all_of_them: bool = False) -> int:
-    """Remove what killed processes have left of ``whole_file`` in a folder (not in the folders inside it).
+    """Remove what killed processes have left of ``whole_file`` and ``scratch_folder`` in a folder (not deeper inside).
 
     Only files of processes of this machine that have ended are removed: what another machine or container writes
     through a network disk cannot be told from a file that was left.
@@ -67,14 +86,14 @@ def remove_partial_files(folder: Path, *, all_of_them: bool = False) -> int:
         all_of_them: the caller knows that no other process writes into this folder, so nothing is in use.
 
     Returns:
-        How many files were removed.
+        How many files and folders were removed.
     """
     removed = 0
     for file in folder.iterdir() if folder.is_dir() else ():
         match = _PARTIAL_NAME.fullmatch(file.name)
         if match and (all_of_them or (match["place"] == _place() and not _is_running(int(match["process"])))):
             with suppress(OSError):  # another process was faster, or may and we may not
-                file.unlink()
+                shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
                 removed += 1
     return removed
 

@@ -58,7 +58,9 @@ def check_sigmas(sigmas: Sequence[float], count: int) -> str | None:
         return f"{len(sigmas)} sigmas for {count} keypoints"
     # "value <= 0" would accept NaN.
     invalid = [value for value in sigmas if not 0 < value < float("inf")]
-    return f"sigma {invalid[0]} is not above 0" if invalid else None
+    if not invalid:
+        return None
+    return f"sigma {invalid[0]} is not above 0" if invalid[0] <= 0 else f"sigma {invalid[0]} is not a finite number"
 
 
 def point_similarity(pred: Tensor, gt: Tensor, areas: Tensor, sigmas: Tensor) -> Tensor:

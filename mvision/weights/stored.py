@@ -8,10 +8,11 @@ refused there.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +24,7 @@ from mvision.errors import UserError
 from mvision.model import Model
 
 MAX_HEADER = 32 * 2**20  # bytes; the description of a model with 100,000 classes takes 12 MB
+T = TypeVar("T")
 _FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 
 
@@ -72,6 +74,13 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"weights {path}: damaged ({error})") from error
+
+
+def digest(source: str | Path) -> str:
+    """SHA-256 of a weights file (of a folder in Hugging Face's format: its file with the tensors)."""
+    path = Path(source)
+    with (path / "model.safetensors" if path.is_dir() else path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stored(tensor: Tensor) -> Stored:
@@ -128,21 +137,28 @@ def check_fit(config: ModelConfig, fused: bool, tensors: Mapping[str, Stored], s
 
 def _expected(config: ModelConfig, fused: bool, source: str | Path) -> dict[str, Tensor]:
     """The state dict of the described model, without data."""
+
+    def build() -> dict[str, Tensor]:
+        model = Model(config)
+        return (model.fuse() if fused else model).state_dict()
+
     try:
-        try:
-            with torch.device("meta"):
-                model = Model(config)
-                return (model.fuse() if fused else model).state_dict()
-        except (NotImplementedError, RuntimeError) as error:
-            if "meta tensor" not in str(error):
-                raise
-            # A few networks of timm read numbers from tensors while they are built; they have to be built with data.
-            model = Model(config)
-            return (model.fuse() if fused else model).state_dict()
+        return without_data(build)
     except Exception as error:  # constructors of timm's networks raise what they like
-        raise UserError(
-            f"weights {source}: the model in its description cannot be built ({first_line(error)})"
-        ) from error
+        reason = first_line(error)
+        raise UserError(f"weights {source}: the model in its description cannot be built ({reason})") from error
+
+
+def without_data(build: Callable[[], T]) -> T:
+    """Call a function that builds a model, on the meta device: its tensors have shapes but take no memory."""
+    try:
+        with torch.device("meta"):
+            return build()
+    except (NotImplementedError, RuntimeError) as error:
+        if "meta tensor" not in str(error):
+            raise
+        # A few networks of timm read numbers from tensors while they are built; they have to be built with data.
+        return build()
 
 
 def first_line(error: Exception) -> str:

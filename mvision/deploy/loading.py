@@ -1,0 +1,34 @@
+"""``mvision.load``: a model of any source, to train or to predict with, or an exported one, to predict with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mvision.deploy.exported import ExportedModel, is_exported
+from mvision.errors import UserError
+from mvision.model import Model
+from mvision.weights import load as load_weights
+
+
+def load(source: str | Path, tasks: Sequence[str] | None = None, device: str | torch.device = "cpu") -> Model:
+    """The model of a source of weights, in eval mode.
+
+    Args:
+        source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, or a Hub id; or an exported
+            model: an ``.onnx`` file or a folder of OpenVINO. An exported model predicts, and refuses everything else.
+        tasks: the tasks that the model keeps; None keeps all.
+        device: exported models run on the CPU.
+
+    Raises:
+        UserError: no such source, no weights in it, damaged, not finite, or without one of the tasks.
+    """
+    if not is_exported(source):
+        return load_weights(source, tasks, device)
+    if torch.device(device).type != "cpu":
+        raise UserError(
+            f"weights {source}: an exported model runs on the CPU, not on {device}; load its weights instead"
+        )
+    return ExportedModel(source, tasks)
