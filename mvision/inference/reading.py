@@ -110,12 +110,13 @@ class _Video:
         self.damaged = 0  # packets that cannot be decoded, and places where the file cannot be read
         self.doubtful = 0  # pictures that were decoded from damaged packets
         self.rate = DEFAULT_RATE
+        self._regular = self._missing = 0  # steps of one frame, and frames that longer steps leave out
         self._last = 0.0  # time of the latest picture
         self._shift = 0.0  # added to the times of the file
 
     def frames(self) -> Iterator[Frame]:
         """All pictures that can be decoded, then a frame without image where some cannot."""
-        announced = 0
+        announced, seconds = 0, 0.0
         name, options = ffmpeg_input(self.source.path, self.source.kind == "stream")
         try:
             with av.open(name, **options) as container:
@@ -125,6 +126,8 @@ class _Video:
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
                 announced = stream.frames
+                if not container.streams.audio:  # sound may be longer than the pictures
+                    seconds = (container.duration or 0) / av.time_base
                 self._set_rate(stream)
                 start = (container.start_time or 0) / av.time_base
                 for picture in self._pictures(container, stream):
@@ -143,7 +146,10 @@ class _Video:
         elif self.index < 0.9 * announced:  # the header's number is an estimate in some formats
             problem = f"breaks off after {self.index} of {announced} frames{self._damage()}"
             yield Frame(self.source, None, problem=problem)
-        elif self.damaged or self.doubtful:
+        elif self._last + 1 < 0.9 * seconds and not announced:
+            problem = f"breaks off after {self.index} frames, at {self._last:.1f} of {seconds:.1f} s{self._damage()}"
+            yield Frame(self.source, None, problem=problem)
+        elif self.damaged or self.doubtful or self._has_gaps:
             yield Frame(self.source, None, problem=f"{self.index} frames{self._damage()}")
 
     def _pictures(
@@ -193,6 +199,9 @@ class _Video:
         else:
             seconds = self._last + 1 / self.rate
             self._shift = 0.0 if given is None else seconds - given
+        steps = round((seconds - self._last) * self.rate)
+        self._regular += steps == 1
+        self._missing += max(steps - 1, 0)
         self._last = seconds
         return seconds
 
@@ -202,7 +211,13 @@ class _Video:
 
     def _damage(self) -> str:
         damage = f"; {self.damaged} damaged packets left out" if self.damaged else ""
-        return damage + (f"; {self.doubtful} frames are of damaged packets" if self.doubtful else "")
+        damage += f"; {self.doubtful} frames are of damaged packets" if self.doubtful else ""
+        return damage + (f"; {self._missing} frames or so are missing between them" if self._has_gaps else "")
+
+    @property
+    def _has_gaps(self) -> bool:
+        """Whether frames are missing; in a video whose frames come as they like, a long step means nothing."""
+        return self._regular > 0.5 * self.index and self._missing > 0.05 * self.index
 
     def _stopped(self, reason: str, error: Exception) -> Frame:
         if self.index == 0:
