@@ -11,6 +11,7 @@ import torch
 from mvision import Model, UserError
 from mvision.deploy import exported
 from mvision.deploy.exported import ExportedModel, export_path, is_exported
+from mvision.deploy.sessions import Description, Session
 from mvision.inference.predict import predict_images
 from tests.test_joint import TASKS, make_model
 
@@ -33,8 +34,10 @@ def opened(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
             values = model(torch.from_numpy(images))
         return [values[task][name].numpy() for task, name in names]
 
-    config = model.config.model_copy(deep=True)
-    monkeypatch.setattr(exported, "_open", lambda *_: (config, [f"{task}.{name}" for task, name in names], run))
+    shapes = {f"{task}.{name}": (None, *outputs[task][name].shape[1:]) for task, name in names}
+    session = Session(Description(model.config.model_copy(deep=True)), shapes, (None, 3, 64, 96), run, "PyTorch")
+    monkeypatch.setattr(exported, "_open", lambda *_: session)
+    monkeypatch.setattr(exported, "export_files", lambda path: [])
 
 
 @pytest.mark.parametrize("tasks", [None, ["keypoints"], ["semantic-seg", "detection"]])

@@ -25,7 +25,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made.mkdir()
     (made / "model.xml").write_text("float")
 
-    def write_int8(source: Path, target: Path, images: list, floating: list[str]) -> None:
+    def write_int8(source: Path, target: Path, images: list, floating: list[str], output: Path) -> None:
         assert (source / "model.xml").read_text() == "float"  # every candidate is made of the original
         target.mkdir()
         (target / "model.xml").write_text(" ".join(floating))
@@ -46,7 +46,7 @@ def give(monkeypatch: pytest.MonkeyPatch, before: dict[str, float], *after: dict
 def test_the_first_candidate_that_loses_little_is_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, {"a": 0.5}, {"a": 0.4}, {"a": 0.496}, {"a": 0.6})
     messages: list[str] = []
-    result = quantise(folder, None, messages.append)
+    result = quantise(folder, None, messages.append, Path("out"))
     assert (result.candidate, result.after) == (NAMES[1], {"a": 0.496})
     assert result.loss == pytest.approx(0.008)
     assert (folder / "model.xml").read_text() == " ".join(CANDIDATES[NAMES[1]])
@@ -56,7 +56,7 @@ def test_the_first_candidate_that_loses_little_is_kept(folder: Path, monkeypatch
 
 def test_the_least_loss_is_kept_if_all_lose_too_much(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     give(monkeypatch, {"a": 0.5, "b": 0.8}, {"a": 0.2, "b": 0.8}, {"a": 0.4, "b": 0.7}, {"a": 0.5, "b": 0.5})
-    result = quantise(folder, None, lambda line: None)
+    result = quantise(folder, None, lambda line: None, Path("out"))
     assert result.candidate == NAMES[1]  # 20 % of a; the others lose 60 % of a and 37.5 % of b
     assert result.loss == pytest.approx(0.2)
     assert (folder / "model.xml").read_text() == " ".join(CANDIDATES[NAMES[1]])
@@ -67,7 +67,7 @@ def test_no_images_to_calibrate_with(folder: Path, monkeypatch: pytest.MonkeyPat
     give(monkeypatch, {"a": 0.5})
     monkeypatch.setattr(module, "_calibration_images", lambda data, model: iter(()))
     with pytest.raises(UserError, match="--data nothing: no image to calibrate with"):
-        quantise(folder, "nothing", lambda line: None)
+        quantise(folder, "nothing", lambda line: None, Path("out"))
     assert (folder / "model.xml").read_text() == "float"
 
 

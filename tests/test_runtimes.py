@@ -10,11 +10,14 @@ import pytest
 import torch
 
 from mvision import UserError, load
-from mvision.deploy import runtimes
+from mvision.config import ModelConfig
+from mvision.deploy import exported, runtimes
 from mvision.deploy.fast import prepare
 from mvision.deploy.runtimes import open_fastest
+from mvision.deploy.sessions import Description
 from mvision.model import Model
 from mvision.weights import save_weights
+from mvision.weights.stored import digest
 from tests.test_joint import TASKS, make_model
 
 CPU = torch.device("cpu")
@@ -25,6 +28,7 @@ class Opened:
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
+        self.config = ModelConfig(image_size=(64, 96))
 
 
 @pytest.fixture(scope="module")
@@ -38,22 +42,23 @@ def model() -> Model:
 
 @pytest.fixture
 def run(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run folder with weights of two tasks and a newer OpenVINO export of the first, which is not opened really."""
+    """A run folder with weights of two tasks and an OpenVINO export of the first, which is not opened really."""
     save_weights(model, tmp_path / "best.safetensors")
     (tmp_path / "best_openvino").mkdir()
     (tmp_path / "best_openvino" / "model.xml").touch()
-    set_age(tmp_path, 10)
     monkeypatch.setattr(runtimes, "ExportedModel", Opened)
-    monkeypatch.setattr(runtimes, "exported_config", lambda path: make_model(TASKS[:1]).config)
+    describe(monkeypatch, tmp_path)
     monkeypatch.setattr(runtimes, "find_spec", lambda name: name)
     has_bf16(monkeypatch, False)
     return tmp_path
 
 
-def set_age(run: Path, seconds: float) -> None:
-    """Make the export that many seconds newer than the weights."""
-    for path, age in ((run / "best.safetensors", 100.0), (run / "best_openvino", 100.0 + seconds)):
-        os.utime(path, (age, age))
+def describe(monkeypatch: pytest.MonkeyPatch, run: Path, size: tuple[int, int] = (64, 96), **changes: str) -> None:
+    """What the export in the run says of itself: by default that it was made from the run's weights, for one task."""
+    config = make_model(TASKS[:1]).config
+    config.image_size = size
+    description = Description(config, **{"weights": digest(run / "best.safetensors"), **changes})
+    monkeypatch.setattr(runtimes, "exported_description", lambda path: description)
 
 
 def has_bf16(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
@@ -61,12 +66,12 @@ def has_bf16(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
         monkeypatch.setattr(f"{module}.cpu_has_bf16", lambda: value)
 
 
-def test_a_newer_export_with_the_tasks_is_taken(run: Path) -> None:
-    exported = run / "best_openvino"
+def test_an_export_of_the_weights_with_the_tasks_is_taken(run: Path) -> None:
+    path = run / "best_openvino"
     opened, line = open_fastest(str(run), [TASKS[0]], CPU, "fp32")
     assert isinstance(opened, Opened)
-    assert opened.arguments == (exported, [TASKS[0]], "fp32")
-    assert line == f"OpenVINO on cpu in fp32: {exported}"
+    assert opened.arguments == (path, [TASKS[0]], "fp32")
+    assert line == f"OpenVINO on cpu in fp32, image size 64x96: {path}"
 
 
 @pytest.mark.parametrize(
@@ -80,11 +85,41 @@ def test_an_export_without_the_tasks_or_beside_a_named_file_is_not_taken(run: Pa
     assert ("faster after mvision export" in line) == (not file)
 
 
-def test_an_export_that_is_older_than_the_weights_is_not_taken(run: Path) -> None:
-    set_age(run, -10)
-    assert isinstance(open_fastest(str(run), [TASKS[0]], CPU, "fp32")[0], Model)
-    set_age(run, 0)
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"weights": "0" * 64}, "it was made from other weights than the run has now"),
+        ({"weights": ""}, "an older version wrote it, which did not store from which weights"),
+        ({"size": (32, 96)}, "it was made for images of 32x96, and the run is for 64x96"),
+        ({"precision": "int8"}, "its weights are in int8"),
+    ],
+)
+def test_an_export_of_something_else_is_not_taken_and_said(
+    run: Path, monkeypatch: pytest.MonkeyPatch, changes: dict, reason: str
+) -> None:
+    describe(monkeypatch, run, **changes)
+    opened, line = open_fastest(str(run), [TASKS[0]], CPU, "fp32")
+    assert isinstance(opened, Model)
+    assert line == (
+        f"PyTorch on cpu in fp32, image size 64x96; best_openvino is not used: {reason}; "
+        f"faster after mvision export --weights {run} --format openvino"
+    )
+
+
+def test_newer_weights_are_noticed_whatever_the_clock_says(run: Path) -> None:
     assert isinstance(open_fastest(str(run), [TASKS[0]], CPU, "fp32")[0], Opened)
+    age = (run / "best_openvino").stat().st_mtime - 100
+    save_weights(make_model(TASKS[:2]), run / "best.safetensors")  # other statistics of norms
+    os.utime(run / "best.safetensors", (age, age))
+    assert isinstance(open_fastest(str(run), [TASKS[0]], CPU, "fp32")[0], Model)
+
+
+def test_a_damaged_export_does_not_keep_the_weights_from_being_used(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "exported_description", exported.exported_description)
+    opened, line = open_fastest(str(run), [TASKS[0]], CPU, "fp32")
+    assert isinstance(opened, Model)
+    assert "best_openvino is not used: weights" in line
+    assert "cannot read it" in line
 
 
 def test_without_openvino_the_export_is_not_taken(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,14 +133,14 @@ def test_auto_is_bf16_where_the_cpu_has_it(bf16: bool, run: Path, monkeypatch: p
     opened, line = open_fastest(str(run / "best.safetensors"), [], CPU)
     assert isinstance(opened, Model)
     assert next(opened.parameters()).dtype == (torch.bfloat16 if bf16 else torch.float32)
-    assert line == f"PyTorch on cpu in {'bf16' if bf16 else 'fp32'}"
+    assert line == f"PyTorch on cpu in {'bf16' if bf16 else 'fp32'}, image size 64x96"
     exported, line = open_fastest(str(run / "best_openvino"), [], CPU)
     assert isinstance(exported, Opened)
     assert exported.arguments[2] == ("bf16" if bf16 else "fp32")
     onnx, line = open_fastest("model.onnx", [], CPU)
     assert isinstance(onnx, Opened)
     assert onnx.arguments == (Path("model.onnx"), None)  # fp32, its default
-    assert line == "ONNX Runtime on cpu in fp32: model.onnx"
+    assert line == "ONNX Runtime on cpu in fp32, image size 64x96: model.onnx"
 
 
 def test_precisions_that_a_runtime_lacks(run: Path) -> None:
