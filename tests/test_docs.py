@@ -1,4 +1,4 @@
-"""The code in the pages under docs/ runs as it is written there."""
+"""The code in the pages under docs/ runs as it is written there, and their figures are those of the code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvision.weights import save_weights
+from mvision.config import schema
+from mvision.inference import streams
+from mvision.storage import yaml_files
+from mvision.structures import decoding
+from mvision.structures.images import MAX_SCANS
+from mvision.weights import save_weights, stored
+from mvision.weights.files import PICKLES
 from tests.test_weights import make_model
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "neck.md"
@@ -46,3 +52,23 @@ def test_a_trained_neck_on_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         for found, other in zip(names["neck"](names["backbone"](images)), expected):
             torch.testing.assert_close(found, other, atol=1e-4, rtol=1e-4)
     assert set(torch.load(tmp_path / "neck.pt")) == set(names["neck"].state_dict())
+
+
+def test_the_limits_on_the_security_page() -> None:
+    page = " ".join((PAGE.parent / "security.md").read_text(encoding="utf-8").split())
+    for text in (
+        f"up to {yaml_files.MAX_BYTES >> 20} MiB, {yaml_files.MAX_NODES:,} values with every alias written out, "
+        f"{yaml_files.MAX_DEPTH} levels, numbers of {yaml_files.MAX_DIGITS} characters",
+        f"| {decoding.DEFAULT_LIMIT >> 30} GiB: about 19,000 x 19,000 pixels | the environment variable "
+        f"`{decoding.LIMIT_VARIABLE}`",
+        f"may have {MAX_SCANS} passes",
+        f"| header of weights | {stored.MAX_HEADER >> 20} MiB |",
+        f"| {schema.MAX_CLASSES:,}; {schema.MAX_SIDE:,} pixels |",
+        f"| a web picture | {streams.MAX_DOWNLOAD >> 20} MB, {streams.MAX_SECONDS:.0f} s |",
+        f"given up after {streams.TIMEOUT:.0f} s",
+    ):
+        assert text in page, text
+    assert pytest.approx(decoding.DEFAULT_LIMIT, rel=0.02) == 19_000**2 * decoding.BYTES_PER_PIXEL
+    for name in (*decoding.FORMATS, *streams.PROTOCOLS):
+        assert name in page, name
+    assert set(re.findall(r"`(\.\w+)`", page)) == PICKLES - {".pickle"}
