@@ -43,9 +43,12 @@ def warn_of_slow_backbone(config: Config, log: Callable[[str], None]) -> None:
 
 
 def warn_of_nothing_to_measure(model: Model, sources: Sequence[DataSource], log: Callable[[str], None]) -> None:
-    """Without objects in the validation images there is no figure by which the best weights could be chosen."""
+    """Without objects in the validation images there is no figure by which the best weights could be chosen.
+
+    Validation images without any label are reported with the other oddities of their data set.
+    """
     empty = [task for task in model.tasks if not any(_can_measure(model, source, task) for source in sources)]
-    if not empty:
+    if not empty or all(source.val.annotated == 0 for source in sources):
         return
     rest = [task for task in model.tasks if task not in empty]
     choice = f"chosen by {', '.join(rest)} alone" if rest else "those of the newest evaluation"
