@@ -107,6 +107,8 @@ def find_sources(sources: Sequence[str | Path], leave_out: Path | None = None) -
     for source in sources:
         text = os.fspath(source)
         path = Path(text)
+        if not text.strip():
+            raise UserError("source '': no name; for the folder that you are in, give '.'")
         try:
             is_there, is_folder = path.exists(), path.is_dir()
         except (OSError, ValueError) as error:  # a folder above that may not be read, a name too long, or no name
