@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -96,7 +95,8 @@ def place(fresh: Path, target: Path) -> list[Path]:
     under the name from which ``restore`` brings it back.
 
     Args:
-        fresh: a folder, or an ONNX file, which can have a second file with the weights beside it.
+        fresh: a folder, or an ONNX file, which can have a second file with the weights beside it. It lies in a scratch
+            folder, to which the earlier folder is moved.
     """
     if fresh.is_dir():
         for file in fresh.iterdir():
@@ -132,23 +132,24 @@ def restore(target: Path) -> None:
 
 def _replace_folder(fresh: Path, target: Path) -> None:
     old = _second_name(target)
-    _remove(old)
+    _move_away(old, fresh.parent)
     if os.path.lexists(target):
         target.replace(old)
     fresh.replace(target)
-    _remove(old)
+    _move_away(old, fresh.parent)
 
 
 def _second_name(target: Path) -> Path:
     return target.parent / f".{target.name}.earlier"
 
 
-def _remove(old: Path) -> None:
-    """Remove an earlier export, and nothing else that may be there."""
-    if old.is_symlink():
-        old.unlink()
-    elif old.is_dir() and (_is_own_folder(old) or not any(old.iterdir())):
-        shutil.rmtree(old)
+def _move_away(old: Path, scratch: Path) -> None:
+    """Move an earlier export, and nothing else that may be there, into a folder that will be removed.
+
+    It is not removed here: a kill would leave half of it, which nobody knows for an export.
+    """
+    if old.is_dir() and (_is_own_folder(old) or not any(old.iterdir())):
+        old.replace(scratch / secrets.token_hex(4))
 
 
 def _flush(*files: Path) -> None:
