@@ -43,7 +43,7 @@ def link_poses(objects: Instances, poses: Instances, threshold: float, new: Inst
     with_poses = replace(objects, keypoints=keypoints)
     if new is None:
         new = poses.filter(poses.scores >= threshold)
-    alone = (_iou_within_classes(objects, new) < MIN_IOU).all(axis=0)
+    alone = np.asarray((_iou_within_classes(objects, new) < MIN_IOU).all(axis=0))
     return _concatenated(with_poses, new.filter(alone)) if alone.any() else with_poses
 
 
