@@ -55,7 +55,7 @@ def test_the_size_is_limited_before_decoding(tmp_path: Path, monkeypatch: pytest
     path = save(tmp_path, form)
     monkeypatch.setenv(LIMIT_VARIABLE, "7199")  # 40 * 60 * 3 = 7200
     for reader in READERS:
-        with pytest.raises(BadImage, match=rf"60 x 40 pixels take .* set .* {LIMIT_VARIABLE}=\d+") as caught:
+        with pytest.raises(BadImage, match=rf"60 x 40 pixels count as .* set .* {LIMIT_VARIABLE}=\d+") as caught:
             reader(path)
         assert "\n" not in str(caught.value)
     monkeypatch.setenv(LIMIT_VARIABLE, str(caught.value).rpartition("=")[2])  # what the message says is enough
