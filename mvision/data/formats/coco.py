@@ -163,6 +163,7 @@ class CocoSplit:
         """
         if self._annotations is None:
             raise ValueError(f"{self.split.annotations} was read without keeping its annotations")
+        own = {category.name for category in self.own}
         return {
             "images": [
                 {"id": record.id, "file_name": record.file, "height": record.height, "width": record.width}
@@ -172,7 +173,7 @@ class CocoSplit:
             "categories": [
                 {"id": category.id, "name": category.name, **describe_keypoints(category)}
                 for category in self.categories
-                if self._is_own(category)
+                if category.name in own
             ],
         }
 
@@ -187,11 +188,9 @@ class CocoSplit:
     @property
     def labelled_classes(self) -> np.ndarray | None:
         """(C,) bool: which of the categories this data set has; None where it has all."""
-        labelled = np.array([self._is_own(category) for category in self.categories])
+        own = {category.name for category in self.own}
+        labelled = np.array([category.name in own for category in self.categories])
         return None if labelled.all() else labelled
-
-    def _is_own(self, category: Category) -> bool:
-        return any(category.name == own.name for own in self.own)
 
     def _clean(
         self, raw: dict[str, Any], where: str, positions: dict[int, int]

@@ -7,6 +7,7 @@ several folders: those that come into question are a split's ``images`` and ``fo
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -182,7 +183,7 @@ def _image_folder(part: str, places: Sequence[Path]) -> Path | None:
     exact = next((place / part for place in places if (place / part).is_dir()), None)
     if exact is not None:
         return exact
-    folders = [entry for place in places for entry in _visible(place) if entry.is_dir()]
+    folders = [folder for place in places for folder in _visible_folders(place)]
     alike = [folder for folder in folders if folder.name.casefold() == part.casefold()]
     if not alike and split_of(part) is not None:
         alike = [folder for folder in folders if split_of(folder.name) == split_of(part)]
@@ -206,8 +207,18 @@ def _others(folders: Iterable[Path | None], first: Path) -> tuple[Path, ...]:
 
 def _subfolders(root: Path) -> tuple[Path, ...]:
     """Folders that images usually lie in come first."""
-    folders = [entry for entry in _visible(root) if entry.is_dir()]
+    folders = _visible_folders(root)
     return tuple(sorted(folders, key=lambda folder: (folder.name.casefold() not in IMAGE_FOLDERS, folder.name)))
+
+
+def _visible_folders(root: Path) -> list[Path]:
+    """Without a look at every file: there may be 100,000 images beside them."""
+    try:
+        with os.scandir(root) as entries:
+            names = sorted(entry.name for entry in entries if entry.is_dir())
+    except OSError as error:
+        raise UserError(f"--data {root}: cannot be read ({error.strerror})") from error
+    return [root / name for name in names if not name.startswith((".", "__MACOSX"))]
 
 
 def _visible(root: Path) -> list[Path]:

@@ -40,8 +40,13 @@ def numbers(value: Any, count: int) -> list[float] | None:
         value = value.strip().strip("[]()").replace(",", " ").split()
     if not isinstance(value, list) or len(value) != count:
         return None
-    found = [entry for entry in map(number, value) if entry is not None]
-    return found if len(found) == count else None
+    found = []
+    for entry in value:
+        exact = entry if type(entry) is float and math.isfinite(entry) else number(entry)
+        if exact is None:
+            return None
+        found.append(exact)
+    return found
 
 
 def flag(value: Any) -> bool:

@@ -183,19 +183,18 @@ def _keypoints(
         problems.add("keypoints that are no numbers: the object has none", str(where), "keypoints")
         return None
     height, width = size
-    seen = points[:, 2] > 0
-    if not seen.any():
-        if points[:, :2].any():
-            kind = "object whose keypoints have places but visibility 0, which means not labelled: nothing is learned"
-            problems.add(kind, str(where), "keypoints")
-        return np.zeros_like(points)
-    bad = seen & ~np.isfinite(points).all(axis=1)
-    inside = (points[:, 0] >= 0) & (points[:, 0] <= width) & (points[:, 1] >= 0) & (points[:, 1] <= height)
-    outside = seen & ~bad & ~inside
-    if bad.any():
-        problems.add("keypoint with NaN: counted as not labelled", str(where), "keypoints")
-    if outside.any():
-        problems.add("keypoint outside the image: counted as not labelled", str(where), "keypoints")
-    points[~seen | bad | outside] = 0
-    points[points[:, 2] > 0, 2] = points[points[:, 2] > 0, 2].clip(1, 2).round()  # some files have a confidence here
+    x, y, visible = points.T
+    seen = visible > 0
+    good = seen & (x >= 0) & (x <= width) & (y >= 0) & (y <= height) & (visible < np.inf)
+    if not seen.any() and points[:, :2].any():
+        kind = "object whose keypoints have places but visibility 0, which means not labelled: nothing is learned"
+        problems.add(kind, str(where), "keypoints")
+    if (seen != good).any():
+        finite = np.isfinite(points[seen & ~good]).all(axis=1)
+        if not finite.all():
+            problems.add("keypoint with NaN: counted as not labelled", str(where), "keypoints")
+        if finite.any():
+            problems.add("keypoint outside the image: counted as not labelled", str(where), "keypoints")
+    points[:, 2] = np.rint(visible.clip(1, 2))  # some files have a confidence here
+    points[~good] = 0
     return points

@@ -133,6 +133,13 @@ class Outlines:
     def __len__(self) -> int:
         return len(self.first_part) - 1
 
+    @property
+    def present(self) -> np.ndarray:
+        """(N,) bool: the object has an outline."""
+        present = np.diff(self.first_part) > 0
+        present[list(self.run_lengths)] = True
+        return present
+
     def __getitem__(self, index: int) -> Outline | None:
         if index in self.run_lengths:
             return self.run_lengths[index]
@@ -192,7 +199,10 @@ def _parse_polygon(part: Any, height: int, width: int) -> np.ndarray | None:
         points = np.array(part, dtype=np.float64).reshape(-1, 2)
     except (TypeError, ValueError, OverflowError):
         return None
-    # Not-a-number fails every comparison.
+    # Most polygons are short enough whatever way they take. Not-a-number fails every comparison.
+    most, side = float(np.abs(points).max()), min(height, width)
+    if most <= FARTHEST * side and 2 * most * len(points) <= min(LONGEST * side, LONGEST_PIXELS):
+        return points
     if not (np.abs(points) <= (FARTHEST * width, FARTHEST * height)).all():
         return None
     steps = np.abs(np.diff(points, axis=0, append=points[:1]))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from mvision.data.formats.coco import CocoSplit
+from mvision.data.formats.segmentation import Outlines
 from mvision.errors import UserError
 from mvision.heads import head_class
 
@@ -58,9 +57,8 @@ def usable_objects(split: CocoSplit) -> dict[str, int]:
     """Objects (no crowds) that have something for a field of ``Targets``, by field; of those fields that were read."""
     real, labels = ~split.labels.crowd, split.labels
     counts = {"boxes": int(real.sum())}
-    if labels.outlines is not None:
-        outlines = labels.outlines
-        counts["masks"] = sum(outlines[int(row)] is not None for row in np.flatnonzero(real))
+    if isinstance(labels.outlines, Outlines):
+        counts["masks"] = int((labels.outlines.present & real).sum())
     if labels.keypoints is not None:
         counts["keypoints"] = int((labels.keypoints[real, :, 2] > 0).any(axis=1).sum())
     return counts
