@@ -322,7 +322,8 @@ def test_ctrl_c_ends_a_training_with_130_and_leaves_whole_files(data: Path, tmp_
         with contextlib.suppress(ProcessLookupError):  # nothing is left of the group where all is well
             os.killpg(child.pid, signal.SIGKILL)
     assert child.returncode == 130, errors
-    assert errors.splitlines()[-1] == "stopped by Ctrl-C"
+    line = "stopped by Ctrl-C; go on with: mvision train --resume runs/detection/1"
+    assert errors.splitlines()[-1] == line
     assert "Traceback" not in errors
     load(folder)
     RunFolder.resume(folder)

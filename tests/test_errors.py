@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mvision.cli.main import cli, run
-from mvision.errors import UserError, did_you_mean, printable, printable_lines
+from mvision.errors import Stopped, UserError, did_you_mean, printable, printable_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = {
@@ -99,6 +101,14 @@ class TestExceptions:
         raising.append(KeyboardInterrupt())
         assert run(["info"]) == 130
         assert capsys.readouterr().err.split("\n")[-2] == "stopped by Ctrl-C"
+
+    def test_a_signal_has_its_exit_code_and_says_how_to_go_on(
+        self, raising: list[BaseException], capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        raising.append(Stopped(signal.SIGTERM, "go on with: mvision train --resume runs/detection/1"))
+        assert run(["info"]) == 143
+        line = "stopped by SIGTERM; go on with: mvision train --resume runs/detection/1"
+        assert capsys.readouterr().err.split("\n")[-2] == line
 
     @pytest.mark.parametrize(
         ("error", "line"),
@@ -193,3 +203,26 @@ def test_an_error_about_a_hostile_name_is_one_safe_line(capsys: pytest.CaptureFi
             ["predict"],
         ):
             refused(capsys, *arguments, name)
+
+
+def test_names_of_classes_are_shown_safely_and_kept_as_they_are(
+    squares: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "\x1b[31mred\n\u202e|x|"
+    for file in (squares / "annotations").iterdir():
+        file.write_text(file.read_text().replace('"name": "red"', f'"name": {json.dumps(name)}'))
+    assert run(["data", "check", str(squares)]) == 0
+    shown = capsys.readouterr().out
+    assert r"\x1b[31mred\n\u202e|x|" in shown
+    assert "\x1b" not in shown
+    assert run(["data", "convert", str(squares), str(squares / "copy")]) == 0
+    copied = json.loads((squares / "copy" / "annotations" / "val.json").read_text(encoding="utf-8"))
+    assert [category["name"] for category in copied["categories"]] == ["blue", name]
+
+
+def test_half_a_character_in_a_class_name_is_refused(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No file in UTF-8 can hold it, and the evaluator cannot take it: an hour of training would end there."""
+    file = squares / "annotations" / "train.json"
+    file.write_text(file.read_text().replace('"red"', r'"red \ud83d"'))
+    assert run(["data", "check", str(squares), "--split", "train"]) == 2
+    assert r"category 5 has half a character in its name, 'red \ud83d'" in capsys.readouterr().out

@@ -8,8 +8,10 @@ import signal
 import sys
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from types import TracebackType
@@ -37,7 +39,12 @@ SETTLE = 5.0  # seconds to wait for the end of a process
 
 
 class Loader:
-    """Batches of a split. Training calls ``epoch(n)``, evaluation ``for batch in loader``, which is epoch 0."""
+    """Batches of a split. Training calls ``epoch(n)``, evaluation ``for batch in loader``, which is epoch 0.
+
+    Attributes:
+        unreadable: files that could not be read, and how often they were tried. A batch names each for the first time
+            only: a run of a hundred epochs would repeat the list a hundred times.
+    """
 
     def __init__(
         self,
@@ -49,6 +56,7 @@ class Loader:
         self.dataset = dataset
         self.batches = batches
         self.workers = workers
+        self.unreadable: Counter[str] = Counter()
         parallel: dict[str, Any] = {}
         if workers > 0:
             parallel = {
@@ -88,12 +96,31 @@ class Loader:
             self.batches.epoch, self.batches.start = number, start
         for packed in self._guarded():
             if isinstance(packed, PackedBatch):
-                yield packed.unpack()
+                yield replace(packed.unpack(), skipped=self._new(packed.skipped))
             elif not self.dataset.augmented:
-                yield Batch(torch.zeros((0, 3, *self.batches.image_size), dtype=torch.uint8), [], packed)
+                yield Batch(torch.zeros((0, 3, *self.batches.image_size), dtype=torch.uint8), [], self._new(packed))
             else:
                 files = "; ".join(f"{path}: {reason}" for path, reason in packed[:3])
-                raise UserError(f"no image of a whole batch can be read, nor any in its place: {files}, ...")
+                raise UserError(
+                    f"no image of a whole batch can be read, nor any in its place: {files}, ...; "
+                    "mvision data check lists every such file"
+                )
+
+    def missing(self) -> str | None:
+        """A line about the images that could not be read since the loader was made; None where all could."""
+        if not self.unreadable:
+            return None
+        kind, times = ("training", f" {self.unreadable.total()} times") if self.dataset.augmented else ("validation", "")
+        effect = "replaced by others" if self.dataset.augmented else "left out of the figures"
+        count = len(self.unreadable)
+        examples = ", ".join(list(self.unreadable)[:3]) + ", ..." * (count > 3)
+        return f"{count} {kind} image{'s' * (count > 1)} could not be read, {effect}{times}: {examples}"
+
+    def _new(self, skipped: Skipped) -> Skipped:
+        """Those of these (file, reason) that no batch has named yet; all are counted."""
+        new = {file: reason for file, reason in skipped if file not in self.unreadable}
+        self.unreadable.update(file for file, _ in skipped)
+        return list(new.items())
 
     def close(self) -> None:
         """End the worker processes now and not with the loader."""
@@ -236,11 +263,18 @@ def worker_context() -> BaseContext:
     """
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
-    from multiprocessing.forkserver import ensure_running  # not importable on Windows
+    from multiprocessing import resource_tracker  # not importable on Windows, nor is the next
+    from multiprocessing.forkserver import ensure_running
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mvision.data.loading.loader"])
-    ensure_running()  # its imports take seconds, in which the caller can go on
+    # The server and the workers never see Ctrl-C and SIGTERM, which terminals and schedulers send to every process.
+    resource_tracker.ensure_running()  # else it is started below, and lifts the block
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        ensure_running()  # its imports take seconds, in which the caller can go on
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 
