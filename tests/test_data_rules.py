@@ -186,7 +186,7 @@ def test_dense_pictures_name_the_setting(tmp_path: Path) -> None:
     read_data_sources(config.data, ["detection"], 0, lines.append, config.model.heads)
     expected = (
         "  ! 3 x image with more objects than the 1 that detection can find: raise them with "
-        "-o model.heads.detection.num_queries=2 (1.png: 2, 2.png: 2, 3.png: 2)"
+        "-o model.heads.detection.num_queries=2 (1.png: 2; 2.png: 2; 3.png: 2)"
     )
     assert expected in lines
     assert expected in check(str(root), assignments=["model.heads.detection.num_queries=1"]).text().splitlines()

@@ -28,8 +28,8 @@ class Problem:
     field: str = "boxes"
 
     def __str__(self) -> str:
-        more = ", ..." if self.count > MAX_EXAMPLES else ""
-        return printable(f"{self.count} x {self.kind} ({', '.join(self.examples[:MAX_EXAMPLES])}{more})")
+        more = "; ..." if self.count > MAX_EXAMPLES else ""
+        return printable(f"{self.count} x {self.kind} ({'; '.join(self.examples[:MAX_EXAMPLES])}{more})")
 
 
 class Problems:
