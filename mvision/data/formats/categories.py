@@ -65,6 +65,11 @@ def _entries(categories: list[Any], where: str) -> list[tuple[int, dict[str, Any
         name = entry.get("name")
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"{where}: category {identity} has no name")
+        if any("\ud800" <= character <= "\udfff" for character in name):  # which no file in UTF-8 can hold
+            raise UserError(
+                f"{where}: category {identity} has half a character in its name, {name!a}, as where a text was cut "
+                "within an emoji; rename it"
+            )
         entries.append((identity, entry))
     return entries
 
