@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from mvision.errors import UserError
+from mvision.inference import reading
 from mvision.inference.predict_sources import predict_sources
 from mvision.inference.sources import Source, Sources, find_sources
-from tests.fake_model import FakeModel, paint, save, written
+from tests.fake_model import SIZE, FakeModel, paint, save, written
 from tests.test_inference_sources import write_image
 
 RED = (0, (30, 20, 60, 60))
@@ -173,6 +174,21 @@ def test_an_earlier_predictions_json_goes_with_the_first_new_picture(
             predict_sources(model, [tmp_path / "in"], tmp_path / "out", progress=False)
         assert (tmp_path / "out" / "predictions.json").exists() == is_left
         assert not is_left or (tmp_path / "out" / "predictions.json").read_bytes() == old
+
+
+def test_very_large_pictures_are_not_kept_but_read_again(
+    model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(4):
+        save(tmp_path / "in" / f"{number}.png", paint((96 + number, 128), [RED]))
+    predict_sources(model, [tmp_path / "in"], tmp_path / "kept", progress=False)
+    monkeypatch.setattr(reading, "BIG", 96 * 128)
+    kept = [frame.image is not None for frame in reading.read_frames(find_sources([tmp_path / "in"]), input_size=SIZE)]
+    assert kept == [True, False, False, False]
+    predict_sources(model, [tmp_path / "in"], tmp_path / "again", progress=False)
+    assert written(tmp_path / "again") == written(tmp_path / "kept")
+    for name in written(tmp_path / "kept"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "kept" / name).read_bytes()
 
 
 def test_pictures_of_a_data_set_stay_in_the_output_folder(model: FakeModel, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from types import TracebackType
@@ -23,7 +23,7 @@ from mvision.inference.summary import PREDICTIONS, Summary
 from mvision.inference.video_file import VideoWriter, errors_name
 from mvision.storage.atomic import remove_partial_files, whole_file
 from mvision.structures import Category, Instances
-from mvision.structures.images import write_image
+from mvision.structures.images import BadImage, write_image
 
 OPTIONAL_KEYS = ("segmentation", "keypoints", "region")  # of its entries, after those that all have
 
@@ -93,6 +93,7 @@ class Output:
         self._undrawable: Source | None = None  # a video that the encoder has refused
         self._separator = "[\n"
         self._earlier_is_there, self._lock = True, threading.Lock()
+        self._one_large = threading.Lock()  # held while a picture is drawn that is too large to be kept
         with ExitStack() as files:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -125,24 +126,26 @@ class Output:
         Of two sets of instances the first is drawn and the second written to ``predictions.json``.
         """
         number, frame, found = item
-        if frame.image is None or found is None:
+        if found is None:
             return Rendered(frame)
         shown = found[0]
         regions = [] if shown.regions is None else shown.regions.class_names
         rendered = Rendered(frame, found=shown.class_names, regions=regions)
         rendered.entries = self._entries(number, frame, found[-1], rendered.unknown)
         if frame.source != self._undrawable:
-            self._draw(rendered, shown)
+            with nullcontext() if frame.again is None else self._one_large:
+                self._draw(rendered, shown)
         return rendered
 
     def _draw(self, rendered: Rendered, shown: Instances) -> None:
         frame = rendered.frame
-        assert frame.image is not None
         try:
-            size = frame.image.shape[:2]
-            picture = (shown if shown.size == size else shown.resized(size)).draw(frame.image)
-        except (cv2.error, MemoryError, OverflowError) as error:  # of pictures of extraordinary size
-            rendered.not_drawn = f"{frame.image.shape[1]} x {frame.image.shape[0]} pixels cannot be drawn on ({error})"
+            image = frame.image if frame.again is None else frame.again()
+            assert image is not None
+            picture = (shown if shown.size == frame.size else shown.resized(frame.size)).draw(image)
+            del image  # a large one is not needed any more
+        except (BadImage, cv2.error, MemoryError, OverflowError) as error:  # of pictures of extraordinary size
+            rendered.not_drawn = f"{frame.size[1]} x {frame.size[0]} pixels cannot be drawn on ({error})"
             return
         if frame.source.kind != "image":
             rendered.picture = picture

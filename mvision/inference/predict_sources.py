@@ -93,8 +93,9 @@ def _run(
     progress: bool,
 ) -> None:
     """Six stages that overlap: decode, resize, infer (in this thread), post-process, draw and encode, write."""
-    frames = read_frames(inputs, ahead=WORKERS, pixel_range=model.config.pixel_range)
-    prepared = ordered_map(partial(_prepare_frame, model.config.image_size), frames, workers=2, ahead=2)
+    size, pixel_range = model.config.image_size, model.config.pixel_range
+    frames = read_frames(inputs, ahead=WORKERS, pixel_range=pixel_range, input_size=size)
+    prepared = ordered_map(partial(_prepare_frame, size), frames, workers=2, ahead=2)
     inferred = infer(model, prepared, chosen, batch_size)
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))
     rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
@@ -107,7 +108,8 @@ def _run(
 
 
 def _prepare_frame(size: tuple[int, int], frame: Frame) -> Prepared[Frame]:
-    if frame.image is None:
-        return frame, None, (0, 0)
+    model_input = frame.model_input
+    if model_input is None:
+        model_input = None if frame.image is None else resize_image(frame.image, size)
     # Results are in the pixels that the data set's annotations are in, where the picture is of a data set.
-    return frame, resize_image(frame.image, size), frame.source.size or frame.image.shape[:2]
+    return frame, model_input, frame.source.size or frame.size

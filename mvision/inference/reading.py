@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
@@ -15,8 +15,8 @@ from mvision.errors import UserError
 from mvision.inference.pipeline import background, ordered_map
 from mvision.inference.sources import Source
 from mvision.inference.streams import downloaded, ffmpeg_input
-from mvision.structures.decoding import check_size
-from mvision.structures.images import BadImage, PixelRange, read_image
+from mvision.structures.decoding import BIG, check_size
+from mvision.structures.images import BadImage, PixelRange, read_image, resize_image
 
 DECODERS = 4
 DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not give a rate
@@ -34,12 +34,15 @@ class Frame:
 
     Attributes:
         source: the file or camera that it is from.
-        image: (H, W, 3) uint8 RGB, upright; None if it cannot be read, see ``problem``.
+        image: (H, W, 3) uint8 RGB, upright; None if it cannot be read, see ``problem``, or is not kept, see ``again``.
         index: 0-based number within a video or camera, None for an image file.
         time: seconds since the start of the video.
         rate: frames per second of the video.
         problem: the reason why an image, or a part of a video, cannot be read.
         notes: what was left out of the picture or replaced in it, a line each.
+        model_input: the picture at the size of the model's input; of pictures that are not kept.
+        size: (height, width) of the picture in pixels, (0, 0) without one.
+        again: reads a picture that is not kept: some of them at once would fill the memory.
     """
 
     source: Source
@@ -49,12 +52,24 @@ class Frame:
     rate: float = 0.0
     problem: str = ""
     notes: list[str] = field(default_factory=list)
+    model_input: np.ndarray | None = None
+    size: tuple[int, int] = (0, 0)
+    again: Callable[[], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        if self.image is not None:
+            self.size = self.image.shape[:2]
 
 
 def read_frames(
-    sources: Iterable[Source], ahead: int = 2 * DECODERS, pixel_range: PixelRange | None = None
+    sources: Iterable[Source],
+    ahead: int = 2 * DECODERS,
+    pixel_range: PixelRange | None = None,
+    input_size: tuple[int, int] | None = None,
 ) -> Generator[Frame, None, None]:
     """Decode in the background, up to ``ahead`` pictures before they are taken, and yield frames in order.
+
+    With ``input_size``, very large pictures are not kept, see ``Frame.again``.
 
     A picture of a folder or a glob that cannot be read is a frame without image; so is what is missing in a video,
     after its readable frames.
@@ -64,22 +79,31 @@ def read_frames(
     """
     for kind, group in groupby(sources, key=lambda source: source.kind):
         if kind == "image":
-            yield from ordered_map(partial(_read_image, pixel_range), group, workers=DECODERS, ahead=ahead)
+            read = partial(_read_image, pixel_range, input_size)
+            yield from ordered_map(read, group, workers=DECODERS, ahead=ahead)
             continue
         for source in group:
             yield from background(_read_camera(source) if kind == "camera" else _Video(source).frames())
 
 
-def _read_image(pixel_range: PixelRange | None, source: Source) -> Frame:
+def _read_image(pixel_range: PixelRange | None, input_size: tuple[int, int] | None, source: Source) -> Frame:
     notes: list[str] = []
     try:
         if source.path.startswith(("http://", "https://")):
             with downloaded(source.path) as file:
                 return Frame(source, read_image(file, pixel_range=pixel_range, notes=notes), notes=notes)
-        image = read_image(source.path, pixel_range=pixel_range, notes=notes)
-        return Frame(source, _as_labelled(source, image, pixel_range), notes=notes)
+        frame = Frame(source, _decoded(source, pixel_range, notes), notes=notes)
     except BadImage as error:
         return _unreadable(source, error.reason, error)
+    if frame.image is not None and input_size is not None and frame.size[0] * frame.size[1] > BIG:
+        frame.model_input, frame.image = resize_image(frame.image, input_size), None
+        frame.again = partial(_decoded, source, pixel_range, [])
+    return frame
+
+
+def _decoded(source: Source, pixel_range: PixelRange | None, notes: list[str]) -> np.ndarray:
+    image = read_image(source.path, pixel_range=pixel_range, notes=notes)
+    return _as_labelled(source, image, pixel_range)
 
 
 def _as_labelled(source: Source, image: np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
