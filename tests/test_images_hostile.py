@@ -71,7 +71,10 @@ def test_a_limit_that_is_no_number_is_named(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(("width", "height"), [(60000, 60000), (2**31 - 1, 2**31 - 1), (2**20, 1), (0, 40)])
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM"])
-def test_headers_that_claim_absurd_sizes(tmp_path: Path, form: str, width: int, height: int) -> None:
+def test_headers_that_claim_absurd_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, width: int, height: int
+) -> None:
+    monkeypatch.setenv(LIMIT_VARIABLE, str(10**8))
     path = save(tmp_path, form)
     data = bytearray(path.read_bytes())
     at, size, order = {
@@ -153,6 +156,26 @@ def test_a_jpeg_of_many_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(images, "MAX_SCANS", 5)
     with pytest.raises(BadImage, match="a progressive JPEG of 10 passes"):
         read_image(path)
+
+
+def test_headers_that_take_long_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.ppm").write_bytes(b"P6\n#" + b"x" * 3_000_000 + b"\n1 1\n255\nabc")
+    (tmp_path / "b.ppm").write_bytes(b"P6 # a comment\n#another\n1 1\n255\nabc")
+    for reader in READERS:
+        with pytest.raises(BadImage, match="no size in the first 65536 bytes"):
+            reader(tmp_path / "a.ppm")
+    assert read_image(tmp_path / "b.ppm").tolist() == [[[97, 98, 99]]]
+    path = save(tmp_path, "WEBP")
+    with path.open("r+b") as file:
+        file.truncate(3 << 30)  # no byte of it is on the disk
+    for reader in READERS:
+        with pytest.raises(BadImage, match=r"a WebP file of 3\.2 GB, and 1\.1 GB are allowed"):
+            reader(path)
+    path = save(tmp_path, "TIFF")
+    Image.fromarray(IMAGE).save(path, save_all=True, append_images=[Image.fromarray(IMAGE)] * 4)
+    assert frames(path) == 5
+    monkeypatch.setattr(images, "MOST_PAGES", 3)
+    assert frames(path) == 3
 
 
 def test_big_pictures_are_decoded_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -122,8 +122,11 @@ def test_sixteen_bits_in_every_colour(tmp_path: Path, suffix: str, opacity: bool
     path = tmp_path / f"a.{suffix}"
     cv2.imwrite(str(path), stored)
     assert picture_header(path).deep
-    assert difference(path, IMAGE, pixel_range=(0.0, 4080.0)) <= 0.5
-    assert difference(path, IMAGE // 16) == 0
+    notes: list[str] = []
+    assert difference(path, IMAGE, pixel_range=(0.0, 4080.0), notes=notes) <= 0.5
+    assert notes == []
+    assert difference(path, IMAGE // 16, notes=notes) == 0
+    assert "scaled by the range of its type" in notes[0]
 
 
 TURNS = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}

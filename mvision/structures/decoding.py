@@ -7,6 +7,7 @@ bytes decide, and only the formats of ``FORMATS`` have a decoder.
 from __future__ import annotations
 
 import os
+import re
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -129,6 +130,8 @@ _OTHER_STARTS = {
     b"\x00\x05\x16\x07": "what macOS keeps about a file, not the picture",
 }
 _HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+READ_AS_A_WHOLE = ("WebP", "AVIF", "JPEG 2000")
+PPM_HEADER = 1 << 16  # bytes that have the width and height of a PPM among them
 _lock = threading.Lock()
 
 # Pillow warns of doubtful metadata, with its own source line. The pixels do not depend on it, and a file whose pixels
@@ -185,6 +188,7 @@ def opened(path: str | Path, stream: BinaryIO) -> Iterator[tuple[ImageFile.Image
     name = format_of(start)
     if name not in READABLE:
         raise BadImage(path, _other(start, name))
+    _check_stream(path, stream, name)
     try:
         if name == "WebP":  # Pillow allocates the picture as soon as it is opened
             check_size(path, *_webp_size(start), name)
@@ -199,6 +203,26 @@ def opened(path: str | Path, stream: BinaryIO) -> Iterator[tuple[ImageFile.Image
         raise
     except Exception as error:
         raise BadImage(path, _reason(error, name)) from error
+
+
+def _check_stream(path: str | Path, stream: BinaryIO, name: str) -> None:
+    """Refuse what would keep Pillow busy before it knows the size of the picture.
+
+    Raises:
+        BadImage: a file that is read as a whole and is larger than any picture may be, or a PPM with a long comment,
+            which Pillow reads byte by byte.
+    """
+    if name in READ_AS_A_WHOLE:
+        size, limit = stream.seek(0, os.SEEK_END), size_limit()
+        if size > limit:
+            raise BadImage(path, f"a {name} file of {_amount(size)}, and {_amount(limit)} are allowed")
+    elif name == "PPM":
+        words = re.sub(rb"#[^\r\n]*", b"", stream.read(PPM_HEADER)).split()
+        if len(words) < 3:
+            raise BadImage(path, f"cannot be decoded as PPM (no size in the first {PPM_HEADER} bytes)")
+    else:
+        return
+    stream.seek(0)
 
 
 def check_size(path: str | Path, width: int, height: int, name: str, depth: int = BYTES_PER_PIXEL) -> None:

@@ -59,6 +59,7 @@ __all__ = [
 ]
 
 FIRST_IS_USED = "picture with several frames or pages: the first one is used"
+RANGE_OF_TYPE = "picture of more than 8 bits: scaled by the range of its type, for want of a model.pixel_range"
 LOWEST_INSTEAD = "picture with values that are NaN or infinite: taken as the lowest"
 JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
@@ -71,6 +72,7 @@ MAX_SCANS, MANY_PIXELS = 100, 16_000_000
 COLOUR = getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR)  # since OpenCV 4.11
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
 DEEP_COLOUR = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH | cv2.IMREAD_IGNORE_ORIENTATION
+MOST_PAGES = 1000
 IN_MEMORY = 256 << 20  # bytes; a larger file, such as a TIFF of many pages, is read only where its first picture lies
 # Endings that are written in the format of another one.
 WRITTEN_AS = {".jfif": ".jpg", ".jpe": ".jpg", ".mpo": ".jpg", ".apng": ".png"}
@@ -109,7 +111,7 @@ def read_image(
         rotate: turn the picture upright as its EXIF orientation says.
         pixel_range: the values that become 0 and 255 in pictures of more than 8 bits. None: for integers the range of
             their type, for floating point 0 and the picture's own maximum.
-        notes: gets what was left out or replaced, a line each, for ``mvision data check``.
+        notes: gets what was left out, replaced or guessed, a line each.
 
     Raises:
         BadImage: the file is missing, empty, truncated, not an image, or larger than allowed (see ``decoding``).
@@ -156,11 +158,17 @@ def picture_header(path: str | Path) -> PictureHeader:
 def frames(path: str | Path) -> int:
     """The number of frames or pages in a picture file: of a GIF, WebP, APNG, AVIF, TIFF or MPO; 1 for other formats.
 
+    Of a TIFF not more than ``MOST_PAGES`` are counted: each has a header of its own that has to be read.
+
     Raises:
         BadImage: see ``image_size``.
     """
     with _open_file(Path(path), in_memory=0) as stream, opened(path, stream) as (image, name):
-        return _mpo_frames(stream) if name == "JPEG" else int(getattr(image, "n_frames", 1))
+        if name == "JPEG":
+            return _mpo_frames(stream)
+        if name == "TIFF":
+            return _pages(image)
+        return int(getattr(image, "n_frames", 1))
 
 
 def read_values(path: str | Path) -> np.ndarray | None:
@@ -292,6 +300,7 @@ def _decode(
             array = None if deep_colour else to_array(image, pixel_range)
         if notes is not None:
             notes += [FIRST_IS_USED] if several else []
+            notes += [RANGE_OF_TYPE] if pixel_range is None and (is_deep(image) or _is_deep_colour(image, name)) else []
             notes += [LOWEST_INSTEAD] if not_finite(image) else []
     del image  # its memory, before another decoder needs as much
     if array is None:
@@ -317,6 +326,16 @@ def _deep_colour(path: Path, stream: BinaryIO) -> np.ndarray:
     if values is None or values.dtype != np.uint16:
         raise BadImage(path, "its 16-bit colours cannot be decoded")
     return values[..., ::-1]
+
+
+def _pages(image: ImageFile.ImageFile) -> int:
+    """Pages of a TIFF, at most ``MOST_PAGES``."""
+    for number in range(1, MOST_PAGES):
+        try:
+            image.seek(number)
+        except EOFError:
+            return number
+    return MOST_PAGES
 
 
 def _mpo_frames(stream: BinaryIO) -> int:
