@@ -293,14 +293,15 @@ def _decode(
     """Decode with PIL, which reads more formats and modes and reports damage."""
     with opened(path, stream) as (image, name):
         several = notes is not None and bool(getattr(image, "is_animated", False))
-        deep_colour = pixel_range is not None and _is_deep_colour(image, name)
+        deep_colour = _is_deep_colour(image, name)
+        guessed = pixel_range is None and (deep_colour or is_deep(image))
         with decoding(*(size := image.size)):
             orientation = orientation_of(image)
             image.load()
-            array = None if deep_colour else to_array(image, pixel_range)
+            array = None if deep_colour and not guessed else to_array(image, pixel_range)
         if notes is not None:
             notes += [FIRST_IS_USED] if several else []
-            notes += [RANGE_OF_TYPE] if pixel_range is None and (is_deep(image) or _is_deep_colour(image, name)) else []
+            notes += [RANGE_OF_TYPE] if guessed else []
             notes += [LOWEST_INSTEAD] if not_finite(image) else []
     del image  # its memory, before another decoder needs as much
     if array is None:
