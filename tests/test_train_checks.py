@@ -189,6 +189,11 @@ def test_tasks_that_cannot_be_measured_are_said(
     assert expected is None or expected in lines[0]
 
 
+def test_a_resumed_run_has_no_output(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--output .*other: a resumed run stays in its folder, .*run; leave"):
+        train(load_config("tiny"), output=tmp_path / "other", resume=tmp_path / "run")
+
+
 def test_batches_of_one_small_image_are_refused_at_the_start(squares: Path, tmp_path: Path) -> None:
     message = r"train\.batch_size: 1 image of 32 x 32 in a step .*larger --batch-size .* larger --image-size"
     settings = {"train__batch_size": 1, "train__epochs": 1, "data__augment__crop": 0}

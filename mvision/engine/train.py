@@ -77,6 +77,8 @@ def train(
         UserError: anything wrong with data, weights, device or folder.
         Stopped: it was asked to stop.
     """
+    if resume is not None and output is not None:
+        raise UserError(f"--output {output}: a resumed run stays in its folder, {resume}; leave --output out")
     check_task_weights(config)
     keep_freed_memory()
     accelerator = _accelerator(config, device)
@@ -155,6 +157,9 @@ def _train_to_the_end(trainer: Trainer, run: RunFolder, loader: Loader, validati
     try:
         _train_epochs(trainer, run, loader, validation)
         _finish_run(trainer, run, validation)
+        for one in (loader, *(part.loader for part in validation)):
+            if isinstance(one, Loader) and (line := one.missing()):
+                _printer(trainer.accelerator)(f"warning: {line}")
     except Stopped as stopped:
         hint = f"go on with: mvision train --resume {run.path}" if run.state.is_file() else "nothing was saved yet"
         raise Stopped(stopped.number, hint) from None
