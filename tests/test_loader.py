@@ -180,6 +180,20 @@ def test_damaged_images_are_replaced_in_training_and_left_out_in_evaluation(tmp_
     assert [b.images.shape[0] for b in batches] == [1, 1, 0, 1, 1, 1, 1, 1, 1, 1]
 
 
+def test_files_that_cannot_be_read_are_named_once_and_counted(tmp_path: Path) -> None:
+    split = split_of(tmp_path)
+    (tmp_path / "images" / "3.png").write_bytes(b"broken")
+    trained = train(split, batch_size=10, augment=AugmentConfig())
+    evaluated = build_eval_loader(split, DataConfig(workers=0), batch_size=1, image_size=SIZE)
+    assert trained.missing() is evaluated.missing() is None
+    for loader in (trained, evaluated):
+        named = [file for epoch in range(3) for batch in loader.epoch(epoch) for file, _ in batch.skipped]
+        assert [Path(file).name for file in named] == ["3.png"]
+    file = tmp_path / "images" / "3.png"
+    assert trained.missing() == f"1 training image could not be read, replaced by others 4 times: {file}"
+    assert evaluated.missing() == f"1 validation image could not be read, left out of the figures: {file}"
+
+
 def test_nothing_readable_is_one_clear_error(tmp_path: Path) -> None:
     split = split_of(tmp_path, images=3)
     for file in (tmp_path / "images").iterdir():

@@ -25,8 +25,8 @@ class Batch:
     Attributes:
         images: (B, 3, H, W) uint8 RGB, in channels_last memory order.
         targets: B labels.
-        skipped: (file, reason) of images that could not be read. In training others took their place, in evaluation
-            they are missing from the batch.
+        skipped: (file, reason) of images that could not be read, where no batch before has named them. In training
+            others took their place, in evaluation they are missing from the batch.
     """
 
     images: Tensor
