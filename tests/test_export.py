@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import pickle
+import shutil
+import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +17,13 @@ import torch
 
 from mvision import UserError, load
 from mvision.commands.export import export
+from mvision.commands.info import info_text
 from mvision.commands.predict import predict_job
 from mvision.commands.val import validate
 from mvision.deploy import compare
 from mvision.deploy.compare import difference
 from mvision.deploy.exported import ExportedModel, is_exported
+from mvision.deploy.runtimes import open_fastest
 from mvision.inference.predict import predict_images
 from mvision.weights import save_weights
 from tests.test_joint import TASKS, make_model
@@ -38,7 +46,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def onnx(weights: Path) -> Path:
     messages: list[str] = []
-    export(str(weights), dynamic_size=True, log=messages.append)
+    export(str(weights), dynamic_size=True, opset=17, log=messages.append)
     assert sum("largest difference from PyTorch" in line for line in messages) == 4
     assert any("batch 4, 64 x 96" in line for line in messages)
     return weights.with_name("best.onnx")
@@ -61,7 +69,16 @@ def test_onnx_of_all_tasks_at_any_batch_and_size(onnx: Path, weights: Path) -> N
         same(model, weights, *shape)
 
 
-@pytest.mark.parametrize("task", [*TASKS, "semantic-seg"])
+def test_the_opset_is_the_one_that_was_asked_for(onnx: Path) -> None:
+    import onnx as library
+
+    model = library.load(onnx)
+    assert {entry.domain: entry.version for entry in model.opset_import} == {"": 17}
+    assert model.ir_version == 8  # what programs that know no newer opset read
+    library.checker.check_model(model)
+
+
+@pytest.mark.parametrize("task", [*TASKS[1:], "semantic-seg"])  # detection is in the fixture ``openvino``
 def test_openvino_of_every_task(weights: Path, tmp_path: Path, task: str) -> None:
     pytest.importorskip("openvino")
     messages: list[str] = []
@@ -137,6 +154,150 @@ def test_logits_are_compared_as_probabilities() -> None:
         assert found == (pytest.approx(0.5 - 0.2689 if expected < 1 else 1.0, abs=1e-3), f"t.{name}")
 
 
+@pytest.fixture(scope="module")
+def openvino(weights: Path) -> Path:
+    pytest.importorskip("openvino")
+    export(str(weights), format="openvino", tasks=["detection"], log=lambda line: None)
+    return weights.with_name("best_openvino")
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_load_opens_exports(format: str, weights: Path, request: pytest.FixtureRequest) -> None:
+    path: Path = request.getfixturevalue(format)
+    model = load(path)
+    picture = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
+    (found,) = model.predict(picture, 0.0)
+    (expected,) = load(weights, tasks=model.tasks).predict(picture, 0.0)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
+    assert model.categories == load(weights).categories
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.predict(picture, 0.0)[0].boxes, found.boxes)
+    assert load(path, tasks=["detection"]).tasks == ["detection"]
+    with pytest.raises(UserError, match="runs on the CPU, not on cuda"):
+        load(path, device="cuda")
+
+
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_threads_share_an_export(format: str, request: pytest.FixtureRequest) -> None:
+    """Images of two batch sizes, so that two compiled graphs are used in turn."""
+    model = ExportedModel(request.getfixturevalue(format))
+    generator = torch.Generator().manual_seed(0)
+    inputs = [
+        torch.randint(0, 256, (1 + number % 2, 3, 64, 96), dtype=torch.uint8, generator=generator)
+        for number in range(64)
+    ]
+    serial = [model(images)["detection"] for images in inputs]
+    model = ExportedModel(request.getfixturevalue(format))  # nothing is compiled yet
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda images: model(images)["detection"], inputs))
+    for expected, outputs in zip(serial, found):
+        for name, value in expected.items():
+            assert torch.equal(outputs[name], value)
+
+
+def test_info_describes_exports(onnx: Path, openvino: Path, weights: Path) -> None:
+    text = info_text(weights=str(onnx))
+    assert "ONNX Runtime" in text
+    assert "64 high, 96 wide; other multiples of 32 too" in text
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() in text
+    text = info_text(weights=str(openvino))
+    assert "tasks                    detection\n" in text
+    assert "output detection.logits  any x 10 x 2" in text
+
+
+def test_an_export_stands_in_for_its_weights_only(openvino: Path, weights: Path) -> None:
+    model, line = open_fastest(str(weights.parent), ["detection"], torch.device("cpu"), "fp32")
+    assert isinstance(model, ExportedModel)
+    assert line == f"OpenVINO on cpu in fp32, image size 64x96: {openvino}"
+    model, line = open_fastest(str(weights.parent), ["detection", "keypoints"], torch.device("cpu"), "fp32")
+    assert not isinstance(model, ExportedModel)
+    assert "best_openvino is not used: it lacks keypoints" in line
+
+
+DESCRIPTIONS = {
+    "{": "the description of the model in it is damaged",
+    "[" * 100_000: "the description of the model in it is damaged .nested too deeply",
+    "[]": "it has no section model",
+    '{"model": 3}': "it has no section model",
+    '{"model": {"bakbone": {}}}': "unknown key",
+    '{"model": {}}': "cannot be built .model.heads is empty",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), DESCRIPTIONS.items(), ids=range(len(DESCRIPTIONS)))
+@pytest.mark.parametrize("format", ["onnx", "openvino"])
+def test_foreign_and_damaged_descriptions(
+    format: str, text: str, message: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(UserError, match=message) as raised:
+        load(with_description(request.getfixturevalue(format), tmp_path, text))
+    assert "\n" not in str(raised.value)
+
+
+def with_description(path: Path, folder: Path, text: str) -> Path:
+    """A copy of an export with another description."""
+    if path.is_dir():
+        copy = Path(shutil.copytree(path, folder / "copy"))
+        tree = ElementTree.parse(copy / "model.xml")
+        tree.getroot().find("rt_info/mvision").set("value", text)  # type: ignore[union-attr]
+        tree.write(copy / "model.xml")
+        return copy
+    import onnx as library
+
+    model = library.load(path)
+    library.helper.set_model_props(model, {"mvision": text})
+    library.save(model, folder / "copy.onnx")
+    return folder / "copy.onnx"
+
+
+def described(path: Path) -> dict:
+    """The description of an export as it is stored."""
+    import onnx as library
+
+    return json.loads({entry.key: entry.value for entry in library.load(path).metadata_props}["mvision"])
+
+
+def test_a_description_that_is_not_of_the_graph(onnx: Path, tmp_path: Path) -> None:
+    for change, message in (
+        ({"categories": [described(onnx)["model"]["categories"][1]]}, r"has shape \[10, 2\], and the described model \[10, 1\]"),
+        ({"image_size": [64, 64]}, None),  # it takes any size
+        ({"backbone": {"name": "nonsense"}}, "backbone 'nonsense' is unknown to timm"),
+        ({"heads": {"instance-seg": {"num_layers": 1_000_000}}}, "num_layers: input should be less than or equal"),
+    ):
+        description = described(onnx)
+        description["model"] |= change
+        path = with_description(onnx, tmp_path, json.dumps(description))
+        if message is None:
+            load(path)
+            continue
+        with pytest.raises(UserError, match=message):
+            load(path)
+
+
+def test_an_export_cannot_ask_for_more_memory_than_it_has_bytes(onnx: Path, tmp_path: Path) -> None:
+    description = described(onnx)
+    for head in ("instance-seg", "detection"):
+        description["model"]["heads"][head] |= {"embed_dim": 8192, "ffn_dim": 65536, "num_layers": 12}
+    with pytest.raises(UserError, match=r"asks for heads of [\d,]{14,} numbers, and the file has"):
+        load(with_description(onnx, tmp_path, json.dumps(description)))
+
+
+def test_weights_outside_the_folder_are_not_read(onnx: Path, tmp_path: Path) -> None:
+    import onnx as library
+
+    (tmp_path / "secret").write_bytes(bytes(4 * 10**6))
+    (tmp_path / "in").mkdir()
+    for location in ("../secret", str(tmp_path / "secret"), "in/../../secret"):
+        model = library.load(onnx)
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.data_type == 1 and len(tensor.dims) == 4)
+        tensor.ClearField("raw_data")
+        tensor.data_location = library.TensorProto.EXTERNAL
+        tensor.external_data.add(key="location", value=location)
+        (tmp_path / "in" / "x.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(UserError, match="x.onnx: ONNX Runtime cannot read it"):
+            load(tmp_path / "in" / "x.onnx")
+
+
 def test_files_of_others_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.onnx").write_bytes(b"nothing")
     with pytest.raises(UserError, match=r"x.onnx: ONNX Runtime cannot read it"):
@@ -145,5 +306,14 @@ def test_files_of_others_are_refused(tmp_path: Path) -> None:
         ExportedModel(tmp_path / "y.onnx")
     program = torch.onnx.export(torch.nn.ReLU().eval(), (torch.zeros(1),), dynamo=True, verbose=False)
     program.save(str(tmp_path / "z.onnx"))
+    for name, message in (("folder.onnx", "neither an ONNX file nor a folder"), ("empty.onnx", "this file is empty")):
+        (tmp_path / name).mkdir() if name == "folder.onnx" else (tmp_path / name).touch()
+        with pytest.raises(UserError, match=message):
+            load(tmp_path / name)
+    os.mkfifo(tmp_path / "pipe.onnx")
+    with pytest.raises(UserError, match="pipe.onnx: neither an ONNX file nor a folder"):
+        load(tmp_path / "pipe.onnx")
+    with pytest.raises(UserError, match="exported OpenVINO models are called model.xml"):
+        load(tmp_path / "annotations.xml")
     with pytest.raises(UserError, match=r"z.onnx: not exported by mvision"):
         ExportedModel(tmp_path / "z.onnx")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -164,3 +165,58 @@ def test_damaged_folders(folder: Path) -> None:
 
 def test_the_file_stands_for_its_folder(folder: Path) -> None:
     assert load(folder / "model.safetensors").config == load(folder).config
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"decoder_layers": 1_000_000}, "num_layers: input should be less than or equal to 100"),
+        ({"decoder_layers": 90}, "do not fit the model that they describe: a tensor is missing"),
+        ({"d_model": 2**20}, "embed_dim: input should be less than or equal to 8192"),
+        ({"d_model": "wide"}, "embed_dim: input should be a valid integer"),
+        ({"encoder_hidden_dim": 8192}, "do not fit the model that they describe|cannot be built"),
+        ({"backbone_config": 3}, "backbone_config is 3, and has to be a JSON object"),
+        ({"backbone__depths": 7}, "depths is 7, and has to be a list"),
+        ({"backbone__depths": [[2], 2, 2, 2]}, "is not one of"),
+        ({"backbone__hidden_sizes": 64}, "hidden_sizes is 64"),
+        ({"encode_proj_layers": 2}, "encode_proj_layers is 2, and has to be a list"),
+        ({"feat_strides": None}, "feat_strides is None"),
+        ({"id2label": [1, 2]}, "id2label is .1, 2., and has to be a JSON object"),
+        ({"id2label": {"0": {}}}, "0 is {}, and has to be a text"),
+    ],
+)
+def test_values_of_the_wrong_size_or_type(folder: Path, settings: dict, message: str) -> None:
+    change(folder, **settings)
+    with pytest.raises(UserError, match=message) as raised:
+        load(folder)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("[" * 100_000, "nested too deeply"), ("[]", "is not a JSON object"), ("{", "cannot be read"), (None, "larger")],
+)
+def test_descriptions_that_are_no_json(folder: Path, text: str | None, message: str) -> None:
+    if text is None:
+        os.truncate(folder / "config.json", 2**25)
+    else:
+        (folder / "config.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        load(folder)
+
+
+@pytest.mark.parametrize("mean", ["grey", [1], [1, 2, "x"], None])
+def test_means_that_are_no_three_numbers(folder: Path, mean: object) -> None:
+    processor = {"do_normalize": True, "image_mean": mean, "image_std": [1, 1, 1]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    with pytest.raises(UserError, match="preprocessor_config.json: image_mean is"):
+        load(folder)
+
+
+def test_published_weights_with_nan_are_refused(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("convolution.weight"))
+    tensors[name].view(-1)[7] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(UserError, match=r"not finite: backbone.net.*contains NaN or infinity"):
+        load(folder)

@@ -7,23 +7,24 @@ the two small ones have one more convolution, see ``BackboneConfig.stage1_shortc
 
 from __future__ import annotations
 
-import json
 import re
+import reprlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
 from mvision.structures.coco_names import coco_categories
+from mvision.weights.stored import read_header, read_json, read_tensors
 
 TASK, EXAMPLE = "detection", "PekingU/rtdetr_r18vd"
 """What the published models do, and one of them."""
 
+MAX_JSON = 2**24  # bytes
+_KINDS = {dict: "JSON object", list: "list", str: "text"}
 _RESNETS = {
     ("basic", (2, 2, 2, 2)): "resnet18d",
     ("basic", (3, 4, 6, 3)): "resnet34d",
@@ -116,10 +117,8 @@ def read_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         UserError: a file cannot be read, or it is not an RT-DETR model, or one with a part that mvision does not have.
     """
     published = _json(folder / "config.json")
-    try:
-        loaded = load_file(folder / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder / 'model.safetensors'}: cannot be read ({error})") from error
+    read_header(folder / "model.safetensors")  # checks its size before it is read
+    loaded = read_tensors(folder / "model.safetensors")
     tensors = {mvision_name(name): tensor for name, tensor in loaded.items() if not _COMPUTED.search(name)}
     file = folder / "preprocessor_config.json"
     processor = _json(file) if file.is_file() else {}
@@ -127,18 +126,34 @@ def read_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if processor.get("do_normalize", False):
         config.backbone.normalize = "auto"
         for name, key in (("mean", "image_mean"), ("std", "image_std")):
-            tensors[f"backbone.{name}"] = torch.tensor(processor[key]).view(3, 1, 1)
+            numbers = _get(processor, key, [], list, file)
+            if len(numbers) != 3 or not all(isinstance(number, int | float) for number in numbers):
+                raise UserError(f"{file}: {key} is {numbers!r}, and has to be three numbers")
+            tensors[f"backbone.{name}"] = torch.tensor(numbers, dtype=torch.float32).view(3, 1, 1)
     return config, tensors
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        if path.stat().st_size > MAX_JSON:
+            raise UserError(f"{path}: is larger than {MAX_JSON:,} bytes, which no description of a model is")
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
+    content = read_json(text, f"{path}: cannot be read")
     if not isinstance(content, dict):
         raise UserError(f"{path}: is not a JSON object")
     return content
+
+
+def _get(section: dict[str, Any], key: str, default: Any, kind: type, path: Path) -> Any:
+    """A value of a section that has to be of one type; null stands for the default."""
+    value = section.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, kind):
+        raise UserError(f"{path}: {key} is {reprlib.repr(value)}, and has to be a {_KINDS[kind]}")
+    return value
 
 
 def mvision_name(name: str) -> str:
@@ -163,12 +178,12 @@ def _model_config(
     if published.get("model_type") not in ("rt_detr", "rt_detr_v2"):
         raise UserError(f"{path}: model_type is {published.get('model_type')!r}; rt_detr and rt_detr_v2 can be read")
     _check(published, _FIXED, path)
-    size = processor.get("size") or {}
+    size = _get(processor, "size", {}, dict, path.with_name("preprocessor_config.json"))
     sections = {
-        "backbone": _backbone(published.get("backbone_config") or {}, path),
-        "neck": _neck(published),
+        "backbone": _backbone(_get(published, "backbone_config", {}, dict, path), path),
+        "neck": _neck(published, path),
         "heads": {TASK: _head(published)},
-        "categories": _categories(published.get("id2label") or {}, tensors, path),
+        "categories": _categories(_get(published, "id2label", {}, dict, path), tensors, path),
         "image_size": [size.get("height", 640), size.get("width", 640)],
     }
     try:
@@ -181,17 +196,19 @@ def _backbone(published: dict[str, Any], path: Path) -> dict[str, Any]:
     if not published:
         raise UserError(f"{path}: has no backbone_config; only RT-DETR's own ResNets can be read")
     _check(published, _FIXED_BACKBONE, path, "backbone_config.")
-    kind = published.get("layer_type", "bottleneck")
-    depths = tuple(published.get("depths", (3, 4, 6, 3)))
+    kind = _get(published, "layer_type", "bottleneck", str, path)
+    depths = _get(published, "depths", [3, 4, 6, 3], list, path)
     widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
     _check(published, {"hidden_sizes": widths}, path, "backbone_config.")
-    if (kind, depths) not in _RESNETS:
-        raise UserError(f"{path}: backbone_config: a {kind} ResNet of depths {depths} is not one of {_RESNETS}")
-    return {"name": _RESNETS[kind, depths], "normalize": "none", "stage1_shortcut": kind == "basic"}
+    name = next((name for known, name in _RESNETS.items() if known == (kind, tuple(depths))), None)
+    if name is None:
+        shown = f"{kind[:40]} ResNet of depths {reprlib.repr(tuple(depths))}"
+        raise UserError(f"{path}: backbone_config: a {shown} is not one of {_RESNETS}")
+    return {"name": name, "normalize": "none", "stage1_shortcut": kind == "basic"}
 
 
-def _neck(published: dict[str, Any]) -> dict[str, Any]:
-    levels = list(published.get("encode_proj_layers", [2]))
+def _neck(published: dict[str, Any], path: Path) -> dict[str, Any]:
+    levels = _get(published, "encode_proj_layers", [2], list, path)
     return {
         "embed_dim": published.get("encoder_hidden_dim", 256),
         "attention_levels": "coarsest" if levels == [2] else levels,
@@ -231,9 +248,9 @@ def _head(published: dict[str, Any]) -> dict[str, Any]:
 def _categories(labels: dict[str, str], tensors: dict[str, Tensor], path: Path) -> list[dict[str, Any]]:
     """The classes: with COCO's ids and names if they are COCO's 80 (in any spelling), else numbered from 0."""
     bias = tensors.get(f"heads.{TASK}.decoder.class_heads.0.bias")
-    if bias is None:
+    if bias is None or bias.ndim != 1:
         raise UserError(f"{path.parent}: the weights have no classifier: not a model for object detection")
-    names = [labels.get(str(index), f"LABEL_{index}") for index in range(len(bias))]
+    names = [_get(labels, str(index), f"LABEL_{index}", str, path) for index in range(len(bias))]
     coco = coco_categories(names)
     if coco is not None:
         return [category.model_dump() for category in coco]
@@ -244,5 +261,5 @@ def _check(published: dict[str, Any], expected: dict[str, Any], path: Path, pref
     """Raise UserError if a setting has another value than the expected one; one that is absent has the expected."""
     for key, value in expected.items():
         given = published.get(key, value)
-        if given != value and not (isinstance(value, list) and list(given) == value):
-            raise UserError(f"{path}: {prefix}{key} is {given!r}, and only {value!r} can be read")
+        if given != value:
+            raise UserError(f"{path}: {prefix}{key} is {reprlib.repr(given)}, and only {value!r} can be read")
