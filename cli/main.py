@@ -27,11 +27,12 @@ from mvision.cli.predict import predict
 from mvision.cli.train import train
 from mvision.cli.transfer import transfer
 from mvision.cli.val import val
-from mvision.errors import Stopped, UserError, printable
+from mvision.errors import Stopped, UserError, printable, shortened
 
 # Errors of the system that tell of a bug here: a closed file or a process that is gone. All others (a full disk, no
 # permission, too many open files, a loop of links, a name that the file system refuses) are the user's to mend.
 _BUGS = {errno.EBADF, errno.EFAULT, errno.ECHILD, errno.ESRCH, errno.ENOTTY, errno.EINTR, errno.EDOM, errno.ERANGE}
+MAX_LINE = 4000  # characters of an error; more than that is a name or value that fills the terminal
 # Parts of messages of libraries that raise classes of their own -> the line for the user.
 _FULL_DISK = "no space left on the disk that the output goes to"
 _OUT_OF_MEMORY = "out of memory: a smaller --batch-size or --image-size, fewer --workers or smaller pictures help"
@@ -117,7 +118,7 @@ def _show_everything() -> None:
 
 
 def _fail(line: str, code: int = 2, prefix: str = "error: ") -> int:
-    click.echo(prefix + printable(" ".join(line.split())), err=True)
+    click.echo(prefix + shortened(printable(" ".join(line.split())), MAX_LINE), err=True)
     return code
 
 

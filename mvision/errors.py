@@ -23,6 +23,12 @@ def printable(text: str) -> str:
     return _COMMANDS.sub(lambda found: found.group().encode("unicode_escape").decode("ascii"), text)
 
 
+def shortened(text: str, most: int) -> str:
+    """Text of at most ``most`` characters: of a longer one the beginning and the end. A name can have megabytes."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
 def printable_lines(text: str) -> str:
     """As ``printable``, for a text of several lines: line breaks stay."""
     return "\n".join(map(printable, text.split("\n")))

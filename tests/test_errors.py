@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from mvision.cli.main import cli, run
-from mvision.errors import Stopped, UserError, did_you_mean, printable, printable_lines
+from mvision.errors import UserError, did_you_mean, printable, printable_lines, shortened
+from mvision.evaluation.tables import text_table
 
 ROOT = Path(__file__).resolve().parent.parent
 HOSTILE = {
@@ -226,3 +227,15 @@ def test_half_a_character_in_a_class_name_is_refused(squares: Path, capsys: pyte
     file.write_text(file.read_text().replace('"red"', r'"red \ud83d"'))
     assert run(["data", "check", str(squares), "--split", "train"]) == 2
     assert r"category 5 has half a character in its name, 'red \ud83d'" in capsys.readouterr().out
+
+
+def test_a_name_of_a_megabyte_does_not_fill_the_terminal(squares: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shortened("abcdefghij", 10) == "abcdefghij"
+    assert shortened("abcdefghijk", 10) == "abc...ijk"
+    name = "red" * 300_000
+    for file in (squares / "annotations").iterdir():
+        file.write_text(file.read_text().replace('"name": "red"', f'"name": "{name}"'))
+    assert run(["data", "check", str(squares)]) == 0
+    assert len(capsys.readouterr().out) < 3000
+    assert len(refused(capsys, "train", "--task", name)) < 5000
+    assert max(map(len, text_table([["class", "AP"], [name, "0.500"]]))) < 100

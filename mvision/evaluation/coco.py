@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 
+from mvision.errors import printable
 from mvision.evaluation.ground_truth import GroundTruth
 from mvision.evaluation.metric import Metric
 from mvision.evaluation.pck import FRACTION, correct_points
@@ -150,7 +151,9 @@ class CocoMetric(Metric):
 
     def table(self) -> str:
         """COCO's table and one line per class, for a terminal."""
-        return "\n".join([*self._summary(), "", *self._class_table(), *(f"note: {note}" for note in self.notes)])
+        return "\n".join(
+            [*self._summary(), "", *self._class_table(), *(printable(f"note: {note}") for note in self.notes)]
+        )
 
     def _summary(self) -> list[str]:
         lines = []

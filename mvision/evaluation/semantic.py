@@ -10,6 +10,7 @@ import segmentation_models_pytorch as smp
 import torch
 from pycocotools import mask as coco_mask
 
+from mvision.errors import printable
 from mvision.evaluation.ground_truth import GroundTruth
 from mvision.evaluation.metric import Metric
 from mvision.evaluation.tables import figure_text, text_table
@@ -93,6 +94,6 @@ class SemanticMetric(Metric):
             f"Pixel accuracy = {figure_text(figures['accuracy'])}",
             "",
             *text_table(rows),
-            *(f"note: {note}" for note in self.notes),
+            *(printable(f"note: {note}") for note in self.notes),
         ]
         return "\n".join(lines)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from mvision.errors import printable
+from mvision.errors import printable, shortened
+
+MAX_CELL = 80  # characters; a longer name, such as one of a megabyte, would widen every row
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table for a terminal: the first column aligned left, the others right, two spaces between them."""
-    shown = [[*map(printable, row)] for row in rows]
+    shown = [[shortened(printable(cell), MAX_CELL) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*shown)]
     return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in shown]
 

@@ -6,6 +6,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from mvision.errors import printable
+
 PREDICTIONS = "predictions.json"
 SHOWN = 20  # files that are named; of more, the number
 
@@ -50,7 +52,7 @@ class Summary:
                 f"not in {PREDICTIONS}: {self.unknown.total()} results of classes that the data lacks ({names})"
             )
         lines += [f"{count} x {remark}" for remark, count in self.remarks.most_common()]
-        return "\n".join([*lines, *self.notes, f"pictures and {PREDICTIONS}: {self.output}"])
+        return "\n".join(map(printable, [*lines, *self.notes, f"pictures and {PREDICTIONS}: {self.output}"]))
 
 
 def _named(what: str, files: list[tuple[str, str]]) -> list[str]:

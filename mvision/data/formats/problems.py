@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
-from mvision.errors import printable
+from mvision.errors import printable, shortened
 
 MAX_EXAMPLES = 5  # places that a line names
+MAX_EXAMPLE = 400  # characters of one of them in a line
 MAX_PLACES = 100_000  # places that are kept, for a report that lists all of them
 
 
@@ -29,7 +30,8 @@ class Problem:
 
     def __str__(self) -> str:
         more = "; ..." if self.count > MAX_EXAMPLES else ""
-        return printable(f"{self.count} x {self.kind} ({'; '.join(self.examples[:MAX_EXAMPLES])}{more})")
+        shown = [shortened(example, MAX_EXAMPLE) for example in self.examples[:MAX_EXAMPLES]]
+        return printable(f"{self.count} x {self.kind} ({'; '.join(shown)}{more})")
 
 
 class Problems:

@@ -22,13 +22,13 @@ from mvision.data.loading.dataset import Dataset
 from mvision.data.loading.folders import Folder, needs, open_folders
 from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.data.loading.sources import DataSource, read_data_sources
-from mvision.errors import UserError, printable
+from mvision.errors import UserError, printable, shortened
 from mvision.heads import known_tasks
 from mvision.machine import cores
 from mvision.structures.images import BadImage
 
 SMALL, MEDIUM = 32**2, 96**2  # COCO's limits of object area in pixels
-LISTED = 30  # classes shown in the text
+LISTED, MAX_NAME = 30, 80  # classes shown in the text, and characters of the name of one
 
 
 @dataclass
@@ -100,7 +100,8 @@ class Report:
         kinds = [*self.problems, *(problem for split in self.splits.values() for problem in split.problems)]
         able = f"the data can serve {', '.join(task for task, reason in self.tasks.items() if reason is None)}"
         if kinds:
-            return f"usable with {sum(problem.count for problem in kinds)} problems of {len(kinds)} kinds: {able}"
+            count = sum(problem.count for problem in kinds)
+            return f"usable with {_number(count, 'problem')} of {_number(len(kinds), 'kind')}: {able}"
         return f"sound: {able}"
 
     def text(self, every_place: bool = False) -> str:
@@ -331,12 +332,16 @@ def _decode(split: CocoSplit, progress: Callable[[int], object] | None) -> None:
                 progress(1)
 
 
+def _number(count: int, word: str) -> str:
+    return f"{count} {word}{'s' * (count != 1)}"
+
+
 def _split_lines(split: SplitReport) -> list[str]:
     if split.error is not None:
         return [f"! {split.error}"]
     sizes = ", ".join(f"{size} ({count})" for size, count in split.image_sizes.items())
     ranked = sorted(split.classes.items(), key=lambda item: -item[1])
-    classes = ", ".join(f"{printable(name)} {count}" for name, count in ranked[:LISTED])
+    classes = ", ".join(f"{shortened(printable(name), MAX_NAME)} {count}" for name, count in ranked[:LISTED])
     rest = f", and {len(ranked) - LISTED} more" if len(ranked) > LISTED else ""
     objects = ", ".join(f"{count} {size}" for size, count in split.object_sizes.items())
     return [
