@@ -59,12 +59,13 @@ def test_threads_get_the_serial_results_and_leave_the_model_as_it_was(kind: str,
 
 def test_the_mode_lasts_until_the_last_thread_has_left() -> None:
     model = FakeModel().train()
-    first, second = eval_mode(model), eval_mode(model)
-    with first:
-        second.__enter__()
-        assert not model.training
-    assert not model.training  # the first has left, the second has not
-    second.__exit__(None, None, None)
+    second = eval_mode(model)
+    with ThreadPoolExecutor(1) as executor:
+        with eval_mode(model):
+            executor.submit(second.__enter__).result()
+            assert not model.training
+        assert not model.training  # the first has left, the second has not
+        executor.submit(second.__exit__, None, None, None).result()
     assert model.training
     assert model.part.training
 
