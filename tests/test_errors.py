@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mvision.cli.main import cli, run
-from mvision.errors import UserError, did_you_mean, printable, printable_lines, shortened
+from mvision.errors import Stopped, UserError, did_you_mean, printable, printable_lines, shortened
 from mvision.evaluation.tables import text_table
 
 ROOT = Path(__file__).resolve().parent.parent
