@@ -165,20 +165,13 @@ class Kills:
             is_old = found.get("found/predictions.json") == old["found/predictions.json"]
             if is_old and any(found[n] == new[n] != old.get(n) for n in found if n in new):
                 yield "an old predictions.json beside new pictures"
-        if command.name in ("onnx", "openvino"):
-            kept = {n: data for n, data in found.items() if not _is_hidden(n)}
-            whole = [
-                {n: data for n, data in state.items() if n not in command.unstable}
-                for state in (command.before, command.after)
-            ]
-            if {n: data for n, data in kept.items() if n not in command.unstable} not in whole:
-                yield f"neither the earlier export nor the new one is there: {', '.join(sorted(kept)) or 'no file'}"
-        if command.name.startswith("train") and (self.case / "run" / "best.safetensors").is_file():
-            used = lab.run(
-                f"predict {self.data}/images --weights run --device cpu --output {self.work}/used".split(), self.case
-            )
+        weights = {"onnx": "model.onnx", "openvino": "model", "predict": None, "val": None, "transfer": None}
+        usable = weights.get(command.name, "run" if (self.case / "run" / "best.safetensors").is_file() else None)
+        if usable:  # there is an earlier export in its place
+            arguments = f"predict {self.data}/images --weights {usable} --output {self.work}/used".split()
+            used = lab.run(arguments, self.case)
             if used.code != 0:
-                yield f"predict with the run: {used.problem or used.text.strip()[-150:]}"
+                yield f"predict with {usable}: {used.problem or used.text.strip()[-150:]}"
 
     def finish(self, row: Row, command: Command) -> Iterator[str]:
         """Give the command once more; what is wrong with what it leaves."""
@@ -260,10 +253,6 @@ class Kills:
             if self.findings is not None:
                 with self.findings.open("a") as file:
                     file.write(row.failures[-1] + "\n")
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in Path(name).parts)
 
 
 def rows(kills: Kills, parts: list[str], workers: list[int]) -> Iterator[Row]:
