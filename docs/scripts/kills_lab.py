@@ -149,7 +149,7 @@ def _lasting(path: Path) -> bytes:
 
 
 def half_written(folder: Path) -> list[str]:
-    """Files under a final name that are not whole; they are opened in a fork, for libraries keep threads and counters."""
+    """Files under a final name that are not whole. A fork opens them, for libraries keep threads and counters."""
     result = folder.with_name("half_written.txt")
     child = os.fork()
     if child == 0:
