@@ -1,5 +1,6 @@
 """The range of values of pictures with more than 8 bits: measured, said, used in training and prediction."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,13 +9,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvision.config import Config, load_config
+from mvision.config import Config, ModelConfig, load_config, parse_model_config
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.formats.layouts import find_layout
 from mvision.data.loading import pixel_range as module
 from mvision.data.loading.dataset import Dataset
-from mvision.data.loading.pixel_range import choose_pixel_range, count_oddities, range_of
+from mvision.data.loading.pixel_range import choose_pixel_range, count_oddities, range_of, used_values
 from mvision.data.tools.check import check
+from mvision.data.tools.show import contact_sheet
 from mvision.errors import UserError
 from mvision.inference.predict import predict_images
 from mvision.structures.images import read_image
@@ -43,6 +45,12 @@ def train_split(root: Path) -> CocoSplit:
     return CocoSplit(find_layout(root).split("train"))
 
 
+def measured(values: np.ndarray) -> tuple[float, float]:
+    used = used_values(values)
+    assert used is not None
+    return range_of([used])
+
+
 SPREAD = np.linspace(0, 1, 48 * 64).reshape(48, 64)
 
 
@@ -59,11 +67,10 @@ SPREAD = np.linspace(0, 1, 48 * 64).reshape(48, 64)
         (np.zeros((48, 64), np.uint16), (0, 1)),
         (np.full((48, 64), 9000, np.uint16), (0, 16383)),
         (np.full((48, 64), -2.5, np.float32), (-2.5, -1.5)),
-        (np.full((48, 64), np.nan, np.float32), (0, 1)),
     ],
 )
 def test_the_range_of_a_usual_sensor(values: np.ndarray, expected: tuple[float, float]) -> None:
-    assert range_of([values]) == expected
+    assert measured(values) == expected
 
 
 @pytest.mark.parametrize(
@@ -72,7 +79,7 @@ def test_the_range_of_a_usual_sensor(values: np.ndarray, expected: tuple[float, 
 )
 def test_values_with_an_offset_are_spread_over_all_shades(low: float, high: float, kind: type) -> None:
     """Thermal cameras, temperatures, large integers: the range is that of the values, a little wider."""
-    found = range_of([(low + SPREAD * (high - low)).astype(kind)])
+    found = measured((low + SPREAD * (high - low)).astype(kind))
     span = high - low
     assert low - 0.1 * span < found[0] <= low
     assert high <= found[1] < high + 0.1 * span
@@ -81,7 +88,7 @@ def test_values_with_an_offset_are_spread_over_all_shades(low: float, high: floa
 def test_a_few_hot_pixels_do_not_make_pictures_dark() -> None:
     values = (SPREAD * 4000).astype(np.uint16)
     values[0, :2] = 65535
-    low, high = range_of([values] * 3)
+    low, high = measured(values)
     assert low == 0
     assert 3900 < high < 4500
 
@@ -137,6 +144,28 @@ def test_only_some_files_of_a_large_set_are_opened(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(module, "read_values", lambda path: read.append(path.name) or values(path))
     assert choose_pixel_range(None, [train_split(root)], lambda _: None) == (0, 65535)
     assert read == ["train-1.png", "train-9.png"]
+
+
+def test_data_sets_of_different_cameras_are_said(tmp_path: Path) -> None:
+    one = train_split(deep_set(tmp_path / "one", (SPREAD * 4000).astype(np.uint16)))
+    other = train_split(deep_set(tmp_path / "other", (29000 + SPREAD * 2000).astype(np.uint16)))
+    said: list[str] = []
+    low, high = choose_pixel_range(None, [one, other], said.append) or (0, 0)
+    assert low == 0
+    assert high >= 31000
+    assert "warning: the data sets differ in pixel values" in said[1]
+    assert "one" in said[1]
+    assert "0..4095" in said[1]
+    empty = deep_set(tmp_path / "nan", np.full((48, 64), np.nan, np.float32), ".tif")
+    assert choose_pixel_range(None, [train_split(empty)], said.append) is None
+
+
+def test_a_sheet_shows_them_and_weights_keep_it(tmp_path: Path) -> None:
+    dark = (SPREAD * 1000).astype(np.uint16)
+    sheet = contact_sheet(find_layout(deep_set(tmp_path, dark)), tile=64)
+    assert sheet[24:, 32:60].mean() > 100
+    config = ModelConfig(pixel_range=(29000, 31000))
+    assert parse_model_config(json.loads(json.dumps(config.model_dump(mode="json")))).pixel_range == (29000, 31000)
 
 
 def test_the_users_range_wins_and_a_wrong_one_is_refused(tmp_path: Path) -> None:

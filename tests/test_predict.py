@@ -248,3 +248,12 @@ def test_broken_files_are_skipped_and_named(model: FakeModel, tmp_path: Path) ->
     with pytest.raises(UserError, match="none of 2 sources"):
         predict_sources(model, [tmp_path / "in"], tmp_path / "none", progress=False)
     assert written(tmp_path / "none") == []
+
+
+def test_a_damaged_image_of_pil_is_one_line(tmp_path: Path) -> None:
+    """It is decoded only when it is used."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 90, 3), np.uint8)).save(tmp_path / "a.png")
+    data = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(data[:-5000])
+    with Image.open(tmp_path / "a.png") as image, pytest.raises(UserError, match="an image of PIL cannot be decoded"):
+        predict_images(FakeModel(), [image])

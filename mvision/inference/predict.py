@@ -27,8 +27,8 @@ from mvision.errors import UserError
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.structures import Category, Instances
-from mvision.structures.images import BadImage, PixelRange, read_image, resize_image, to_rgb
-from mvision.structures.pixels import scale
+from mvision.structures.images import BadImage, PixelRange, read_image, resize_image
+from mvision.structures.pixels import scale, to_array
 
 WORKERS = 4
 T = TypeVar("T")
@@ -241,7 +241,10 @@ def _to_array(image: str | Path | Image.Image | np.ndarray, pixel_range: PixelRa
         except BadImage as error:
             raise UserError(str(error)) from error
     if isinstance(image, Image.Image):
-        return np.array(to_rgb(ImageOps.exif_transpose(image), pixel_range))
+        try:
+            return to_array(ImageOps.exif_transpose(image), pixel_range)
+        except Exception as error:  # a lazily opened file that is damaged; Pillow's errors have no common base
+            raise UserError(f"an image of PIL cannot be decoded ({type(error).__name__}: {error})") from error
     if not isinstance(image, np.ndarray):
         raise UserError(f"an image of type {type(image).__name__}: give a path, a PIL image or a numpy array")
     if pixel_range is not None and image.dtype.kind in "uif" and image.dtype != np.uint8:

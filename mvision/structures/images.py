@@ -86,10 +86,12 @@ class PictureHeader:
     Attributes:
         deep: values of more than 8 bits.
         several: more than one frame or page.
+        floating: values of floating point.
     """
 
     deep: bool
     several: bool
+    floating: bool = False
 
 
 def read_image(
@@ -152,7 +154,7 @@ def picture_header(path: str | Path) -> PictureHeader:
         deep = is_deep(image) or _is_deep_colour(image, name)
         if name == "JPEG" and Path(path).suffix.lower() == ".mpo":
             return PictureHeader(deep, _mpo_frames(stream) > 1)
-        return PictureHeader(deep, bool(getattr(image, "is_animated", False)))
+        return PictureHeader(deep, bool(getattr(image, "is_animated", False)), image.mode == "F")
 
 
 def frames(path: str | Path) -> int:

@@ -7,11 +7,13 @@ kept in the weights as ``model.pixel_range``, so that prediction and exported mo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from mvision.data.formats.coco import CocoSplit
+from mvision.errors import printable
 from mvision.structures.images import (
     FIRST_IS_USED,
     LOWEST_INSTEAD,
@@ -46,11 +48,29 @@ def count_oddities(split: CocoSplit) -> None:
     for file, header in headers:
         if header.several:
             split.problems.add(f"{FIRST_IS_USED}{places}", file)
-    for file, _ in _spread([entry for entry in headers if entry[1].deep], DECODED):
+    for file, _ in _spread([entry for entry in headers if entry[1].floating], DECODED):
         values = _values(split.folder / file)
         if values is not None and not np.isfinite(values).all():
             place = f"{file}: {int((~np.isfinite(values)).sum())} of {values.size}"
             split.problems.add(f"{LOWEST_INSTEAD}{places}", place)
+
+
+@dataclass(frozen=True)
+class UsedValues:
+    """The values of one picture: the limits, and a sample of at most about ``VALUES`` of them."""
+
+    lowest: float
+    highest: float
+    sample: np.ndarray
+
+
+def used_values(picture: np.ndarray) -> UsedValues | None:
+    """The values of a picture that are numbers; None where it has none."""
+    values = picture[np.isfinite(picture)] if picture.dtype.kind == "f" else picture.reshape(-1)
+    if not values.size:
+        return None
+    sample = values[:: max(values.size // VALUES, 1)].astype(np.float64)
+    return UsedValues(float(values.min()), float(values.max()), sample)
 
 
 def choose_pixel_range(
@@ -69,8 +89,8 @@ def choose_pixel_range(
     if given is not None:
         log(f"pixel values: {_text(given)} becomes 0..255 in pictures of more than 8 bits (model.pixel_range)")
         return given
-    deep = [split.folder / file for split in splits for file, header in _headers(split) if header.deep]
-    found = [values for file in _spread(deep, DECODED) if (values := _values(file)) is not None and values.size]
+    used = [_used(split) for split in splits]
+    found = [picture for pictures in used for picture in pictures]
     if not found:
         return None
     chosen = range_of(found)
@@ -78,18 +98,21 @@ def choose_pixel_range(
         f"pixel values: pictures of more than 8 bits use {_text(_limits(found))} ({len(found)} were looked at); "
         f"{_text(chosen)} becomes 0..255 (set another with -o model.pixel_range=[LOWEST,HIGHEST])"
     )
+    ranges = {split.folder: range_of(pictures) for split, pictures in zip(splits, used) if pictures}
+    if len(set(ranges.values())) > 1:
+        each = ", ".join(f"{printable(str(folder))} {_text(own)}" for folder, own in ranges.items())
+        log(f"warning: the data sets differ in pixel values, and one range is used for all: {each}")
     return chosen
 
 
-def range_of(pictures: Sequence[np.ndarray]) -> PixelRange:
+def range_of(pictures: Sequence[UsedValues]) -> PixelRange:
     """The range of values to be shown, from those of some pictures.
 
     It is the range of a usual sensor (0..1023, 0..4095, ...) where the values fill at least a quarter of it: nothing is
     cut off then, and it does not depend on the sample. Otherwise, as with thermal cameras, whose values begin far
     above 0, and with dark pictures that have a few hot pixels, all but the lowest and highest thousandth of the values.
     """
-    sample = [values[:: max(values.size // VALUES, 1)] for values in (_finite(picture) for picture in pictures)]
-    values = np.concatenate([picture for picture in sample if picture.size] or [np.zeros(1)]).astype(np.float64)
+    values = np.concatenate([picture.sample for picture in pictures])
     low, high = (float(value) for value in np.percentile(values, PERCENTILES))
     lowest, highest = _limits(pictures)
     top = next((top for top in TOPS if highest <= top), None)
@@ -102,11 +125,8 @@ def range_of(pictures: Sequence[np.ndarray]) -> PixelRange:
     return _rounded(low, high + margin)
 
 
-def _limits(pictures: Sequence[np.ndarray]) -> PixelRange:
-    """The lowest and highest of all values that are numbers."""
-    parts = [part for part in map(_finite, pictures) if part.size]
-    lowest, highest = ([limit(part) for part in parts] or [0] for limit in (np.min, np.max))
-    return float(min(lowest)), float(max(highest))
+def _limits(pictures: Sequence[UsedValues]) -> PixelRange:
+    return min(picture.lowest for picture in pictures), max(picture.highest for picture in pictures)
 
 
 def _rounded(low: float, high: float) -> PixelRange:
@@ -127,16 +147,21 @@ def _headers(split: CocoSplit) -> list[tuple[str, PictureHeader]]:
     return headers
 
 
+def _used(split: CocoSplit) -> list[UsedValues]:
+    """The values of the pictures of more than 8 bits in a sample of a split."""
+    used = []
+    for file in _spread([file for file, header in _headers(split) if header.deep], DECODED):
+        values = _values(split.folder / file)
+        picture = None if values is None else used_values(values)
+        used += [] if picture is None else [picture]
+    return used
+
+
 def _values(file: Path) -> np.ndarray | None:
     try:
         return read_values(file)
     except BadImage:
-        return None
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    """(N,) those of the values that are numbers."""
-    return values[np.isfinite(values)] if values.dtype.kind == "f" else values.reshape(-1)
+        return None  # named when it is read
 
 
 def _spread(items: Sequence, count: int) -> list:
