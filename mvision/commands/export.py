@@ -13,6 +13,7 @@ from mvision.deploy.output import check_target, complete, place, scratch, writin
 from mvision.deploy.quantise import Quantised, quantise
 from mvision.deploy.sessions import require
 from mvision.errors import UserError, did_you_mean
+from mvision.model import Model
 from mvision.weights import load, resolve_weights
 from mvision.weights.stored import digest
 
@@ -61,11 +62,7 @@ def export(
     with writing(target):
         check_target(target, format)  # also before the model is loaded and converted, which takes long
     made_from = digest(source)
-    model = load(weights, tasks=list(tasks) or None)
-    if image_size is not None:
-        described = {**model.config.model_dump(), "image_size": image_size}
-        model.config.image_size = parse_model_config(described).image_size
-    model.fuse()
+    model = _load(weights, tasks, image_size)
     quantised = None
     with scratch(target) as folder:
         path = folder / target.name
@@ -81,6 +78,15 @@ def export(
             files = place(path, target)
     log(f"{format}: {', '.join(map(str, files))}")
     return quantised
+
+
+def _load(weights: str, tasks: Sequence[str], image_size: tuple[int, int] | None) -> Model:
+    """The fused model, for images of this size."""
+    model = load(weights, tasks=list(tasks) or None)
+    if image_size is not None:
+        described = {**model.config.model_dump(), "image_size": image_size}
+        model.config.image_size = parse_model_config(described).image_size
+    return model.fuse()
 
 
 def _check_options(format: str, int8: bool, opset: int | None) -> None:

@@ -24,7 +24,7 @@ TASK, EXAMPLE = "detection", "PekingU/rtdetr_r18vd"
 """What the published models do, and one of them."""
 
 MAX_JSON = 2**24  # bytes
-_KINDS = {dict: "JSON object", list: "list", str: "text"}
+_KINDS: dict[type, str] = {dict: "JSON object", list: "list", str: "text"}
 _RESNETS = {
     ("basic", (2, 2, 2, 2)): "resnet18d",
     ("basic", (3, 4, 6, 3)): "resnet34d",
