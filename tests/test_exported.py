@@ -11,7 +11,7 @@ import torch
 from mvision import Model, UserError
 from mvision.deploy import exported
 from mvision.deploy.exported import ExportedModel, export_path, is_exported
-from mvision.deploy.sessions import Description, Session
+from mvision.deploy.sessions import Description, Session, open_session
 from mvision.inference.predict import predict_images
 from tests.test_joint import TASKS, make_model
 
@@ -81,3 +81,16 @@ def test_paths_of_exports(tmp_path: Path) -> None:
     (tmp_path / "model.xml").touch()
     assert is_exported(tmp_path)
     assert not is_exported(weights)
+
+
+@pytest.mark.parametrize(
+    "xml", ["", "<?xml?>", "<net", "<net/>", "<html/>", '<?xml version="1.0" encoding="no"?><net/>']
+)
+def test_a_damaged_description_of_openvino_is_one_line(
+    xml: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """OpenVINO would try its readers of other formats, which print on stderr."""
+    (tmp_path / "model.xml").write_text(xml, encoding="utf-8")
+    with pytest.raises(UserError, match=f"weights {tmp_path}: model.xml is "):
+        open_session(tmp_path, "fp32")
+    assert capfd.readouterr().err == ""

@@ -7,6 +7,7 @@ import torch
 
 from mvision.config import TrainConfig
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
+from mvision.engine.state import _check_optimizer_state
 from mvision.model import create_model
 
 
@@ -77,3 +78,13 @@ def test_the_average_follows_quickly_at_first():
     ema.update(model, step=0)
     assert ema.module.weight.item() == pytest.approx(1 - 0.9 * (1 - math.exp(-0.1)), abs=1e-5)
     assert ema.get_decay(1000) == pytest.approx(0.9)
+
+
+def test_a_saved_state_of_an_optimiser_fits_its_parameter_and_group():
+    """What the optimiser would notice at its first step alone, with an error of its own, or not at all."""
+    parameter, group = torch.zeros(4), {"use_muon": False}
+    _check_optimizer_state("norm.bias", parameter, {"use_muon": False, "step": torch.zeros(())}, group)
+    _check_optimizer_state("norm.bias", parameter, {"exp_avg": torch.zeros(4)}, {})
+    for wrong in ({"use_muon": True}, {"use_muon": [[[]]]}, {"use_muon": 0}, {"exp_avg": torch.zeros(5)}):
+        with pytest.raises(ValueError, match=r"norm\.bias"):
+            _check_optimizer_state("norm.bias", parameter, wrong, group)

@@ -6,6 +6,7 @@ Neither is asked to load libraries of custom operators: an exported file cannot 
 from __future__ import annotations
 
 import importlib.util
+import xml.etree.ElementTree as ElementTree
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -148,6 +149,7 @@ def _sides(shape: list[Any]) -> tuple[int | None, ...]:
 def _open_openvino(path: Path, precision: InferencePrecision) -> Session:
     require("openvino")
     core = openvino_core()
+    _check_xml(path)
     try:
         model = core.read_model(path / XML)
         text = model.get_rt_info([DESCRIPTION]).astype(str) if model.has_rt_info([DESCRIPTION]) else None
@@ -176,6 +178,16 @@ def _open_openvino(path: Path, precision: InferencePrecision) -> Session:
             raise UserError(f"{path}: does not run on images of shape {images.shape} ({_reason(error)})") from error
 
     return Session(description, outputs, images, run, "OpenVINO")
+
+
+def _check_xml(path: Path) -> None:
+    """Refuse a damaged file, which OpenVINO would hand to its readers of other formats; they write to stderr."""
+    try:
+        root = ElementTree.parse(path / XML).getroot()
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: an odd encoding
+        raise UserError(f"weights {path}: {XML} is damaged ({error})") from error
+    if root.tag != "net" or not root.get("version", "").isdecimal():
+        raise UserError(f"weights {path}: {XML} is no model of OpenVINO, or damaged")
 
 
 def _partial(shape: Any) -> tuple[int | None, ...]:

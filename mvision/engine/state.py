@@ -204,12 +204,24 @@ def _load_optimizer(trainer: Trainer, tensors: dict[str, Tensor], plain: dict[st
     states, number = {}, 0
     for group in trainer.optimizer.param_groups:
         for parameter in group["params"]:
-            values = by_name.get(names[id(parameter)])
+            name = names[id(parameter)]
+            values = by_name.get(name)
             if values:
+                _check_optimizer_state(name, parameter, values, group)
                 states[number] = {key: _laid_out_like(parameter, value) for key, value in values.items()}
             number += 1
     current = trainer.optimizer.state_dict()
     trainer.optimizer.load_state_dict({**current, "state": states})
+
+
+def _check_optimizer_state(name: str, parameter: Tensor, values: dict[str, Any], group: dict[str, Any]) -> None:
+    """Raise ValueError for values that the optimiser would not notice before its first step, or not at all."""
+    for key, value in values.items():
+        if isinstance(value, Tensor):
+            if value.ndim and value.shape != parameter.shape:
+                raise ValueError(f"{key} of {name} has the shape {tuple(value.shape)}, not {tuple(parameter.shape)}")
+        elif value is not group.get(key, value):  # such as ``use_muon``
+            raise ValueError(f"{key} of {name} is {value!r}, not {group[key]!r}")
 
 
 def _laid_out_like(parameter: Tensor, value: Any) -> Any:
