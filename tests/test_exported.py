@@ -13,6 +13,7 @@ from mvision.deploy import exported
 from mvision.deploy.exported import ExportedModel, export_path, is_exported
 from mvision.deploy.sessions import Description, Session, open_session
 from mvision.inference.predict import predict_images
+from mvision.weights import init_from, save_weights
 from tests.test_joint import TASKS, make_model
 
 ALL = [*TASKS, "semantic-seg"]
@@ -94,3 +95,38 @@ def test_a_damaged_description_of_openvino_is_one_line(
     with pytest.raises(UserError, match=f"weights {tmp_path}: model.xml is "):
         open_session(tmp_path, "fp32")
     assert capfd.readouterr().err == ""
+
+
+def test_what_an_exported_model_cannot_do_is_said(model: Model, tmp_path: Path) -> None:
+    found = ExportedModel("x.onnx")
+    for attempt in (
+        found.fuse,
+        found.train,
+        lambda: found.loss({}, []),
+        lambda: found(torch.zeros(1, 3, 64, 96), []),
+        lambda: found.features(torch.zeros(1, 3, 64, 96)),
+        lambda: found.half(),
+        lambda: found.to("meta"),
+        lambda: save_weights(found, tmp_path / "a.safetensors"),
+        lambda: init_from(found, tmp_path),
+    ):
+        with pytest.raises(UserError, match="x.onnx: an exported model only predicts|weights .*"):
+            attempt()
+    assert found.eval() is found
+    assert found.to("cpu") is found.float() is found
+    assert not list(tmp_path.iterdir())
+
+
+def test_predictions_have_all_options_of_a_model(model: Model) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
+    options = {"multi_label": True, "nms": 0.5, "threshold": {"dog": 0.0, "*": 0.01}}
+    (found,), (expected,) = ExportedModel("x.onnx").predict(picture, **options), model.predict(picture, **options)
+    assert len(found) == len(expected) > 0
+    np.testing.assert_array_equal(found.labels, expected.labels)
+
+
+def test_a_forked_process_is_told_to_open_the_export_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = ExportedModel("x.onnx")
+    monkeypatch.setattr(exported.os, "getpid", lambda: -1)
+    with pytest.raises(UserError, match="x.onnx: was opened in another process"):
+        found(torch.zeros(1, 3, 64, 96, dtype=torch.uint8))
