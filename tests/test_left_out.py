@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,7 @@ from mvision.errors import UserError
 from mvision.inference import reading
 from mvision.inference.predict_sources import predict_sources
 from mvision.inference.sources import Source, Sources, find_sources
+from mvision.storage import atomic
 from tests.fake_model import SIZE, FakeModel, paint, save, written
 from tests.test_inference_sources import write_image
 
@@ -174,6 +177,23 @@ def test_an_earlier_predictions_json_goes_with_the_first_new_picture(
             predict_sources(model, [tmp_path / "in"], tmp_path / "out", progress=False)
         assert (tmp_path / "out" / "predictions.json").exists() == is_left
         assert not is_left or (tmp_path / "out" / "predictions.json").read_bytes() == old
+
+
+def test_what_a_killed_prediction_has_left_is_removed(
+    model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path / "in" / "sub" / "a.png", paint((96, 128), [RED]))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: ended.pid)
+        left = [(tmp_path / "out" / atomic._partial_name("predictions.json"))]
+        left.append(tmp_path / "out" / "sub" / atomic._partial_name("a.png"))
+    left[1].parent.mkdir(parents=True)
+    for file in left:
+        file.write_bytes(b"half")
+    predict_sources(model, [tmp_path / "in"], tmp_path / "out", progress=False)
+    assert written(tmp_path / "out") == ["predictions.json", "sub/a.png"]
 
 
 def test_very_large_pictures_are_not_kept_but_read_again(

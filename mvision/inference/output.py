@@ -97,7 +97,8 @@ class Output:
         with ExitStack() as files:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                remove_partial_files(folder)
+                for place in {folder, *(path.parent for path in self._paths.values())}:
+                    remove_partial_files(place)
                 temporary = files.enter_context(whole_file(folder / PREDICTIONS))
                 self._file: TextIO = files.enter_context(temporary.open("w", encoding="utf-8"))
             except OSError as error:
