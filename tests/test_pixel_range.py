@@ -17,6 +17,7 @@ from mvision.data.loading.dataset import Dataset
 from mvision.data.loading.pixel_range import choose_pixel_range, count_oddities, range_of, used_values
 from mvision.data.tools.check import check
 from mvision.data.tools.show import contact_sheet
+from mvision.engine import train as training
 from mvision.errors import UserError
 from mvision.inference.predict import predict_images
 from mvision.structures.images import read_image
@@ -117,6 +118,23 @@ def test_training_and_prediction_see_12_bits_as_8(tmp_path: Path, suffix: str, c
     predict_images(model, [eight.astype(np.uint16) * 16])  # type: ignore[list-item]
     assert all(abs(image.mean() - expected.mean()) < 3 for image in seen)
     assert len(seen) == (2 if colour else 3)
+
+
+def test_a_run_measures_once_and_loads_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = deep_set(tmp_path / "data", GREY.astype(np.uint16) * 16)
+    config = load_config(overrides={"data.root": str(root)})
+
+    class Reached(Exception):
+        pass
+
+    def stop(*_: object, pixel_range: object, **__: object) -> None:
+        raise Reached(pixel_range)
+
+    monkeypatch.setattr(training, "build_train_loader", stop)
+    with pytest.raises(Reached) as caught:
+        training.train(config, output=tmp_path / "run", device="cpu")
+    assert caught.value.args == ((0, 4095),)
+    assert config.model.pixel_range == (0, 4095)  # which is what the weights are saved with
 
 
 def test_eight_bits_are_left_alone_and_hardly_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
