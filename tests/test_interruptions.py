@@ -245,6 +245,24 @@ def test_a_run_stopped_while_it_evaluates_goes_on_with_the_evaluation(
     assert_same_runs(tmp_path / "run", whole_run(whole))
 
 
+def test_a_run_stopped_while_it_saves_the_best_weights_saves_them_later(
+    tmp_path: Path, whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_weights = checkpoint.save_weights
+
+    def interrupted(model: Any, path: Path, extra: dict[str, Any]) -> None:
+        if extra["epoch"] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save_weights(model, path, extra)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_weights", interrupted)
+        with pytest.raises(Stopped):
+            go_on(tmp_path / "run")
+    go_on(tmp_path / "run")
+    assert_same_runs(tmp_path / "run", whole_run(whole))
+
+
 def test_a_signal_while_the_epoch_is_saved_waits_for_it(
     tmp_path: Path, whole: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
