@@ -46,7 +46,7 @@ def test_a_sound_set(tmp_path: Path) -> None:
     assert train.object_sizes == {"small": 2, "medium": 0, "large": 0}
     assert train.decoded
     assert report.usable
-    assert report.verdict == "usable with 1 problems of 1 kinds: the data can serve detection"
+    assert report.verdict == "usable with 1 problem of 1 kind: the data can serve detection"
     assert not report.splits["val"].problems
     assert "64 x 48 (3)" in report.text()
     assert [task for task, reason in report.tasks.items() if reason is None] == ["detection"]

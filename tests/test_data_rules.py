@@ -180,6 +180,20 @@ def test_objects_of_unknown_classes_alone_are_nothing_to_measure(tmp_path: Path)
     assert not check(str(root)).usable
 
 
+def test_pictures_that_no_file_lists_are_counted(tmp_path: Path) -> None:
+    root = write(tmp_path)
+    write_set(root, tree(8, 1), "more")  # a split of its own may list the others
+    assert not start(root)[0].problems
+    (root / "annotations" / "more.json").unlink()
+    (root / "images" / ".hidden.png").touch()
+    (root / "images" / "notes.txt").touch()
+    (problem,) = start(root)[0].problems
+    assert problem.kind == "picture that the annotations do not list: not used"
+    assert problem.examples == [str(root.resolve() / "images" / "8.png")]
+    assert not start(root, fraction=0.5)[0].problems
+    assert str(problem) in check(str(root)).text()
+
+
 def test_dense_pictures_name_the_setting(tmp_path: Path) -> None:
     root, lines = write(tmp_path), list[str]()
     config = load_config(overrides={"data.root": str(root), "model.heads.detection.num_queries": 1})
@@ -261,6 +275,23 @@ def test_the_share_is_evaluated_by_val_too(tmp_path: Path) -> None:
     validate(str(run), output=tmp_path / "val", device="cpu")
     figures = [json.loads((folder / "metrics.json").read_text()) for folder in (run, tmp_path / "val")]
     assert figures[0] == figures[1]
+
+
+def test_several_data_sets_are_checked_as_they_are_trained_on(tmp_path: Path) -> None:
+    write(tmp_path / "boxes", lambda trees: [each(key, None)(trees) for key in ("keypoints", "segmentation")])
+    write(tmp_path / "poses", each("segmentation", None))
+    file = tmp_path / "two.yaml"
+    file.write_text(f"data: {{root: {tmp_path / 'boxes'}, more: [{{root: {tmp_path / 'poses'}}}]}}")
+    report = check(None, tasks=["detection", "keypoints"], file=file)
+    assert report.usable
+    assert list(report.splits) == ["boxes/train", "boxes/val", "poses/train", "poses/val"]
+    assert [split.with_keypoints for split in report.splits.values()] == [0, 0, 6, 6]
+    assert report.tasks["keypoints"] is None
+    assert "boxes/annotations/train.json: no object" in (report.tasks["instance-seg"] or "")
+    report = check(None, tasks=["instance-seg"], file=file)
+    assert (
+        report.refused == "data: no data set (boxes, poses) has labels for instance-seg, or is used for it (data.tasks)"
+    )
 
 
 def test_ignore_iscrowd_trains_on_brush_masks(tmp_path: Path) -> None:

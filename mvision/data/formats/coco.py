@@ -44,6 +44,7 @@ class CocoSplit:
         records: the images, in the file's order; each picture once.
         broken: positions of the images whose files are not there or no pictures, as far as is known without reading.
         real_files: of every image the path of its file, links followed.
+        unlisted: further pictures beside them, which the file does not list.
         annotated: how many annotations the file has, usable or not.
         labels: the labelled objects, image by image.
         start: (images + 1,) int64: the objects of image i are the rows ``start[i]:start[i + 1]`` of ``labels``.
@@ -77,7 +78,7 @@ class CocoSplit:
         self.own = self.categories = read_categories(raw, where)
         images = read_images(raw, split, self.problems)
         self.folder, self.records, self.broken = images.folder, images.records, images.broken
-        self.real_files = images.real_files
+        self.real_files, self.unlisted = images.real_files, images.unlisted
         self.available = _available(raw, self.own, split.ignore_iscrowd)
         self.annotated = len(raw["annotations"])
         cleaned = list(self._clean(raw, where, images.positions))

@@ -13,6 +13,7 @@ from pathlib import Path
 from mvision.data.formats.problems import Problems
 from mvision.data.formats.split import Split
 from mvision.errors import UserError
+from mvision.structures.images import IMAGE_SUFFIXES
 
 PROBED = 50  # names by which the folder is chosen
 
@@ -66,6 +67,7 @@ class PictureFiles:
         files: one for each name, relative to ``folder``.
         real: their paths, links followed.
         missing: positions of the names without a file.
+        unlisted: paths, links followed, of further pictures in the folders of the files.
     """
 
     def __init__(self, split: Split, names: Sequence[str], problems: Problems) -> None:
@@ -103,6 +105,7 @@ class PictureFiles:
         for position in sorted(self.missing):
             problems.add("image that is not there: never shown", self.files[position])
         self.real = self._follow_links(problems)
+        self.unlisted = self._find_unlisted()
 
     def _has(self, folder: Path, name: str) -> bool:
         parent, base = posixpath.split(name)
@@ -170,6 +173,16 @@ class PictureFiles:
             if position not in self.missing and not path.startswith(root.rstrip(os.sep) + os.sep):
                 problems.add(f"picture outside {self._root}, through links: read from there", f"{name}: {path}")
         return paths
+
+    def _find_unlisted(self) -> list[str]:
+        known, found = set(self.files), []
+        for parent in dict.fromkeys(map(posixpath.dirname, self.files)):
+            folder = os.path.realpath(os.path.join(self.folder, parent))  # noqa: PTH118
+            for name in self._list(str(self.folder), parent):
+                is_picture = not name.startswith(".") and posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
+                if is_picture and posixpath.join(parent, name) not in known:
+                    found.append(os.path.join(folder, name))  # noqa: PTH118
+        return sorted(found)
 
 
 def _list_folder(folder: str, parent: str) -> dict[str, bool]:

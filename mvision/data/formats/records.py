@@ -36,6 +36,7 @@ class Images:
         positions: the image ids of the file -> position in ``records``.
         broken: positions of the images that are not there or no pictures, as far as is known without reading them.
         real_files: the path of every image's file, links followed.
+        unlisted: those of further pictures beside them.
     """
 
     folder: Path
@@ -43,6 +44,7 @@ class Images:
     positions: dict[int, int]
     broken: set[int]
     real_files: list[str]
+    unlisted: list[str]
 
 
 def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images:
@@ -100,7 +102,7 @@ def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images
             if size is None:
                 broken.add(position)
         records.append(ImageRecord(identity, file, *(size or (1, 1))))
-    return Images(files.folder, records, positions, broken, files.real)
+    return Images(files.folder, records, positions, broken, files.real, files.unlisted)
 
 
 def _identity(entry: Any, number: int, split: Split, outside: dict[str, UserError]) -> tuple[int, str]:

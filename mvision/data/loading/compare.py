@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mvision.data.formats.coco import CocoSplit
+from mvision.data.formats.layouts import Layout
 from mvision.data.formats.problems import Problems
 from mvision.data.loading.dataset import Dataset
 from mvision.errors import UserError
@@ -71,6 +72,19 @@ def compare_splits(train: CocoSplit, other: CocoSplit, name: str) -> Problems:
         if own not in seen and own in ours:
             problems.add(f"class of {name} without an object in train", own)
     return problems
+
+
+def count_unlisted(train: CocoSplit, val: CocoSplit, layout: Layout, problems: Problems) -> None:
+    """Count the pictures beside those of both splits that no annotation file lists. They may belong to other splits:
+    nothing is said where there are any in the same folders, or where a share of the images is left out on purpose."""
+    ours = {path for split in (train.split, val.split) for path in (split.annotations, split.keypoints)}
+    folders = {train.split.images, val.split.images}
+    shared = any(other.annotations not in ours and other.images in folders for other in layout.splits.values())
+    if shared or train.split.fraction < 1 or train.split.yolo is not None:
+        return
+    listed = {*train.real_files, *val.real_files}
+    for path in sorted({*train.unlisted, *val.unlisted} - listed):
+        problems.add("picture that the annotations do not list: not used", path)
 
 
 def _images(split: CocoSplit) -> np.ndarray:

@@ -11,7 +11,7 @@ from mvision.data.formats.coco import CocoSplit, same_categories
 from mvision.data.formats.problems import Problem, Problems
 from mvision.data.formats.split import FIELDS, Split
 from mvision.data.formats.usable import refusal, refuse
-from mvision.data.loading.compare import compare_splits, count_above_queries, refuse_unreadable
+from mvision.data.loading.compare import compare_splits, count_above_queries, count_unlisted, refuse_unreadable
 from mvision.data.loading.folders import Folder, needs, open_folders
 from mvision.data.loading.pixel_range import count_oddities
 from mvision.errors import UserError
@@ -41,11 +41,15 @@ class DataSource:
     folder: Folder
     problems: Problems
 
-    def lines(self) -> list[str]:
-        """Numbers, and what was left out or mended as far as it concerns the tasks: the first lines of a training."""
+    def lines(self, prefix: str = "") -> list[str]:
+        """Numbers, and what was left out or mended as far as it concerns the tasks: the first lines of a training.
+
+        Args:
+            prefix: of the names of the splits.
+        """
         lines = [self.folder.note] if self.folder.note else []
         for name, split in (("train", self.train), ("val", self.val)):
-            lines.append(f"{name}: {split.summary}")
+            lines.append(f"{prefix}{name}: {split.summary}")
             lines += [f"  ! {problem}" for problem in concerning(split.problems, self.tasks)]
         return lines + [f"! {problem}" for problem in concerning(self.problems, self.tasks)]
 
@@ -95,11 +99,12 @@ def read_data_sources(
             for task in wanted:
                 count_above_queries(read, task, (heads or {}).get(task))
         problems = compare_splits(train, val, "val")
+        count_unlisted(train, val, folder.layout, problems)
         if val.annotated == 0:
             kind = "validation set without any label: nothing is measured, the newest weights count as the best"
             problems.add(kind, str(val.split.annotations))
         source = DataSource(folder.name, wanted, train, val, folder.config.weight, folder, problems)
-        for line in source.lines():
+        for line in source.lines(f"{folder.name}/" if len(opened) > 1 else ""):
             log(line)
         sources.append(source)
     return sources
@@ -193,10 +198,11 @@ def _read_training(
     if not several or folder.config.tasks:
         return asked, train
     wanted = [task for task in asked if refusal(train, task) is None]
-    if wanted and needs(wanted) != needs(asked) and folder.training(wanted, fraction) == split:
+    chosen = folder.training(wanted or asked, fraction)
+    if chosen != split:  # COCO's own layout has another file for poses alone
+        train = CocoSplit(chosen, FIELDS if all_fields else needs(wanted), keep_annotations=False)
+    elif not all_fields:
         train.leave_out(FIELDS - needs(wanted))
-    elif wanted and needs(wanted) != needs(asked):
-        train = CocoSplit(folder.training(wanted, fraction), needs(wanted), keep_annotations=False)
     return wanted, train
 
 
