@@ -161,6 +161,24 @@ def test_the_newest_run_that_has_the_tasks(tmp_path: Path) -> None:
         newest_run([], tmp_path / "nothing")
 
 
+def test_the_newest_run_of_a_task_is_the_one_with_the_highest_number(tmp_path: Path) -> None:
+    """Whatever the clock says: copies and other machines change the times of files."""
+
+    def newest(runs: dict[str, int]) -> str:
+        for name, age in runs.items():
+            weights = tmp_path / name / "best.safetensors"
+            weights.parent.mkdir(parents=True, exist_ok=True)
+            weights.touch()
+            os.utime(weights, (age, age))
+        return newest_run([], tmp_path).relative_to(tmp_path).as_posix()
+
+    assert newest({"detection/9": 900, "detection/10": 100}) == "detection/10"
+    assert newest({"keypoints/1": 500}) == "keypoints/1"  # of another task: numbers tell nothing
+    assert newest({"detection/10": 600}) == "detection/10"
+    assert newest({"detection/with-a-name": 700}) == "detection/with-a-name"
+    assert newest({"detection/10": 800, "detection/11": 50, "keypoints/1": 100}) == "detection/with-a-name"
+
+
 def test_sample_images_are_of_the_validation_split_of_the_run(squares: Path, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", squares)
     assert [Path(file).name for file in sample_images(str(run), 3)] == ["val_0.jpg", "val_1.jpg", "val_2.jpg"]

@@ -62,7 +62,7 @@ def _predict_one2many(head: KeypointHead) -> None:
 def _row(model: mvision.Model, split: CocoSplit, loader: Loader, layers: str, iou: float | None) -> None:
     metric = make_metrics(model, split)["keypoints"][0]
     for batch in loader:
-        found = model.postprocess(model(batch.images), [target.size for target in batch.targets], 0.0)
+        found = model.postprocess(model(batch.images), [target.size for target in batch.targets], 0.0, multi_label=True)
         for instances, target in zip(found, batch.targets):
             kept = instances if iou is None else _suppress(instances, iou)
             metric.update(kept.to_coco(target.image_id), [target.image_id])

@@ -147,7 +147,8 @@ class _Video:
                 if not container.streams.video:
                     yield self._unreadable("no video in this file", None)
                     return
-                stream = container.streams.video[0]
+                # Not the picture of a cover, where there is one.
+                stream = container.streams.best("video") or container.streams.video[0]
                 stream.thread_type = "AUTO"
                 announced = stream.frames
                 if not container.streams.audio:  # sound may be longer than the pictures

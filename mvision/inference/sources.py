@@ -178,14 +178,15 @@ def _in_folder(folder: Path, leave_out: Path | None, found: Sources) -> None:
     files, visited = [], {top}
     elsewhere: set[str] = set()  # folders that are reached through a link out of the given one
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        files += [(Path(root) / name, str(Path(root)) in elsewhere) for name in names]
+        is_elsewhere = str(Path(root)) in elsewhere
+        files += [(Path(root) / name, is_elsewhere) for name in names]
         kept = []
         for name in folders:
             inner = Path(root) / name
             if name.startswith("."):
                 found.left_out["hidden folders"] += 1
                 continue
-            if str(Path(root)) in elsewhere or inner.is_symlink():
+            if is_elsewhere or inner.is_symlink():
                 target = inner.resolve()
                 if target in visited or target.is_relative_to(top):
                     continue  # the same pictures a second time
