@@ -65,9 +65,9 @@ JPEG_START = b"\xff\xd8"
 JPEG_END = b"\xff\xd9"
 JPEG_QUALITY = 92
 SCAN = b"\xff\xda"
-# A progressive JPEG is refined in passes over the whole picture, about ten of them. A large one of a few megabytes with
-# thousands would take hours.
-MAX_SCANS, MANY_PIXELS = 100, 16_000_000
+# A progressive JPEG is refined in passes over the whole picture, about ten of them. A file of a megabyte can have tens
+# of thousands, which take minutes even for few pixels: more than so many are refused where they are so much work.
+MAX_PASSES, MOST_WORK = 100, 10**9  # passes; pixels x passes, about ten seconds
 # Part of its size that a JPEG is decoded at, 1 / key -> cv2's flag.
 COLOUR = getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR)  # since OpenCV 4.11
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
@@ -260,9 +260,7 @@ def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rota
             return None
         width, height = header.size
         orientation = orientation_of(header) if rotate else 1
-        progressive = "progressive" in header.info
-    if progressive and width * height > MANY_PIXELS and (scans := data.count(SCAN)) > MAX_SCANS:
-        raise BadImage(path, f"a progressive JPEG of {scans} passes, which would take very long to decode")
+        _check_passes(path, header, data)
     if orientation in QUARTER_TURNS:
         width, height = height, width
     factor = _reduction(height, width, at_least)
@@ -277,6 +275,18 @@ def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rota
     if factor > 1 or COLOUR == cv2.IMREAD_COLOR:
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
     return upright(image, orientation)
+
+
+def _check_passes(path: Path, header: ImageFile.ImageFile, data: bytes) -> None:
+    """Refuse a progressive JPEG that would take minutes.
+
+    Raises:
+        BadImage: it has too many passes for its size.
+    """
+    if "progressive" in header.info:
+        passes = data.count(SCAN)
+        if passes > MAX_PASSES and passes * header.width * header.height > MOST_WORK:
+            raise BadImage(path, f"a progressive JPEG of {passes} passes, which would take very long to decode")
 
 
 def _reduction(height: int, width: int, at_least: tuple[int, int] | None) -> int:
@@ -295,6 +305,8 @@ def _decode(
     """Decode with PIL, which reads more formats and modes and reports damage."""
     with opened(path, stream) as (image, name):
         several = notes is not None and bool(getattr(image, "is_animated", False))
+        if name == "JPEG" and isinstance(stream, io.BytesIO):
+            _check_passes(path, image, stream.getvalue())
         deep_colour = _is_deep_colour(image, name)
         guessed = pixel_range is None and (deep_colour or is_deep(image))
         with decoding(*(size := image.size)):
