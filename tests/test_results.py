@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from torch import Tensor
 
 from mvision import create_model
 from mvision.commands import predict as predict_module
+from mvision.commands import results
 from mvision.commands import val as val_module
 from mvision.commands.predict import predict_job
 from mvision.commands.val import validate
 from mvision.errors import UserError
 from mvision.evaluation import BoxMetric, KeypointMetric, MaskMetric, Metric
+from mvision.storage.atomic import whole_file
 from mvision.structures import Category, Instances
 from mvision.structures.masks import Masks, encode_mask
 from mvision.structures.oks import DEFAULT_SIGMA
@@ -266,3 +268,35 @@ def test_an_interrupted_evaluation_leaves_the_earlier_files(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         validate("w", **options)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")
+@pytest.mark.parametrize("count", [1, 1000])
+def test_a_full_disk_is_one_line(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Met at the end, when the buffer is written, or in the middle."""
+
+    @contextlib.contextmanager
+    def full(path: Path) -> Iterator[Path]:
+        with whole_file(path) as temporary:
+            temporary.unlink()
+            temporary.symlink_to("/dev/full")
+            yield temporary
+
+    monkeypatch.setattr(results, "whole_file", full)
+    category = Category(id=1, name="cat")
+    message = r"predictions\.json: cannot be written \(No space left"
+    with (
+        pytest.raises(UserError, match=message),
+        results.ResultsFile(tmp_path / "predictions.json", [category], [category]) as file,
+    ):
+        file.add([{"image_id": 1, "category_id": 1, "bbox": [0, 0, 1, 1], "score": 0.5}] * count)
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_of_several_files(tmp_path: Path) -> None:
+    first = results.results_path(tmp_path, "data", "keypoints")
+    assert first.name == "predictions-data-keypoints.json"
+    assert (
+        results.results_path(tmp_path, "data", "keypoints", taken=[first]).name == "predictions-data-keypoints-2.json"
+    )
+    assert results.results_path(tmp_path).name == "predictions.json"
