@@ -51,6 +51,14 @@ def test_stop_workers_of_a_loader_without_workers() -> None:
     assert len(list(loader)) == 4
 
 
+def test_copy_all() -> None:
+    sources = [torch.rand(3), torch.rand(2, 2)]
+    targets = [torch.zeros(3), torch.zeros(2, 2)]
+    compat.copy_all(targets, sources)
+    assert all(torch.equal(target, source) for target, source in zip(targets, sources))
+    compat.copy_all([], [])
+
+
 @pytest.mark.skipif(not compat.has_packed_convolutions(), reason="a build of torch without oneDNN, or not on x86")
 def test_has_packed_convolutions_pack_convolution_weight_and_packed_convolution() -> None:
     conv, x = nn.Conv2d(16, 32, 3, stride=2, padding=1), torch.randn(2, 16, 12, 10)

@@ -27,7 +27,7 @@ from mvision.engine import train as train_module
 from mvision.engine.checkpoint import start
 from mvision.engine.epoch import train_epoch
 from mvision.engine.optim import Ema, build_optimizer
-from mvision.engine.state import not_finite, read_state, run_facts
+from mvision.engine.state import load_state, not_finite, random_states, read_state, run_facts, save_state
 from mvision.engine.train import _train_epochs
 from mvision.engine.trainer import Trainer
 from mvision.errors import Stopped, UserError
@@ -385,6 +385,24 @@ def test_a_state_of_another_model_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="of another model than the config describes"):
         start(trainer, run, read_state(run.state))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_the_scale_of_the_loss_and_more_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What fp16 adds to the state; and a process that the saved run did not have keeps its own random numbers."""
+    first, second = make_trainer(), make_trainer()
+    for trainer, scale in ((first, 32.0), (second, 4096.0)):
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        trainer.accelerator.scaler.scale(torch.ones(1))  # it is made when it is used
+    first.random = random_states(first.accelerator)
+    save_state(first, RunFolder(tmp_path).state, None)
+    load_state(second, RunFolder(tmp_path).state, read_state(RunFolder(tmp_path).state))
+    assert second.accelerator.scaler is not None
+    assert second.accelerator.scaler.get_scale() == 32
+    monkeypatch.setattr(Accelerator, "process_index", 1)
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    load_state(second, RunFolder(tmp_path).state, read_state(RunFolder(tmp_path).state))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_options_of_a_resumed_run_have_an_effect(tmp_path: Path) -> None:

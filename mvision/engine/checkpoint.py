@@ -35,6 +35,11 @@ def start(trainer: Trainer, run: RunFolder, saved: SavedState | None) -> None:
         load_state(trainer, run.state, saved)
         if bad := not_finite(trainer):
             raise UserError(f"{run.state}: {bad[0]} is not finite; start a new run from other weights: --init WEIGHTS")
+        if len(saved.random) != (now := trainer.accelerator.num_processes):
+            trainer.accelerator.print(
+                f"note: the run was saved by {len(saved.random)} processes and goes on with {now}: it has the same "
+                "batches, but not the same random noise in the model"
+            )
     if trainer.accelerator.is_main_process:
         run.write_text(RUN_CONFIG, trainer.config.to_yaml())
         if saved is not None:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from mvision.compat import copy_all
 from mvision.config import TrainConfig
 from mvision.data import Batch, Loader
 from mvision.engine.checks import single_value
@@ -101,13 +102,12 @@ class BufferGuard:
 
     def update(self) -> None:
         """Take the values of now as good."""
-        if self.buffers:
-            torch._foreach_copy_(self.copies, self.buffers)
+        copy_all(self.copies, self.buffers)
 
     def restore(self) -> None:
         """Go back to the last good values if there are others that are not finite."""
         if not all(bool(buffer.isfinite().all()) for buffer in self.buffers):
-            torch._foreach_copy_(self.buffers, self.copies)
+            copy_all(self.buffers, self.copies)
 
 
 def _total(terms: dict[str, torch.Tensor], config: TrainConfig) -> torch.Tensor:
