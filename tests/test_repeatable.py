@@ -120,6 +120,18 @@ def test_samples_are_the_same_whatever_was_made_before(tmp_path: Path) -> None:
         assert_same(first, second)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_epoch_that_goes_on_in_its_middle_has_the_same_batches(tmp_path: Path, workers: int) -> None:
+    split = split_of(tmp_path)
+    whole, rest = loader_of(split, 0), loader_of(split, workers)
+    try:
+        (first,) = rest.epoch(1, start=1)
+        assert_same(list(whole.epoch(1))[1], first)
+        assert len(list(rest.epoch(2))) == 2  # the next epoch is whole
+    finally:
+        rest.close()
+
+
 def test_samples_are_the_same_without_memory_for_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     split = split_of(tmp_path)
     cached = loader_of(split, 0)
