@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from mvision.errors import UserError
 from mvision.inference.streams import check_url, hide_password, is_picture, is_url, name_of_url
-from mvision.structures.images import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, BadImage, frames, image_size
+from mvision.structures.images import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES, BadImage, image_size, picture_header
 
 VIDEO_SUFFIXES = frozenset(
     (
@@ -161,7 +161,7 @@ def _kind(path: Path) -> Literal["image", "video"]:
     suffix = path.suffix.lower()
     if suffix in MOVING:
         try:
-            return "video" if frames(path) > 1 else "image"
+            return "video" if picture_header(path).several else "image"
         except BadImage:
             return "image"  # which is reported when it is read
     return "video" if suffix in VIDEO_SUFFIXES else "image"
