@@ -93,7 +93,7 @@ def rectangle(box: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def write_data(root: Path) -> Path:
-    """Painted pictures whose ids have gaps and are in no order; one is twice as large, one has nothing."""
+    """Painted pictures whose ids have gaps and are in no order; two are larger, one has nothing."""
     rng = np.random.default_rng(5)
     images, annotations = [], []
     for number, image_id in enumerate((40, 7, 19, 2)):
@@ -104,7 +104,8 @@ def write_data(root: Path) -> Path:
             x, y = column * 42 + int(rng.integers(2, 8)), int(rng.integers(2, 60))
             rectangles.append((int(rng.integers(3)), (x, y, x + int(side[0]), y + int(side[1]))))
         scale = size[0] // 96
-        picture = cv2.resize(paint((96, 128), rectangles), size[::-1], interpolation=cv2.INTER_NEAREST)
+        stored = (192, 256) if number == 2 else size  # the annotations are for the picture at half of its size
+        picture = cv2.resize(paint((96, 128), rectangles), stored[::-1], interpolation=cv2.INTER_NEAREST)
         save(root / "val" / f"{image_id}.png", picture)
         images.append({"id": image_id, "file_name": f"{image_id}.png", "height": size[0], "width": size[1]})
         for label, box in rectangles:
