@@ -157,7 +157,7 @@ class Output:
         except UserError as error:
             if isinstance(error.__cause__, OSError):  # the disk, not the picture
                 raise
-            rendered.not_drawn = str(error)
+            rendered.not_drawn = str(error).removeprefix(f"{self._paths[frame.source]}: ")
 
     def add(self, rendered: Rendered) -> Frame:
         """Write the entries and, of a video, the picture."""
