@@ -317,6 +317,17 @@ def test_side_by_side() -> None:
     assert (both[150, -600 + 150] != 128).any()
 
 
+def test_regions_are_enlarged_with_the_picture() -> None:
+    mask = np.zeros((1, 200, 300), bool)
+    mask[0, 100:] = True
+    sky = instances([[0, 100, 300, 200]], masks=mask)
+    found = instances([[50, 20, 100, 60]], regions=sky)
+    assert found.resized((400, 600)).regions.size == (400, 600)
+    half = side_by_side(GREY, instances([]), found, side=600)[-400:, -600:]
+    assert (half[250:390, 20:580] != 128).any(axis=2).all()
+    assert (half[130:190, 20:580] == 128).all()
+
+
 def test_ground_truth_has_no_scores(labels_drawn: list[dict[str, Any]]) -> None:
     found = instances([[50, 60, 150, 120]])
     side_by_side(GREY, found, found)

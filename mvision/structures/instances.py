@@ -78,7 +78,8 @@ class Instances:
         if self.keypoints is not None:
             keypoints = self.keypoints * np.array([x, y, 1], np.float32)
         boxes = self.boxes * np.array([x, y, x, y], np.float32)
-        return replace(self, boxes=boxes, size=size, masks=masks, keypoints=keypoints)
+        regions = None if self.regions is None else self.regions.resized(size)
+        return replace(self, boxes=boxes, size=size, masks=masks, keypoints=keypoints, regions=regions)
 
     def to_coco(self, image_id: Any) -> list[dict[str, Any]]:
         """Entries of COCO's result format, in the order of the instances, then those of ``regions``.
