@@ -8,7 +8,7 @@ import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, SuggestingGroup, device_option, echo
 
-ROUNDS = click.IntRange(min=3)
+ROUNDS = click.IntRange(3, 10_000)
 output_option = click.option(
     "--output", type=OUTPUT_FOLDER, default=Path("benchmark"), show_default=True, metavar="DIR", help="Where to write."
 )
@@ -24,11 +24,13 @@ def benchmark() -> None:
     "--size",
     "sizes",
     multiple=True,
-    type=click.IntRange(min=64),
+    type=click.IntRange(64, 16_384),
     metavar="N",
     help="Image side.  [default: 320 to 1536]",
 )
-@click.option("--embed-dim", type=click.IntRange(min=8), default=256, show_default=True, metavar="N", help="Channels.")
+@click.option(
+    "--embed-dim", type=click.IntRange(8, 8192), default=256, show_default=True, metavar="N", help="Channels."
+)
 @click.option("--repeats", type=ROUNDS, default=10, show_default=True, metavar="N", help="Most rounds.")
 @output_option
 @device_option
@@ -55,7 +57,7 @@ def encoder(sizes: tuple[int, ...], embed_dim: int, repeats: int, output: Path, 
     "--batch",
     "batches",
     multiple=True,
-    type=click.IntRange(min=1),
+    type=click.IntRange(1, 4096),
     metavar="N",
     help="Images per call.  [default: 1, 8]",
 )

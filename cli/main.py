@@ -41,6 +41,7 @@ _MESSAGES = {
     "PytorchStreamWriter failed writing": _FULL_DISK,  # torch.save
     "Disk quota exceeded": "the disk quota is used up",
     "DefaultCPUAllocator": _OUT_OF_MEMORY,  # torch on the CPU
+    "Storage size calculation overflowed": _OUT_OF_MEMORY,  # torch
     "Insufficient memory": _OUT_OF_MEMORY,  # OpenCV
     "bad_alloc": _OUT_OF_MEMORY,  # libraries in C++
     "can't start new thread": "the system allows no further thread or process (see ulimit -u)",

@@ -241,3 +241,11 @@ def test_two_processes_train_and_agree_on_the_figures(squares, tmp_path):
     one = json.loads((tmp_path / "val" / "metrics.json").read_text())
     two = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert one == two
+
+
+def test_a_tracker_that_is_not_installed_is_no_training_without_it(tmp_path, monkeypatch):
+    """accelerate leaves it out in silence."""
+    monkeypatch.setattr("mvision.engine.train.get_available_trackers", lambda: ["tensorboard"])
+    with pytest.raises(UserError, match=r"the package of wandb is not installed \(installed: tensorboard\)"):
+        run_in_process(write_squares(tmp_path / "data"), tmp_path / "run", train__trackers=["wandb"])
+    assert not (tmp_path / "run").exists()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, nullcontext
@@ -13,7 +14,8 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import patch_environment, set_seed
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType, patch_environment, set_seed
 
 from mvision.backbone import freeze
 from mvision.compat import reset_accelerate
@@ -161,7 +163,10 @@ def _train_to_the_end(trainer: Trainer, run: RunFolder, loader: Loader, validati
             if isinstance(one, Loader) and (line := one.missing()):
                 _printer(trainer.accelerator)(f"warning: {line}")
     except Stopped as stopped:
-        hint = f"go on with: mvision train --resume {run.path}" if run.state.is_file() else "nothing was saved yet"
+        for tracker in trainer.accelerator.trackers:
+            tracker.finish()
+        command = f"mvision train --resume {shlex.quote(str(run.path))}"
+        hint = f"go on with: {command}" if run.state.is_file() else "nothing was saved yet"
         raise Stopped(stopped.number, hint) from None
 
 
@@ -234,6 +239,7 @@ def _accelerator(config: Config, device: str | None) -> Accelerator:
     reset_accelerate()  # an earlier run of this process may have had another precision
     # Accelerate always takes the first GPU in a single process, unless this variable names another.
     single = chosen.index is not None and "LOCAL_RANK" not in os.environ
+    _check_trackers(config.train.trackers)
     try:
         with patch_environment(accelerate_torch_device=chosen) if single else nullcontext():
             return Accelerator(
@@ -245,6 +251,15 @@ def _accelerator(config: Config, device: str | None) -> Accelerator:
             )
     except ValueError as error:
         raise UserError(f"train.precision {precision} or train.trackers {config.train.trackers}: {error}") from error
+
+
+def _check_trackers(trackers: Sequence[str]) -> None:
+    """Raise a UserError for a tracker whose package is missing: accelerate would train without it in silence."""
+    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+    for tracker in trackers:
+        if tracker in LoggerType.list() and tracker not in {*available, "all"}:
+            installed = ", ".join(sorted(available)) or "none"
+            raise UserError(f"train.trackers: the package of {tracker} is not installed (installed: {installed})")
 
 
 def _loaders(
