@@ -10,6 +10,7 @@ import shutil
 import xml.etree.ElementTree as ElementTree
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from mvision.commands.val import validate
 from mvision.deploy import compare
 from mvision.deploy.compare import difference
 from mvision.deploy.exported import ExportedModel, is_exported
+from mvision.deploy.opset import set_opset
 from mvision.deploy.runtimes import open_fastest
 from mvision.inference.predict import predict_images
 from mvision.weights import save_weights
@@ -259,7 +261,10 @@ def described(path: Path) -> dict:
 
 def test_a_description_that_is_not_of_the_graph(onnx: Path, tmp_path: Path) -> None:
     for change, message in (
-        ({"categories": [described(onnx)["model"]["categories"][1]]}, r"has shape \[10, 2\], and the described model \[10, 1\]"),
+        (
+            {"categories": [described(onnx)["model"]["categories"][1]]},
+            r"has shape \[10, 2\], and the described model \[10, 1\]",
+        ),
         ({"image_size": [64, 64]}, None),  # it takes any size
         ({"backbone": {"name": "nonsense"}}, "backbone 'nonsense' is unknown to timm"),
         ({"heads": {"instance-seg": {"num_layers": 1_000_000}}}, "num_layers: input should be less than or equal"),
@@ -296,6 +301,25 @@ def test_weights_outside_the_folder_are_not_read(onnx: Path, tmp_path: Path) -> 
         (tmp_path / "in" / "x.onnx").write_bytes(model.SerializeToString())
         with pytest.raises(UserError, match="x.onnx: ONNX Runtime cannot read it"):
             load(tmp_path / "in" / "x.onnx")
+
+
+def test_operators_of_other_libraries_are_not_looked_for(tmp_path: Path) -> None:
+    import onnx as library
+
+    sides = [library.helper.make_tensor_value_info(name, library.TensorProto.FLOAT, [1]) for name in ("images", "y")]
+    node = library.helper.make_node("Evil", ["images"], ["y"], domain="com.example", library="/tmp/evil.so")
+    opsets = [library.helper.make_opsetid("", 17), library.helper.make_opsetid("com.example", 1)]
+    graph = library.helper.make_graph([node], "g", sides[:1], sides[1:])
+    library.save(library.helper.make_model(graph, opset_imports=opsets, ir_version=8), tmp_path / "x.onnx")
+    with pytest.raises(UserError, match=r"x.onnx: ONNX Runtime cannot read it .*Evil"):
+        load(tmp_path / "x.onnx")
+
+
+@pytest.mark.parametrize("written", [18, 25])
+def test_an_opset_that_torch_does_not_write_is_refused(written: int) -> None:
+    model = SimpleNamespace(opset_imports={"": written}, graph=None)
+    with pytest.raises(UserError, match=rf"--opset 26: torch .* and onnxscript .* write opset {written} instead"):
+        set_opset(model, 26)
 
 
 def test_files_of_others_are_refused(tmp_path: Path) -> None:

@@ -127,9 +127,9 @@ def runtimes(saved: Path, folder: Path) -> dict[str, Call]:
     """By runtime and precision, a function from uint8 images (B, 3, H, W) to raw outputs."""
     calls: dict[str, Call] = {f"PyTorch {precision}": prepare(load(saved), precision) for precision in PRECISIONS}
     for format in ("onnx", "openvino"):
-        export(str(saved), format=format, output=folder / format, log=lambda line: None)
+        export(str(saved), format=format, output=folder / f"model.{format}", log=lambda line: None)
         for precision in PRECISIONS if format == "openvino" else PRECISIONS[:1]:
-            calls[f"{format} {precision}"] = ExportedModel(folder / format, precision=precision)
+            calls[f"{format} {precision}"] = ExportedModel(folder / f"model.{format}", precision=precision)
     return calls
 
 

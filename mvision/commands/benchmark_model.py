@@ -169,7 +169,7 @@ def _candidates(
     candidates: list[Candidate] = []
     device = next(iter(eager.values())).device
     for runtime in dict.fromkeys((REFERENCE[0], *runtimes)):
-        path = folder / runtime
+        path = folder / f"model.{runtime}"
         if runtime in EXPORTED:
             if device.type != "cpu":
                 continue

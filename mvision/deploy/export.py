@@ -96,7 +96,7 @@ def write_openvino(model: Any, folder: Path, description: str) -> None:
     try:
         openvino.save_model(model, folder / XML, compress_to_fp16=False)
     except RuntimeError as error:  # this is what OpenVINO raises when a disk is full
-        raise OSError(f"OpenVINO: {first_line(error)}") from error
+        raise OSError(f"OpenVINO: {first_line(error)}; the disk may be full") from error
     mark(folder / XML, coordinate_operators(model))
 
 
