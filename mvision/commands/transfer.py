@@ -211,8 +211,10 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
 
 def _is_cell(record: Any) -> bool:
     """Whether a record has everything that the page and the plot take from it."""
-    kinds = {"setup": dict, "task": str, "start": str, "fraction": float | int, "seed": int, "figure": str}
-    kinds |= {"curve": list, "machine": str}
+    kinds: dict[str, Any] = {
+        **{"setup": dict, "task": str, "start": str, "fraction": float | int, "seed": int, "figure": str},
+        **{"curve": list, "machine": str},
+    }
     if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in kinds.items()):
         return False
     points = record["curve"]
