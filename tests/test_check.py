@@ -46,7 +46,7 @@ def test_a_sound_set(tmp_path: Path) -> None:
     assert train.object_sizes == {"small": 2, "medium": 0, "large": 0}
     assert train.decoded
     assert report.usable
-    assert report.verdict == "usable with 1 problem of 1 kind: the data can serve detection"
+    assert report.verdict == "usable with 1 problem of 1 kind: every split can serve detection"
     assert not report.splits["val"].problems
     assert "64 x 48 (3)" in report.text()
     assert [task for task, reason in report.tasks.items() if reason is None] == ["detection"]
@@ -106,6 +106,12 @@ def test_problems_between_splits(tmp_path: Path) -> None:
         "class of val without an object in train": ["dog"],
         "image of val that is in train too": ["2.png"],
     }
+
+
+def test_a_layout_is_checked_for_detection(tmp_path: Path) -> None:
+    report = checking.check(find_layout(two_splits(tmp_path, [annotation(1)])))
+    assert report.asked == ["detection"]
+    assert report.verdict == "sound: every split can serve detection"
 
 
 def test_progress_counts_every_image(tmp_path: Path) -> None:

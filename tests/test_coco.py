@@ -151,6 +151,14 @@ def test_malformed_json(tmp_path: Path, text: str, message: str) -> None:
         CocoSplit(find_layout(tmp_path).split("train"))
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_text_of_other_encodings_is_read(tmp_path: Path, encoding: str) -> None:
+    write_set(tmp_path, coco([annotation()]))
+    file = tmp_path / "annotations" / "train.json"
+    file.write_bytes(file.read_text().encode(encoding))
+    assert len(CocoSplit(find_layout(tmp_path).split("train")).labels) == 1
+
+
 @pytest.mark.parametrize(
     ("bbox", "kind"),
     [

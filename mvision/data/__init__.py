@@ -3,14 +3,14 @@
 Public:
     find_layout(root) -> Layout                 recognise a folder; ``layout.split("train", fields) -> Split``
     CocoSplit(split, fields)                    read and check: ``categories``, ``records``, ``problems``, ``coco_dict``
-    same_categories(train, val)                 labels of two splits mean the same, or UserError
+    same_categories(train, val)                 two splits have classes in common, by name, or UserError
     read_data_sources(config, tasks, ...)       the data sets of a run, each a ``DataSource``
     read_validation(config, split, tasks)       the same for an evaluation
     build_train_loader(split, config, ...)      Loader: ``for batch in loader.epoch(n)``, ``len(loader)``, ``close()``
     build_eval_loader(split, config, ...)       Loader: ``for batch in loader``
     Batch                                       images (B, 3, H, W) uint8, targets, skipped
     Dataset, SampleKey                          single samples; ``dataset.truth(i)`` for drawing
-    tools.check.check(layout) -> Report         for ``mvision data check``: ``text()``, ``usable``
+    tools.check.check(config) -> Report         for ``mvision data check``: ``text()``, ``usable``; or of a layout
     contact_sheet(layout, split, ...)           for ``mvision data show``; ``write_image(path, sheet)``
     tools.convert.convert(layout, destination)  for ``mvision data convert``
     read_image(path), resize_image(image, size) files to RGB; the one resize of training, evaluation and prediction

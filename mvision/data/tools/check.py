@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mvision.config import Config
+from mvision.config import Config, load_config
 from mvision.data.formats.coco import FIELDS, CocoSplit
-from mvision.data.formats.layouts import usual_splits
+from mvision.data.formats.layouts import Layout, usual_splits
 from mvision.data.formats.problems import Problem
 from mvision.data.formats.split import Split
 from mvision.data.formats.usable import refusal, refuse, usable_objects
@@ -98,7 +98,8 @@ class Report:
         if self.refused is not None:
             return f"not usable: {self.refused}"
         kinds = [*self.problems, *(problem for split in self.splits.values() for problem in split.problems)]
-        able = f"the data can serve {', '.join(task for task, reason in self.tasks.items() if reason is None)}"
+        common = [task for task, reason in self.tasks.items() if reason is None]
+        able = f"every split can serve {', '.join(common)}" if common else "no task can be served by every split"
         if kinds:
             count = sum(problem.count for problem in kinds)
             return f"usable with {_number(count, 'problem')} of {_number(len(kinds), 'kind')}: {able}"
@@ -142,7 +143,7 @@ class Report:
 
 
 def check(
-    config: Config,
+    data: Config | Layout,
     splits: Sequence[str] = (),
     quick: bool = False,
     progress: Callable[[int], object] | None = None,
@@ -150,7 +151,7 @@ def check(
     """Read everything and report.
 
     Args:
-        config: data sets, and the model whose tasks they have to serve.
+        data: data sets and the model whose tasks they have to serve; or one data set, for detection.
         splits: of the first data set, these alone; empty: those that a training reads, and ``test`` where there is one.
         quick: the annotations only; images are not opened.
         progress: called with the number of images just read.
@@ -159,6 +160,7 @@ def check(
         UserError: no data set is recognised, or it has no split of that name. What else would end a training is
             reported, not raised.
     """
+    config = load_config(overrides={"data.root": str(data.root)}) if isinstance(data, Layout) else data
     if splits:
         report, read = _read_named(config, splits)
     else:
