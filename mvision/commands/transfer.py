@@ -17,9 +17,10 @@ from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import BaseModel, Field, ValidationError
 
 from mvision import __version__
 from mvision.commands.train import run_config
@@ -53,6 +54,24 @@ class Cell:
     start: str
     fraction: float
     seed: int
+
+
+class _Point(BaseModel):
+    epoch: float
+    score: float
+
+
+class _Finished(BaseModel):
+    """What the page and the plot take from a line of ``cells.jsonl``."""
+
+    task: str
+    start: Literal["random", "backbone", "backbone+neck", "frozen"]
+    fraction: float
+    seed: int
+    figure: str
+    machine: str
+    setup: dict[str, Any]
+    curve: list[_Point] = Field(min_length=1)
 
 
 def transfer_matrix(
@@ -202,32 +221,12 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
             if line.strip():
                 records.append(json.loads(line))
-                if not _is_cell(records[-1]):
-                    raise UserError(f"{file}, line {number}: not a finished cell of a matrix; remove that line")
+                _Finished.model_validate(records[-1])
+    except ValidationError as error:
+        raise UserError(f"{file}, line {number}: not a finished cell of a matrix; remove that line") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: a line is not JSON ({error}); remove that line") from error
     return records
-
-
-def _is_cell(record: Any) -> bool:
-    """Whether a record has everything that the page and the plot take from it."""
-    if not isinstance(record, dict) or not isinstance(record.get("setup"), dict):
-        return False
-    if not all(isinstance(record.get(name), str) for name in ("task", "start", "figure", "machine")) or not isinstance(
-        record.get("curve"), list
-    ):
-        return False
-    if not isinstance(record.get("fraction"), float | int) or not isinstance(record.get("seed"), int):
-        return False
-    points = record["curve"]
-    return (
-        record["start"] in STARTS
-        and bool(points)
-        and all(
-            isinstance(point, dict) and all(isinstance(point.get(key), float | int) for key in ("epoch", "score"))
-            for point in points
-        )
-    )
 
 
 def _report(records: Sequence[dict[str, Any]], output: Path) -> str:
