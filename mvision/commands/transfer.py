@@ -218,7 +218,7 @@ def read_cells(file: Path) -> list[dict[str, Any]]:
         return []
     records = []
     try:
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):  # noqa: B007 - below
             if line.strip():
                 records.append(json.loads(line))
                 _Finished.model_validate(records[-1])
