@@ -152,13 +152,13 @@ def test_a_jpeg_of_many_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     path = tmp_path / "a.jpg"
     for mode, passes in (("RGB", 10), ("CMYK", "[0-9]+")):  # the second one is decoded by Pillow
         Image.fromarray(IMAGE).convert(mode).save(path, progressive=True)
-        monkeypatch.setattr(images, "MAX_PASSES", 5)
+        monkeypatch.setattr(images, "MAX_SCANS", 5)
         monkeypatch.setattr(images, "MOST_WORK", 10**6)
         assert read_image(path).shape == (40, 60, 3)
         monkeypatch.setattr(images, "MOST_WORK", 10**4)
         with pytest.raises(BadImage, match=f"a progressive JPEG of {passes} passes"):
             read_image(path)
-        monkeypatch.setattr(images, "MAX_PASSES", 100)
+        monkeypatch.setattr(images, "MAX_SCANS", 100)
         assert read_image(path).shape == (40, 60, 3)
 
 

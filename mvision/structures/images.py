@@ -67,7 +67,7 @@ JPEG_QUALITY = 92
 SCAN = b"\xff\xda"
 # A progressive JPEG is refined in passes over the whole picture, about ten of them. A file of a megabyte can have tens
 # of thousands, which take minutes even for few pixels: more than so many are refused where they are so much work.
-MAX_PASSES, MOST_WORK = 100, 10**9  # passes; pixels x passes, about ten seconds
+MAX_SCANS, MOST_WORK = 100, 10**9  # passes; pixels x passes, about ten seconds
 # Part of its size that a JPEG is decoded at, 1 / key -> cv2's flag.
 COLOUR = getattr(cv2, "IMREAD_COLOR_RGB", cv2.IMREAD_COLOR)  # since OpenCV 4.11
 REDUCED = {8: cv2.IMREAD_REDUCED_COLOR_8, 4: cv2.IMREAD_REDUCED_COLOR_4, 2: cv2.IMREAD_REDUCED_COLOR_2}
@@ -298,7 +298,7 @@ def _check_passes(path: Path, header: ImageFile.ImageFile, data: bytes) -> None:
     """
     if "progressive" in header.info:
         passes = data.count(SCAN)
-        if passes > MAX_PASSES and passes * header.width * header.height > MOST_WORK:
+        if passes > MAX_SCANS and passes * header.width * header.height > MOST_WORK:
             raise BadImage(path, f"a progressive JPEG of {passes} passes, which would take very long to decode")
 
 
