@@ -57,7 +57,7 @@ def head_class(task: str, settings: Mapping[str, Any] | Settings | None = None) 
     if not isinstance(path, str):
         given = settings.get("kind") if isinstance(settings, Mapping) else getattr(settings, "kind", None)
         kind = given or next(iter(path))
-        if kind not in path:
+        if not isinstance(kind, str) or kind not in path:
             raise UserError(f"model.heads.{task}.kind: {kind!r} is unknown; {did_you_mean(str(kind), path)}")
         path = path[kind]
     module, _, name = path.partition(":")
