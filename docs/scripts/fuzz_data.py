@@ -207,7 +207,7 @@ def files(rng: Random, base: Path, folder: Path) -> Case:
         shutil.rmtree(target)
     else:
         target.unlink()
-    with suppress(OSError):  # a name that the file system refuses
+    with suppress(OSError, ValueError):  # a name that the file system refuses
         FILE_FORMS[form](rng, target)
     what = f"{target.relative_to(folder)}: {form}"
     return Case(what, *_data_commands(rng, base))
@@ -226,6 +226,8 @@ def _socket(path: Path) -> None:
         os.chdir(here)
 
 
+# Names of one part: joined to a folder, the others lead out of it, and this script writes there.
+ONE_PART = [name for name in NAMES if "/" not in name and name not in ("", ".", "..")]
 FILE_FORMS: dict[str, Callable[[Random, Path], Any]] = {
     "missing": lambda rng, path: None,
     "empty": lambda rng, path: path.write_bytes(b""),
@@ -242,7 +244,7 @@ FILE_FORMS: dict[str, Callable[[Random, Path], Any]] = {
     "link to /dev/tty": _link("/dev/tty"),
     "link to /proc/self/mem": _link("/proc/self/mem"),
     "link to /etc": _link("/etc"),
-    "odd name": lambda rng, path: (path.parent / rng.choice(NAMES[1:])).write_bytes(b"x"),
+    "odd name": lambda rng, path: (path.parent / rng.choice(ONE_PART)).write_bytes(b"x"),
     "bytes as name": lambda rng, path: Path(os.fsdecode(os.fsencode(path.parent) + b"/\xff\xfe.png")).write_bytes(b"x"),
 }
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 import yaml
-from fuzz_data import FILE_FORMS, TRAINING, YAML_VALUES, Case, alias_bomb, hostile_yaml
+from fuzz_data import FILE_FORMS, ONE_PART, TRAINING, YAML_VALUES, Case, alias_bomb, hostile_yaml
 from fuzz_files import OPTIONS, SMALL
 from fuzz_values import NAMES, NUMBERS, junk, mutate_bytes, mutate_tree, to_json
 
@@ -244,6 +244,8 @@ def options(rng: Random, base: Path, folder: Path) -> Case:
     value = rng.choice(
         [*odd, rng.choice(paths), "http://127.0.0.1:9/x.jpg", "rtsp://x", "cuda:99", "mps", "0x10", "１"]
     )
+    if parameter.name in ("output", "destination"):  # nothing that a command would be right to write to
+        value = rng.choice(["file.txt", "pipe", "nowhere/x", "/dev/null", "/dev/full", "/dev/zero/x", "", *ONE_PART])
     if isinstance(parameter, click.Argument):
         extra = [value]
     elif getattr(parameter, "is_flag", False):
