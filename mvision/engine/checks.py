@@ -134,9 +134,13 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any], *, in
             f"{today} now, so that its epochs and figures are no longer the same; bring the images back, or {new}"
         )
     if inside_epoch and saved["batches"] != now["batches"]:
+        before, today = (
+            f"{side['batches']['number']} batches of {side['batches']['size']} with seed {side['batches']['seed']}"
+            for side in (saved, now)
+        )
         raise UserError(
-            f"--resume {path}: the run was stopped inside an epoch of {saved['batches']} batches, which now has "
-            f"{now['batches']}; go on with the same --batch-size and data.* settings, or {new}"
+            f"--resume {path}: the run was stopped inside an epoch of {before}, which would now have {today}; go on "
+            f"with the same settings, or {new}"
         )
 
 

@@ -152,7 +152,7 @@ def run_facts(config: Config, images: list[tuple[int, int]], batches: int) -> di
         "tasks": list(config.model.heads),
         "classes": [{"name": c.name, "keypoints": list(c.keypoints)} for c in config.model.categories],
         "images": [list(numbers) for numbers in images],
-        "batches": batches,
+        "batches": {"number": batches, "size": config.train.batch_size, "seed": config.train.seed},
         "optimizer": config.train.optimizer,
     }
 
