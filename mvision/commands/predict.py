@@ -68,14 +68,12 @@ def predict_job(
         raise UserError(f"source {sources[0]}: give either sources or --data with --split, not both")
     chosen = Selection(DEFAULT_THRESHOLD if threshold is None else threshold, multi_label, nms)
     folder = output or Path("predictions")
-    # What is missing is reported before the model is loaded.
-    found = find_sources(sources, leave_out=folder) if sources else None
+    found = find_sources(sources, leave_out=folder) if sources else None  # what is missing is said before loading
     source = weights if weights is not None else str(newest_run(tasks))
     of_split = _folder_of(source, data) if data is not None or split is not None else None
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision)
-    log(runtime)
-    for line in _left_out_of_pictures(model.tasks):
+    for line in (runtime, *_left_out_of_pictures(model.tasks)):
         log(line)
     for_metrics = None
     if of_split is not None:
