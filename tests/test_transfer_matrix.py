@@ -15,7 +15,7 @@ from mvision.commands import transfer as matrix
 from mvision.commands.transfer_report import first_reach, page
 from mvision.config import Config
 from mvision.engine.train import train
-from mvision.storage.atomic import write_text
+from mvision.storage.atomic import _place, write_text
 from mvision.storage.run_folder import RunFolder
 from mvision.structures import Category
 from mvision.weights import save_weights
@@ -97,8 +97,11 @@ def test_a_stopped_matrix_continues(source: Path, tmp_path: Path, trainings: Tra
     with pytest.raises(KeyboardInterrupt):
         run(source, output)
     assert len((output / "cells.jsonl").read_text().splitlines()) == 3
+    partial = output / f".curves.png.{_place()}-{2**22 + 1}-{12 * '0'}.partial"
+    partial.write_bytes(b"half")  # of a process that was killed
     messages: list[str] = []
     text = run(source, output, messages)
+    assert not partial.exists()
     assert len(trainings.calls) == 4 + 5  # the stopped one again, and the four that were missing
     assert messages[0] == f"8 cells, 3 of them finished: {output / 'cells.jsonl'}"
     assert len(messages) == 1 + 5

@@ -30,7 +30,7 @@ from mvision.engine.train import train
 from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.machine import device_name, resolve_device
-from mvision.storage.atomic import write_text
+from mvision.storage.atomic import remove_partial_files, write_text
 from mvision.storage.run_folder import RunFolder
 from mvision.weights import read_weights, resolve_weights
 
@@ -122,6 +122,7 @@ def transfer_matrix(
     file = output / CELLS
     records = read_cells(file)
     done = _finished(file, records, setup)
+    remove_partial_files(output)
     # All starts of one seed come before the next seed, so that an early stop leaves something to compare.
     product = itertools.product(range(seeds), dict.fromkeys(tasks), dict.fromkeys(fractions), STARTS)
     cells = [Cell(task, start, fraction, seed) for seed, task, fraction, start in product]
