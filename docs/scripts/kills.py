@@ -1,8 +1,9 @@
 """Is anything lost when a command is killed, stopped, or finds the disk full?
 
-    python docs/scripts/kills.py train --workers 0     # a kill before every file operation of a training
-    python docs/scripts/kills.py predict | export      # the same, over the results of an earlier command
+    python docs/scripts/kills.py train                 # a kill before every file operation of trainings
+    python docs/scripts/kills.py predict export        # the same, over the results of an earlier command
     python docs/scripts/kills.py random term disk      # 50 SIGKILLs, 10 SIGTERMs, 10 full disks, at random moments
+    python docs/scripts/kills.py term --only train2    # of one command: a training with two loading processes
     python docs/scripts/kills.py all --findings FILE   # everything, with a line in FILE for whatever is wrong
 
 After each fault every file is opened, and the command is given once more (``--resume`` for a training): it has to end
@@ -20,7 +21,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
@@ -28,8 +29,10 @@ from pathlib import Path
 import kills_lab as lab
 from kills_lab import FULL, KILL, Contents, Fault, Outcome
 
-PARTS = ("train", "predict", "export", "random", "term", "disk")
+EVERY_OPERATION = {"train": ("train", "train1", "train2"), "predict": ("predict",), "export": ("onnx", "openvino")}
+PARTS = (*EVERY_OPERATION, "random", "term", "disk")
 COMMANDS = ("train", "train1", "train2", "predict", "onnx", "openvino", "val", "transfer")
+"""Trainings have the number of their loading processes behind them, exports are of a format."""
 
 
 @dataclass
@@ -69,8 +72,10 @@ class Row:
 class Kills:
     """Commands, faults, findings."""
 
-    def __init__(self, work: Path, share: Fraction, findings: Path | None, seed: int) -> None:
-        self.work, self.share, self.findings = work, share, findings
+    def __init__(
+        self, work: Path, share: Fraction, findings: Path | None, seed: int, only: Sequence[str] = COMMANDS
+    ) -> None:
+        self.work, self.share, self.findings, self.only = work, share, findings, only
         self.random = random.Random(seed)
         self.case = work / "case"
         self.data = lab.write_data(work / "data")
@@ -208,9 +213,9 @@ class Kills:
         return row
 
     def at_random(self, number: int, title: str, count: int) -> Iterator[Row]:
-        for index, name in enumerate(COMMANDS):
+        for index, name in enumerate(self.only):
+            shots = len(range(index, self.chosen(count), len(self.only)))
             command = self.command(name)
-            shots = len(range(index, self.chosen(count), len(COMMANDS)))
             row = Row(f"{title}: {name}", len(command.operations))
             for _ in range(shots):
                 seconds = self.random.uniform(0, command.seconds)
@@ -220,10 +225,10 @@ class Kills:
 
     def full_disks(self, count: int) -> Iterator[Row]:
         """Full from one operation on (writes fail), and a file system that is too small where one can be mounted."""
-        for index, name in enumerate(("train", "train1", "predict", "onnx", "openvino", "val", "transfer")):
+        for index, name in enumerate(self.only):
             command = self.command(name)
             row = Row(f"full disk: {name}", len(command.operations))
-            for _ in range(max(1, len(range(index, self.chosen(count), 7)))):
+            for _ in range(max(1, len(range(index, self.chosen(count), len(self.only))))):
                 number = self.random.randint(1, len(command.operations))
                 label = f"full from operation {number} ({command.operations[number - 1]})"
                 self.try_fault(row, command, Fault(FULL, number), label)
@@ -255,15 +260,12 @@ class Kills:
                     file.write(row.failures[-1] + "\n")
 
 
-def rows(kills: Kills, parts: list[str], workers: list[int]) -> Iterator[Row]:
+def rows(kills: Kills, parts: list[str]) -> Iterator[Row]:
     """The table, part by part."""
     for part in PARTS if "all" in parts else parts:
-        if part == "train":
-            yield from (kills.before_every_operation(f"train{count or ''}") for count in workers)
-        elif part == "export":
-            yield from (kills.before_every_operation(name) for name in ("onnx", "openvino"))
-        elif part == "predict":
-            yield kills.before_every_operation("predict")
+        if part in EVERY_OPERATION:
+            names = [name for name in EVERY_OPERATION[part] if name in kills.only]
+            yield from (kills.before_every_operation(name) for name in names)
         elif part == "random":
             yield from kills.at_random(signal.SIGKILL, "SIGKILL", 50)
         elif part == "term":
@@ -276,7 +278,7 @@ def main() -> None:
     """Parse, load the library that counts operations, try the faults, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=[*PARTS, "all"])
-    parser.add_argument("--workers", type=int, action="append", help="of the trainings; default 0, 1 and 2")
+    parser.add_argument("--only", choices=COMMANDS, action="append", help="these commands (repeatable); default: all")
     parser.add_argument("--shots", type=Fraction, default=Fraction(1), help="share of the faults to try")
     parser.add_argument("--findings", type=Path, help="a file that gets a line for whatever is wrong")
     parser.add_argument("--seed", type=int, default=0)
@@ -288,10 +290,12 @@ def main() -> None:
             environment = {**os.environ, **threads, "LD_PRELOAD": str(shim), "KILLS_WORK": folder}
             sys.exit(subprocess.run([sys.executable, *sys.argv], env=environment).returncode)
     lab.warm_up()
-    kills = Kills(Path(os.environ["KILLS_WORK"]), options.shots, options.findings, options.seed)
+    kills = Kills(
+        Path(os.environ["KILLS_WORK"]), options.shots, options.findings, options.seed, options.only or COMMANDS
+    )
     print(f"{'':45} operations  faults  equal  wrong")
     failed = 0
-    for row in rows(kills, options.parts, options.workers or [0, 1, 2]):
+    for row in rows(kills, options.parts):
         failed += len(row.failures)
         print(f"{row.name:45} {row.operations:10}  {row.tried:6}  {row.equal:5}  {len(row.failures):5}", flush=True)
     sys.exit(1 if failed else 0)

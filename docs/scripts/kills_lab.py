@@ -52,7 +52,8 @@ class Outcome:
     @property
     def problem(self) -> str | None:
         """What is wrong with the way it ended, unless it was killed or is done."""
-        if self.code in (0, -signal.SIGKILL):
+        not_begun = self.code == -signal.SIGTERM and not self.operations  # Python had not set its handler yet
+        if self.code in (0, -signal.SIGKILL) or not_begun:
             return None
         if self.code < 0:
             return f"died of signal {-self.code}: {self.text.strip()[-200:]}"
