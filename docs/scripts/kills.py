@@ -150,13 +150,18 @@ class Kills:
         outcome = lab.run(command.arguments, self.case, fault)
         row.tried += 1
         problems = [*self.look(command, outcome), *self.finish(row, command)]
+        self.note(row, label, problems)
+
+    def note(self, row: Row, label: str, problems: Sequence[str]) -> None:
+        """Keep what is wrong, and show now and then how far the row is."""
         for problem in problems:
-            line = f"{row.name}: {command.name}, {label}: {problem}"
-            row.failures.append(line)
-            print(line, flush=True)
+            row.failures.append(f"{row.name}, {label}: {problem}")
+            print(row.failures[-1], flush=True)
             if self.findings is not None:
                 with self.findings.open("a") as file:
-                    file.write(line + "\n")
+                    file.write(row.failures[-1] + "\n")
+        if row.tried % 10 == 0:
+            print(f"  {row.name}: {row.tried} faults, {row.equal} equal", file=sys.stderr, flush=True)
 
     def look(self, command: Command, outcome: Outcome) -> Iterator[str]:
         """What is wrong right after the fault."""
@@ -252,12 +257,7 @@ class Kills:
             problems += self.finish(row, command)
         finally:
             subprocess.run(["umount", str(self.case)], check=True)
-        for problem in problems:
-            row.failures.append(f"{row.name}: {command.name}, a disk of {size} kB of {needed}: {problem}")
-            print(row.failures[-1], flush=True)
-            if self.findings is not None:
-                with self.findings.open("a") as file:
-                    file.write(row.failures[-1] + "\n")
+        self.note(row, f"a disk of {size} kB of {needed}", problems)
 
 
 def rows(kills: Kills, parts: list[str]) -> Iterator[Row]:
