@@ -155,11 +155,12 @@ def test_what_killed_processes_left_is_removed(old: Path) -> None:
     folder, own = old.parent, atomic._partial_name("a.txt")
     dead = own.replace(f"-{os.getpid()}-", f"-{child}-")
     elsewhere = f".a.txt.{'0' * 8}-{child}-{'1' * 12}.partial"
-    for name in (own, dead, elsewhere, ".of_others.partial", "a.partial"):
+    of_safetensors = ".tmpgGMVaq"
+    for name in (own, dead, elsewhere, of_safetensors, ".of_others.partial", "a.partial"):
         (folder / name).touch()
     assert remove_partial_files(folder) == 1
     assert not (folder / dead).exists()
-    assert remove_partial_files(folder, all_of_them=True) == 2
+    assert remove_partial_files(folder, all_of_them=True) == 3
     assert sorted(file.name for file in folder.iterdir()) == [".of_others.partial", "a.partial", "a.txt"]
     assert remove_partial_files(folder / "none") == 0
 

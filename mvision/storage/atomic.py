@@ -83,7 +83,8 @@ def remove_partial_files(folder: Path, *, all_of_them: bool = False) -> int:
     through a network disk cannot be told from a file that was left.
 
     Args:
-        all_of_them: the caller knows that no other process writes into this folder, so nothing is in use.
+        all_of_them: the caller knows that no other process writes into this folder, so nothing is in use. The files
+            that safetensors writes on its own beside the one that it was given are removed as well.
 
     Returns:
         How many files and folders were removed.
@@ -91,7 +92,8 @@ def remove_partial_files(folder: Path, *, all_of_them: bool = False) -> int:
     removed = 0
     for file in folder.iterdir() if folder.is_dir() else ():
         match = _PARTIAL_NAME.fullmatch(file.name)
-        if match and (all_of_them or (match["place"] == _place() and not _is_running(int(match["process"])))):
+        left = match and match["place"] == _place() and not _is_running(int(match["process"]))
+        if left or (all_of_them and (match or _OF_SAFETENSORS.fullmatch(file.name))):
             with suppress(OSError):  # another process was faster, or may and we may not
                 shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
                 removed += 1
@@ -99,6 +101,8 @@ def remove_partial_files(folder: Path, *, all_of_them: bool = False) -> int:
 
 
 _PARTIAL_NAME = re.compile(r"\..+\.(?P<place>[0-9a-f]{8})-(?P<process>\d+)-[0-9a-f]{12}\.partial", re.DOTALL)
+
+_OF_SAFETENSORS = re.compile(r"\.tmp[0-9A-Za-z]{6}")  # of its version 0.8; names do not tell which process writes them
 
 
 def _partial_name(name: str) -> str:
