@@ -69,6 +69,8 @@ def setting(path: str, value: Any) -> Any:
         ("categories", [{"id": i, "name": "x"} for i in range(100_001)], "categories: list should have at most 100000"),
         ("heads", {}, "model.heads is empty"),
         ("heads", {"os.system": {}}, "unknown task 'os.system'"),
+        ("heads", {"keypoints": {"kind": []}}, "kind: input should be 'dense'"),
+        ("heads", {"keypoints": {"kind": {"a": 1}}}, "kind: .* is unknown"),
     ],
 )
 def test_descriptions_that_ask_for_too_much(sound: Path, tmp_path: Path, key: str, value: Any, message: str) -> None:
