@@ -108,7 +108,7 @@ class PictureFiles:
         self.unlisted = self._find_unlisted()
 
     def _has(self, folder: Path, name: str) -> bool:
-        parent, base = posixpath.split(name)
+        parent, _, base = name.rpartition("/")
         return base in self._list(str(folder), parent)
 
     def _search(self, lost: Sequence[int], problems: Problems) -> set[int]:
@@ -159,30 +159,37 @@ class PictureFiles:
 
     def _follow_links(self, problems: Problems) -> list[str]:
         """The real path of every file. Those outside the data set are read, as the user made the links, and counted."""
-        root = os.path.realpath(self._root)
-        real_folder = cache(os.path.realpath)
+        root = os.path.realpath(self._root).rstrip(os.sep) + os.sep
+        folders: dict[str, tuple[str, dict[str, bool]]] = {}
         paths = []
         for position, name in enumerate(self.files):
-            parent, base = posixpath.split(name)
-            path = os.path.join(real_folder(os.path.join(self.folder, parent)), base)  # noqa: PTH118 - half the time
-            if self._list(str(self.folder), parent).get(base, False):
-                path = os.path.realpath(path)
+            parent, _, base = name.rpartition("/")
+            if parent not in folders:
+                real = os.path.realpath(self.folder / parent)
+                folders[parent] = f"{real.rstrip(os.sep)}{os.sep}", self._list(str(self.folder), parent)
+            folder, entries = folders[parent]
+            path = os.path.realpath(folder + base) if entries.get(base, False) else folder + base
             paths.append(path)
-            if self._split.yolo is not None:
-                continue  # counted when they are found
-            if position not in self.missing and not path.startswith(root.rstrip(os.sep) + os.sep):
+            # Those of a YOLO set were counted when they were found.
+            if self._split.yolo is None and position not in self.missing and not path.startswith(root):
                 problems.add(f"picture outside {self._root}, through links: read from there", f"{name}: {path}")
         return paths
 
     def _find_unlisted(self) -> list[str]:
-        known, found = set(self.files), []
-        for parent in dict.fromkeys(map(posixpath.dirname, self.files)):
-            folder = os.path.realpath(os.path.join(self.folder, parent))  # noqa: PTH118
-            for name in self._list(str(self.folder), parent):
-                is_picture = not name.startswith(".") and posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
-                if is_picture and posixpath.join(parent, name) not in known:
-                    found.append(os.path.join(folder, name))  # noqa: PTH118
+        named: dict[str, set[str]] = {}
+        for name in self.files:
+            parent, _, base = name.rpartition("/")
+            named.setdefault(parent, set()).add(base)
+        found = []
+        for parent, bases in named.items():
+            folder = os.path.realpath(self.folder / parent) + os.sep
+            others = self._list(str(self.folder), parent).keys() - bases
+            found += [folder + name for name in others if name[:1] != "." and _suffix(name) in IMAGE_SUFFIXES]
         return sorted(found)
+
+
+def _suffix(name: str) -> str:
+    return name[name.rfind(".") :].lower()
 
 
 def _list_folder(folder: str, parent: str) -> dict[str, bool]:

@@ -58,32 +58,31 @@ def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images
     """
     where = str(split.annotations)
     positions: dict[int, int] = {}
-    first_of: dict[tuple[str, tuple[int, int] | None], int] = {}
-    sizes_of: dict[str, tuple[int, int] | None] = {}
+    position_of: dict[str, int] = {}
     entries: list[tuple[int, str, tuple[int, int] | None]] = []
     outside: dict[str, UserError] = {}
     for number, entry in enumerate(raw["images"]):
         identity, name = _identity(entry, number, split, outside)
-        # YOLO's sizes come from the files themselves, and a list of pictures may repeat one on purpose.
+        # YOLO's sizes come from the files themselves.
         size = _size(entry, name, problems if split.yolo is None else Problems())
         if identity in positions and entries[positions[identity]][1] != name:
             other = entries[positions[identity]][1]
             raise UserError(f"{where}: image id {identity} occurs twice ({other}, {name})")
-        if identity in positions or ((name, size) in first_of and split.yolo is None):
-            position = positions.get(identity, first_of.get((name, size), 0))
+        # Known by its id, else by its name; a list of pictures of YOLO may repeat one on purpose.
+        same = positions.get(identity, position_of.get(name) if split.yolo is None else None)
+        if same is not None and (identity in positions or entries[same][2] == size):
             problems.add(
                 "picture in several image entries: read once, with the labels of all of them",
-                f"{name}, ids {entries[position][0]} and {identity}",
+                f"{name}, ids {entries[same][0]} and {identity}",
             )
-            positions[identity] = position
+            positions[identity] = same
             continue
-        if name in sizes_of and split.yolo is None:
+        if same is not None:
             problems.add(
                 "picture in several image entries that differ in height and width: read once for each",
-                f"{name}, {_text(sizes_of[name])} and {_text(size)}",
+                f"{name}, {_text(entries[same][2])} and {_text(size)}",
             )
-        positions[identity] = first_of[name, size] = len(entries)
-        sizes_of[name] = size
+        positions[identity] = position_of[name] = len(entries)
         entries.append((identity, name, size))
     if not entries:
         raise UserError(f"{where}: no images in it")
