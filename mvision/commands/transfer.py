@@ -108,16 +108,7 @@ def transfer_matrix(
     Raises:
         UserError: the weights, data or options cannot be used, or ``output`` has cells of other options.
     """
-    if not tasks:
-        raise UserError("name at least one target, such as --task instance-seg")
-    for fraction in fractions:
-        if not 0 < fraction <= 1:
-            raise UserError(f"--fraction {fraction:g}: has to be above 0 and at most 1")
-        if epochs / fraction > MAX_EPOCHS:
-            raise UserError(
-                f"--fraction {fraction:g}: {epochs} epochs over all images would be more than {MAX_EPOCHS:,} over this "
-                "share of them; give a larger share"
-            )
+    _check(tasks, fractions, epochs)
     setup = _setup(weights, tasks, epochs, data, assignments)
     file = output / CELLS
     records = read_cells(file)
@@ -140,6 +131,20 @@ def transfer_matrix(
         )
         _report(records, output)
     return _report(records, output)
+
+
+def _check(tasks: Sequence[str], fractions: Sequence[float], epochs: int) -> None:
+    """Raise a UserError for options that cannot be a matrix."""
+    if not tasks:
+        raise UserError("name at least one target, such as --task instance-seg")
+    for fraction in fractions:
+        if not 0 < fraction <= 1:
+            raise UserError(f"--fraction {fraction:g}: has to be above 0 and at most 1")
+        if epochs / fraction > MAX_EPOCHS:
+            raise UserError(
+                f"--fraction {fraction:g}: {epochs} epochs over all images would be more than {MAX_EPOCHS:,} over this "
+                "share of them; give a larger share"
+            )
 
 
 def _run(
