@@ -202,7 +202,7 @@ def settings(workers: int) -> dict[str, Any]:
 
 def assert_same_runs(first: Path, second: Path) -> None:
     assert records_of(first) == records_of(second)
-    for name in ("best.safetensors", "last/model.safetensors"):
+    for name in ("best.safetensors", "last/state.safetensors"):
         weights, others = load_file(first / name), load_file(second / name)
         assert weights.keys() == others.keys()
         assert all(torch.equal(value, others[key]) for key, value in weights.items()), name
