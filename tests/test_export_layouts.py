@@ -202,17 +202,11 @@ def test_archives_and_json_files_as_data(tmp_path: Path) -> None:
             find_layout(tmp_path / name)
 
 
-def test_names_that_climb_out_are_found_inside_by_their_base_name_alone(tmp_path: Path) -> None:
-    _file(tmp_path / "set" / "annotations" / "train.json", [f"..\\..\\media\\upload\\4\\{n}.png" for n in (1, 2)])
+@pytest.mark.parametrize(
+    "name", ["..\\..\\media\\upload\\4\\2.png", "../../2.png", "/etc/passwd", "..", "/", "a/../../2.png"]
+)
+def test_names_that_climb_out_are_refused(tmp_path: Path, name: str) -> None:
+    _file(tmp_path / "set" / "annotations" / "train.json", ["1.png", name])
     _pictures(tmp_path / "set" / "images")
-    train = CocoSplit(find_layout(tmp_path / "set").split("train"))
-    assert [record.file for record in train.records] == ["1.png", "2.png"]
-    ((kind, (count, places)),) = said(train).items()
-    assert (kind, count) == ("file_name that is not there as written: taken from another place of the data set", 2)
-    assert places[0] == "(up)/(up)/media/upload/4/1.png: images/1.png"
-    for name in ("../../secret.png", "/etc/passwd", "..", "/", "a/../../2.png"):
-        _file(tmp_path / "set" / "annotations" / "train.json", ["1.png", name])
-        _pictures(tmp_path, ["secret.png", "2.png"])
-        _pictures(tmp_path / "set", ["2.png"])  # two files of this name in the set
-        with pytest.raises(UserError, match="leaves the folder of the images"):
-            CocoSplit(find_layout(tmp_path / "set").split("train"))
+    with pytest.raises(UserError, match="leaves the folder of the images"):
+        CocoSplit(find_layout(tmp_path / "set").split("train"))

@@ -56,49 +56,43 @@ def validate(
     Raises:
         UserError: the weights, data, device or folder cannot be used.
     """
-    if output is not None:
-        _make_folder(output)  # fail before the evaluation, not after it
+    _make_folder(output)  # fail before the evaluation, not after it
     keep_freed_memory()
-    chosen = resolve_device(device)
+    chosen, run = resolve_device(device), config_of_run(weights)
     model, runtime = _open(weights, tasks, chosen, precision)
-    run = config_of_run(weights)
-    config = run.data if run is not None and data is None else DataConfig(root=data)
-    if run is not None and data is not None:
+    config = DataConfig(root=data) if run is None or data is not None else run.data
+    if run is not None:
         config.ignore_iscrowd = run.data.ignore_iscrowd  # what an object is has to mean the same as in training
     messages, parts = read_validation(config, split, model.tasks, seed=0 if run is None else run.train.seed)
-    validation = [
-        Validation(
-            name,
-            build_eval_loader(
-                part,
-                DataConfig(workers=workers),
-                batch_size=batch_size or 16,
-                image_size=model.config.image_size,
-                pixel_range=model.config.pixel_range,
-                device=chosen,
-            ),
-            make_metrics(model, part, used_for),
-        )
-        for name, used_for, part in parts
-    ]
-    trained_in = resolve_precision(run.train.precision if run is not None else "auto", chosen)
-    autocast = "fp32" if runtime is not None else trained_in
+    loader = partial(
+        build_eval_loader,
+        config=DataConfig(workers=workers),
+        batch_size=batch_size or 16,
+        image_size=model.config.image_size,
+        pixel_range=model.config.pixel_range,
+        device=chosen,
+    )
+    validation = [Validation(name, loader(part), make_metrics(model, part, tasks)) for name, tasks, part in parts]
+    trained_in = "auto" if run is None else run.train.precision
+    autocast = "fp32" if runtime is not None else resolve_precision(trained_in, chosen)
     with ExitStack() as files:
-        results = {} if output is None else _results_files(files, output, model, parts)
+        results = _results_files(files, output, model, parts)
         with torch.autocast(chosen.type, torch_dtype(autocast), enabled=autocast != "fp32"):
             metrics = evaluate_all(model, validation, keep=partial(_keep, results) if results else None)
         if output is not None:
             (output / METRICS).unlink(missing_ok=True)  # an earlier one does not belong to the new predictions
     if output is not None:
         write_text(output / METRICS, json.dumps(metrics, indent=2) + "\n")
-        messages += _left_out(results)
-    return "\n".join([*messages, *([runtime] if runtime else []), *tables(validation)])
+    messages += _left_out(results)
+    return "\n".join([*messages, *filter(None, [runtime]), *tables(validation)])
 
 
 def _results_files(
-    files: ExitStack, output: Path, model: Evaluated, parts: Sequence[tuple[str, list[str], CocoSplit]]
+    files: ExitStack, output: Path | None, model: Evaluated, parts: Sequence[tuple[str, list[str], CocoSplit]]
 ) -> dict[tuple[int, str], ResultsFile]:
     """The open files by the position of the data set and the task; they are closed with ``files``."""
+    if output is None:
+        return {}
     several_tasks = len({task for _, tasks, _ in parts for task in tasks}) > 1
     results: dict[tuple[int, str], ResultsFile] = {}
     for number, (name, tasks, part) in enumerate(parts):
@@ -131,7 +125,9 @@ def _open(
     return load(weights, tasks=list(tasks) or None).to(device), None
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path | None) -> None:
+    if folder is None:
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

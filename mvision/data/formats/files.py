@@ -38,12 +38,6 @@ def inside(name: str, split: Split) -> str:
     return os.path.relpath(path, root).replace(os.sep, "/")
 
 
-def name_inside(name: str) -> str:
-    """A name that leads out of the folder, as one that does not: the data set is searched for its base name."""
-    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".")]
-    return "/".join("(up)" if part == ".." else part.replace(":", "") for part in parts) or "(root)"
-
-
 def set_root(split: Split) -> Path:
     """The folder that holds images and annotations of a split; that of the images where they lie far apart."""
     images, annotations = (Path(os.path.abspath(path)) for path in (split.images, split.annotations.parent))  # noqa: PTH100 - links stay

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvision.data.formats.files import PictureFiles, inside, name_inside
+from mvision.data.formats.files import PictureFiles, inside
 from mvision.data.formats.numbers import whole_number
 from mvision.data.formats.problems import Problems
 from mvision.data.formats.split import Split
@@ -60,9 +60,8 @@ def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images
     positions: dict[int, int] = {}
     position_of: dict[str, int] = {}
     entries: list[tuple[int, str, tuple[int, int] | None]] = []
-    outside: dict[str, UserError] = {}
     for number, entry in enumerate(raw["images"]):
-        identity, name = _identity(entry, number, split, outside)
+        identity, name = _identity(entry, number, split)
         # YOLO's sizes come from the files themselves.
         size = _size(entry, name, problems if split.yolo is None else Problems())
         if identity in positions and entries[positions[identity]][1] != name:
@@ -86,13 +85,7 @@ def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images
         entries.append((identity, name, size))
     if not entries:
         raise UserError(f"{where}: no images in it")
-    try:
-        files = PictureFiles(split, [name for _, name, _ in entries], problems)
-    except UserError as error:
-        raise next(iter(outside.values()), error) from error
-    for position in sorted(files.missing) if outside else ():
-        if entries[position][1] in outside:
-            raise outside[entries[position][1]]
+    files = PictureFiles(split, [name for _, name, _ in entries], problems)
     broken = set(files.missing)
     records = []
     for position, ((identity, _, size), file) in enumerate(zip(entries, files.files)):
@@ -104,21 +97,15 @@ def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images
     return Images(files.folder, records, positions, broken, files.real, files.unlisted)
 
 
-def _identity(entry: Any, number: int, split: Split, outside: dict[str, UserError]) -> tuple[int, str]:
-    """Id and file name of an entry. A name that leads out of the folder is in ``outside`` with its error, which counts
-    unless the data set itself has just one file of its base name: Label Studio writes such names."""
+def _identity(entry: Any, number: int, split: Split) -> tuple[int, str]:
+    """Id and file name of an entry."""
     identity = whole_number(entry.get("id")) if isinstance(entry, dict) else None
     if identity is None:
         raise UserError(f"{split.annotations}: images[{number}] has no whole number as id: {entry!r:.200}; number them")
     name = entry.get("file_name")
     if not isinstance(name, str) or not name.strip():
         raise UserError(f"{split.annotations}: image {identity} has no file_name")
-    try:
-        return identity, inside(name, split)
-    except UserError as error:
-        name = name_inside(name)
-        outside[name] = error
-        return identity, name
+    return identity, inside(name, split)
 
 
 def _size(entry: dict[str, Any], where: str, problems: Problems) -> tuple[int, int] | None:

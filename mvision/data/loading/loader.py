@@ -110,8 +110,9 @@ class Loader:
         """A line about the images that could not be read since the loader was made; None where all could."""
         if not self.unreadable:
             return None
-        kind, times = ("training", f" {self.unreadable.total()} times") if self.dataset.augmented else ("validation", "")
-        effect = "replaced by others" if self.dataset.augmented else "left out of the figures"
+        kind, times, effect = "validation", "", "left out of the figures"
+        if self.dataset.augmented:
+            kind, times, effect = "training", f" {self.unreadable.total()} times", "replaced by others"
         count = len(self.unreadable)
         examples = ", ".join(list(self.unreadable)[:3]) + ", ..." * (count > 3)
         return f"{count} {kind} image{'s' * (count > 1)} could not be read, {effect}{times}: {examples}"
