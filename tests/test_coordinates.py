@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvision.compat import OPENVINO_KEEP_FLOAT32
 from mvision.deploy.coordinates import coordinate_operators, mark
-from mvision.deploy.exported import openvino_core
+from mvision.deploy.sessions import openvino_core
 from mvision.heads.query.deformable import DeformableAttention
 from mvision.machine import cpu_has_bf16
 
