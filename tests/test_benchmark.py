@@ -166,7 +166,8 @@ def test_model_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert counts == [len(stages)] * 4 + [len(expected)] * 2
     assert prepared == ["openvino", "onnx"]
     assert (tmp_path / "model.md").read_text() == text
-    assert text.startswith(f"# {tmp_path / 'best.safetensors'}: detection, keypoints at 96 x 64")
+    path = str(tmp_path / "best.safetensors").replace("_", "\\_")  # Markdown would read underscores as emphasis
+    assert text.startswith(f"# {path}: detection, keypoints at 96 x 64")
     assert "| 2 | openvino | bf16 | 50.0 ms | 0.25 |" in text
     assert "| neck | 66.7 ms | 66.7 ms | 66.7 ms | 66.7 ms |" in text
 

@@ -247,6 +247,7 @@ class TestRun:
         for name in sorted({path.name for path in folder.iterdir()}):
             assert f"`{name}`" in readme or f"`{name}/`" in readme
         assert {path.name for path in folder.iterdir()} == {
+            ".lock",
             "best.safetensors",
             "config.yaml",
             "last",

@@ -87,7 +87,7 @@ class Oracle(nn.Module):
         return {"logits": (20 * torch.eye(3) - 10).expand(batch, 3, 3), "boxes": boxes, "masks": masks}
 
     def postprocess(
-        self, outputs: dict[str, Tensor], sizes: list[tuple[int, int]], threshold: float
+        self, outputs: dict[str, Tensor], sizes: list[tuple[int, int]], threshold: float, **_: object
     ) -> list[Instances]:
         return self.mask_head.postprocess(outputs, sizes, threshold)
 
