@@ -308,7 +308,8 @@ def import_everything() -> None:
     from mvision.heads import head_class, known_tasks
 
     for name in ("mvision", "mvision.cli", "mvision.heads"):
-        for module in pkgutil.walk_packages(importlib.import_module(name).__path__, f"{name}."):
+        # The first folder alone: in a checkout the package's path also holds the root, which contains the package.
+        for module in pkgutil.walk_packages(importlib.import_module(name).__path__[:1], f"{name}."):
             if not module.name.endswith("__main__"):
                 importlib.import_module(module.name)
     for task in known_tasks():
