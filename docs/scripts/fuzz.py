@@ -15,6 +15,7 @@ exit code of this script is 1 if there is one. It needs a POSIX system.
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -263,6 +264,7 @@ def _start(number: int, seed: int, base: Path, work: Path) -> Child:
         code = 1
         try:
             run_case(seed, number, base, folder)
+            gc.collect()  # loaders in circles of references give their semaphores back, as at the end of a program
             code = 0
         except BaseException:  # noqa: BLE001 - shown here, because the process ends without cleaning up
             traceback.print_exc()
