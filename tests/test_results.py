@@ -5,6 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ from mvision.commands.predict import predict_job
 from mvision.commands.val import validate
 from mvision.errors import UserError
 from mvision.evaluation import BoxMetric, KeypointMetric, MaskMetric, Metric
+from mvision.storage import atomic
 from mvision.storage.atomic import whole_file
 from mvision.structures import Category, Instances
 from mvision.structures.masks import Masks, encode_mask
@@ -269,6 +273,20 @@ def test_an_interrupted_evaluation_leaves_the_earlier_files(tmp_path: Path, monk
     with pytest.raises(KeyboardInterrupt):
         validate("w", **options)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_what_a_killed_evaluation_has_left_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_data(tmp_path / "data")
+    monkeypatch.setattr(val_module, "_open", lambda *_: (Painter("detection"), "runtime"))
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "getpid", lambda: ended.pid)
+        left = tmp_path / "out" / atomic._partial_name("predictions.json")
+    left.parent.mkdir()
+    left.write_bytes(b"half")
+    validate("w", data=str(tmp_path / "data"), output=left.parent, workers=0, device="cpu")
+    assert sorted(path.name for path in left.parent.iterdir()) == ["metrics.json", "predictions.json"]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")

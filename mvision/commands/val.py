@@ -19,7 +19,7 @@ from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated, Validation, evaluate_all, make_metrics, tables
 from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device, resolve_precision, torch_dtype
-from mvision.storage.atomic import write_text
+from mvision.storage.atomic import remove_partial_files, write_text
 from mvision.weights import load
 
 METRICS = "metrics.json"
@@ -130,5 +130,6 @@ def _make_folder(folder: Path | None) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_partial_files(folder)  # of an evaluation that was killed
     except OSError as error:
         raise UserError(f"--output {folder}: cannot be written ({error.strerror or error}); choose another") from error
