@@ -66,15 +66,29 @@ def test_records_agree_with_the_state(tmp_path):
     assert run.records() == []
     assert run.restore_records(0, None) == []
     for epoch in range(4):
-        run.log({"epoch": epoch})
-    assert run.restore_records(2, {"epoch": 1}) == [{"epoch": 0}, {"epoch": 1}]
-    assert run.restore_records(3, {"epoch": 2, "loss": {}}) == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2, "loss": {}}]
-    assert run.records() == [{"epoch": 0}, {"epoch": 1}, {"epoch": 2, "loss": {}}]
+        run.log({"epoch": epoch, "loss": {}})
+    records = [{"epoch": epoch, "loss": {}} for epoch in range(3)]
+    assert run.restore_records(2, records[1]) == records[:2]
+    assert run.restore_records(3, records[2]) == records
+    assert run.records() == records
 
 
-@pytest.mark.parametrize("line", ['{"epoch": 1', "[]", '{"epoch": "one"}', '{"step": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"epoch": 1',
+        "[]",
+        '{"epoch": "one", "loss": {}}',
+        '{"loss": {}}',
+        '{"epoch": 1}',
+        '{"epoch": 1, "loss": 1}',
+        '{"epoch": 1, "loss": {"boxes": "much"}}',
+        '{"epoch": 1, "loss": {}, "metrics": {"detection": 1}}',
+        '{"epoch": 1, "loss": {}, "metrics": []}',
+    ],
+)
 def test_a_damaged_record_is_named(tmp_path, line):
-    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0}\n' + line + "\n")
+    (tmp_path / "metrics.jsonl").write_text('{"epoch": 0, "loss": {}}\n' + line + "\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is not .*; remove that line"):
         RunFolder(tmp_path).records()
 

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -165,7 +166,8 @@ def runs(rng: Random, base: Path, folder: Path) -> Case:
     if form == "form":
         form = rng.choice(sorted(FILE_FORMS))
         file.unlink()
-        FILE_FORMS[form](rng, file)
+        with suppress(OSError, ValueError):  # a name that the file system refuses
+            FILE_FORMS[form](rng, file)
     elif form == "bytes" or file.suffix not in RUN_FILES:
         data, form = mutate_bytes(rng, data)
         file.write_bytes(data)

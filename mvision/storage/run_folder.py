@@ -130,7 +130,7 @@ class RunFolder:
                 record = json.loads(line) if line.strip() else None
             except ValueError as error:
                 raise UserError(f"{path}: line {number} is not JSON ({error}); remove that line") from error
-            if record is not None and not (isinstance(record, dict) and isinstance(record.get("epoch"), int)):
+            if record is not None and not _is_record(record):
                 raise UserError(f"{path}: line {number} is not the record of an epoch; remove that line")
             records += [] if record is None else [record]
         return records
@@ -165,3 +165,15 @@ class RunFolder:
     @property
     def _finished(self) -> Path:
         return self.state.parent / "finished.json"
+
+
+def _is_record(record: Any) -> bool:
+    """Whether a line of ``metrics.jsonl`` has what is read of it: the epoch, loss terms and figures by task."""
+    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+        return False
+    figures = record.get("metrics", {})
+    return _are_numbers(record.get("loss")) and isinstance(figures, dict) and all(map(_are_numbers, figures.values()))
+
+
+def _are_numbers(named: Any) -> bool:
+    return isinstance(named, dict) and all(isinstance(value, int | float) for value in named.values())
