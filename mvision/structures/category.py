@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from pydantic import Field, field_validator
+
 from mvision.settings import Settings
 
 
@@ -16,9 +20,14 @@ class Category(Settings):
             ``left_eye``.
     """
 
-    id: int
+    id: int = Field(ge=-(2**63), lt=2**63)
     name: str
     keypoints: list[str] = []
     skeleton: list[tuple[int, int]] = []
     sigmas: list[float] = []
     flip_pairs: list[tuple[int, int]] | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _not_huge(cls, value: Any) -> Any:
+        return value  # unlike settings, ids of annotation files are often large: hashes, times

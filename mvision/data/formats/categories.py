@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from itertools import count
 from typing import Any
 
-from mvision.data.formats.numbers import whole_number
+from mvision.data.formats.numbers import LARGEST, whole_number
 from mvision.data.formats.points import add_sigmas_and_pairs, skeleton, unnamed_points
 from mvision.errors import UserError
 from mvision.structures import Category
@@ -49,10 +50,17 @@ def extend_categories(given: Sequence[Category], own: Sequence[Category]) -> lis
     extended = list(given)
     for category in own:
         if category.name not in names:
-            identity = category.id if category.id not in used else max(used) + 1
+            identity = free_id(category.id, used)
             used.add(identity)
             extended.append(category.model_copy(update={"id": identity}))
     return extended
+
+
+def free_id(wanted: int, used: Set[int]) -> int:
+    """``wanted``, or where it is taken one above all others; below them where those are as large as 64 bits allow."""
+    if wanted not in used:
+        return wanted
+    return max(used) + 1 if max(used) < LARGEST else next(number for number in count(1) if number not in used)
 
 
 def _entries(categories: list[Any], where: str) -> list[tuple[int, dict[str, Any]]]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mvision.config import DataConfig
 from mvision.data.augment.extra import build_transforms
+from mvision.data.formats.categories import free_id
 from mvision.data.formats.coco import CocoSplit, same_categories
 from mvision.data.formats.problems import Problem, Problems
 from mvision.data.formats.split import FIELDS, Split
@@ -161,7 +162,7 @@ def merge_categories(splits: Sequence[CocoSplit]) -> list[Category]:
     for split in splits:
         for category in split.own:
             same = merged.get(category.name)
-            identity = same.id if same is not None else category.id if category.id not in used else max(used) + 1
+            identity = same.id if same is not None else free_id(category.id, used)
             used.add(identity)
             if same is not None and same.keypoints and set(category.keypoints) not in (set(), set(same.keypoints)):
                 raise UserError(
