@@ -46,7 +46,7 @@ class Trainings:
         folder = arguments["output"]
         folder.mkdir()
         for epoch in range(config.train.epochs):
-            record: dict[str, Any] = {"epoch": epoch, "step": epoch + 1, "seconds": 2.0 * epoch}
+            record: dict[str, Any] = {"epoch": epoch, "step": epoch + 1, "loss": {}, "seconds": 2.0 * epoch}
             if (epoch + 1) % config.train.val_interval == 0:
                 record["metrics"] = {"detection": {"AP": epoch / 10, "AP50": 0.9}}
             RunFolder(folder).log(record)
