@@ -17,7 +17,7 @@ from mvision.data.formats.layouts import find_layout
 from mvision.data.loading.cache import ImageCache, make_cache
 from mvision.data.loading.dataset import Dataset, SampleKey
 from mvision.errors import UserError
-from mvision.structures.images import read_image, resize_image
+from mvision.structures.images import BadImage, read_image, resize_image
 from tests.coco_files import PEOPLE, annotation, coco, picture, write_picture, write_set
 
 SQUARE = [[8.0, 8.0, 28.0, 8.0, 28.0, 24.0, 8.0, 24.0]]
@@ -223,7 +223,9 @@ def test_truth_is_in_pixels_for_drawing(tmp_path: Path) -> None:
     assert truth.masks.areas.tolist() == [320]
     assert np.asarray(truth.masks).sum() == 320
     assert truth.names == ["cat", "dog"]
-    assert [instances.path for _, instances in dataset.truths(5)] == [str(dataset.path(0)), str(dataset.path(2))]
+    assert [dataset.truth(index)[1].path for index in (0, 2)] == [str(dataset.path(0)), str(dataset.path(2))]
+    with pytest.raises(BadImage, match=r"2\.png: No such file"):
+        dataset.truth(1)
 
 
 def test_cache_gives_the_same_samples_and_spares_the_files(tmp_path: Path) -> None:

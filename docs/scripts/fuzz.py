@@ -258,12 +258,30 @@ def _start(number: int, seed: int, base: Path, work: Path) -> Child:
     folder = work / str(number)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    pid = _fork(lambda: run_case(seed, number, base, folder))
+    return Child(number, pid, folder, time.monotonic())
+
+
+def prepare_in_child(base: Path) -> None:
+    """Make the sound inputs in a process of its own, so that this one stays without threads."""
+
+    def quietly() -> None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        prepare(base, lambda *arguments: _sound([str(argument) for argument in arguments]))
+
+    if os.waitpid(_fork(quietly), 0)[1]:
+        shutil.rmtree(base, ignore_errors=True)
+        sys.exit("the sound inputs could not be made")
+
+
+def _fork(work: Callable[[], object]) -> int:
+    """The number of a new process that does the work, and ends with code 1 where it raises."""
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
-            run_case(seed, number, base, folder)
+            work()
             gc.collect()  # loaders in circles of references give their semaphores back, as at the end of a program
             code = 0
         except BaseException:  # noqa: BLE001 - shown here, because the process ends without cleaning up
@@ -271,26 +289,7 @@ def _start(number: int, seed: int, base: Path, work: Path) -> Child:
         finally:
             sys.stderr.flush()
             os._exit(code)
-    return Child(number, pid, folder, time.monotonic())
-
-
-def prepare_in_child(base: Path) -> None:
-    """Make the sound inputs in a process of its own, so that this one stays without threads."""
-    pid = os.fork()
-    if pid == 0:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        code = 1
-        try:
-            prepare(base, lambda *arguments: _sound([str(argument) for argument in arguments]))
-            code = 0
-        except BaseException:  # noqa: BLE001 - shown here, because the process ends without cleaning up
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-    if os.waitpid(pid, 0)[1]:
-        shutil.rmtree(base, ignore_errors=True)
-        sys.exit("the sound inputs could not be made")
+    return pid
 
 
 def _sound(arguments: list[str]) -> None:

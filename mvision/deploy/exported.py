@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvision.config import ModelConfig
 from mvision.deploy.output import restore
 from mvision.deploy.sessions import BIN, XML, Description, Session, open_session
 from mvision.errors import UserError
@@ -162,11 +161,6 @@ class ExportedModel(Model):
 def exported_description(path: Path) -> Description:
     """The description in an exported file. Raises the same errors as ``ExportedModel``."""
     return _open(path, "fp32").description
-
-
-def exported_config(path: Path) -> ModelConfig:
-    """The model's config in an exported file. Raises the same errors as ``ExportedModel``."""
-    return exported_description(path).config
 
 
 def _open(path: Path, precision: InferencePrecision) -> Session:

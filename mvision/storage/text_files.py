@@ -7,6 +7,8 @@ import os
 import stat
 from pathlib import Path
 
+from mvision.errors import UserError
+
 # The marks of UTF-32 come first: the one for little-endian begins with UTF-16's.
 MARKS = {
     codecs.BOM_UTF32_LE: "UTF-32",
@@ -66,6 +68,24 @@ def decode_text(data: bytes) -> tuple[str, str]:
         place = f"byte 0x{data[error.start]:02x} in line {data.count(LINE_END, 0, error.start) + 1}"
         likely = ", perhaps in cp1252 or GBK" if encoding == "UTF-8" else ""
         raise NotText(f"not text in {encoding} ({place}){likely}: save it as UTF-8") from error
+
+
+def read_text(path: Path, limit: int, where: str | None = None) -> tuple[str, str]:
+    """``decode_text`` of a whole file, for a file without which the caller cannot go on.
+
+    Args:
+        limit: largest number of bytes.
+        where: what the error begins with; None: the path.
+
+    Raises:
+        UserError: it is missing, no regular file, too large, or no text.
+    """
+    try:
+        return decode_text(read_limited(path, limit))
+    except OSError as error:
+        raise UserError(f"{where or path}: {(error.strerror or str(error)).lower()}") from error
+    except NotText as error:
+        raise UserError(f"{where or path}: {error}") from error
 
 
 def _unmarked_utf16(data: bytes) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from mvision.errors import UserError
-from mvision.storage.text_files import NotText, decode_text, read_limited
+from mvision.storage.text_files import read_text
 
 MAX_BYTES = 2 * 2**20  # names of 21,000 classes take half a megabyte
 MAX_NODES = 200_000  # values, keys, lists and mappings; the names of 21,000 classes are 42,000
@@ -38,12 +38,7 @@ def read_yaml(path: Path, where: str, as_text: Collection[str] = ()) -> Any:
     Raises:
         UserError: the file is missing, too large, no text or no valid YAML, or stands for more than it should.
     """
-    try:
-        text, _ = decode_text(read_limited(path, MAX_BYTES))
-    except OSError as error:
-        raise UserError(f"{where}: {(error.strerror or str(error)).lower()}") from error
-    except NotText as error:
-        raise UserError(f"{where}: {error}") from error
+    text, _ = read_text(path, MAX_BYTES, where)
     return parse_yaml(text, where, as_text)
 
 

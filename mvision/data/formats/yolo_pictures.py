@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mvision.data.formats.problems import Problems
 from mvision.errors import UserError
-from mvision.storage.text_files import NotText, decode_text, read_limited
+from mvision.storage.text_files import read_text
 from mvision.structures.images import IMAGE_SUFFIXES, UNREADABLE_SUFFIXES
 
 LIST_SUFFIX = ".txt"
@@ -196,12 +196,7 @@ def _walk(top: str, folders: Folders, problems: Problems) -> list[str]:
 
 def _listed(file: Path, roots: Sequence[Path], folders: Folders, problems: Problems) -> list[str]:
     """Pictures named in a text file, one a line: relative to the file, to the data set, or of another machine."""
-    try:
-        text, encoding = decode_text(read_limited(file, MAX_LIST))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except NotText as error:
-        raise UserError(f"{file}: {error}") from error
+    text, encoding = read_text(file, MAX_LIST)
     if encoding != "UTF-8":
         problems.add(f"list in {encoding}: read", str(file))
     bases = [str(base) for base in dict.fromkeys([file.parent, *roots])]

@@ -9,7 +9,7 @@ from mvision.data.formats.split_names import split_of
 from mvision.data.formats.yolo_pictures import LIST_SUFFIX, PICTURES, common_folder
 from mvision.data.formats.yolo_yaml import YoloSet
 from mvision.errors import UserError
-from mvision.storage.text_files import NotText, decode_text, read_limited
+from mvision.storage.text_files import read_text
 
 NAME_FILES = ("classes.txt", "obj.names", "data.names", "labels/classes.txt")
 MAX_NAMES = 2**20  # bytes
@@ -31,12 +31,7 @@ def plain_yolo(root: Path) -> YoloSet:
     """
     own = Path(os.path.abspath(root))  # noqa: PTH100 - links stay links
     file = next(own / name for name in NAME_FILES if (own / name).is_file())
-    try:
-        text, _ = decode_text(read_limited(file, MAX_NAMES))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
-    except NotText as error:
-        raise UserError(f"{file}: {error}") from error
+    text, _ = read_text(file, MAX_NAMES)
     names = dict(enumerate(line.strip() for line in text.rstrip().splitlines()))
     if not names or not all(names.values()):
         raise UserError(f"{file}: one class a line is expected, without empty lines")

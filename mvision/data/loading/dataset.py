@@ -187,18 +187,6 @@ class Dataset(data.Dataset[Sample]):
         image, labels = self.image(index), self.labels(index)
         return image, self.to_instances(labels[~labels.crowd], image.shape[:2], str(self.path(index)))
 
-    def truths(self, count: int) -> list[tuple[np.ndarray, Instances]]:
-        """``truth`` of the first ``count`` images that can be read."""
-        found: list[tuple[np.ndarray, Instances]] = []
-        for index in range(len(self)):
-            if len(found) == count:
-                break
-            try:
-                found.append(self.truth(index))
-            except BadImage:
-                continue  # named when the split was evaluated
-        return found
-
     def to_instances(self, labels: PictureLabels, size: tuple[int, int], path: str | None = None) -> Instances:
         """Labels in pixels of a picture of this (height, width)."""
         height, width = size
