@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from mvision import UserError
-from mvision.backbone import Backbone, check_backbone_name, freeze
+from mvision.backbone import Backbone, check_backbone_name, feature_nets, freeze
 from mvision.config import BackboneConfig
 from mvision.storage import hub
 
@@ -239,3 +239,11 @@ def test_half_precision_and_export() -> None:
     assert maps[0].dtype == torch.bfloat16
     exported = torch.export.export(build("test_resnet"), (torch.rand(1, 3, *SIZE),))
     assert len(exported.module()(torch.rand(1, 3, *SIZE))) == 3
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_network_is_probed_in_any_mode_of_the_caller(mode) -> None:
+    feature_nets.probe.cache_clear()
+    with mode():
+        unused, _ = feature_nets.probe("test_resnet", (8, 16, 32), (64, 64))
+    assert unused == feature_nets.probe.__wrapped__("test_resnet", (8, 16, 32), (64, 64))[0]

@@ -190,7 +190,8 @@ def probe(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> t
     any_size = not plan.fixed or not _try(net, height + 2 * plan.strides[-1], width + 4 * plan.strides[-1])[1]
     if not maps:
         return [], any_size
-    torch.stack([maps[index].sum() for index in plan.keep]).sum().backward()
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller's mode
+        torch.stack([maps[index].sum() for index in plan.keep]).sum().backward()
     return [key for key, value in net.named_parameters() if value.requires_grad and value.grad is None], any_size
 
 
