@@ -10,8 +10,8 @@ from torch import nn
 
 from mvision.compat import has_packed_convolutions
 from mvision.deploy.compare import difference
-from mvision.deploy.fast import prepare
-from mvision.deploy.packed import ACTIVATIONS, PackedConv2d
+from mvision.fast.packed import ACTIVATIONS, PackedConv2d
+from mvision.fast.prepare import prepare
 from mvision.model import Model
 from tests.test_joint import TASKS, make_model
 

@@ -12,9 +12,9 @@ import torch
 from mvision import UserError, load
 from mvision.config import ModelConfig
 from mvision.deploy import exported, runtimes
-from mvision.deploy.fast import prepare
 from mvision.deploy.runtimes import open_fastest
 from mvision.deploy.sessions import Description
+from mvision.fast.prepare import prepare
 from mvision.model import Model
 from mvision.weights import save_weights
 from mvision.weights.stored import digest

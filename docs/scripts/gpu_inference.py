@@ -28,7 +28,7 @@ from transformers.utils import logging
 from mvision import Model, create_model, load
 from mvision.commands.benchmark_timing import alternate, median_ratio
 from mvision.deploy.compare import difference
-from mvision.deploy.fast import prepare
+from mvision.fast.prepare import prepare
 from mvision.structures import Category
 from mvision.structures.oks import COCO_SIGMAS
 from tests.reference import build_reference, random_images, save_reference

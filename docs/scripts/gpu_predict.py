@@ -20,7 +20,7 @@ from gpu_lab import Busy, describe
 
 from mvision import Model, create_model
 from mvision.builtin.store import ensure_builtin
-from mvision.deploy.fast import prepare
+from mvision.fast.prepare import prepare
 from mvision.inference.predict import eval_mode
 from mvision.inference.predict_sources import predict_sources
 from mvision.machine import keep_freed_memory

@@ -18,8 +18,8 @@ FOLDERS = {"mvision": "mvision", "heads": "mvision.heads", "cli": "mvision.cli",
 LAYERS = {
     "mvision": (
         *("errors", "settings", "compat", "machine", "neck", "storage", "builtin", "drawing", "structures"),
-        *("inference", "evaluation", "backbone", "heads", "config", "model", "data", "weights", "engine", "deploy"),
-        *("commands", "cli"),
+        *("inference", "evaluation", "backbone", "fast", "heads", "config", "model", "data", "weights", "engine"),
+        *("deploy", "commands", "cli"),
     ),
     "mvision.data": ("formats", "augment", "loading", "tools"),
     "mvision.heads": (

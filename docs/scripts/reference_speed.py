@@ -35,7 +35,7 @@ from mvision.commands.benchmark_timing import alternate, median_ratio
 from mvision.commands.export import export
 from mvision.deploy.compare import difference
 from mvision.deploy.exported import ExportedModel
-from mvision.deploy.fast import PRECISIONS, prepare
+from mvision.fast.prepare import PRECISIONS, prepare
 from mvision.machine import keep_freed_memory
 from tests.reference import as_labels, build_reference, random_images, random_targets, save_reference
 

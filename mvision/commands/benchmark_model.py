@@ -19,9 +19,9 @@ from mvision.commands.benchmark_timing import alternate, median_ratio
 from mvision.commands.export import export
 from mvision.config import load_config
 from mvision.deploy.exported import ExportedModel
-from mvision.deploy.fast import PRECISIONS, prepare
 from mvision.errors import UserError, did_you_mean
 from mvision.evaluation.tables import markdown_table, markdown_text
+from mvision.fast.prepare import PRECISIONS, prepare
 from mvision.machine import InferencePrecision, device_name, keep_freed_memory, resolve_device
 from mvision.model import Model
 from mvision.storage.atomic import write_text

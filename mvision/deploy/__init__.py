@@ -1,1 +1,1 @@
-"""Models that are ready for prediction: exported to other runtimes, compared with PyTorch, quantised, or made fast."""
+"""Models outside PyTorch: exported to other runtimes, compared with PyTorch, quantised; and which runtime to take."""

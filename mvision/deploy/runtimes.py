@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from mvision.deploy.exported import ExportedModel, export_path, exported_description, is_exported
-from mvision.deploy.fast import prepare
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated
+from mvision.fast.prepare import prepare
 from mvision.machine import InferencePrecision, InferencePrecisionOption, cpu_has_bf16, resolve_precision
 from mvision.storage.run_folder import BEST
 from mvision.weights import load, read_config
