@@ -8,8 +8,11 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mvision.errors import UserError
 
@@ -23,6 +26,11 @@ PrecisionOption = Literal["auto", "fp32", "bf16", "fp16"]
 InferencePrecision = Literal["fp32", "bf16"]
 InferencePrecisionOption = Literal["auto", "fp32", "bf16"]
 """Of prediction."""
+
+Result = TypeVar("Result")
+
+TRITON_IS_INSTALLED = find_spec("triton") is not None
+_triton_fails = False
 
 
 def resolve_device(name: str | None) -> torch.device:
@@ -127,3 +135,33 @@ def channels_last_is_safe(model: nn.Module, device: torch.device) -> bool:
         isinstance(m, nn.Conv2d) and m.kernel_size == (1, 1) and max(m.stride) > 1 and m.in_channels <= 4
         for m in model.modules()
     )
+
+
+def has_triton() -> bool:
+    """Whether kernels written in Triton are to be tried: it is installed, and none has failed in this process."""
+    return TRITON_IS_INSTALLED and not _triton_fails
+
+
+def with_triton(kernel: Callable[[], Result], otherwise: Callable[[], Result]) -> Result:
+    """The result of ``kernel``, or of ``otherwise``, which does the same without Triton, where Triton does not work.
+
+    Triton compiles a kernel when it is called for the first time, with a C compiler, which many containers lack, and
+    not for every GPU. Its first failure is told in a warning, and no kernel is tried afterwards (triton 3.2 to 3.8).
+    """
+    global _triton_fails
+    if has_triton():
+        import torch
+
+        try:
+            return kernel()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - Triton passes on what compilers, linkers and files raise
+            _triton_fails = True
+            reason = " ".join(str(error).split())[:300]
+            warnings.warn(
+                "Triton cannot compile kernels for this GPU, so slower operators of PyTorch do their work. It needs a "
+                f"C compiler such as gcc and the headers of Python ({type(error).__name__}: {reason})",
+                stacklevel=2,
+            )
+    return otherwise()
