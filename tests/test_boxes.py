@@ -1,6 +1,7 @@
 """Box formats and overlaps."""
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import box_iou, generalized_box_iou
 
 from mvision.structures.boxes import cxcywh_to_xyxy, inverse_sigmoid, iou, xyxy_to_cxcywh
@@ -46,6 +47,17 @@ def test_boxes_without_area_are_finite() -> None:
     overlap, generalised = iou(turned, random_boxes(1))
     assert overlap.item() == 0
     assert torch.isfinite(generalised).all()
+
+
+def test_gradients_are_computed_without_waiting_for_a_number() -> None:
+    """Of a GPU, that is. The profiler sees what autograd's own operators ask for; a dispatch mode does not."""
+    boxes = random_boxes(20).requires_grad_()
+    overlap, generalised = iou(boxes, random_boxes(20, seed=1))
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        (overlap + generalised).sum().backward()
+    called = {event.key for event in profiler.key_averages()}
+    assert "aten::mul" in called
+    assert not called & {"aten::item", "aten::_local_scalar_dense", "aten::nonzero"}
 
 
 def test_inverse_sigmoid() -> None:

@@ -39,10 +39,16 @@ def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
     """
     eps = torch.finfo(a.dtype).tiny
-    area_a = (a[..., 2] - a[..., 0]).clamp(min=0) * (a[..., 3] - a[..., 1]).clamp(min=0)
-    area_b = (b[..., 2] - b[..., 0]).clamp(min=0) * (b[..., 3] - b[..., 1]).clamp(min=0)
-    inner = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
-    outer = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0).prod(-1)
+    inner = _area(torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
+    outer = _area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
+    area_a, area_b = (_area(boxes[..., 2:] - boxes[..., :2]) for boxes in (a, b))
     union = area_a + area_b - inner
     overlap = inner / union.clamp(min=eps)
     return overlap, overlap - (outer - union) / outer.clamp(min=eps)
+
+
+def _area(sides: Tensor) -> Tensor:
+    """(...) the area of boxes with these (..., 2) sides; 0 where one of them is negative."""
+    # Not prod(-1): its backward pass counts the zeros, and the CPU waits for that number.
+    width, height = sides.clamp(min=0).unbind(-1)
+    return width * height
