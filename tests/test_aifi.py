@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvision.neck.aifi import AIFI, LEARNED_GRID, LearnedPosition, SincosPosition, _window_index
+from mvision.neck.aifi import AIFI, LEARNED_GRID, LearnedPosition, SincosPosition, _window_index, _window_length
 
 
 def make_aifi(num_layers: int = 2) -> AIFI:
@@ -109,7 +109,8 @@ def test_windows_attend_to_their_own_real_tokens_only(height: int, width: int, w
 @pytest.mark.parametrize("window", [1, 7, 20])
 def test_windows_hold_every_token_once_with_little_padding(size: tuple[int, int], window: int) -> None:
     height, width = size
-    source, real, slot, length = _window_index(height, width, window, torch.device("cpu"))
+    source, real, slot = _window_index(height, width, window, torch.device("cpu"))
+    length = _window_length(height, width, window)
     assert torch.equal(source[slot], torch.arange(height * width))
     assert real[slot].all()
     assert real.sum() == height * width

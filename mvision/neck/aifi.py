@@ -6,10 +6,13 @@ CVPR 2024, section 4.2). Needs torch alone.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvision.neck.cached import ShapeCache, in_graph
 from mvision.neck.layers import EncoderLayer
 
 LEARNED_GRID = 20
@@ -26,6 +29,7 @@ class AIFI(nn.Module):
         self.layers = nn.ModuleList(
             EncoderLayer(embed_dim, num_heads, ffn_dim, dropout=dropout, act=act) for _ in range(num_layers)
         )
+        self._windows = ShapeCache()
 
     def forward(self, x: Tensor, position: Tensor, window: int = 0) -> Tensor:
         """x: (B, C, H, W), position: (1, H, W, C), window: largest side of a window in tokens, 0 for global."""
@@ -47,7 +51,8 @@ class AIFI(nn.Module):
     def _windowed(self, tokens: Tensor, position: Tensor, window: int) -> Tensor:
         """Apply the layers inside windows; only attention mixes tokens, so the map is divided once, before them."""
         batch, height, width, channels = tokens.shape
-        source, real, slot, length = _window_index(height, width, window, tokens.device)
+        source, real, slot = self._indices(height, width, window, tokens.device)
+        length = _window_length(height, width, window)
         mask: Tensor | None = None
         if not is_static(height * width) or source.shape[0] > height * width:
             mask = real.repeat(batch).reshape(-1, 1, 1, length)
@@ -57,8 +62,15 @@ class AIFI(nn.Module):
             y = layer(y, position, mask)
         return y.reshape(batch, -1, channels)[:, slot].reshape(tokens.shape)
 
+    def _indices(self, height: int, width: int, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        if torch.jit.is_scripting():
+            return _window_index(height, width, window, device)
+        else:
+            key = (height, width, window, device)
+            return self._windows.get(key, partial(_window_index, height, width, window, device))
 
-def _window_index(height: int, width: int, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+
+def _window_index(height: int, width: int, window: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Indices that divide a map of height x width tokens into windows of at most window x window, and back.
 
     The windows are the fewest that cover the map, all of the same size, so each axis is padded by less than one token
@@ -69,7 +81,6 @@ def _window_index(height: int, width: int, window: int, device: torch.device) ->
         source: (windows * length,) index in the map of every token, window after window; padding repeats the edge.
         real: (windows * length,) bool, False for padding.
         slot: (height * width,) index in `source` of every token of the map.
-        length: tokens per window.
     """
     rows, columns = (height + window - 1) // window, (width + window - 1) // window
     h, w = (height + rows - 1) // rows, (width + columns - 1) // columns
@@ -83,7 +94,13 @@ def _window_index(height: int, width: int, window: int, device: torch.device) ->
     y, x = _divide(torch.arange(height * width, device=device), width)
     (row, inner_y), (column, inner_x) = _divide(y, h), _divide(x, w)
     slot = ((row * columns + column) * h + inner_y) * w + inner_x
-    return source, real, slot, h * w
+    return source, real, slot
+
+
+def _window_length(height: int, width: int, window: int) -> int:
+    """Tokens per window of `_window_index`."""
+    rows, columns = (height + window - 1) // window, (width + window - 1) // window
+    return ((height + rows - 1) // rows) * ((width + columns - 1) // columns)
 
 
 def _divide(x: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
@@ -110,9 +127,16 @@ class SincosPosition(nn.Module):
                 f"embed_dim={dim + 4 - dim % 4}"
             )
         self.dim, self.temperature = dim, temperature
+        self._tables = ShapeCache()
 
     def forward(self, x: Tensor, scale: int = 0) -> Tensor:
         """(1, H, W, dim) for a map x (B, dim, H, W), in its dtype; the same for every scale."""
+        if torch.jit.is_scripting():
+            return self._table(x)
+        else:
+            return self._tables.get((x.shape[-2], x.shape[-1], x.dtype, x.device), partial(self._table, x))
+
+    def _table(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         # The reference computes in float64, which MPS and many runtimes lack; float32 differs by less than 1e-5.
         dtype = torch.float64
@@ -143,14 +167,6 @@ class LearnedPosition(nn.Module):
         """(1, H, W, dim) for a map x (B, dim, H, W) in its dtype; `scale` counts the scales with attention."""
         grid = F.interpolate(self.grid, size=x.shape[-2:], mode="bicubic", align_corners=False)
         return (grid.permute(0, 2, 3, 1) + self.scales[scale]).to(x.dtype)
-
-
-def in_graph() -> bool:
-    """Is this call being compiled, exported, traced or scripted?"""
-    if torch.jit.is_scripting():
-        return True
-    else:
-        return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_static(size: int) -> bool:
