@@ -24,12 +24,14 @@ class DetectionHead(QueryHead[QueryConfig, QueryOutputs]):
         self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
     ) -> dict[str, Tensor] | QueryOutputs:
         """See ``Head.forward``; the lateral is not used."""
-        decoded, denoising = self.decode(maps, targets)
-        if targets is None:
+        padded = None if targets is None else self.pad(targets, maps)
+        decoded, denoising = self.decode(maps, padded)
+        if padded is None:
             return {"logits": decoded.logits[-1], "boxes": decoded.boxes[-1]}
-        return self.training_outputs(decoded, denoising)
+        return self.training_outputs(decoded, denoising, padded)
 
     def loss(self, outputs: QueryOutputs, targets: list[Targets]) -> dict[str, Tensor]:
-        """See ``QueryHead.query_terms``."""
-        padded = self.pad(outputs, targets)
-        return self.query_terms(outputs, padded, self.match(outputs, padded))
+        """See ``QueryHead.matched_terms`` and ``QueryHead.unmatched_terms``."""
+        matching = self.start_matching(outputs)
+        others = self.unmatched_terms(outputs)
+        return {**self.matched_terms(outputs, matching()), **others}

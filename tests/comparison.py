@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import mvision.heads.query.head
 from mvision import Model, load
 from mvision.heads.query.denoising import Denoising
+from mvision.heads.query.matching import PaddedTargets
 from mvision.structures import Targets
 from mvision.structures.boxes import inverse_sigmoid
 from mvision.weights.rtdetr import mvision_name
@@ -115,23 +116,30 @@ def term_names(layers: int) -> dict[str, str]:
     return {term + place: terms[term] + theirs for term in terms for place, theirs in places.items()}
 
 
+def denoising_positives(padded: PaddedTargets) -> list[torch.Tensor]:
+    """The positive denoising queries of every image, as the library wants them."""
+    first = padded.denoising.host[padded.denoising.host[:, 0] == 0]
+    return [torch.from_numpy(first[first[:, 1] == image, 2]) for image in range(len(padded.counts))]
+
+
 @contextmanager
 def _same_denoising() -> Iterator[None]:
     """The reference gets the denoising queries that our model has just made."""
-    made: list[Denoising] = []
+    made: list[tuple[PaddedTargets, Denoising]] = []
     make = mvision.heads.query.head.make_denoising
 
     def record(*arguments: Any) -> Denoising | None:
-        made.append(make(*arguments))
-        return made[-1]
+        noise = make(*arguments)
+        made.append((arguments[0], noise))
+        return noise
 
     def replay(targets: Any, num_classes: int, num_queries: int, class_embed: Any, **_: Any) -> tuple[Any, ...]:
-        noise = made[-1]
+        padded, noise = made[-1]
         dtype = class_embed.weight.dtype
         mask = torch.zeros(noise.mask.shape, dtype=dtype).masked_fill(~noise.mask, -torch.inf)
         meta = {
-            "dn_positive_idx": [row.nonzero()[:, 0] for row in noise.assignment >= 0],
-            "dn_num_group": noise.groups,
+            "dn_positive_idx": denoising_positives(padded),
+            "dn_num_group": padded.groups,
             "dn_num_split": [noise.labels.shape[1], num_queries],
         }
         return class_embed(noise.labels), inverse_sigmoid(noise.boxes.to(dtype)), mask, meta

@@ -18,7 +18,7 @@ from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import merge_categories
 from mvision.engine.train import train
 from mvision.heads.query.losses import set_losses
-from mvision.heads.query.matching import pad_targets
+from mvision.heads.query.matching import Pairs, pad_targets
 from mvision.structures import Targets
 from mvision.weights import load
 from tests.conftest import write_squares
@@ -168,8 +168,9 @@ def test_unknown_classes_are_no_negatives() -> None:
     box = torch.tensor([[0.5, 0.5, 0.5, 0.5]])
     target = Targets(box, torch.tensor([2]), torch.tensor([0.25]), labelled_classes=known)
     plain = replace(target, labelled_classes=None)
-    assigned = torch.tensor([[[-1, 0, -1], [-1, 0, -1]]])
-    set_losses(logits, boxes, assigned, pad_targets([target, plain], torch.device("cpu")))["class"].sum().backward()
+    zero, one = torch.tensor([0, 0]), torch.tensor([1, 1])
+    pairs = Pairs(layer=zero, image=torch.tensor([0, 1]), query=one, object=zero)
+    set_losses(logits, boxes, pairs, pad_targets([target, plain], torch.device("cpu")))["class"].sum().backward()
     assert logits.grad is not None
     moved = logits.grad[0].ne(0)
     assert moved[0].any(0).tolist() == known.tolist()

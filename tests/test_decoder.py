@@ -113,8 +113,7 @@ def test_number_of_queries_is_free_after_training():
 
 def test_denoising_queries_do_not_change_the_others():
     decoder = _decoder(num_denoising=10)
-    padded = pad_targets(make_targets(2, 1), torch.device("cpu"))
-    noisy = make_denoising(padded, 5, 9, 10, 0.5, 1.0)
+    noisy = make_denoising(pad_targets(make_targets(2, 1), torch.device("cpu"), num_denoising=10), 5, 9, 0.5, 1.0)
     maps = _maps()
     with_noise, without = decoder(maps, noisy, every_layer=True), decoder(maps, every_layer=True)
     split = noisy.labels.shape[1]
@@ -141,6 +140,6 @@ def test_boxes_stay_in_float32_under_autocast():
 
 
 def test_denoising_needs_its_embedding():
-    padded = pad_targets(make_targets(1), torch.device("cpu"))
+    noisy = make_denoising(pad_targets(make_targets(1), torch.device("cpu"), num_denoising=10), 5, 9, 0.5, 1.0)
     with pytest.raises(ValueError, match="num_denoising > 0"):
-        _decoder()(_maps(1), make_denoising(padded, 5, 9, 10, 0.5, 1.0))
+        _decoder()(_maps(1), noisy)

@@ -5,25 +5,32 @@ import torch
 from mvision.heads.query.denoising import make_denoising
 from mvision.heads.query.matching import pad_targets
 from mvision.structures.boxes import cxcywh_to_xyxy
-from tests.test_matching import make_targets
+from tests.test_matching import as_assignment, make_targets
 
 
-def _make(*counts, **settings):
-    gt = pad_targets(make_targets(*counts), torch.device("cpu"))
-    options = {"num_classes": 3, "num_queries": 7, "num_denoising": 12, "label_noise": 0.5, "box_noise": 1.0}
+def _make(*counts, num_denoising=12, num_layers=1, **settings):
+    gt = pad_targets(make_targets(*counts), torch.device("cpu"), num_denoising=num_denoising, num_layers=num_layers)
+    options = {"num_classes": 3, "num_queries": 7, "label_noise": 0.5, "box_noise": 1.0}
     return gt, make_denoising(gt, **{**options, **settings})
 
 
 def test_groups_hold_a_positive_and_a_negative_of_every_object():
     gt, noisy = _make(3, 1)
-    assert noisy.groups == 4  # 12 intended, 3 objects in the fullest image
+    assert gt.groups == 4  # 12 intended, 3 objects in the fullest image
     assert noisy.labels.shape == (2, 4 * 2 * 3)
-    per_group = noisy.assignment.view(2, 4, 2, 3)
-    assert (per_group[0, :, 0] == torch.arange(3)).all()
-    assert (per_group[1, :, 0] == torch.tensor([0, -1, -1])).all()
-    assert (per_group[:, :, 1] == -1).all()
     padding = noisy.labels.view(2, 4, 2, 3)[1, :, :, 1:]
     assert (padding == 3).all()
+
+
+def test_positives_have_to_predict_their_object_in_every_layer():
+    gt, noisy = _make(3, 0, 1, num_layers=2)
+    pairs = gt.denoising
+    expected = torch.full((2, 3, 4, 2, 3), -1)
+    expected[:, 0, :, 0] = torch.arange(3)
+    expected[:, 2, :, 0, 0] = 0
+    assert as_assignment(pairs, (2, *noisy.labels.shape)).equal(expected.flatten(2))
+    assert len(pairs.host) == 2 * 4 * (3 + 1)
+    assert pairs.host.tolist() == sorted(pairs.host.tolist())
 
 
 def test_positives_stay_nearer_than_negatives():
@@ -60,8 +67,10 @@ def test_queries_attend_to_no_ground_truth_of_others():
 
 def test_without_objects_or_switched_off_there_is_none():
     assert _make(0, 0)[1] is None
-    assert _make(3, num_denoising=0)[1] is None
+    gt, noisy = _make(3, num_denoising=0)
+    assert noisy is None
+    assert gt.groups == len(gt.denoising.host) == 0
 
 
 def test_more_objects_than_intended_still_give_one_group():
-    assert _make(5, num_denoising=2)[1].groups == 1
+    assert _make(5, num_denoising=2)[0].groups == 1

@@ -23,11 +23,10 @@ def test_dense_terms_are_a_mean_over_positive_tokens():
     outputs = head(make_features(), targets=targets)
     terms = head.loss(outputs, targets)
     padded = pad_targets(targets, torch.device("cpu"))
-    assignment = anchor_assignment(outputs.dense.anchors, padded)
-    positive = assignment >= 0
-    assert positive.sum() > padded.total
-    image, _ = positive.nonzero(as_tuple=True)
-    l1 = (outputs.dense.boxes[positive] - padded.boxes[image, assignment[positive]]).abs().sum(-1)
+    pairs = anchor_assignment(outputs.dense.anchors, padded)
+    image, token, index = (values[pairs.counted] for values in (pairs.image, pairs.query, pairs.object))
+    assert len(image) > padded.total
+    l1 = (outputs.dense.boxes[image, token] - padded.boxes[image, index]).abs().sum(-1)
     torch.testing.assert_close(terms["box_dense"], 0.5 * 5.0 * l1.mean())
 
 
@@ -47,7 +46,8 @@ def test_a_perfect_prediction_costs_nothing_but_confidence():
     boxes[0, 0, :2] = targets[0].boxes
     logits = torch.full((1, 1, 12, 3), -20.0)
     logits[0, 0, [0, 1], targets[0].labels] = 20.0
-    outputs = QueryOutputs(torch.cat((logits, logits)), torch.cat((boxes, boxes)), dense=None, denoising=None)
+    padded = pad_targets(targets, torch.device("cpu"))
+    outputs = QueryOutputs(torch.cat((logits, logits)), torch.cat((boxes, boxes)), None, None, padded)
     assert total(head.loss(outputs, targets)).item() == pytest.approx(0, abs=1e-4)
 
 

@@ -18,7 +18,7 @@ pytest.importorskip("transformers")
 from transformers.loss.loss_rt_detr import RTDetrLoss
 
 from mvision import load
-from tests.comparison import Pair, differences, make_pair, term_names, training_step
+from tests.comparison import Pair, denoising_positives, differences, make_pair, term_names, training_step
 from tests.reference import as_labels, random_images, random_targets, save_reference
 
 SIZE = (96, 64)
@@ -99,8 +99,8 @@ def test_every_loss_term(small_pair: Pair) -> None:
             "auxiliary_outputs": [*layers[:-1], encoder],
             "dn_auxiliary_outputs": [{"logits": a, "pred_boxes": b} for a, b in noisy],
             "denoising_meta_values": {
-                "dn_positive_idx": [row.nonzero()[:, 0] for row in found.denoising.assignment >= 0],
-                "dn_num_group": found.denoising.groups,
+                "dn_positive_idx": denoising_positives(found.targets),
+                "dn_num_group": found.targets.groups,
             },
         },
         as_labels(targets),

@@ -13,6 +13,7 @@ from mvision.config import load_config, parse_model_config
 from mvision.heads.instance_seg.head import MaskHead, MaskOutputs, mask_at_points, mask_grid
 from mvision.heads.instance_seg.losses import read_features
 from mvision.heads.query.head import QueryOutputs
+from mvision.heads.query.matching import pad_targets
 from mvision.model import Model
 from mvision.structures.boxes import cxcywh_to_xyxy
 from tests.test_heads import CATEGORIES, SMALL, filled_boxes, make_features, make_head, make_targets, total
@@ -71,7 +72,8 @@ def test_masks_decide_the_matching_where_boxes_cannot() -> None:
     for swapped in (False, True):
         embeddings[:, 0, :, 0] = torch.tensor([1.0, -1.0]) if swapped else torch.tensor([-1.0, 1.0])
         boxes, logits = target.boxes[None], torch.zeros(1, 2, 3)
-        queries = QueryOutputs(logits.expand(2, -1, -1, -1), boxes.expand(2, -1, -1, -1), dense=None, denoising=None)
+        padded = pad_targets([target], torch.device("cpu"))
+        queries = QueryOutputs(logits.expand(2, -1, -1, -1), boxes.expand(2, -1, -1, -1), None, None, padded)
         assert head.loss(MaskOutputs(queries, pixels, embeddings, None), [target])["dice"].item() < 5 * 0.25
 
 
@@ -208,12 +210,11 @@ def test_weights_with_retired_settings_still_load() -> None:
 def test_masks_are_divided_by_the_objects_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """If the mean number of objects per process is twice that of this one, the terms are half as large."""
     head, features, targets = make_head(TASK, num_denoising=0), make_features(), make_targets(2, 2)
-    outputs = head(features, targets=targets)
     torch.manual_seed(7)
-    alone = head.loss(outputs, targets)
-    monkeypatch.setattr("mvision.heads.query.matching.mean_over_processes", lambda value: 2 * value)
+    alone = head.loss(head(features, targets=targets), targets)
+    monkeypatch.setattr("mvision.heads.query.matching.divisor", lambda count, _: 2.0 * count)
     torch.manual_seed(7)
-    shared = head.loss(outputs, targets)
+    shared = head.loss(head(features, targets=targets), targets)
     torch.testing.assert_close(alone["dice"], 2 * shared["dice"])
     torch.testing.assert_close(alone["mask"], 2 * shared["mask"])
 

@@ -6,6 +6,7 @@ import torch
 from mvision.heads.query.losses import quality_focal, set_losses
 from mvision.heads.query.matching import pad_targets
 from mvision.structures import Targets
+from tests.test_matching import as_pairs
 
 TARGETS = [
     Targets(
@@ -24,7 +25,7 @@ def test_set_losses_of_known_boxes():
     boxes[0, 0, 2] = boxes[0, 1] = torch.tensor([0.9, 0.9, 0.1, 0.1])
     assignment = torch.tensor([[[0, 1, -1], [-1, -1, -1]]])
     logits = torch.zeros(1, 2, 3, 2)
-    losses = set_losses(logits, boxes, assignment, pad_targets(TARGETS, torch.device("cpu")))
+    losses = set_losses(logits, boxes, as_pairs(assignment), pad_targets(TARGETS, torch.device("cpu")))
     assert losses["box"].item() == pytest.approx(0.1 / 2, abs=1e-6)
     assert losses["giou"].item() == pytest.approx((1 - 1 / 3) / 2, abs=1e-6)
     # sigmoid(0) = 1/2 everywhere, so each binary cross-entropy is ln 2: positives weigh their IoU, others 0.75 / 4.
@@ -47,10 +48,10 @@ def test_layers_are_independent():
     logits, boxes = torch.randn(3, 2, 4, 2), torch.rand(3, 2, 4, 4)
     assignment = torch.tensor([[[0, 1, -1, -1], [-1] * 4], [[-1, 0, 1, -1], [-1] * 4], [[1, -1, -1, 0], [-1] * 4]])
     gt = pad_targets(TARGETS, torch.device("cpu"))
-    together = set_losses(logits, boxes, assignment, gt)
+    together = set_losses(logits, boxes, as_pairs(assignment), gt)
     for layer in range(3):
         one = slice(layer, layer + 1)
-        alone = set_losses(logits[one], boxes[one], assignment[one], gt)
+        alone = set_losses(logits[one], boxes[one], as_pairs(assignment[one]), gt)
         for name, value in together.items():
             torch.testing.assert_close(value[layer], alone[name][0])
 
@@ -59,7 +60,7 @@ def test_without_objects_losses_are_finite_and_differentiable():
     empty = pad_targets([TARGETS[1]], torch.device("cpu"))
     logits = torch.randn(2, 1, 4, 3, requires_grad=True)
     boxes = torch.rand(2, 1, 4, 4, requires_grad=True)
-    losses = set_losses(logits, boxes, torch.full((2, 1, 4), -1), empty)
+    losses = set_losses(logits, boxes, as_pairs(torch.full((2, 1, 4), -1)), empty)
     assert (losses["box"] == 0).all()
     assert (losses["giou"] == 0).all()
     sum(value.sum() for value in losses.values()).backward()
@@ -71,6 +72,6 @@ def test_a_given_total_takes_the_place_of_the_number_of_objects():
     gt = pad_targets(TARGETS, torch.device("cpu"))
     logits, boxes = torch.randn(1, 2, 4, 2), torch.rand(1, 2, 4, 4)
     assignment = torch.tensor([[[0, 0, 1, -1], [-1] * 4]])
-    by_objects, by_tokens = (set_losses(logits, boxes, assignment, gt, total=total) for total in (None, 3.0))
+    by_objects, by_tokens = (set_losses(logits, boxes, as_pairs(assignment), gt, total=total) for total in (None, 3.0))
     for name, value in by_objects.items():
         torch.testing.assert_close(by_tokens[name], value * 2 / 3)

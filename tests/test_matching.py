@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from mvision.heads.query.matching import anchor_assignment, hungarian, pad_targets
+from mvision.heads.query.matching import Pairs, anchor_assignment, hungarian, pad_targets
 from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 
@@ -19,6 +19,21 @@ def make_targets(*counts, classes=3, seed=0):
     return targets
 
 
+def as_pairs(assignment):
+    """The pairs of (L, B, Q) indices of objects, -1 for none."""
+    return Pairs(*(assignment >= 0).nonzero().unbind(1), assignment[assignment >= 0])
+
+
+def as_assignment(pairs, shape):
+    """The inverse, of the pairs that count."""
+    counts = slice(None) if pairs.counted is None else pairs.counted
+    layer, image, query, index = (x[counts] for x in (pairs.layer, pairs.image, pairs.query, pairs.object))
+    assignment = torch.full(shape, -1)
+    assignment[layer, image, query] = index
+    assert (assignment >= 0).sum() == len(index)  # no query has two objects
+    return assignment
+
+
 def _cost(logits, boxes, target):
     prob = logits.sigmoid()[:, target.labels]
     focal = 0.25 * (1 - prob) ** 2 * -(prob + 1e-8).log() - 0.75 * prob**2 * -(1 - prob + 1e-8).log()
@@ -31,7 +46,7 @@ def test_matching_is_the_cheapest_assignment_of_every_layer_and_image():
     torch.manual_seed(1)
     targets = make_targets(3, 0, 1)
     logits, boxes = torch.randn(2, 3, 5, 3), torch.rand(2, 3, 5, 4) * 0.5 + 0.2
-    assignment = hungarian(logits, boxes, pad_targets(targets, torch.device("cpu")))
+    assignment = as_assignment(hungarian(logits, boxes, pad_targets(targets, torch.device("cpu"))), boxes.shape[:3])
     assert (assignment[:, 1] == -1).all()
     for layer, image in itertools.product(range(2), (0, 2)):
         cost = _cost(logits[layer, image], boxes[layer, image], targets[image])
@@ -51,17 +66,14 @@ def test_predictions_that_are_not_finite_are_matched_last():
     logits, boxes = torch.zeros(1, 1, 4, 3), torch.rand(1, 1, 4, 4)
     boxes[0, 0, :2] = float("nan")
     logits[0, 0, 0] = float("inf")
-    assignment = hungarian(logits, boxes, pad_targets(targets, torch.device("cpu")))
+    assignment = as_assignment(hungarian(logits, boxes, pad_targets(targets, torch.device("cpu"))), boxes.shape[:3])
     assert (assignment[0, 0, :2] == -1).all()
     assert (assignment[0, 0, 2:] >= 0).all()
 
 
 def test_more_objects_than_queries():
-    assignment = hungarian(
-        torch.randn(1, 1, 2, 3),
-        torch.rand(1, 1, 2, 4),
-        pad_targets(make_targets(5), torch.device("cpu")),
-    )
+    padded = pad_targets(make_targets(5), torch.device("cpu"))
+    assignment = as_assignment(hungarian(torch.randn(1, 1, 2, 3), torch.rand(1, 1, 2, 4), padded), (1, 1, 2))
     assert (assignment >= 0).all()
     assert assignment.unique().numel() == 2
 
@@ -72,6 +84,12 @@ def _anchors(side, size):
     return torch.cat((centres, torch.full_like(centres, size)), -1)
 
 
+def _dense(anchors, padded, **options):
+    """(B, S) the object of every token, -1 for none."""
+    pairs = anchor_assignment(anchors, padded, **options)
+    return as_assignment(pairs, (1, len(padded.counts), len(anchors)))[0]
+
+
 def _one(*boxes, labels=None):
     boxes = torch.tensor(boxes)
     labels = torch.zeros(len(boxes), dtype=torch.int64) if labels is None else torch.tensor(labels)
@@ -80,7 +98,7 @@ def _one(*boxes, labels=None):
 
 def test_dense_assignment_takes_the_tokens_around_the_middle_of_the_level_that_fits():
     anchors = torch.cat((_anchors(16, 0.1), _anchors(8, 0.4)))
-    assignment = anchor_assignment(anchors, _one([0.5, 0.5, 0.4, 0.4]), top_k=4)[0]
+    assignment = _dense(anchors, _one([0.5, 0.5, 0.4, 0.4]), top_k=4)[0]
     positive = assignment >= 0
     assert positive.sum() == 4
     assert not positive[:256].any()  # anchors of the other level are far from the object's size
@@ -89,26 +107,26 @@ def test_dense_assignment_takes_the_tokens_around_the_middle_of_the_level_that_f
 
 def test_tokens_outside_of_the_object_are_never_taken():
     anchors = _anchors(8, 0.3)
-    assignment = anchor_assignment(anchors, _one([0.5, 0.5, 0.15, 0.15]), top_k=50)[0]
+    assignment = _dense(anchors, _one([0.5, 0.5, 0.15, 0.15]), top_k=50)[0]
     centres = anchors[assignment >= 0, :2]
     assert len(centres) == 4
     assert ((centres - 0.5).abs() < 0.075).all()
 
 
 def test_a_token_of_two_objects_goes_to_the_smaller_object():
-    assignment = anchor_assignment(_anchors(1, 0.5), _one([0.5, 0.5, 0.9, 0.9], [0.5, 0.5, 0.3, 0.3]))
-    assert assignment.item() == 1
+    assignment = _dense(_anchors(1, 0.5), _one([0.5, 0.5, 0.9, 0.9], [0.5, 0.5, 0.3, 0.3]))
+    assert assignment.tolist() == [[1]]
 
 
 def test_an_object_smaller_than_the_grid_gets_the_nearest_one():
-    assignment = anchor_assignment(_anchors(4, 0.25), _one([0.501, 0.501, 0.001, 0.001]))
+    assignment = _dense(_anchors(4, 0.25), _one([0.501, 0.501, 0.001, 0.001]))
     assert (assignment >= 0).sum() == 1
 
 
 def test_dense_assignment_without_objects_or_with_padding():
     anchors = _anchors(4, 0.25)
     gt = pad_targets(make_targets(0, 0), torch.device("cpu"))
-    assert (anchor_assignment(anchors, gt) == -1).all()
-    mixed = anchor_assignment(anchors, pad_targets(make_targets(0, 3), torch.device("cpu")))
+    assert (_dense(anchors, gt) == -1).all()
+    mixed = _dense(anchors, pad_targets(make_targets(0, 3), torch.device("cpu")))
     assert (mixed[0] == -1).all()
     assert set(mixed[1].tolist()) <= {-1, 0, 1, 2}

@@ -28,6 +28,7 @@ from mvision.heads.instance_seg.losses import (
 )
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.head import Predictions, QueryConfig, QueryHead, QueryOutputs
+from mvision.heads.query.matching import Matches
 from mvision.neck.layers import MLP
 from mvision.settings import MAX_OBJECTS, MAX_WIDTH, Replacement
 from mvision.structures import Instances, Targets
@@ -115,38 +116,42 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
     ) -> dict[str, Tensor] | MaskOutputs:
         """See ``Head.forward``."""
         pixels = self.pixels(maps, lateral)
-        decoded, denoising = self.decode(maps, targets)
-        if targets is None:
+        padded = None if targets is None else self.pad(targets, maps)
+        decoded, denoising = self.decode(maps, padded)
+        if padded is None:
             embeddings, boxes = self.mask_embed(decoded.queries[-1]), decoded.boxes[-1]
             return {"logits": decoded.logits[-1], "boxes": boxes, "masks": mask_grid(embeddings, pixels, boxes)}
         split = decoded.queries.shape[2] - decoded.encoder_queries.shape[1]
         every_layer = torch.cat((decoded.queries[:, :, split:], decoded.encoder_queries[None]))
         return MaskOutputs(
-            queries=self.training_outputs(decoded, denoising),
+            queries=self.training_outputs(decoded, denoising, padded),
             pixels=pixels,
             embeddings=self.mask_embed(every_layer),
             denoising_embeddings=self.mask_embed(decoded.queries[:, :, :split]) if denoising else None,
         )
 
     def loss(self, outputs: MaskOutputs, targets: list[Targets]) -> dict[str, Tensor]:
-        """The terms of ``QueryHead.query_terms``, and ``mask`` and ``dice`` with the same suffixes but ``_dense``.
+        """The terms of ``QueryHead``, and ``mask`` and ``dice`` with the same suffixes but ``_dense``.
 
         The mask terms are divided by the number of all objects, those without a mask included, so that the weight of a
         mask does not depend on how many others are missing.
         """
         queries = outputs.queries
-        padded = self.pad(queries, targets)
+        padded = queries.targets
         samples = sample_mask_points(targets, OVERSAMPLE * self.config.mask_points, queries.logits.device)
         pixels = read_features(outputs.pixels, samples.points)
         costs = self._mask_costs(outputs.embeddings, queries.boxes, pixels, samples)
-        assignment = self.match(queries, padded, costs)
-        terms = self.query_terms(queries, padded, assignment)
+        matching = self.start_matching(queries, costs)
+        others = self.unmatched_terms(queries)
+        matches = matching()
+        terms = {**self.matched_terms(queries, matches), **others}
+        assignment = _assignment(matches, queries.logits)
         losses = self._mask_losses(outputs.embeddings, queries.boxes, assignment, pixels, samples, padded.total)
         terms |= self.named(losses, self.layer_names(queries))
         denoising, embeddings = queries.denoising, outputs.denoising_embeddings
         if denoising is not None and embeddings is not None:
-            assignment = denoising.assignment.expand(len(embeddings), -1, -1)
-            total = padded.total * denoising.groups
+            assignment = _assignment(padded.denoising, denoising.logits)
+            total = padded.total * padded.groups
             losses = self._mask_losses(embeddings, denoising.boxes, assignment, pixels, samples, total)
             terms |= self.named(losses, [f"_denoising_{index}" for index in range(len(embeddings))])
         return terms
@@ -182,7 +187,13 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         return cost * samples.valid[:, None]
 
     def _mask_losses(
-        self, embeddings: Tensor, boxes: Tensor, assignment: Tensor, pixels: Tensor, samples: MaskPoints, total: float
+        self,
+        embeddings: Tensor,
+        boxes: Tensor,
+        assignment: Tensor,
+        pixels: Tensor,
+        samples: MaskPoints,
+        total: float | Tensor,
     ) -> dict[str, Tensor]:
         """``mask`` and ``dice``, each (L,): sums over the queries assigned to objects with masks, divided by ``total``.
 
@@ -206,6 +217,13 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
             for name, values in zip(sums, mask_losses(logits.gather(1, index), labels)):
                 sums[name] = sums[name].index_add(0, layer, values)
         return {name: value / total for name, value in sums.items()}
+
+
+def _assignment(matches: Matches, logits: Tensor) -> Tensor:
+    """(L, B, N) int64, the object of every query of logits (L, B, N, C), -1 for none."""
+    assignment = torch.full(logits.shape[:3], -1, device=logits.device)
+    assignment[matches.layer, matches.image, matches.query] = matches.object
+    return assignment
 
 
 def mask_grid(embeddings: Tensor, pixels: Tensor, boxes: Tensor) -> Tensor:

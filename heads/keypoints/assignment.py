@@ -91,7 +91,8 @@ def keypoint_targets(
     ]
     heights, widths = torch.tensor([target.size if all(target.size) else shape for target in targets], dtype=dtype).T
     aspect = (widths / heights).sqrt()
-    labelled = labelled_classes(targets, device)
+    labelled = labelled_classes(targets)
+    labelled = None if labelled is None else labelled.to(device)
     return KeypointTargets(
         image=image,
         classes=is_class[keep].int().argmax(1),

@@ -157,7 +157,7 @@ class QueryDecoder(nn.Module):
         projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
         shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
         memory = torch.cat([feature.flatten(2).transpose(1, 2) for feature in projected], 1)
-        anchors, valid = make_anchors(shapes, memory.device, _box_dtype(memory))
+        anchors, valid = make_anchors(shapes, memory.device, box_dtype(memory))
 
         features = self.memory_proj(memory * valid.to(memory.dtype))
         scores = self.memory_class(features)
@@ -290,7 +290,7 @@ def grid_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Te
     return torch.cat(centres)
 
 
-def _box_dtype(memory: Tensor) -> torch.dtype:
+def box_dtype(memory: Tensor) -> torch.dtype:
     """Boxes are kept in float32 or better: neighbouring bf16 numbers are up to two pixels apart at 640."""
     return torch.promote_types(memory.dtype, torch.float32)
 

@@ -16,48 +16,41 @@ from mvision.structures.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 
 @dataclass
 class Denoising:
-    """Objects with noise as decoder queries.
+    """Objects with noise as decoder queries; ``PaddedTargets.denoising`` says which of them have to predict what.
 
     Attributes:
         labels: (B, D) int64, class with noise; ``num_classes`` for padding.
         boxes: (B, D, 4) cxcywh in 0..1, with noise.
-        assignment: (B, D) int64, the object that a query was made from and has to predict; -1 for negatives and
-            padding, which have to predict none.
         mask: (D + Q, D + Q) bool, True where the query of a row may attend to that of a column.
-        groups: number of copies of the ground truth.
     """
 
     labels: Tensor
     boxes: Tensor
-    assignment: Tensor
     mask: Tensor
-    groups: int
 
 
 def make_denoising(
-    targets: PaddedTargets, num_classes: int, num_queries: int, num_denoising: int, label_noise: float, box_noise: float
+    targets: PaddedTargets, num_classes: int, num_queries: int, label_noise: float, box_noise: float
 ) -> Denoising | None:
-    """Groups of one positive and one negative copy of every object; None without objects or with num_denoising 0.
+    """Groups of one positive and one negative copy of every object; None if ``targets`` are to have no groups.
 
     Args:
         targets: the ground truth.
         num_classes: the random classes are drawn from.
         num_queries: number of selected queries, which follow in the decoder and must not attend to these.
-        num_denoising: intended number of positives per image: as many whole groups as fit, but at least one.
         label_noise: half of this share of the queries gets a random class, 0..1.
         box_noise: positives have each corner coordinate moved by up to this fraction of half the box's width or height,
             negatives by one to two times as much.
     """
     batch, most = targets.labels.shape
-    if num_denoising <= 0 or most == 0:
+    groups, device = targets.groups, targets.boxes.device
+    if not groups:
         return None
-    groups = max(1, num_denoising // most)
-    device = targets.boxes.device
     # (B, groups, 2, T): in every group the positives come first, then the negatives.
     shape = (batch, groups, 2, most)
-    valid = targets.valid[:, None, None].expand(shape)
-    labels = torch.where(targets.valid, targets.labels, num_classes)[:, None, None].expand(shape)
-    boxes = targets.boxes[:, None, None].expand(*shape, 4)
+    valid = targets.valid[:, None, None]
+    labels = torch.where(targets.valid, targets.labels, num_classes)[:, None, None]
+    boxes = targets.boxes[:, None, None]
 
     flip = (torch.rand(shape, device=device) < label_noise * 0.5) & valid
     labels = torch.where(flip, torch.randint(0, num_classes, shape, device=device), labels)
@@ -70,21 +63,15 @@ def make_denoising(
     # Strong noise can move a corner beyond the opposite one, so the corners are sorted again.
     low, high = corners[..., :2], corners[..., 2:]
     boxes = xyxy_to_cxcywh(torch.cat((torch.minimum(low, high), torch.maximum(low, high)), -1))
-
-    index = torch.arange(most, device=device).expand(shape)
-    assignment = torch.where(valid, index, -1).clone()
-    assignment[:, :, 1] = -1
     return Denoising(
         labels=labels.flatten(1),
         boxes=boxes.flatten(1, 3),
-        assignment=assignment.flatten(1),
         mask=_attention_mask(groups, 2 * most, num_queries, device),
-        groups=groups,
     )
 
 
 def _attention_mask(groups: int, size: int, num_queries: int, device: torch.device) -> Tensor:
     """Denoising queries attend to their own group and to the selected queries, selected queries to each other alone."""
-    group = torch.arange(groups, device=device).repeat_interleave(size)
-    group = torch.cat((group, group.new_full((num_queries,), -1)))
-    return (group[:, None] == group[None]) | (group[None] == -1)
+    # The number of a query's group; the selected queries have one together, which comes last.
+    group = (torch.arange(groups * size + num_queries, device=device) // size).clamp(max=groups)
+    return (group[:, None] == group) | (group == groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -11,10 +11,18 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from mvision.heads.base import Head, OutputsT, only_best_class
-from mvision.heads.query.decoder import Decoded, DecoderConfig, DenseOutputs, QueryDecoder
+from mvision.heads.query.decoder import Decoded, DecoderConfig, DenseOutputs, QueryDecoder, box_dtype
 from mvision.heads.query.denoising import Denoising, make_denoising
 from mvision.heads.query.losses import set_losses
-from mvision.heads.query.matching import PaddedTargets, anchor_assignment, hungarian, mean_over_processes, pad_targets
+from mvision.heads.query.matching import (
+    Matches,
+    PaddedTargets,
+    Pairs,
+    anchor_assignment,
+    mean_over_processes,
+    pad_targets,
+    start_matching,
+)
 from mvision.settings import MAX_OBJECTS
 from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
@@ -52,16 +60,10 @@ ConfigT = TypeVar("ConfigT", bound=QueryConfig)
 
 
 class DenoisingOutputs(NamedTuple):
-    """Predictions of the D denoising queries.
-
-    ``logits`` (L, B, D, C) and ``boxes`` (L, B, D, 4) of every layer; ``assignment`` and ``groups`` as in
-    ``Denoising``.
-    """
+    """Predictions of the D denoising queries: ``logits`` (L, B, D, C) and ``boxes`` (L, B, D, 4) of every layer."""
 
     logits: Tensor
     boxes: Tensor
-    assignment: Tensor
-    groups: int
 
 
 class QueryOutputs(NamedTuple):
@@ -69,13 +71,14 @@ class QueryOutputs(NamedTuple):
 
     ``logits`` (L + 1, B, Q, C) and ``boxes`` (L + 1, B, Q, 4) of the L decoder layers and then of the selected tokens;
     ``dense`` of all tokens, None unless ``dense_weight`` is above 0; ``denoising``, None where denoising is off or the
-    batch has no object.
+    batch has no object; ``targets``, the ground truth, which the loss needs again.
     """
 
     logits: Tensor
     boxes: Tensor
     dense: DenseOutputs | None
     denoising: DenoisingOutputs | None
+    targets: PaddedTargets
 
 
 class Predictions(NamedTuple):
@@ -111,45 +114,54 @@ class QueryHead(Head[ConfigT, OutputsT]):
         """See ``Head.best_class_only``."""
         return {name: only_best_class(value) if name == "logits" else value for name, value in outputs.items()}
 
-    def decode(self, maps: list[Tensor], targets: list[Targets] | None) -> tuple[Decoded, Denoising | None]:
+    def pad(self, targets: list[Targets], maps: list[Tensor]) -> PaddedTargets:
+        """The labels of a batch on the device of its maps, with what denoising takes of them."""
+        config = self.config
+        dtype = box_dtype(maps[0])
+        return pad_targets(targets, maps[0].device, dtype, config.num_denoising, config.num_layers)
+
+    def decode(self, maps: list[Tensor], targets: PaddedTargets | None) -> tuple[Decoded, Denoising | None]:
         """Run the decoder; with ``targets`` (training) add denoising queries and return the outputs of all layers."""
         if targets is None:
             return self.decoder(maps), None
         config = self.config
         queries = min(config.num_queries, sum(x.shape[-2] * x.shape[-1] for x in maps))
-        noise = (config.num_denoising, config.label_noise, config.box_noise)
-        denoising = make_denoising(pad_targets(targets, maps[0].device), len(self.categories), queries, *noise)
+        denoising = make_denoising(targets, len(self.categories), queries, config.label_noise, config.box_noise)
         return self.decoder(maps, denoising, every_layer=True), denoising
 
-    def pad(self, outputs: QueryOutputs, targets: list[Targets]) -> PaddedTargets:
-        """The ground truth, on the device and in the precision of the predicted boxes."""
-        return pad_targets(targets, outputs.logits.device, outputs.boxes.dtype)
+    def start_matching(self, outputs: QueryOutputs, more_costs: Tensor | None = None) -> Callable[[], Matches]:
+        """Start to match the queries of the L decoder layers and then of the selected tokens with the objects.
 
-    def match(self, outputs: QueryOutputs, targets: PaddedTargets, more_costs: Tensor | None = None) -> Tensor:
-        """(L + 1, B, Q) int64, the object of every query, -1 for none: L decoder layers, then the selected tokens.
-
+        What is queued before the returned function is called keeps the GPU busy; it waits for the matches.
         ``more_costs`` (L + 1, B, Q, T) are added to the costs of class and box.
         """
         logits, boxes = outputs.logits.detach(), outputs.boxes.detach()
-        return hungarian(logits, boxes, targets, self.config.box_weight, self.config.giou_weight, more_costs)
+        weights = self.config.box_weight, self.config.giou_weight
+        return start_matching(logits, boxes, outputs.targets, *weights, more_costs)
 
-    def query_terms(self, outputs: QueryOutputs, targets: PaddedTargets, assignment: Tensor) -> dict[str, Tensor]:
-        """The loss terms ``class``, ``box`` and ``giou`` of the last decoder layer, and the same of everything else.
+    def matched_terms(self, outputs: QueryOutputs, matches: Matches) -> dict[str, Tensor]:
+        """The loss terms ``class``, ``box`` and ``giou`` of the last decoder layer, and the same of the others.
 
-        Those have a suffix: ``_0``, ``_1``.. for the earlier decoder layers, ``_encoder`` for the selected tokens,
-        ``_denoising_0``.. for the denoising queries of every layer, ``_dense`` for the one-to-many supervision of all
-        tokens. ``assignment`` comes from ``match``.
+        Those have a suffix: ``_0``, ``_1``.. for the earlier decoder layers, ``_encoder`` for the selected tokens.
         """
-        losses = self._set_losses(outputs.logits, outputs.boxes, assignment, targets)
-        terms = self.named(losses, self.layer_names(outputs))
+        losses = self._set_losses(outputs.logits, outputs.boxes, matches, outputs.targets)
+        return self.named(losses, self.layer_names(outputs))
+
+    def unmatched_terms(self, outputs: QueryOutputs) -> dict[str, Tensor]:
+        """The loss terms that need no matching.
+
+        Their suffixes: ``_denoising_0``.. for the denoising queries of every layer, ``_dense`` for the one-to-many
+        supervision of all tokens.
+        """
+        terms = {}
         if outputs.denoising is not None:
-            terms |= self._denoising_terms(outputs.denoising, targets)
+            terms |= self._denoising_terms(outputs.denoising, outputs.targets)
         if outputs.dense is not None:
-            terms |= self._dense_terms(outputs.dense, targets)
+            terms |= self._dense_terms(outputs.dense, outputs.targets)
         return terms
 
     def layer_names(self, outputs: QueryOutputs) -> list[str]:
-        """The suffixes of the loss terms' names, in the order of ``match``'s layers."""
+        """The suffixes of the loss terms' names, the last decoder layer's being empty, in the order of the outputs."""
         return [*(f"_{index}" for index in range(len(outputs.logits) - 2)), "", "_encoder"]
 
     def term_weights(self) -> dict[str, float]:
@@ -161,9 +173,9 @@ class QueryHead(Head[ConfigT, OutputsT]):
         """One weighted scalar per term and layer; ``losses`` holds terms (L,), ``suffixes`` has L entries."""
         weights = self.term_weights()
         return {
-            f"{term}{suffix}": weights[term] * value
+            f"{term}{suffix}": value
             for term, values in losses.items()
-            for suffix, value in zip(suffixes, values.unbind())
+            for suffix, value in zip(suffixes, (weights[term] * values).unbind())
         }
 
     def select(self, outputs: dict[str, Tensor], threshold: float) -> list[Predictions]:
@@ -194,37 +206,36 @@ class QueryHead(Head[ConfigT, OutputsT]):
             categories=self.categories,
         )
 
-    def training_outputs(self, decoded: Decoded, denoising: Denoising | None) -> QueryOutputs:
+    def training_outputs(self, decoded: Decoded, denoising: Denoising | None, targets: PaddedTargets) -> QueryOutputs:
         """The decoder's outputs with those of the denoising queries separated from the others."""
         split, noisy = 0, None
         if denoising is not None:
             split = denoising.labels.shape[1]
-            noisy = DenoisingOutputs(
-                decoded.logits[:, :, :split], decoded.boxes[:, :, :split], denoising.assignment, denoising.groups
-            )
+            noisy = DenoisingOutputs(decoded.logits[:, :, :split], decoded.boxes[:, :, :split])
         return QueryOutputs(
             logits=torch.cat((decoded.logits[:, :, split:], decoded.encoder_logits[None])),
             boxes=torch.cat((decoded.boxes[:, :, split:], decoded.encoder_boxes[None])),
             dense=decoded.dense,
             denoising=noisy,
+            targets=targets,
         )
 
     def _set_losses(
-        self, logits: Tensor, boxes: Tensor, assignment: Tensor, targets: PaddedTargets, total: float | None = None
+        self, logits: Tensor, boxes: Tensor, pairs: Pairs, targets: PaddedTargets, total: Tensor | None = None
     ) -> dict[str, Tensor]:
         config = self.config
-        return set_losses(logits, boxes, assignment, targets, config.class_loss, config.alpha, config.gamma, total)
+        return set_losses(logits, boxes, pairs, targets, config.class_loss, config.alpha, config.gamma, total)
 
     def _denoising_terms(self, outputs: DenoisingOutputs, targets: PaddedTargets) -> dict[str, Tensor]:
-        assignment = outputs.assignment.expand(len(outputs.logits), -1, -1)
-        losses = self._set_losses(outputs.logits, outputs.boxes, assignment, targets)
-        scaled = {term: value / outputs.groups for term, value in losses.items()}
+        losses = self._set_losses(outputs.logits, outputs.boxes, targets.denoising, targets)
+        scaled = {term: value / targets.groups for term, value in losses.items()}
         return self.named(scaled, [f"_denoising_{index}" for index in range(len(outputs.logits))])
 
     def _dense_terms(self, outputs: DenseOutputs, targets: PaddedTargets) -> dict[str, Tensor]:
         """One-to-many supervision, divided by the number of positive tokens instead of that of objects."""
-        assignment = anchor_assignment(outputs.anchors, targets)
-        positives = mean_over_processes((assignment >= 0).sum().to(outputs.boxes.dtype)).clamp(min=1).item()
-        losses = self._set_losses(outputs.logits[None], outputs.boxes[None], assignment[None], targets, positives)
+        pairs = anchor_assignment(outputs.anchors, targets)
+        assert pairs.counted is not None
+        positives = mean_over_processes(pairs.counted.sum().to(outputs.boxes.dtype)).clamp(min=1)
+        losses = self._set_losses(outputs.logits[None], outputs.boxes[None], pairs, targets, positives)
         weighted = {term: self.config.dense_weight * value for term, value in losses.items()}
         return self.named(weighted, ["_dense"])

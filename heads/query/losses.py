@@ -1,7 +1,4 @@
-"""Loss terms of set prediction, computed for all decoder layers at once.
-
-An assignment is a tensor of object indices, -1 for none (see matching.py).
-"""
+"""Loss terms of set prediction, computed for all decoder layers at once, at the pairs that matching.py finds."""
 
 from __future__ import annotations
 
@@ -11,26 +8,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvision.heads.query.matching import PaddedTargets
+from mvision.heads.query.matching import PaddedTargets, Pairs
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 
 
 def set_losses(
     logits: Tensor,
     boxes: Tensor,
-    assignment: Tensor,
+    pairs: Pairs,
     targets: PaddedTargets,
     kind: Literal["vfl", "mal"] = "vfl",
     alpha: float = 0.75,
     gamma: float = 2.0,
-    total: float | None = None,
+    total: float | Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Class, L1 and GIoU terms of every layer.
 
     Args:
         logits: (L, B, Q, C) before the sigmoid.
         boxes: (L, B, Q, 4) cxcywh in 0..1.
-        assignment: (L, B, Q) int64, index of the object in its image, -1 for none.
+        pairs: of queries and objects; all other queries have to predict none.
         kind, alpha, gamma: of the class term, see ``quality_focal``.
         total: number that the sums over the batch are divided by; None: ``targets.total``.
 
@@ -39,21 +36,22 @@ def set_losses(
         (``targets.labelled_classes``) has a loss only at queries that an object of it is assigned to.
     """
     total = targets.total if total is None else total
-    positive = assignment >= 0
-    layer, image, query = positive.nonzero(as_tuple=True)
-    gt_index = assignment[positive]
-    pred_boxes, gt_boxes = boxes[positive], targets.boxes[image, gt_index]
+    layers, batch, queries, _ = logits.shape
+    # One index into flattened tensors: the gradient is then one addition in place, not a sort of the indices.
+    row = torch.add(pairs.query, torch.add(pairs.image, pairs.layer, alpha=batch), alpha=queries)
+    gt_row = torch.add(pairs.object, pairs.image, alpha=targets.labels.shape[1])
+    pred_boxes = boxes.flatten(0, 2).index_select(0, row)
+    gt_boxes = targets.boxes.flatten(0, 1).index_select(0, gt_row)
     box_iou, giou = iou(cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(gt_boxes))
-    l1 = (pred_boxes - gt_boxes).abs().sum(-1)
+    values = torch.stack(((pred_boxes - gt_boxes).abs().sum(-1), 1 - giou), 1)
+    if pairs.counted is not None:
+        values = torch.where(pairs.counted[:, None], values, 0)
+    l1_term, giou_term = (values.new_zeros(layers, 2).index_add(0, pairs.layer, values) / total).unbind(1)
 
-    where = (layer, image, query, targets.labels[image, gt_index])
-    class_loss = quality_focal(logits, where, box_iou.detach(), kind, alpha, gamma, targets.labelled_classes)
-    class_loss = class_loss.sum((1, 2, 3))
-
-    def per_layer(values: Tensor) -> Tensor:
-        return values.new_zeros(len(logits)).index_add(0, layer, values) / total
-
-    return {"class": class_loss / total, "box": per_layer(l1), "giou": per_layer(1 - giou)}
+    index = (pairs.layer, pairs.image, pairs.query, targets.labels.flatten().index_select(0, gt_row))
+    quality = box_iou.detach()
+    class_loss = quality_focal(logits, index, quality, kind, alpha, gamma, targets.labelled_classes, pairs.counted)
+    return {"class": class_loss.sum((1, 2, 3)) / total, "box": l1_term, "giou": giou_term}
 
 
 def quality_focal(
@@ -64,6 +62,7 @@ def quality_focal(
     alpha: float,
     gamma: float,
     labelled_classes: Tensor | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Element-wise classification loss whose target is the quality of a positive's prediction (IoU or OKS).
 
@@ -77,11 +76,9 @@ def quality_focal(
         gamma: exponent of the probability in the weight of negatives; in ``mal`` also of the quality.
         labelled_classes: (B, C) or (B, 1) bool, see ``Targets.labelled_classes``: in an image, negatives of the other
             classes have no loss; None: all are labelled.
+        counted: (P,) bool, which of the P are positives; the others may have the index of one that is. None: all.
     """
-    target = torch.zeros_like(logits, dtype=quality.dtype)
-    target[index] = quality
-    is_positive = torch.zeros_like(logits, dtype=torch.bool)
-    is_positive[index] = True
+    target, is_positive = _class_targets(logits, index, quality, counted)
     logits = logits.to(quality.dtype)
     prob = logits.detach().sigmoid()
     if kind == "vfl":
@@ -91,3 +88,22 @@ def quality_focal(
         target = target**gamma
     loss = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none")
     return loss if labelled_classes is None else torch.where(labelled_classes[:, None] | is_positive, loss, 0)
+
+
+def _class_targets(
+    logits: Tensor, index: tuple[Tensor, ...], quality: Tensor, counted: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The quality wanted at every logit, 0 for negatives, and which logits are positives."""
+    shape, size = logits.shape, logits.numel()
+    if counted is None:
+        target, is_positive = quality.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=logits.device)
+        target[index], is_positive[index] = quality, True
+        return target, is_positive
+    flat = index[0]
+    for length, further in zip(shape[1:], index[1:]):
+        flat = torch.add(further, flat, alpha=length)
+    # What does not count is written behind the end: at its own place it could overwrite a positive.
+    flat = torch.where(counted, flat, size)
+    target, is_positive = quality.new_zeros(size + 1), torch.zeros(size + 1, dtype=torch.bool, device=logits.device)
+    target[flat], is_positive[flat] = quality, True
+    return target[:size].view(shape), is_positive[:size].view(shape)
