@@ -8,7 +8,7 @@ from typing import Any, get_args
 import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo
-from mvision.machine import InferencePrecisionOption
+from mvision.machine import PrecisionOption
 
 EVERY = "*"  # stands for all classes without a threshold of their own
 
@@ -50,7 +50,7 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
 @click.option(
     "--precision",
-    type=OneOf(get_args(InferencePrecisionOption)),
+    type=OneOf(get_args(PrecisionOption)),
     default="auto",
     show_default=True,
     metavar="P",
@@ -67,7 +67,7 @@ def predict(
     multi_label: bool,
     nms: float | None,
     output: Path | None,
-    precision: InferencePrecisionOption,
+    precision: PrecisionOption,
     device: str | None,
 ) -> None:
     """Find objects in every SOURCE: an image, a folder, a glob, a video, a URL (http, rtsp) or a camera's number.

@@ -8,7 +8,7 @@ from typing import get_args
 import click
 
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo
-from mvision.machine import InferencePrecisionOption
+from mvision.machine import PrecisionOption
 
 
 @click.command(short_help="Evaluate weights: the COCO table and AP by class.")
@@ -26,7 +26,7 @@ from mvision.machine import InferencePrecisionOption
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
 @click.option(
     "--precision",
-    type=OneOf(get_args(InferencePrecisionOption)),
+    type=OneOf(get_args(PrecisionOption)),
     metavar="P",
     help="Compute as predict does: auto, fp32 or bf16.  [default: as in training]",
 )
@@ -39,7 +39,7 @@ def val(
     output: Path | None,
     batch_size: int | None,
     workers: int | None,
-    precision: InferencePrecisionOption | None,
+    precision: PrecisionOption | None,
     device: str | None,
 ) -> None:
     """Evaluate weights on a split of the data: the COCO table and AP of every class.

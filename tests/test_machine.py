@@ -14,7 +14,7 @@ import torch
 from mvision import machine
 from mvision.cli.main import cli
 from mvision.errors import UserError
-from mvision.machine import channels_last_is_safe, resolve_device, resolve_precision
+from mvision.machine import channels_last_is_safe, processor, resolve_device, resolve_precision
 
 CPUINFO = """processor\t: 0
 model name\t: Some CPU @ 2.10GHz
@@ -30,7 +30,7 @@ def use_cpuinfo(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str) -> 
     file = tmp_path / "cpuinfo"
     if flags != "none":
         file.write_text(CPUINFO.format(flags=flags))
-    monkeypatch.setattr(machine, "Path", lambda name: {"/proc/cpuinfo": file}[name])
+    monkeypatch.setattr(processor, "Path", lambda name: {"/proc/cpuinfo": file}[name])
 
 
 def test_an_unusable_device_is_one_line() -> None:
@@ -54,8 +54,9 @@ def test_the_default_device_is_a_gpu_if_there_is_one(monkeypatch: pytest.MonkeyP
 
 def test_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    for has, expected in ((True, "bf16"), (False, "fp32")):
+    for has, faster, expected in ((True, True, "bf16"), (True, False, "fp32"), (False, True, "fp32")):
         monkeypatch.setattr(machine, "cpu_has_bf16", lambda has=has: has)
+        monkeypatch.setattr(machine, "bf16_is_faster", lambda faster=faster: faster)
         assert resolve_precision("auto", cpu) == expected
         for given in ("fp32", "bf16", "fp16"):
             assert resolve_precision(given, cpu) == given
@@ -103,8 +104,8 @@ def test_networks_that_crash_in_channels_last_are_recognised() -> None:
 def test_commands_offer_the_precisions_that_there_are() -> None:
     for command, precision in (
         ("train", set(get_args(machine.PrecisionOption))),
-        ("predict", set(get_args(machine.InferencePrecisionOption))),
-        ("val", set(get_args(machine.InferencePrecisionOption))),
+        ("predict", set(get_args(machine.PrecisionOption))),
+        ("val", set(get_args(machine.PrecisionOption))),
     ):
         option = next(p for p in cli.commands[command].params if p.name == "precision")
         assert isinstance(option.type, click.Choice)

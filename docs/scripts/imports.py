@@ -17,7 +17,7 @@ FOLDERS = {"mvision": "mvision", "heads": "mvision.heads", "cli": "mvision.cli",
 # From the bottom up: a layer imports those before it in this list, and no others.
 LAYERS = {
     "mvision": (
-        *("errors", "settings", "compat", "machine", "neck", "storage", "builtin", "drawing", "structures"),
+        *("errors", "settings", "compat", "storage", "machine", "neck", "builtin", "drawing", "structures"),
         *("inference", "evaluation", "backbone", "fast", "heads", "config", "model", "data", "weights", "engine"),
         *("deploy", "commands", "cli"),
     ),

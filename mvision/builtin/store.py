@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 import uuid
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from mvision.builtin.drawing import draw_all
 from mvision.builtin.scene import CATEGORY_IDS
 from mvision.builtin.skeleton import KEYPOINTS
 from mvision.errors import UserError
+from mvision.storage.cache import cache_dir
 
 VERSION = 1
 TRAIN_IMAGES, VAL_IMAGES = 1200, 240
@@ -25,18 +27,12 @@ SKELETON = (
 _STAMP = "builtin.json"  # written last; holds the version and the settings of the folder
 _STALE_SECONDS = 24 * 3600
 Progress = Callable[[int, int], None]
+Log = Callable[[str], None]
 
 
-def cache_dir() -> Path:
-    """`$MVISION_CACHE`, or `~/.cache/mvision`."""
-    if folder := os.environ.get("MVISION_CACHE"):
-        return Path(folder).expanduser()
-    try:
-        return Path.home() / ".cache" / "mvision"
-    except RuntimeError as error:
-        raise UserError(
-            "No home folder to keep the built-in data set in: set MVISION_CACHE to a writable folder."
-        ) from error
+def say(line: str) -> None:
+    """Print a line for the user to standard error."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def ensure_builtin(
@@ -46,6 +42,7 @@ def ensure_builtin(
     val: int = VAL_IMAGES,
     seed: int = 0,
     progress: Progress | None = None,
+    log: Log = say,
 ) -> Path:
     """Folder of the built-in data set, which is generated first when it is absent, incomplete or of another version.
 
@@ -54,6 +51,7 @@ def ensure_builtin(
         train, val: number of images of each split. Other numbers or another seed live in a folder of their own.
         seed: a different seed gives different pictures.
         progress: called with (images done, images in all) while generating.
+        log: called with a line about processes that ended before their work did; what they left is done here.
 
     Returns:
         A folder with `images/*.jpg`, `annotations/train.json` and `annotations/val.json`.
@@ -75,7 +73,7 @@ def ensure_builtin(
         temporary = _sibling(folder)
         try:
             temporary.mkdir()
-            generate_builtin(temporary, train, val, seed, progress)
+            generate_builtin(temporary, train, val, seed, progress, log)
             _move_into_place(temporary, folder, lambda: _is_complete(folder, train, val, seed))
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -89,7 +87,12 @@ def ensure_builtin(
 
 
 def generate_builtin(
-    root: Path, train: int = TRAIN_IMAGES, val: int = VAL_IMAGES, seed: int = 0, progress: Progress | None = None
+    root: Path,
+    train: int = TRAIN_IMAGES,
+    val: int = VAL_IMAGES,
+    seed: int = 0,
+    progress: Progress | None = None,
+    log: Log = say,
 ) -> None:
     """Write the data set into an existing folder; see `ensure_builtin` for the safe way.
 
@@ -100,7 +103,7 @@ def generate_builtin(
     (root / "annotations").mkdir(exist_ok=True)
     splits: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     # Closing ends the processes that draw: after an error none of them goes on writing.
-    with closing(draw_all(root / "images", seed, train, val)) as records:
+    with closing(draw_all(root / "images", seed, train, val, log)) as records:
         for done, (split, record) in enumerate(records, start=1):
             splits[split].append(record)
             if progress is not None:

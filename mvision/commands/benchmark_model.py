@@ -22,7 +22,7 @@ from mvision.deploy.exported import ExportedModel
 from mvision.errors import UserError, did_you_mean
 from mvision.evaluation.tables import markdown_table, markdown_text
 from mvision.fast.prepare import PRECISIONS, prepare
-from mvision.machine import InferencePrecision, device_name, keep_freed_memory, resolve_device
+from mvision.machine import Precision, device_name, keep_freed_memory, resolve_device
 from mvision.model import Model
 from mvision.storage.atomic import write_text
 from mvision.structures.coco_names import coco_with_keypoints
@@ -40,7 +40,7 @@ class Candidate(NamedTuple):
     """A model in one runtime and precision; ``call`` takes (B, 3, H, W) uint8."""
 
     runtime: str
-    precision: InferencePrecision
+    precision: Precision
     call: Callable[[Tensor], Any]
 
 
@@ -159,9 +159,9 @@ def _parts(model: Model, batch: int, repeats: int) -> dict[str, Any]:
 
 def _candidates(
     plain: Model,
-    eager: Mapping[InferencePrecision, Model],
+    eager: Mapping[Precision, Model],
     runtimes: Sequence[str],
-    precisions: Sequence[InferencePrecision],
+    precisions: Sequence[Precision],
     folder: Path,
     log: Callable[[str], None],
 ) -> list[Candidate]:

@@ -16,7 +16,7 @@ from mvision.inference.predict_sources import predict_sources
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Source, Sources, find_sources
 from mvision.inference.summary import Summary
-from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device
+from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 from mvision.structures import Category
 from mvision.structures.messages import decoder_messages_hidden
@@ -38,7 +38,7 @@ def predict_job(
     nms: float | None = None,
     output: Path | None = None,
     device: str | None = None,
-    precision: InferencePrecisionOption = "auto",
+    precision: PrecisionOption = "auto",
     log: Callable[[str], None] = print,
 ) -> Summary:
     """Predict, and write pictures and ``predictions.json``.

@@ -18,7 +18,7 @@ from mvision.deploy.exported import is_exported
 from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated, Validation, evaluate_all, make_metrics, tables
-from mvision.machine import InferencePrecisionOption, keep_freed_memory, resolve_device, resolve_precision, torch_dtype
+from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device, resolve_precision, torch_dtype
 from mvision.storage.atomic import remove_partial_files, write_text
 from mvision.weights import load
 
@@ -34,7 +34,7 @@ def validate(
     output: Path | None = None,
     batch_size: int | None = None,
     workers: int | None = None,
-    precision: InferencePrecisionOption | None = None,
+    precision: PrecisionOption | None = None,
     device: str | None = None,
 ) -> str:
     """Evaluate weights; returns what to print: the data, the COCO table and AP by class of every task.
@@ -117,7 +117,7 @@ def _left_out(results: dict[tuple[int, str], ResultsFile]) -> list[str]:
 
 
 def _open(
-    weights: str, tasks: Sequence[str], device: torch.device, precision: InferencePrecisionOption | None
+    weights: str, tasks: Sequence[str], device: torch.device, precision: PrecisionOption | None
 ) -> tuple[Evaluated, str | None]:
     """The model, and its runtime where ``open_fastest`` chose one."""
     if precision is not None or is_exported(weights):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mvision.deploy.output import restore
 from mvision.deploy.sessions import BIN, XML, Description, Session, open_session
 from mvision.errors import UserError
-from mvision.machine import InferencePrecision
+from mvision.machine import Precision
 from mvision.model import Features, Model
 from mvision.weights.stored import first_line, without_data
 
@@ -56,9 +56,7 @@ class ExportedModel(Model):
             fit its graph, or a missing package.
     """
 
-    def __init__(
-        self, path: str | Path, tasks: Sequence[str] | None = None, precision: InferencePrecision = "fp32"
-    ) -> None:
+    def __init__(self, path: str | Path, tasks: Sequence[str] | None = None, precision: Precision = "fp32") -> None:
         path = Path(path)
         session = _open(path, precision)
         config = session.description.config
@@ -163,7 +161,7 @@ def exported_description(path: Path) -> Description:
     return _open(path, "fp32").description
 
 
-def _open(path: Path, precision: InferencePrecision) -> Session:
+def _open(path: Path, precision: Precision) -> Session:
     if path.suffix.lower() == ".xml":
         if path.name != XML:
             raise UserError(f"weights {path}: exported OpenVINO models are called {XML}; name the folder that it is in")

@@ -12,14 +12,14 @@ from mvision.deploy.exported import ExportedModel, export_path, exported_descrip
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated
 from mvision.fast.prepare import prepare
-from mvision.machine import InferencePrecision, InferencePrecisionOption, cpu_has_bf16, resolve_precision
+from mvision.machine import Precision, PrecisionOption, cpu_has_bf16, resolve_precision
 from mvision.storage.run_folder import BEST
 from mvision.weights import load, read_config
 from mvision.weights.stored import digest
 
 
 def open_fastest(
-    source: str, tasks: Sequence[str], device: torch.device, precision: InferencePrecisionOption = "auto"
+    source: str, tasks: Sequence[str], device: torch.device, precision: PrecisionOption = "auto"
 ) -> tuple[Evaluated, str]:
     """A model that is ready to predict, and a line that names its runtime, device, precision and image size.
 
@@ -52,7 +52,7 @@ def open_fastest(
     return model, f"PyTorch on {device.type} in {chosen}, {_size(model)}{hint}"
 
 
-def _open_exported(path: Path, tasks: Sequence[str], precision: InferencePrecisionOption) -> tuple[Evaluated, str]:
+def _open_exported(path: Path, tasks: Sequence[str], precision: PrecisionOption) -> tuple[Evaluated, str]:
     if path.suffix.lower() == ".onnx":
         if precision == "bf16":
             raise UserError("--precision bf16: ONNX Runtime has fp32 only on a CPU; use an export for openvino")
@@ -67,7 +67,7 @@ def _size(model: Evaluated) -> str:
     return "image size {}x{}".format(*model.config.image_size)
 
 
-def _check_precision(precision: InferencePrecisionOption, device: torch.device) -> InferencePrecision:
+def _check_precision(precision: PrecisionOption, device: torch.device) -> Precision:
     if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
         raise UserError("--precision bf16: this CPU does not compute in bf16 (it would be slower); use fp32")
     return "bf16" if resolve_precision(precision, device) == "bf16" else "fp32"

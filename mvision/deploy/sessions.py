@@ -19,7 +19,7 @@ import numpy as np
 
 from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
-from mvision.machine import InferencePrecision
+from mvision.machine import Precision
 from mvision.weights.stored import first_line, read_json
 
 DESCRIPTION = "mvision"  # the metadata key of an exported file that holds the model's description
@@ -84,7 +84,7 @@ def openvino_core() -> Any:
     return openvino.Core()
 
 
-def open_session(path: Path, precision: InferencePrecision) -> Session:
+def open_session(path: Path, precision: Precision) -> Session:
     """Open an ONNX file or a folder of OpenVINO.
 
     Raises:
@@ -146,7 +146,7 @@ def _sides(shape: list[Any]) -> tuple[int | None, ...]:
     return tuple(side if isinstance(side, int) else None for side in shape)
 
 
-def _open_openvino(path: Path, precision: InferencePrecision) -> Session:
+def _open_openvino(path: Path, precision: Precision) -> Session:
     require("openvino")
     core = openvino_core()
     _check_xml(path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, TypeVar, cast, get_args
+from typing import Protocol, TypeVar, cast
 
 import torch
 from torch import nn
@@ -10,9 +10,9 @@ from torch import nn
 from mvision.compat import has_packed_convolutions
 from mvision.fast.packed import pack
 from mvision.inference.predict import Predictor
-from mvision.machine import InferencePrecision, torch_dtype
+from mvision.machine import Precision, torch_dtype
 
-PRECISIONS: tuple[InferencePrecision, ...] = get_args(InferencePrecision)
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")  # that benchmarks compare on every device
 
 
 class Fusable(Predictor, Protocol):
@@ -25,7 +25,7 @@ class Fusable(Predictor, Protocol):
 M = TypeVar("M", bound=nn.Module)
 
 
-def prepare(model: M, precision: InferencePrecision = "fp32", packed: bool = True) -> M:
+def prepare(model: M, precision: Precision = "fp32", packed: bool = True) -> M:
     """Fuse the model, convert its weights to ``precision`` and order them for convolutions, in place.
 
     With bf16 the weights themselves are converted, once; autocast would convert them in every call. Coordinates stay in

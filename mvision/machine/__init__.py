@@ -6,15 +6,17 @@ torch is imported inside the functions: the command line and the processes that 
 from __future__ import annotations
 
 import ctypes
-import os
 import platform
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 
 from mvision.errors import UserError
+from mvision.machine.processor import cores as cores
+from mvision.machine.processor import cpu_field as cpu_field
+from mvision.machine.processor import cpu_has_bf16, cpu_name
+from mvision.machine.selftest import bf16_is_faster
 
 if TYPE_CHECKING:
     import torch
@@ -22,10 +24,7 @@ if TYPE_CHECKING:
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PrecisionOption = Literal["auto", "fp32", "bf16", "fp16"]
-"""Of training; ``auto`` is resolved by ``resolve_precision``."""
-InferencePrecision = Literal["fp32", "bf16"]
-InferencePrecisionOption = Literal["auto", "fp32", "bf16"]
-"""Of prediction."""
+"""``auto`` is resolved by ``resolve_precision``."""
 
 Result = TypeVar("Result")
 
@@ -54,14 +53,18 @@ def resolve_device(name: str | None) -> torch.device:
 
 
 def resolve_precision(precision: PrecisionOption, device: torch.device) -> Precision:
-    """``auto`` is bf16 on hardware that computes in it, else fp16 on other CUDA GPUs and fp32 everywhere else."""
+    """The precision that ``auto`` is: the same for training and prediction.
+
+    On a CUDA GPU bf16 where the hardware computes in it, else fp16; on a CPU that computes in bf16, bf16 if it is
+    faster there, as ``mvision.machine.selftest`` has measured; else fp32.
+    """
     import torch
 
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() and bf16_is_faster() else "fp32"
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
@@ -69,35 +72,6 @@ def torch_dtype(precision: Precision) -> torch.dtype:
     import torch
 
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-
-
-def cpu_has_bf16() -> bool:
-    """Whether the CPU has instructions for bf16 products (AVX-512 BF16 or AMX)."""
-    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(cpu_field("flags").split())
-
-
-def cores() -> int:
-    """The number of cores that this process may use; in a container it can be smaller than the machine's."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def cpu_field(key: str) -> str:
-    """A field of the first processor in /proc/cpuinfo; empty where there is no such file or field."""
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return ""
-    for line in path.read_text(encoding="ascii", errors="replace").splitlines():
-        name, _, value = line.partition(":")
-        if name.strip() == key:
-            return value.strip()
-    return ""
-
-
-def cpu_name() -> str:
-    """The manufacturer's name of the processor, ``unknown`` if the system does not report it."""
-    return cpu_field("model name") or platform.processor() or "unknown"
 
 
 def device_name(device: torch.device) -> str:
