@@ -44,7 +44,8 @@ def encode_crowd(mask: np.ndarray) -> tuple[dict[str, Any], list[float], float]:
 def _trace(mask: np.ndarray) -> list[float] | None:
     """Outline of a mask that is one region without holes, as x0, y0, x1, y1, ...; None for any other mask."""
     x, y, w, h = cv2.boundingRect(mask.astype(np.uint8))
-    crop = np.pad(mask[y : y + h, x : x + w].astype(np.uint8), 1)
+    crop = np.zeros((h + 2, w + 2), np.uint8)
+    crop[1:-1, 1:-1] = mask[y : y + h, x : x + w]
     contours, _ = cv2.findContours(crop, cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
     if len(contours) != 1:
         return None

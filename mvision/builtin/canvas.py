@@ -77,7 +77,7 @@ def render(
         flip: mirror the object left to right (before the rotation).
     """
     points = np.concatenate([s.points for s in shapes])
-    scale = size / max(float(np.ptp(points, axis=0).max()), 1e-6)
+    scale = size / max(float((points.max(axis=0) - points.min(axis=0)).max()), 1e-6)
     cos, sin = scale * np.cos(np.radians(angle)), scale * np.sin(np.radians(angle))
     linear = np.array([[cos, -sin], [sin, cos]])
     if flip:
@@ -95,8 +95,10 @@ def render(
     shade, parts = _shade_and_parts(shapes, points, (height, width), light)
     parts = (rgba[..., 3] >= 128).astype(np.uint8) if parts is None else parts
     shade = cv2.GaussianBlur(shade, (0, 0), max(0.5, 0.018 * size))
-    shaded = cv2.multiply(rgba[..., :3], cv2.merge([shade, shade, shade]), scale=1 / 128)
-    rgba[..., :3] = np.minimum(shaded, rgba[..., 3:])  # premultiplied colours never exceed their alpha
+    *colours, alpha = cv2.split(rgba)
+    # Premultiplied colours never exceed their alpha.
+    colours = [cv2.min(cv2.multiply(colour, shade, scale=1 / 128), alpha) for colour in colours]
+    rgba = cv2.merge([*colours, alpha])
     return Sprite(rgba, parts, int(left), int(top), np.column_stack([linear, offset]))
 
 
@@ -111,7 +113,7 @@ def _paint(
     """Colours and coverage, `factor` times oversampled and averaged: (h, w, 4) uint8."""
     canvas = np.zeros((size[0] * factor, size[1] * factor, 4), np.uint8)
     fixed = _fixed(points, factor)
-    inverse = np.linalg.inv(linear)
+    inverse = np.linalg.inv(linear) if any(shape.pattern is not None for shape in shapes) else linear
     start = 0
     for shape in shapes:
         stop = start + len(shape.points)
@@ -174,8 +176,10 @@ def _apply_pattern(
     u = inverse[0, 0] * dx[None] + inverse[0, 1] * dy[:, None]
     v = inverse[1, 0] * dx[None] + inverse[1, 1] * dy[:, None]
     mix = np.repeat(np.repeat(pattern.mix(u, v), 2, axis=0), 2, axis=1)[: region.shape[0], : region.shape[1]]
-    weight = (mix * cover * np.float32(1 / 255))[..., None]
-    region[..., :3] = region[..., :3] + weight * (np.array(pattern.colour, np.float32) - region[..., :3])
+    weight = mix * cover * np.float32(1 / 255)
+    for channel, colour in enumerate(pattern.colour):  # one by one: numpy is slow on a last axis of three
+        plane = region[..., channel].astype(np.float32)
+        region[..., channel] = plane + weight * (np.float32(colour) - plane)
 
 
 def paste(image: np.ndarray, sprite: Sprite) -> None:

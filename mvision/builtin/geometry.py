@@ -55,7 +55,7 @@ def hull(circles: Sequence[tuple[float, float, float]]) -> Outline:
 def smooth(*corners: tuple[float, float], count: int = 6) -> Outline:
     """Closed Catmull-Rom curve through the corners."""
     p = np.array(corners, float)
-    before, after, beyond = np.roll(p, 1, 0), np.roll(p, -1, 0), np.roll(p, -2, 0)
+    before, after, beyond = (np.concatenate((p[shift:], p[:shift])) for shift in (-1, 1, 2))
     t = np.linspace(0, 1, count, endpoint=False)[None, :, None]
     a, b, c, d = (q[:, None] for q in (before, p, after, beyond))
     curve = 0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3)

@@ -164,9 +164,10 @@ def _angle(stage: _Stage, category: str) -> float:
 def _extent(shapes: list[Shape], size: float, angle: float) -> tuple[float, float]:
     """Width and height in pixels of what `render` will draw."""
     points = np.concatenate([s.points for s in shapes])
-    points = points * (size / max(np.ptp(points, axis=0).max(), 1e-6))
+    points = points * (size / max((points.max(axis=0) - points.min(axis=0)).max(), 1e-6))
     cos, sin = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    w, h = np.ptp(points @ np.array([[cos, sin], [-sin, cos]]), axis=0)
+    points = points @ np.array([[cos, sin], [-sin, cos]])
+    w, h = points.max(axis=0) - points.min(axis=0)
     return float(w), float(h)
 
 

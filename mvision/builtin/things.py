@@ -123,6 +123,7 @@ def _meridian(degrees: float, count: int = 13) -> np.ndarray:
     return np.column_stack([np.sin(t) * np.cos(a), np.sin(t) * np.sin(a), np.cos(t)])
 
 
+@lru_cache(maxsize=64)
 def _circle_on_sphere(direction: tuple[float, float, float], degrees: float, count: int) -> np.ndarray:
     axis = np.asarray(direction, float) / np.linalg.norm(direction)
     helper = np.array([1.0, 0, 0]) if abs(axis[0]) < 0.8 else np.array([0, 1.0, 0])
@@ -152,9 +153,9 @@ def _on_sphere(patches: np.ndarray, colour: Colour) -> list[Shape]:
         if front.all():
             shapes.append(Shape(patch[:, :2], colour))
         elif front.any():
-            after = np.roll(patch, -1, axis=0)
+            after, front_after = np.concatenate((patch[1:], patch[:1])), [*front[1:], front[0]]
             outline = []
-            for p, q, p_front, q_front in zip(patch, after, front, np.roll(front, -1)):
+            for p, q, p_front, q_front in zip(patch, after, front, front_after):
                 if p_front:
                     outline.append(p[:2])
                 if p_front != q_front:  # the edge crosses the rim

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -90,7 +91,7 @@ def find_layout(root: str | Path | None = None) -> Layout:
         from mvision.builtin import ensure_builtin
 
         with tqdm(desc="generating the built-in data set", unit="img", leave=False, delay=0.5) as bar:
-            folder = ensure_builtin(progress=partial(_show, bar))
+            folder = ensure_builtin(progress=partial(_show, bar), log=partial(bar.write, file=sys.stderr))
         return find_layout(folder)
     root = Path(root).expanduser()
     if not root.exists():
