@@ -46,10 +46,13 @@ class Observed:
             modules run once and nothing else uses the output or the weight (some networks standardise the weight
             first). ``nn.Identity`` does not count as a module.
         shapes: (B, C, H, W) of a convolution's input.
+        after_sums: the name of the module that alone uses the sum of a convolution's output and another tensor of its
+            shape, where nothing else uses that output. The convolution's bias can be added there as well.
     """
 
     followers: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
+    after_sums: dict[str, str] = field(default_factory=dict)
 
 
 def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
@@ -94,12 +97,18 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
     returned = {id(tensor) for tensor in _tensors([results])}
     for name, module in leaves.items():
         output = output_of.get(name, 0)
-        readers = readers_of.get(output, [])
-        if not isinstance(module, nn.Conv2d) or len(readers) != 1 or output in returned:
+        if not isinstance(module, nn.Conv2d) or runs[name] != 1 or uses.of(id(module.weight)) != ["conv2d"]:
             continue
-        once = runs[name] == runs[readers[0]] == len(uses.of(output)) == 1
-        if once and uses.of(id(module.weight)) == ["conv2d"]:
+        total = uses.sums.get(output, 0)
+        # An output that is added to in place is the sum itself: it is used by the addition and by the one that follows.
+        in_place = total == output
+        readers = readers_of.get(total or output, [])
+        if len(readers) != 1 or runs[readers[0]] != 1 or not {output, total}.isdisjoint(returned):
+            continue
+        if not total and len(uses.of(output)) == 1:
             observed.followers[name] = readers[0]
+        elif total and len(uses.of(output)) == 1 + in_place and len(uses.of(total)) == 1 + uses.in_place(total):
+            observed.after_sums[name] = readers[0]
     return observed
 
 
@@ -111,6 +120,7 @@ class _Uses(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.sums: dict[int, int] = {}  # id of a summand -> id of a sum of two tensors of the same shape
         self._names: dict[int, list[str]] = {}
         self._kept: list[Tensor] = []
 
@@ -121,7 +131,15 @@ class _Uses(TorchFunctionMode):
         if any(True for _ in _tensors([result])):
             for tensor in _tensors([args, *(kwargs or {}).values()]):
                 self._names.setdefault(id(self.keep(tensor)), []).append(func.__name__)
+        if func.__name__.strip("_") in ("add", "iadd") and not kwargs:
+            summands = list(_tensors(args))
+            if len(summands) == 2 and summands[0].shape == summands[1].shape == result.shape:
+                self.sums |= {id(summand): id(self.keep(result)) for summand in summands}
         return result
+
+    def in_place(self, key: int) -> bool:
+        """Whether a sum has been written over one of its summands."""
+        return self.sums.get(key) == key
 
     def of(self, key: int) -> list[str]:
         return self._names.get(key, [])
