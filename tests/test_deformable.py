@@ -7,11 +7,11 @@ from mvision.heads.query import deformable
 from mvision.heads.query.deformable import (
     DeformableAttention,
     _sample_gather,
-    _sample_grid,
     _sample_lookup,
     _sample_matrix,
     _sample_nearest,
 )
+from mvision.heads.query.sampling import sample_grid
 
 SHAPES = [(5, 7), (3, 4)]
 TOKENS = 5 * 7 + 3 * 4
@@ -43,7 +43,7 @@ def _bilinear_by_hand(value, locations, weights):
     return out.flatten(2)
 
 
-@pytest.mark.parametrize("sample", [_sample_grid, _sample_gather, _sample_lookup, _sample_matrix])
+@pytest.mark.parametrize("sample", [sample_grid, _sample_gather, _sample_lookup, _sample_matrix])
 def test_bilinear_sampling_equals_the_definition(sample):
     value, locations, weights = _inputs()
     expected = _bilinear_by_hand(value, locations, weights)
@@ -52,7 +52,7 @@ def test_bilinear_sampling_equals_the_definition(sample):
 
 def test_matrix_has_the_gradients_of_grid_sampling():
     gradients = []
-    for sample in (_sample_grid, _sample_matrix):
+    for sample in (sample_grid, _sample_matrix):
         inputs = [tensor.requires_grad_() for tensor in _inputs()]
         out = sample(*inputs, SHAPES)
         gradients.append(torch.autograd.grad((out * torch.arange(out.numel()).view_as(out)).sum(), inputs))
@@ -71,7 +71,7 @@ def test_training_in_bf16_takes_the_matrix_unless_it_is_too_large(monkeypatch):
 @pytest.mark.parametrize("sample", [_sample_gather, _sample_lookup, _sample_matrix])
 def test_sampling_in_bf16_is_finite_and_close(sample):
     value, locations, weights = _inputs(torch.float32)
-    expected = _sample_grid(value, locations, weights, SHAPES)
+    expected = sample_grid(value, locations, weights, SHAPES)
     found = sample(value.bfloat16(), locations, weights.bfloat16(), SHAPES)
     torch.testing.assert_close(found.float(), expected, rtol=0.05, atol=0.1)
 

@@ -12,12 +12,14 @@ import sys
 
 import pytest
 import torch
+from torch import Tensor
 
 from mvision import machine
 from mvision.fast.triton_kernels import add_bias_activation_
+from mvision.heads.query.sampling import sample_grid, sample_levels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = "cpu" if INTERPRETED else "cuda"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 runs_kernels = pytest.mark.skipif(not INTERPRETED and not torch.cuda.is_available(), reason="needs a GPU")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -96,3 +98,84 @@ def test_bias_in_a_cuda_graph_is_one_kernel() -> None:
     graph.replay()
     torch.testing.assert_close(x, torch.relu(start.float() + bias.float()[:, None, None]).bfloat16())
     assert machine.has_triton(), "Triton failed"
+
+
+CASES = {
+    "as in r18": (2, 3, 2, 32, [(5, 7), (3, 4), (2, 2)], 4, torch.float32),
+    "one level, odd width": (1, 5, 2, 5, [(4, 6)], 3, torch.float32),
+    "wide, many points": (2, 2, 1, 70, [(3, 3), (2, 5)], 5, torch.float32),
+    "eight levels": (1, 2, 2, 8, [(level + 1, 9 - level) for level in range(8)], 1, torch.float32),
+    "bf16": (2, 2, 2, 32, [(6, 6), (3, 3)], 4, torch.bfloat16),
+    "fp16": (1, 4, 2, 16, [(6, 6), (3, 3)], 2, torch.float16),
+}
+
+
+def _sampling_inputs(case: str) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
+    batch, queries, heads, dim, shapes, points, dtype = CASES[case]
+    torch.manual_seed(0)
+    tokens, levels = sum(height * width for height, width in shapes), len(shapes)
+    value = torch.randn(batch, tokens, heads, dim).to(dtype)
+    # A third of the points lies outside of the map, one far from it.
+    locations = torch.rand(batch, queries, heads, levels * points, 2) * 1.6 - 0.3
+    locations[0, 0, 0, 0] = torch.tensor([40.0, -30.0])
+    weights = torch.rand(batch, queries, heads, levels * points).to(dtype)
+    return value.to(DEVICE), locations.to(DEVICE), weights.to(DEVICE), shapes
+
+
+def _flat(shapes: list[tuple[int, int]]) -> list[int]:
+    return [size for shape in shapes for size in shape]
+
+
+@runs_kernels
+@pytest.mark.parametrize("case", CASES)
+def test_sampling_and_its_gradients(case: str) -> None:
+    *inputs, shapes = _sampling_inputs(case)
+    dtype = inputs[0].dtype
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    inputs = [tensor.requires_grad_() for tensor in inputs]
+    expected = sample_grid(*exact, shapes)
+    found = sample_levels(*inputs, _flat(shapes))
+    torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert found.dtype == dtype
+    direction = torch.randn_like(found)
+    gradients = torch.autograd.grad(found, inputs, direction)
+    for tensor, gradient, right in zip(inputs, gradients, torch.autograd.grad(expected, exact, direction.double())):
+        assert gradient.dtype == tensor.dtype
+        scale = float(right.abs().max())
+        torch.testing.assert_close(gradient.double(), right, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * scale)
+    assert machine.has_triton(), "Triton failed"
+
+
+@runs_kernels
+@pytest.mark.parametrize("number", [1e30, -1e30, float("inf"), float("nan")])
+def test_nothing_is_sampled_where_there_is_no_place(number: float) -> None:
+    value, locations, weights, shapes = _sampling_inputs("one level, odd width")
+    locations[0, 1, 0, :, 0] = number
+    locations.requires_grad_()
+    out = sample_levels(value, locations, weights, _flat(shapes))
+    assert out[0, 1, :5].tolist() == [0] * 5
+    assert out.isfinite().all()
+    (gradient,) = torch.autograd.grad(out.sum(), locations)
+    assert not gradient[0, 1, 0].any()
+    assert gradient.isfinite().all()
+
+
+@runs_kernels
+def test_sampling_of_values_in_another_order() -> None:
+    value, locations, weights, shapes = _sampling_inputs("as in r18")
+    expected = sample_levels(value, locations, weights, _flat(shapes))
+    heads_first = value.transpose(1, 2).contiguous().transpose(1, 2)
+    channels_apart = value.transpose(1, 3).contiguous().transpose(1, 3)
+    for other in (heads_first, channels_apart):
+        torch.testing.assert_close(sample_levels(other, locations, weights, _flat(shapes)), expected)
+
+
+def test_sampling_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_triton_fails", True)
+    *tensors, shapes = _sampling_inputs("fp16")
+    inputs = [tensor.double().requires_grad_() for tensor in tensors]
+    expected, found = sample_grid(*inputs, shapes), sample_levels(*inputs, _flat(shapes))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    direction = torch.randn_like(expected)
+    for a, b in zip(torch.autograd.grad(expected, inputs, direction), torch.autograd.grad(found, inputs, direction)):
+        torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
