@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -26,6 +27,7 @@ from mvision.heads.query.matching import (
 from mvision.settings import MAX_OBJECTS
 from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
+from mvision.structures.transfer import to_host
 
 
 class QueryConfig(DecoderConfig):
@@ -82,16 +84,16 @@ class QueryOutputs(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """The N predictions of one image that post-processing keeps, highest score first.
+    """The N predictions of one image that post-processing keeps, highest score first, on the CPU.
 
-    ``boxes`` (N, 4) xyxy in 0..1, ``scores`` (N,) in 0..1, ``labels`` (N,) int64, ``query`` (N,) int64: the index of
-    the query that predicts it.
+    ``boxes`` (N, 4) float32 xyxy in 0..1, ``scores`` (N,) float32 in 0..1, ``labels`` (N,) int64, ``query`` (N,) int64:
+    the index of the query that predicts it.
     """
 
-    boxes: Tensor
-    scores: Tensor
-    labels: Tensor
-    query: Tensor
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    query: np.ndarray
 
 
 class QueryHead(Head[ConfigT, OutputsT]):
@@ -182,26 +184,30 @@ class QueryHead(Head[ConfigT, OutputsT]):
         """For every image the ``num_queries`` best (query, class) pairs, those with scores >= ``threshold`` (0..1)."""
         logits, boxes = outputs["logits"].float(), outputs["boxes"].float()
         classes = logits.shape[-1]
-        scores, index = logits.sigmoid().flatten(1).topk(min(logits.shape[1], logits[0].numel()), dim=1)
-        corners = cxcywh_to_xyxy(boxes).clamp(0, 1)
-        selected = []
-        for image, keep in enumerate(scores >= threshold):
-            pairs = index[image, keep]
-            query = pairs // classes
-            kept = Predictions(corners[image, query], scores[image, keep], pairs % classes, query)
-            if self.config.nms_iou is not None:
-                best = batched_nms(kept.boxes, kept.scores, kept.labels, self.config.nms_iou)
-                kept = Predictions(*(values[best] for values in kept))
-            selected.append(kept)
-        return selected
+        scores, pairs = logits.sigmoid().flatten(1).topk(min(logits.shape[1], logits[0].numel()), dim=1)
+        # The rest on the CPU: how many are left over is known there without waiting, and it is little work.
+        host = to_host({"scores": scores, "pairs": pairs, "boxes": boxes})
+        query = host["pairs"] // classes
+        corners = cxcywh_to_xyxy(host["boxes"]).clamp(0, 1).gather(1, query[..., None].expand(-1, -1, 4))
+        every = (corners, host["scores"], host["pairs"] % classes, query)
+        return [self._keep(Predictions(*of_image), threshold) for of_image in zip(*(x.numpy() for x in every))]
+
+    def _keep(self, found: Predictions, threshold: float) -> Predictions:
+        enough = found.scores >= threshold
+        kept = Predictions(*(values[enough] for values in found))
+        if self.config.nms_iou is None:
+            return kept
+        boxes, scores, labels = (torch.from_numpy(values) for values in kept[:3])
+        best = batched_nms(boxes, scores, labels, self.config.nms_iou).numpy()
+        return Predictions(*(values[best] for values in kept))
 
     def instances(self, kept: Predictions, size: tuple[int, int]) -> Instances:
         """The predictions of an image in pixels of its original, whose (height, width) is ``size``."""
         height, width = size
         return Instances(
-            boxes=(kept.boxes * kept.boxes.new_tensor([width, height, width, height])).cpu().numpy(),
-            scores=kept.scores.cpu().numpy(),
-            labels=kept.labels.cpu().numpy(),
+            boxes=kept.boxes * np.array([width, height, width, height], dtype=np.float32),
+            scores=kept.scores,
+            labels=kept.labels,
             size=size,
             categories=self.categories,
         )
