@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pycocotools import mask as coco_mask
 from pydantic import Field
 from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
-from segmentation_models_pytorch.losses import MULTICLASS_MODE, DiceLoss, FocalLoss
 from torch import Tensor, nn
 
 from mvision.errors import UserError
@@ -19,7 +19,9 @@ from mvision.heads.base import Head
 from mvision.settings import MAX_WIDTH, Replacement, Settings
 from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
-from mvision.structures.masks import Masks, encode_mask
+from mvision.structures.masks import Masks, RunLengths
+from mvision.structures.run_lengths import encode_labels
+from mvision.structures.transfer import to_device, to_host
 
 STRIDE = 4  # of the decoder's result
 STRIDES = (8, 16, 32)  # of the neck's maps; the decoder cannot take others
@@ -82,8 +84,6 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
             levels, pyramid_channels=config.pyramid_dim, segmentation_channels=config.embed_dim, dropout=DROPOUT
         )
         self.classify = nn.Conv2d(config.embed_dim, len(self.categories) + 1, 1)
-        self.focal = FocalLoss(MULTICLASS_MODE, gamma=GAMMA, ignore_index=IGNORED)
-        self.dice = DiceLoss(MULTICLASS_MODE, ignore_index=IGNORED)
 
     @classmethod
     def lateral_stride(cls, config: SemanticConfig) -> int | None:
@@ -102,11 +102,11 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
     def loss(self, outputs: SemanticOutputs, targets: list[Targets]) -> dict[str, Tensor]:
         """``focal`` and ``dice``, zero where no pixel of the batch is labelled."""
         logits = outputs.logits.float()
-        gt = torch.stack([class_map(target, (logits.shape[-2], logits.shape[-1])) for target in targets])
-        gt = gt.to(logits.device)
+        gt = np.stack([class_map(target, (logits.shape[-2], logits.shape[-1])) for target in targets])
         if not (gt != IGNORED).any():
             return {"focal": 0 * logits.sum(), "dice": 0 * logits.sum()}
-        return {"focal": FOCAL_WEIGHT * self.focal(logits, gt), "dice": DICE_WEIGHT * self.dice(logits, gt)}
+        focal, dice = focal_and_dice(logits, to_device({"gt": torch.from_numpy(gt)}, logits.device)["gt"])
+        return {"focal": FOCAL_WEIGHT * focal, "dice": DICE_WEIGHT * dice}
 
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
@@ -115,33 +115,72 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
 
         Its score is the mean of the class's probability over the pixels where that is the largest.
         """
-        return [self._regions(logits, size, threshold) for logits, size in zip(outputs["logits"].float(), sizes)]
+        logits = outputs["logits"].float()
+        scores = class_scores(logits)
+        kept = [{index: score for index, score in found.items() if index and score >= threshold} for found in scores]
+        wanted = [number for number, found in enumerate(kept) if found]
+        # Classes below the threshold take part too: the others do not grow into their place.
+        maps = [likeliest_class(logits[number], sorted({0, *scores[number]}), sizes[number]) for number in wanted]
+        masks = dict(zip(wanted, encode_labels(maps)))
+        return [self._regions(found, masks.get(number, {}), sizes[number]) for number, found in enumerate(kept)]
 
-    def _regions(self, logits: Tensor, size: tuple[int, int], threshold: float) -> Instances:
-        probabilities, pred = logits.softmax(0), logits.argmax(0)
-        present = [index for index in pred.unique().tolist() if index > 0]
-        scores = {index: probabilities[index][pred == index].mean().item() for index in present}
-        regions = []
-        labels = likeliest_class(logits, [0, *present], size) if present else None
-        for index in sorted(present, key=lambda index: -scores[index]):
-            mask = (labels == index).astype(np.uint8)
-            rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-            if scores[index] >= threshold and len(rows):
-                box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
-                regions.append((box, scores[index], index - 1, encode_mask(mask)))
-        boxes, values, classes, masks = zip(*regions) if regions else ((), (), (), ())
+    def _regions(self, scores: dict[int, float], masks: dict[int, RunLengths], size: tuple[int, int]) -> Instances:
+        """The regions of one image, from the scores and masks of its classes; some have no pixel at this size."""
+        found = [index for index in sorted(scores, key=lambda index: -scores[index]) if index in masks]
+        boxes = np.array([coco_mask.toBbox(masks[index]) for index in found], dtype=np.float32).reshape(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
         return Instances(
-            boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
-            scores=np.array(values, dtype=np.float32),
-            labels=np.array(classes, dtype=np.int64),
+            boxes=boxes,
+            scores=np.array([scores[index] for index in found], dtype=np.float32),
+            labels=np.array(found, dtype=np.int64) - 1,
             size=size,
             categories=self.categories,
-            masks=Masks(masks, size),
+            masks=Masks((masks[index] for index in found), size),
         )
 
 
-def likeliest_class(logits: Tensor, classes: Sequence[int], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) int64: for every pixel that of ``classes`` with the largest logit, interpolated bilinearly to ``size``.
+def focal_and_dice(logits: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
+    """The focal loss of every class against all others (Lin et al., 2017), and the Dice loss (Milletari et al., 2016).
+
+    Both are those of segmentation-models-pytorch, the focal one the mean over labelled pixels and classes, Dice the
+    mean over classes of one minus the score, 0 for a class without a pixel. That library's select pixels class by
+    class, so that the CPU would wait for a GPU as often as there are classes.
+
+    Args:
+        logits: (B, C, h, w) before the softmax.
+        gt: (B, h, w) int64 in 0..C - 1, or ``IGNORED``; at least one pixel has a label.
+    """
+    valid = (gt != IGNORED)[:, None]
+    is_class = gt[:, None] == torch.arange(logits.shape[1], device=gt.device)[:, None, None]
+    target = is_class.to(logits.dtype)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+    focal = (1 - torch.exp(-cross_entropy)) ** GAMMA * cross_entropy
+    focal = torch.where(valid, focal, 0).sum() / (valid.sum() * logits.shape[1])
+    prob = torch.where(valid, logits.softmax(1), 0)
+    both, either = (prob * target).sum((0, 2, 3)), prob.sum((0, 2, 3)) + target.sum((0, 2, 3))
+    dice = 1 - 2 * both / either.clamp(min=1e-7)
+    return focal, torch.where(is_class.any(3).any(2).any(0), dice, 0).mean()
+
+
+def class_scores(logits: Tensor) -> list[dict[int, float]]:
+    """For every image the classes that are the likeliest somewhere, with the mean of their probabilities there.
+
+    Args:
+        logits: (B, C + 1, h, w) float32.
+    """
+    best = logits.argmax(1).flatten(1)
+    highest = logits.softmax(1).amax(1).flatten(1).double()
+    zeros = highest.new_zeros(len(logits), logits.shape[1])
+    sums, counts = zeros.scatter_add(1, best, highest), zeros.scatter_add(1, best, torch.ones_like(highest))
+    found = to_host({"sums": sums, "counts": counts})
+    means = (found["sums"] / found["counts"]).float().tolist()
+    return [
+        {index: row[index] for index in np.flatnonzero(n).tolist()} for row, n in zip(means, found["counts"].numpy())
+    ]
+
+
+def likeliest_class(logits: Tensor, classes: Sequence[int], size: tuple[int, int]) -> Tensor:
+    """(H, W) int32: for every pixel that of ``classes`` with the largest logit, interpolated bilinearly to ``size``.
 
     Args:
         logits: (C + 1, h, w).
@@ -151,33 +190,35 @@ def likeliest_class(logits: Tensor, classes: Sequence[int], size: tuple[int, int
     Only one class at a time is interpolated: all classes together need too much memory for a large photo.
     """
     best = torch.full(size, -torch.inf, dtype=logits.dtype, device=logits.device)
-    labels = torch.full(size, classes[0], device=logits.device)
+    labels = torch.full(size, classes[0], dtype=torch.int32, device=logits.device)
     for index in classes:
         values = F.interpolate(logits[None, None, index], size=size, mode="bilinear", align_corners=False)[0, 0]
-        labels = torch.where(values > best, index, labels)
+        labels.masked_fill_(values > best, index)
         best = torch.maximum(values, best)
-    return labels.cpu().numpy()
+    return labels
 
 
-@torch.no_grad()
-def class_map(target: Targets, size: tuple[int, int]) -> Tensor:
-    """The ground truth of an image, (h, w) int64.
+def class_map(target: Targets, size: tuple[int, int]) -> np.ndarray:
+    """The ground truth of an image, (h, w) int64, made on the CPU.
 
     It is label + 1 where an object's mask is (of overlapping masks the smallest counts), ``IGNORED`` in the boxes of
     objects without a mask, and elsewhere 0. If not all classes are labelled in the image, it is ``IGNORED`` there too:
     these pixels may belong to one of the others.
     """
-    all_labelled = target.labelled_classes is None or bool(target.labelled_classes.all())
+    all_labelled = target.labelled_classes is None or target.labelled_classes.cpu().numpy().all()
     elsewhere = 0 if all_labelled else IGNORED
     if target.masks is None or not len(target):
-        return torch.full(size, IGNORED if len(target) else elsewhere)
-    gt = torch.full(size, elsewhere)
-    masks = F.interpolate(target.masks[None].float(), size=size, mode="nearest")[0].bool().cpu()
+        return np.full(size, IGNORED if len(target) else elsewhere)
+    gt = np.full(size, elsewhere)
+    masks = target.masks.cpu().numpy()
+    rows, columns = (np.arange(side) * full // side for side, full in zip(size, masks.shape[1:]))
+    small = masks[:, rows[:, None], columns].astype(bool)
     height, width = size
-    corners = cxcywh_to_xyxy(target.boxes.cpu()) * torch.tensor([width, height, width, height])
-    without_mask = ~target.masks.bool().flatten(1).any(1).cpu()
+    corners = cxcywh_to_xyxy(target.boxes.cpu()).numpy() * np.array([width, height, width, height], np.float32)
+    without_mask = ~masks.reshape(len(masks), -1).any(1)
     for left, top, right, bottom in corners[without_mask].tolist():
         gt[int(top) : int(np.ceil(bottom)), int(left) : int(np.ceil(right))] = IGNORED
-    for index in masks.flatten(1).sum(1).argsort(descending=True, stable=True).tolist():
-        gt[masks[index]] = int(target.labels[index]) + 1
+    labels = target.labels.cpu().numpy()
+    for index in np.argsort(-small.sum((1, 2)), kind="stable"):
+        gt[small[index]] = labels[index] + 1
     return gt

@@ -10,8 +10,9 @@ import torch
 
 from mvision import UserError, create_model
 from mvision.config import load_config, parse_model_config
-from mvision.heads.instance_seg.head import MaskHead, MaskOutputs, mask_at_points, mask_grid
-from mvision.heads.instance_seg.losses import read_features
+from mvision.heads.instance_seg.head import MaskHead, MaskOutputs
+from mvision.heads.instance_seg.logits import mask_at_points, mask_grid
+from mvision.heads.instance_seg.points import read_features
 from mvision.heads.query.head import QueryOutputs
 from mvision.heads.query.matching import pad_targets
 from mvision.model import Model

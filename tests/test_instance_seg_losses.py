@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers.models.mask2former import modeling_mask2former as reference
 
-from mvision.heads.instance_seg.losses import (
-    mask_costs,
-    mask_losses,
-    read_features,
-    read_masks,
-    sample_mask_points,
-    uncertain_points,
-)
+from mvision.heads.instance_seg.logits import mask_at_points
+from mvision.heads.instance_seg.losses import mask_costs, mask_losses, matched_losses, uncertain_points
+from mvision.heads.instance_seg.points import pack_masks, read_features, read_masks, sample_mask_points
 from mvision.structures import Targets
 
 
@@ -54,11 +50,36 @@ def test_masks_and_features_are_read_as_grid_sample_does() -> None:
     masks, points = torch.rand(3, 9, 14).round(), torch.rand(50, 2)
     grid = (2 * points - 1)[None, None]
     expected = F.grid_sample(masks[None], grid, padding_mode="border", align_corners=False)[0, :, 0]
-    torch.testing.assert_close(read_masks(masks.to(torch.uint8), points), expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(read_features(masks[None], points[None])[0], expected)
     halves = read_features(masks[None].bfloat16().transpose(2, 3), points[None])
     assert halves.dtype == torch.float32
     assert halves.isfinite().all()
+
+
+@pytest.mark.parametrize("at_once", [1, 2**25])
+def test_masks_of_a_batch_are_read_as_grid_sample_does(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setattr("mvision.heads.instance_seg.points.MAX_NUMBERS", at_once)
+    torch.manual_seed(1)
+    batch = [square(count) for count in (3, 0, 5)] + [square(2, masks=False)]
+    for target in batch[:3]:
+        target.masks = torch.rand(len(target), 9, 14).round().to(torch.uint8)
+    assert batch[2].masks is not None
+    batch[2].masks[1] = 0
+    points, known = torch.rand(4, 50, 2), np.zeros((4, 5), bool)
+    bits, slots, size = pack_masks(batch, known)
+    assert known.tolist() == [[True] * 3 + [False] * 2, [False] * 5, [True, False, True, True, True], [False] * 5]
+    labels = torch.zeros(4, 5, 50)
+    read_masks(bits, slots, size, points, labels)
+    for target, at, found in zip(batch, 2 * points - 1, labels):
+        if target.masks is not None:
+            expected = F.grid_sample(
+                target.masks[:, None].float(),
+                at.expand(len(target), 1, -1, -1),
+                padding_mode="border",
+                align_corners=False,
+            )
+            torch.testing.assert_close(found[: len(target)], expected[:, 0, 0], atol=1e-5, rtol=0)
+        assert not found[0 if target.masks is None else len(target) :].any()
 
 
 def test_uncertain_points_come_first() -> None:
@@ -97,3 +118,49 @@ def test_an_object_without_a_pixel_has_no_mask() -> None:
     assert targets.masks is not None
     targets.masks[1] = 0
     assert sample_mask_points([targets], 10, torch.device("cpu")).valid.tolist() == [[True, False]]
+
+
+def loop_losses(embeddings, boxes, pairs, pixels, samples, count):  # type: ignore[no-untyped-def]
+    """The sums of ``matched_losses``, pair by pair."""
+    sums = {"mask": torch.zeros(len(embeddings)), "dice": torch.zeros(len(embeddings))}
+    for layer, image, query, gt_index in pairs.tolist():
+        if samples.known[image, gt_index]:
+            at = (layer, image, slice(query, query + 1))
+            logits = mask_at_points(embeddings[at], pixels[image], boxes[at], samples.points[image])
+            index = uncertain_points(logits, count)
+            labels = samples.labels[image, gt_index][None].gather(1, index)
+            for name, values in zip(sums, mask_losses(logits.gather(1, index), labels)):
+                sums[name][layer] += values[0]
+    return sums
+
+
+@pytest.mark.parametrize("at_once", [1, 3000, 2**25])
+def test_a_batch_has_the_losses_of_its_pairs(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Images with many, few and no objects, some without a mask; all at once and in parts."""
+    monkeypatch.setattr("mvision.heads.instance_seg.losses.MAX_NUMBERS", at_once)
+    torch.manual_seed(3)
+    batch = [square(3), square(0), square(7), square(2, masks=False), square(1)]
+    assert batch[2].masks is not None
+    batch[2].masks[4] = 0
+    samples = sample_mask_points(batch, 120, torch.device("cpu"))
+    embeddings, pixels = torch.randn(2, 5, 9, 5), torch.randn(5, 4, 120)
+    boxes = torch.rand(2, 5, 9, 4) * 0.3 + 0.3
+    pairs = np.array(
+        [
+            (layer, image, query, gt_index)
+            for layer in range(2)
+            for image, target in enumerate(batch)
+            for gt_index, query in enumerate(torch.randperm(9)[: len(target)].tolist())
+        ]
+    )
+    found, expected = (
+        function(embeddings.requires_grad_(), boxes, pairs, pixels.requires_grad_(), samples, 40)
+        for function in (matched_losses, loop_losses)
+    )
+    for name in ("mask", "dice"):
+        torch.testing.assert_close(found[name], expected[name])
+        for leaf in (embeddings, pixels):
+            gradients = [
+                torch.autograd.grad(sums[name].sum(), leaf, retain_graph=True)[0] for sums in (found, expected)
+            ]
+            torch.testing.assert_close(*gradients)

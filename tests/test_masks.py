@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 from mvision.structures.masks import Masks, decode_mask, encode_logits, encode_mask, mask_polygons
+from mvision.structures.run_lengths import encode_labels, encode_masks
 
 
 def blobs(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -46,6 +47,41 @@ def test_logits_are_enlarged_as_torch_does(size: tuple[int, int], grid: tuple[in
         logits = (rng.normal(size=grid) + shift).astype(np.float32)
         enlarged = F.interpolate(torch.from_numpy(logits)[None, None], size, mode="bilinear", align_corners=False)
         assert encode_logits(logits, size) == encode_mask((enlarged[0, 0] > 0).numpy())
+
+
+@pytest.mark.parametrize("at_once", [1, 20_000, 2**26])
+def test_a_gpus_masks_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    """Masks of images of several sizes, in any order; empty and full ones, and one that is asked for twice."""
+    monkeypatch.setattr("mvision.structures.run_lengths.MAX_PIXELS", at_once)
+    logits = torch.from_numpy(np.stack([blobs((24, 16), seed) - np.float32(0.4) for seed in range(8)]))
+    logits[3], logits[4] = -1, 1
+    which = np.array([3, 1, 4, 2, 0, 5, 6, 7, 3])
+    sizes = [(100, 77), (7, 5), (100, 77), (48, 64), (7, 5), (100, 77), (24, 16), (48, 64), (48, 64)]
+    expected = [encode_logits(logits[index].numpy(), size) for index, size in zip(which, sizes)]
+    assert encode_masks(logits, which, sizes) == expected
+    assert encode_masks(logits, which[:0], []) == []
+
+
+def test_maps_of_labels_are_encoded_number_by_number() -> None:
+    maps = torch.randint(0, 4, (3, 50, 60), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    maps[1] = 2
+    for labels, encoded in zip(maps, encode_labels([*maps])):
+        assert list(encoded) == labels.unique().tolist()
+        for number, runs in encoded.items():
+            assert runs == encode_mask((labels == number).numpy())
+    assert encode_labels([]) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_run_lengths_on_a_gpu() -> None:
+    logits = torch.from_numpy(np.stack([blobs((160, 160), seed) - np.float32(0.4) for seed in range(40)]))
+    which, sizes = np.arange(40), [(480, 640), (333, 517)] * 20
+    found = encode_masks(logits.cuda(), which, sizes)
+    for index, size, runs in zip(which, sizes, found):
+        other = decode_mask(encode_logits(logits[index].numpy(), size))
+        assert (decode_mask(runs) != other).mean() < 1e-4
+    maps = torch.randint(0, 4, (3, 50, 60), dtype=torch.int32)
+    assert encode_labels([*maps.cuda()]) == encode_labels([*maps])
 
 
 def test_a_small_object_on_a_large_image_needs_little_memory() -> None:

@@ -10,12 +10,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
 
 from mvision import UserError, load
 from mvision.config import load_config, parse_model_config
 from mvision.engine.train import train
 from mvision.evaluation.semantic import SemanticMetric
-from mvision.heads.semantic import IGNORED, SemanticHead, SemanticOutputs, class_map, likeliest_class
+from mvision.heads.semantic import (
+    IGNORED,
+    SemanticHead,
+    SemanticOutputs,
+    class_map,
+    class_scores,
+    focal_and_dice,
+    likeliest_class,
+)
 from mvision.structures import Category, Targets
 from mvision.structures.boxes import xyxy_to_cxcywh
 from mvision.weights import load as load_weights
@@ -38,7 +47,7 @@ def test_smaller_objects_lie_on_larger_ones() -> None:
     gt = class_map(make_target((0.25, 0.25, 0.5, 0.5), (0.0, 0.0, 1.0, 1.0)), (8, 8))
     assert gt[3, 3] == 1
     assert gt[6, 6] == 2
-    assert class_map(make_target(), (8, 8)).eq(0).all()
+    assert (class_map(make_target(), (8, 8)) == 0).all()
 
 
 def test_the_box_of_an_object_without_mask_is_ignored() -> None:
@@ -48,7 +57,7 @@ def test_the_box_of_an_object_without_mask_is_ignored() -> None:
     assert gt[3, 3] == 2  # the mask of another object
     assert gt[0, 7] == 0
     target.masks = None
-    assert class_map(target, (8, 8)).eq(IGNORED).all()
+    assert (class_map(target, (8, 8)) == IGNORED).all()
 
 
 def test_pixels_without_an_object_are_ignored_unless_all_classes_are_labelled() -> None:
@@ -59,7 +68,7 @@ def test_pixels_without_an_object_are_ignored_unless_all_classes_are_labelled() 
         assert gt[0, 0] == 1
         assert gt[7, 7] == elsewhere
         empty = replace(make_target(), labelled_classes=target.labelled_classes)
-        assert class_map(empty, (8, 8)).eq(elsewhere).all()
+        assert (class_map(empty, (8, 8)) == elsewhere).all()
 
 
 def test_weights_with_retired_settings_still_load() -> None:
@@ -77,6 +86,28 @@ def test_the_loss_is_focal_and_dice() -> None:
     terms = head.loss(SemanticOutputs(torch.zeros(1, 2, 2, 2)), [target])
     assert terms["focal"].item() == pytest.approx(2 * 0.5 * math.log(2))  # weight 2, gamma 1
     assert terms["dice"].item() == pytest.approx(0.5, abs=1e-4)  # 1 - 2 * 1 / (2 + 2)
+
+
+@pytest.mark.parametrize("labelled", [0.02, 0.7, 1.0])
+def test_the_losses_are_those_of_segmentation_models(labelled: float) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(3, 5, 12, 10)).requires_grad_()
+    gt = torch.where(torch.rand(3, 12, 10) < labelled, torch.randint(0, 4, (3, 12, 10)), IGNORED)  # no pixel of class 4
+    theirs = FocalLoss("multiclass", gamma=1.0, ignore_index=IGNORED), DiceLoss("multiclass", ignore_index=IGNORED)
+    for found, loss in zip(focal_and_dice(logits, gt), theirs):
+        expected = loss(logits, gt)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, expected)))
+
+
+def test_scores_are_means_over_the_pixels_of_a_class() -> None:
+    logits = torch.randn(3, 4, 9, 7, generator=torch.Generator().manual_seed(0))
+    logits[1, 2] = -9
+    for image, found in zip(logits, class_scores(logits)):
+        best, prob = image.argmax(0), image.softmax(0)
+        assert list(found) == best.unique().tolist()
+        for index, score in found.items():
+            assert score == pytest.approx(prob[index][best == index].mean().item(), rel=1e-6)
 
 
 def test_ignored_pixels_have_no_gradient() -> None:
@@ -115,7 +146,7 @@ def test_regions_are_the_likeliest_class_of_every_pixel() -> None:
 def test_class_by_class_is_the_same_as_all_at_once() -> None:
     logits = torch.randn(5, 12, 9, generator=torch.Generator().manual_seed(0))
     whole = torch.nn.functional.interpolate(logits[None], size=(100, 77), mode="bilinear", align_corners=False)[0]
-    assert np.array_equal(likeliest_class(logits, range(5), (100, 77)), whole.argmax(0).numpy())
+    assert np.array_equal(likeliest_class(logits, range(5), (100, 77)).numpy(), whole.argmax(0).numpy())
 
 
 def test_other_strides_are_refused() -> None:

@@ -8,37 +8,27 @@ already, and objects that look alike, and so have similar embeddings, still get 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from mvision.evaluation import BoxMetric, MaskMetric
-from mvision.heads.instance_seg.losses import (
-    OVERSAMPLE,
-    MaskPoints,
-    mask_costs,
-    mask_losses,
-    read_features,
-    sample_mask_points,
-    uncertain_points,
-)
+from mvision.heads.instance_seg.logits import PRIOR_WEIGHT, mask_at_points, mask_grid
+from mvision.heads.instance_seg.losses import OVERSAMPLE, mask_costs, matched_losses
+from mvision.heads.instance_seg.points import MAX_NUMBERS, MaskPoints, read_features, sample_mask_points
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
-from mvision.heads.query.head import Predictions, QueryConfig, QueryHead, QueryOutputs
-from mvision.heads.query.matching import Matches
+from mvision.heads.query.head import QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
 from mvision.settings import MAX_OBJECTS, MAX_WIDTH, Replacement
 from mvision.structures import Instances, Targets
-from mvision.structures.masks import Masks, encode_logits
+from mvision.structures.masks import Masks, RunLengths, encode_logits
+from mvision.structures.run_lengths import encode_masks
 
 MASK_WEIGHT, DICE_WEIGHT = 5.0, 5.0  # of cross-entropy and Dice, in the loss and in the matching costs (Mask2Former's)
-PRIOR_WEIGHT = 2.0  # initially; the prior's logit in the centre of a box
-# The prior far outside of a box. Times the initial weight it is a probability of 0.002, low enough for the background
-# and high enough for the embedding to overcome it where the box is wrong.
-PRIOR_LOWEST = -3.0
 
 
 class MaskConfig(QueryConfig):
@@ -136,25 +126,22 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         The mask terms are divided by the number of all objects, those without a mask included, so that the weight of a
         mask does not depend on how many others are missing.
         """
-        queries = outputs.queries
+        queries, count = outputs.queries, self.config.mask_points
         padded = queries.targets
-        samples = sample_mask_points(targets, OVERSAMPLE * self.config.mask_points, queries.logits.device)
+        samples = sample_mask_points(targets, OVERSAMPLE * count, queries.logits.device)
         pixels = read_features(outputs.pixels, samples.points)
         costs = self._mask_costs(outputs.embeddings, queries.boxes, pixels, samples)
         matching = self.start_matching(queries, costs)
-        others = self.unmatched_terms(queries)
-        matches = matching()
-        terms = {**self.matched_terms(queries, matches), **others}
-        assignment = _assignment(matches, queries.logits)
-        losses = self._mask_losses(outputs.embeddings, queries.boxes, assignment, pixels, samples, padded.total)
-        terms |= self.named(losses, self.layer_names(queries))
+        terms = self.unmatched_terms(queries)
         denoising, embeddings = queries.denoising, outputs.denoising_embeddings
         if denoising is not None and embeddings is not None:
-            assignment = _assignment(padded.denoising, denoising.logits)
-            total = padded.total * padded.groups
-            losses = self._mask_losses(embeddings, denoising.boxes, assignment, pixels, samples, total)
+            sums = matched_losses(embeddings, denoising.boxes, padded.denoising.host, pixels, samples, count)
+            losses = {term: values / (padded.total * padded.groups) for term, values in sums.items()}
             terms |= self.named(losses, [f"_denoising_{index}" for index in range(len(embeddings))])
-        return terms
+        matches = matching()
+        sums = matched_losses(outputs.embeddings, queries.boxes, matches.host, pixels, samples, count)
+        losses = {term: values / padded.total for term, values in sums.items()}
+        return {**self.matched_terms(queries, matches), **terms, **self.named(losses, self.layer_names(queries))}
 
     def term_weights(self) -> dict[str, float]:
         """Those of classes and boxes, and of the masks."""
@@ -164,104 +151,42 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
     ) -> list[Instances]:
         """The ``num_queries`` best (query, class) pairs of every image, with masks in pixels of the original images."""
-        return [
-            self._with_masks(self.instances(kept, size), kept, masks, size)
-            for kept, masks, size in zip(self.select(outputs, threshold), outputs["masks"], sizes)
-        ]
+        kept = self.select(outputs, threshold)
+        results = [self.instances(found, size) for found, size in zip(kept, sizes)]
+        queries = [np.unique(np.asarray(found.query), return_inverse=True) for found in kept]
+        encoded = iter(self._encode(outputs["masks"], [query for query, _ in queries], sizes))
+        for instances, (query, index), size in zip(results, queries, sizes):
+            masks = [next(encoded) for _ in query]
+            instances.masks = Masks([masks[place] for place in index.tolist()], size)
+        return results
 
-    def _with_masks(self, instances: Instances, kept: Predictions, masks: Tensor, size: tuple[int, int]) -> Instances:
-        """Enlarge the masks of the kept queries, one at a time: together they may not fit into memory."""
-        queries, index = kept.query.unique(return_inverse=True)
-        logits = masks[queries].float().cpu().numpy()
-        rles = [encode_logits(mask, size) for mask in logits]
-        instances.masks = Masks([rles[i] for i in index.tolist()], size)
-        return instances
+    def _encode(
+        self, masks: Tensor, queries: list[np.ndarray], sizes: Sequence[tuple[int, int]]
+    ) -> Iterable[RunLengths]:
+        """The masks of these queries of every image, one after another, enlarged to the size of their image."""
+        if masks.device.type == "cpu":
+            # One at a time, and no more than the part of the image where the object is.
+            return (
+                encode_logits(masks[number, query].float().numpy(), size)
+                for number, (chosen, size) in enumerate(zip(queries, sizes))
+                for query in chosen.tolist()
+            )
+        which = np.concatenate([number * masks.shape[1] + chosen for number, chosen in enumerate(queries)])
+        of_each = [size for chosen, size in zip(queries, sizes) for _ in chosen]
+        return encode_masks(masks.flatten(0, 1), which, of_each)
 
     @torch.no_grad()
     def _mask_costs(self, embeddings: Tensor, boxes: Tensor, pixels: Tensor, samples: MaskPoints) -> Tensor:
         """(L + 1, B, Q, T) weighted costs on the first ``mask_points`` of the points; 0 for objects without a mask."""
         count = self.config.mask_points
-        logits = mask_at_points(embeddings, pixels[..., :count], boxes, samples.points[:, :count])
-        cross_entropy, dice = mask_costs(logits, samples.labels[..., :count])
-        cost = MASK_WEIGHT * cross_entropy + DICE_WEIGHT * dice
-        return cost * samples.valid[:, None]
-
-    def _mask_losses(
-        self,
-        embeddings: Tensor,
-        boxes: Tensor,
-        assignment: Tensor,
-        pixels: Tensor,
-        samples: MaskPoints,
-        total: float | Tensor,
-    ) -> dict[str, Tensor]:
-        """``mask`` and ``dice``, each (L,): sums over the queries assigned to objects with masks, divided by ``total``.
-
-        ``embeddings`` (L, B, N, d + 1), ``boxes`` (L, B, N, 4) and ``assignment`` (L, B, N) are those of N queries.
-        """
-        # Distributed training needs a gradient for every parameter, also where nothing is assigned.
-        zero = 0 * (embeddings.sum((1, 2, 3)) + pixels.sum()).float()
-        sums = {"mask": zero, "dice": zero.clone()}
-        for image in range(assignment.shape[1]):
-            objects = assignment[:, image]
-            positive = objects >= 0
-            positive[positive.clone()] = samples.valid[image][objects[positive]]
-            layer, query = positive.nonzero(as_tuple=True)
-            if not len(layer):
-                continue
-            logits = mask_at_points(
-                embeddings[layer, image, query], pixels[image], boxes[layer, image, query], samples.points[image]
-            )
-            index = uncertain_points(logits, self.config.mask_points)
-            labels = samples.labels[image].index_select(0, objects[layer, query]).gather(1, index)
-            for name, values in zip(sums, mask_losses(logits.gather(1, index), labels)):
-                sums[name] = sums[name].index_add(0, layer, values)
-        return {name: value / total for name, value in sums.items()}
-
-
-def _assignment(matches: Matches, logits: Tensor) -> Tensor:
-    """(L, B, N) int64, the object of every query of logits (L, B, N, C), -1 for none."""
-    assignment = torch.full(logits.shape[:3], -1, device=logits.device)
-    assignment[matches.layer, matches.image, matches.query] = matches.object
-    return assignment
-
-
-def mask_grid(embeddings: Tensor, pixels: Tensor, boxes: Tensor) -> Tensor:
-    """(B, Q, h, w) mask logits on the whole grid, in the boxes' precision.
-
-    Args:
-        embeddings: (B, Q, d + 1), see ``MaskOutputs``.
-        pixels: (B, d, h, w) pixel features.
-        boxes: (B, Q, 4) cxcywh in 0..1; they get no gradient.
-    """
-    height, width = pixels.shape[-2:]
-    y = (torch.arange(height, device=pixels.device, dtype=boxes.dtype) + 0.5) / height
-    x = (torch.arange(width, device=pixels.device, dtype=boxes.dtype) + 0.5) / width
-    product = (embeddings[..., :-1].to(boxes.dtype) @ pixels.to(boxes.dtype).flatten(2)).unflatten(2, (height, width))
-    weight = F.softplus(embeddings[..., -1].to(boxes.dtype))[..., None, None]
-    boxes = boxes.detach()[..., None, None, :]
-    return product + weight * _prior(x, y[:, None], boxes)
-
-
-def mask_at_points(embeddings: Tensor, pixels: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
-    """(..., N, P) mask logits at points, in the pixel features' precision; leading dimensions are broadcast.
-
-    Args:
-        embeddings: (..., N, d + 1), see ``MaskOutputs``.
-        pixels: (..., d, P) pixel features at the points.
-        boxes: (..., N, 4) cxcywh in 0..1; they get no gradient.
-        points: (..., P, 2) x, y in 0..1.
-    """
-    product = embeddings[..., :-1].to(pixels.dtype) @ pixels
-    weight = F.softplus(embeddings[..., -1:].to(pixels.dtype))
-    boxes = boxes.detach()[..., None, :].to(pixels.dtype)
-    x, y = points[..., None, :, 0], points[..., None, :, 1]
-    return product + weight * _prior(x, y, boxes)
-
-
-def _prior(x: Tensor, y: Tensor, boxes: Tensor) -> Tensor:
-    """1 in the centre of boxes (..., 4), 0 on the ellipse that touches their sides, ``PRIOR_LOWEST`` far outside."""
-    # Smaller boxes would divide by nearly zero, and a box without area would give NaN at its centre.
-    scale = 2 / boxes[..., 2:].clamp(min=1e-3)
-    across, down = (x - boxes[..., 0]) * scale[..., 0], (y - boxes[..., 1]) * scale[..., 1]
-    return (1 - across.square() - down.square()).clamp(min=PRIOR_LOWEST)
+        layers, batch = embeddings.shape[:2]
+        pixels, points, labels = pixels[..., :count], samples.points[:, :count], samples.labels[..., :count]
+        together = max(1, MAX_NUMBERS // (batch * count))
+        # All layers' queries of an image side by side, and as many of them at once as fit.
+        by_image = (values.transpose(0, 1).flatten(1, 2).split(together, 1) for values in (embeddings, boxes))
+        costs = []
+        for embedding, box in zip(*by_image):
+            cross_entropy, dice = mask_costs(mask_at_points(embedding, pixels, box, points), labels)
+            costs.append(MASK_WEIGHT * cross_entropy + DICE_WEIGHT * dice)
+        cost = torch.cat(costs, 1).unflatten(1, (layers, -1)).transpose(0, 1)
+        return torch.where(samples.valid[:, None], cost, 0)

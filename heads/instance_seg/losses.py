@@ -8,85 +8,19 @@ half in the objects' boxes. So the pixel features are read only once per candida
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvision.neck.layers import without_autocast
-from mvision.structures import Targets
+from mvision.heads.instance_seg.logits import mask_at_points
+from mvision.heads.instance_seg.points import MAX_NUMBERS, MaskPoints
+from mvision.structures.transfer import to_device
 
 OVERSAMPLE = 3  # candidates per point of the loss (PointRend's k)
 UNCERTAIN = 0.75  # share of a mask's points that are the most uncertain candidates (PointRend's beta)
-BOX_MARGIN = 1.3  # the points of an object are drawn from its box enlarged by this factor
-
-
-@dataclass
-class MaskPoints:
-    """Points at which the masks of a batch are compared, T and padding as in ``PaddedTargets``.
-
-    Attributes:
-        points: (B, P, 2) x, y in 0..1, in random order.
-        labels: (B, T, P) in 0..1, the masks of the objects at the points.
-        valid: (B, T) bool, False for padding and for objects without a mask.
-    """
-
-    points: Tensor
-    labels: Tensor
-    valid: Tensor
-
-
-@torch.no_grad()
-def sample_mask_points(targets: list[Targets], count: int, device: torch.device) -> MaskPoints:
-    """Draw ``count`` points in every image and read the objects' masks at them."""
-    most = max((len(target) for target in targets), default=0)
-    points = torch.stack([_draw_points(target.boxes.to(device), count) for target in targets])
-    labels = points.new_zeros(len(targets), most, count)
-    valid = torch.zeros(len(targets), most, dtype=torch.bool, device=device)
-    for index, target in enumerate(targets):
-        if target.masks is not None and len(target):
-            masks = target.masks.to(device)
-            labels[index, : len(masks)] = read_masks(masks, points[index])
-            # Where only some objects of an image are labelled with a mask, the others have one without any pixel.
-            valid[index, : len(masks)] = masks.flatten(1).any(1)
-    return MaskPoints(points, labels, valid)
-
-
-def _draw_points(boxes: Tensor, count: int) -> Tensor:
-    """(count, 2) x, y in 0..1: each with a chance of a half anywhere, else in the enlarged box of a random object."""
-    points = torch.rand(count, 2, device=boxes.device)
-    if len(boxes):
-        in_box = torch.rand(count, device=boxes.device) < 0.5
-        box = boxes[torch.randint(len(boxes), (count,), device=boxes.device)].to(points.dtype)
-        inside = (box[:, :2] + (points - 0.5) * box[:, 2:] * BOX_MARGIN).clamp(0, 1)
-        points = torch.where(in_box[:, None], inside, points)
-    return points
-
-
-def read_masks(masks: Tensor, points: Tensor) -> Tensor:
-    """(N, P) float32: masks (N, h, w) of 0 and 1 at points (P, 2) in 0..1, interpolated bilinearly between pixels."""
-    height, width = masks.shape[-2:]
-    size = points.new_tensor([width, height])
-    place = (points * size - 0.5).clamp(min=0).minimum(size - 1)
-    low = place.floor()
-    x0, y0 = low.long().unbind(-1)
-    x1, y1 = (x0 + 1).clamp(max=width - 1), (y0 + 1).clamp(max=height - 1)
-    flat = masks.flatten(1)
-    weight_x1, weight_y1 = (place - low).unbind(-1)
-    values = torch.zeros(len(masks), len(points), device=masks.device)
-    for y, weight_y in ((y0, 1 - weight_y1), (y1, weight_y1)):
-        for x, weight_x in ((x0, 1 - weight_x1), (x1, weight_x1)):
-            values += flat[:, y * width + x] * (weight_y * weight_x)
-    return values
-
-
-def read_features(features: Tensor, points: Tensor) -> Tensor:
-    """(B, d, P) float32: maps (B, d, h, w) at points (B, P, 2) in 0..1, bilinear, as post-processing enlarges masks."""
-    grid = (2 * points - 1).unsqueeze(1)
-    with without_autocast(features):  # grid_sample is too imprecise in bf16, and wrong there on some CPUs
-        values = F.grid_sample(features.float().contiguous(), grid, padding_mode="border", align_corners=False)
-    return values.squeeze(2)
 
 
 @torch.no_grad()
@@ -132,3 +66,63 @@ def uncertain_points(logits: Tensor, count: int) -> Tensor:
     # Candidates are in random order, so the first of them are a random choice.
     anywhere = torch.arange(count - number, device=logits.device).expand(len(logits), -1)
     return torch.cat((uncertain, anywhere), 1)
+
+
+def matched_losses(
+    embeddings: Tensor, boxes: Tensor, pairs: np.ndarray, pixels: Tensor, samples: MaskPoints, count: int
+) -> dict[str, Tensor]:
+    """``mask`` and ``dice``, each (L,): sums over the queries that are matched with an object that has a mask.
+
+    The images' queries are padded to one number, so that a batch takes as many operators as an image.
+
+    Args:
+        embeddings: (L, B, N, d + 1), see ``MaskOutputs``.
+        boxes: (L, B, N, 4) cxcywh in 0..1.
+        pairs: (M, 4) layer, image, query and object, on the CPU, see ``Matches.host``.
+        pixels: (B, d, P) pixel features at the points of ``samples``.
+        count: number of points at which a mask is compared.
+    """
+    layers, batch, queries, _ = embeddings.shape
+    sums = torch.zeros(2, layers, device=pixels.device, dtype=pixels.dtype)
+    pairs = pairs[samples.known[pairs[:, 1], pairs[:, 3]]]
+    if not len(pairs):
+        # Distributed training needs a gradient for every parameter, also where nothing is matched.
+        sums = sums + (0 * embeddings).sum((1, 2, 3)) + (0 * pixels).sum()
+    every_embedding, every_box = embeddings.flatten(0, 2), boxes.flatten(0, 2)
+    for images, part in _parts(pairs, batch, samples.points.shape[1]):
+        layer, image, query, gt_index = part.T
+        local = np.searchsorted(images, image)
+        numbers = np.bincount(local)
+        slots = local * numbers.max() + np.arange(len(part)) - (numbers.cumsum() - numbers)[local]
+        padded = np.zeros(len(images) * numbers.max(), dtype=np.int64)
+        padded[slots] = (layer * batch + image) * queries + query
+        arrays = {"images": images, "padded": padded, "slots": slots, "layer": layer.copy()}
+        arrays["object"] = image * samples.labels.shape[1] + gt_index
+        on = to_device({name: torch.from_numpy(array) for name, array in arrays.items()}, pixels.device)
+
+        def of_images(values: Tensor, images: Tensor = on["images"]) -> Tensor:
+            return values if len(images) == batch else values.index_select(0, images)
+
+        logits = mask_at_points(
+            every_embedding.index_select(0, on["padded"]).unflatten(0, (len(images), -1)),
+            of_images(pixels),
+            every_box.index_select(0, on["padded"]).unflatten(0, (len(images), -1)),
+            of_images(samples.points),
+        ).flatten(0, 1)
+        logits = logits if len(slots) == len(padded) else logits.index_select(0, on["slots"])
+        index = uncertain_points(logits, count)
+        labels = samples.labels.take(index + on["object"][:, None] * samples.labels.shape[2])
+        values = torch.stack(mask_losses(logits.gather(1, index), labels))
+        sums = sums.index_add(1, on["layer"], values)
+    return dict(zip(("mask", "dice"), sums))
+
+
+def _parts(pairs: np.ndarray, batch: int, points: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images (in order) whose pairs fit into memory together, and these pairs, sorted by image."""
+    numbers = np.bincount(pairs[:, 1], minlength=batch)
+    ordered = np.argsort(-numbers, kind="stable")[: np.count_nonzero(numbers)]
+    while len(ordered):
+        together = max(1, MAX_NUMBERS // (points * int(numbers[ordered[0]])))
+        images, ordered = np.sort(ordered[:together]), ordered[together:]
+        part = pairs[np.isin(pairs[:, 1], images)]
+        yield images, part[np.argsort(part[:, 1], kind="stable")]

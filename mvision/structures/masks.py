@@ -157,15 +157,25 @@ def _stretch(first: int, last: int, cells: int, pixels: int) -> tuple[int, np.nd
 
 def _encode_part(part: np.ndarray, top: int, left: int, size: tuple[int, int]) -> RunLengths:
     """Run lengths of a mask that is ``part`` (h, w) at this place and zero elsewhere."""
-    height, width = size
+    height, _ = size
     columns = np.zeros((part.shape[1], height), dtype=bool)
     columns[:, top : top + part.shape[0]] = part.T
     # With a zero at both ends there are as many changes to one as back to zero.
-    changes = np.flatnonzero(np.diff(np.pad(columns.ravel(), 1))) + left * height
+    return encode_runs(np.flatnonzero(np.diff(np.pad(columns.ravel(), 1))) + left * height, size)
+
+
+def encode_runs(changes: np.ndarray, size: tuple[int, int]) -> RunLengths:
+    """Run lengths of a mask that changes from zero to one and back at these pixels, counted down the columns.
+
+    Args:
+        changes: int64, rising; the last may be the number of pixels.
+        size: (height, width) of the image in pixels.
+    """
+    height, width = size
     runs = np.diff(changes, prepend=0, append=height * width)  # the first run is of zeros, and may be empty
     if not runs[-1]:
         runs = runs[:-1]
-    return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": runs.tolist()}, height, width))
+    return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width))
 
 
 def _as_text(rle: RunLengths) -> RunLengths:

@@ -1,0 +1,77 @@
+"""The logits of masks: the product of a query's embedding and the pixel features, plus the prior of the query's box.
+
+The prior is an ellipse that touches the sides of the box, times a weight that is predicted with the embedding. It falls
+with the squares of the distances along x and y, so on a grid it is the difference of a row and a column, and as few
+passes as possible are made over the large tensors: that is where the time goes, not into arithmetic.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mvision.neck.layers import without_autocast
+
+PRIOR_WEIGHT = 2.0  # initially; the prior's logit in the centre of a box
+# The prior far outside of a box. Times the initial weight it is a probability of 0.002, low enough for the background
+# and high enough for the embedding to overcome it where the box is wrong.
+PRIOR_LOWEST = -3.0
+
+
+def mask_grid(embeddings: Tensor, pixels: Tensor, boxes: Tensor) -> Tensor:
+    """(B, Q, h, w) mask logits on the whole grid, in the pixel features' precision.
+
+    Args:
+        embeddings: (B, Q, d + 1), see ``MaskOutputs``.
+        pixels: (B, d, h, w) pixel features.
+        boxes: (B, Q, 4) cxcywh in 0..1; they get no gradient.
+    """
+    height, width = pixels.shape[-2:]
+    y = (torch.arange(height, device=pixels.device, dtype=boxes.dtype) + 0.5) / height
+    x = (torch.arange(width, device=pixels.device, dtype=boxes.dtype) + 0.5) / width
+    centre, scale = _ellipses(boxes)
+    across = 1 - ((x - centre[..., :1]) * scale[..., :1]).square()
+    down = ((y - centre[..., 1:]) * scale[..., 1:]).square()
+    prior = across.to(pixels.dtype)[..., None, :] - down.to(pixels.dtype)[..., None]
+    with without_autocast(pixels):
+        product, weight = _product(embeddings, pixels.flatten(2))
+        return product.unflatten(2, (height, width)).addcmul_(weight[..., None], prior.clamp_(min=PRIOR_LOWEST))
+
+
+def mask_at_points(embeddings: Tensor, pixels: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
+    """(..., N, P) mask logits at points, in the pixel features' precision; leading dimensions are broadcast.
+
+    Args:
+        embeddings: (..., N, d + 1), see ``MaskOutputs``.
+        pixels: (..., d, P) pixel features at the points.
+        boxes: (..., N, 4) cxcywh in 0..1; they get no gradient.
+        points: (..., P, 2) x, y in 0..1.
+    """
+    prior = prior_at_points(boxes, points[..., None, :, 0], points[..., None, :, 1])
+    product, weight = _product(embeddings, pixels)
+    return product.addcmul_(weight, prior)
+
+
+def prior_at_points(boxes: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """(..., P) the prior of boxes (..., 4) at the places ``x`` and ``y``, each broadcastable to (..., P).
+
+    It is 1 in the centre of a box, 0 on the ellipse that touches its sides, and ``PRIOR_LOWEST`` far outside.
+    """
+    centre, scale = _ellipses(boxes.to(x.dtype))
+    across = (x - centre[..., :1]).mul_(scale[..., :1])
+    down = (y - centre[..., 1:]).mul_(scale[..., 1:])
+    return across.square_().addcmul_(down, down).neg_().add_(1).clamp_(min=PRIOR_LOWEST)
+
+
+def _product(embeddings: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., N, P) products of embeddings (..., N, d + 1) and features (..., d, P), and (..., N, 1) priors' weights."""
+    embeddings = embeddings.to(pixels.dtype)
+    return embeddings[..., :-1] @ pixels, F.softplus(embeddings[..., -1:])
+
+
+def _ellipses(boxes: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., 2) the centres of boxes, and (..., 2) one divided by half of their sides."""
+    boxes = boxes.detach()
+    # Smaller boxes would divide by nearly zero, and a box without area would give NaN at its centre.
+    return boxes[..., :2], 2 / boxes[..., 2:].clamp(min=1e-3)
