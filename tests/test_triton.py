@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor
 
 from mvision import machine
 from mvision.fast.triton_kernels import add_bias_activation_
+from mvision.heads.query import deformable, sampling
+from mvision.heads.query.deformable import DeformableAttention
 from mvision.heads.query.sampling import sample_grid, sample_levels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -179,3 +183,144 @@ def test_sampling_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     direction = torch.randn_like(expected)
     for a, b in zip(torch.autograd.grad(expected, inputs, direction), torch.autograd.grad(found, inputs, direction)):
         torch.testing.assert_close(b, a, rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="once is enough")
+def test_the_operators_keep_the_rules_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Schema, outputs without data, and gradients when compiled; by PyTorch's operators, which need no GPU."""
+    monkeypatch.setattr(machine, "_triton_fails", True)
+    *tensors, shapes = _sampling_inputs("one level, odd width")
+    inputs = [tensor.cpu().requires_grad_() for tensor in tensors]
+    torch.library.opcheck(sample_levels, (*inputs, _flat(shapes)))
+    direction = torch.randn(1, 5, 10)
+    backward = torch.ops.mvision.sample_levels_backward.default
+    checks = ("test_schema", "test_faketensor")  # it has no gradients of its own
+    torch.library.opcheck(backward, (direction, *(x.detach() for x in inputs), _flat(shapes)), test_utils=checks)
+
+
+def test_when_the_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "TRITON_IS_INSTALLED", True)
+    monkeypatch.setattr(machine, "_triton_fails", False)
+    shapes = [(2, 2)] * 3
+
+    def serves(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, shapes: Any = shapes) -> bool:
+        return sampling.kernel_serves(SimpleNamespace(device=torch.device(device), dtype=dtype), shapes)
+
+    assert serves()
+    assert serves(dtype=torch.float32, shapes=[(2, 2)] * 8)
+    assert not serves(dtype=torch.float64)
+    assert not serves(shapes=[(2, 2)] * 9)
+    assert not serves(device="cpu")
+    assert not serves(device="mps")
+    with monkeypatch.context() as exporting:
+        name = "is_exporting" if hasattr(torch.compiler, "is_exporting") else "is_compiling"
+        exporting.setattr(torch.compiler, name, lambda: True)
+        assert not serves()
+    with monkeypatch.context() as deterministic:
+        deterministic.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert not serves()
+    monkeypatch.setattr(machine, "_triton_fails", True)
+    assert not serves()
+
+
+SHAPES = [(20, 20), (10, 10), (5, 5)]
+
+
+def _attention() -> tuple[DeformableAttention, tuple[Tensor, ...]]:
+    """Deformable attention as in r18 with places that depend on the queries, and (queries, references, memory)."""
+    torch.manual_seed(0)
+    attention = DeformableAttention(256, 8, 3, 4).to(DEVICE)
+    torch.nn.init.normal_(attention.sampling_offsets.weight, std=0.02)
+    torch.nn.init.normal_(attention.attention_weights.weight, std=0.02)
+    inputs = (torch.randn(2, 50, 256), torch.rand(2, 50, 4), torch.randn(2, 525, 256))
+    return attention, tuple(tensor.to(DEVICE) for tensor in inputs)
+
+
+@runs_kernels
+def test_attention_takes_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, inputs = _attention()
+    queries, references, memory = (tensor[:1] for tensor in inputs)
+    inputs = (queries[:, :2], references[:, :2], memory)  # the interpreter is slow
+    results = []
+    for use in (False, True):
+        monkeypatch.setattr(deformable, "kernel_serves", lambda value, shapes, use=use: use)
+        out = attention(*inputs, SHAPES)
+        results.append((out, *torch.autograd.grad(out.square().sum(), attention.parameters())))
+    assert ["sample_levels" in _graph(out) for out, *_ in results] == [False, True]
+    for expected, found in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+def _graph(out: Tensor) -> str:
+    """Names of the functions that made a tensor."""
+    names, nodes = [], [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.append(f"{node.name()} {type(node)}")
+        nodes.extend(parent for parent, _ in node.next_functions if parent is not None)
+    return " ".join(names)
+
+
+@needs_gpu
+def test_attention_in_a_cuda_graph() -> None:
+    attention, inputs = _attention()
+    attention.bfloat16()
+    queries, references, memory = inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16()
+    with torch.inference_mode():
+        attention(queries, references, memory, SHAPES)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = attention(queries, references, memory, SHAPES)
+        references.copy_(torch.rand_like(references))
+        graph.replay()
+        torch.testing.assert_close(out, attention(queries, references, memory, SHAPES))
+    assert machine.has_triton(), "Triton failed"
+
+
+@needs_gpu
+@pytest.mark.parametrize("gradients", [False, True])
+def test_attention_compiled(gradients: bool) -> None:
+    attention, inputs = _attention()
+    compiled = torch.compile(attention, fullgraph=True)
+    with torch.set_grad_enabled(gradients):
+        expected, found = attention(*inputs, SHAPES), compiled(*inputs, SHAPES)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    if gradients:
+        assert "sample_levels" in _graph(expected)
+        parameters = list(attention.parameters())
+        pairs = [torch.autograd.grad(out.square().sum(), parameters) for out in (expected, found)]
+        for right, gradient in zip(*pairs):
+            torch.testing.assert_close(gradient, right, rtol=1e-3, atol=1e-3 * float(right.abs().max()))
+    assert machine.has_triton(), "Triton failed"
+
+
+@needs_gpu
+def test_attention_in_training_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The values are bf16 then, places and weights float32, and every parameter has the gradients of grid_sample."""
+    attention, inputs = _attention()
+    results = []
+    for use in (True, False):
+        monkeypatch.setattr(deformable, "kernel_serves", lambda value, shapes, use=use: use)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            out = attention(*inputs, SHAPES)
+        results.append(torch.autograd.grad(out.float().square().sum(), attention.parameters()))
+    for found, expected in zip(*results):
+        torch.testing.assert_close(found, expected, rtol=0.05, atol=0.02 * float(expected.abs().max()))
+    assert machine.has_triton(), "Triton failed"
+
+
+@needs_gpu
+def test_the_kernel_is_faster_than_grid_sampling() -> None:
+    """At the sizes of r18 (16 images, bf16), where the copies of ``sample_grid`` take much longer than its sampling."""
+    shapes = [(80, 80), (40, 40), (20, 20)]
+    value = torch.randn(16, 8400, 8, 32, device="cuda", dtype=torch.bfloat16)
+    locations, weights = torch.rand(16, 300, 8, 12, 2, device="cuda"), torch.rand(16, 300, 8, 12, device="cuda")
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+    for _ in range(2):  # the first time compiles
+        events[0].record()
+        sample_levels(value, locations, weights, _flat(shapes))
+        events[1].record()
+        sample_grid(value, locations, weights, shapes)
+        events[2].record()
+    torch.cuda.synchronize()
+    assert events[0].elapsed_time(events[1]) < events[1].elapsed_time(events[2])
