@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -15,11 +16,13 @@ from mvision.backbone import Backbone
 from mvision.config import ModelConfig, load_config
 from mvision.errors import UserError
 from mvision.evaluation import Metric
+from mvision.fast.copies import prepared_copy
 from mvision.heads import head_class, serving_task
 from mvision.heads.base import Head
 from mvision.heads.linking import link_poses
 from mvision.inference.predict import predict_images
 from mvision.inference.selection import Selection, Threshold
+from mvision.machine import PrecisionOption, inference_precision, resolve_device, torch_dtype
 from mvision.neck import HybridEncoder
 from mvision.neck.layers import fuse_modules
 from mvision.structures import Category, Instances, Targets
@@ -45,10 +48,13 @@ class Model(nn.Module):
     Attributes:
         heads: by task name. A task that another task of the model includes has no head of its own: instance-seg
             predicts boxes and classes, so its head serves detection too.
+        fused: whether ``fuse`` was called.
 
     Raises:
         UserError: no head, no categories, or a backbone or head that cannot be built as configured.
     """
+
+    fused = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -221,14 +227,51 @@ class Model(nn.Module):
         *,
         multi_label: bool = False,
         nms: float | None = None,
+        precision: PrecisionOption = "auto",
+        device: str | torch.device | None = None,
     ) -> list[Instances]:
-        """Predict on files, PIL images or (H, W, 3) uint8 RGB arrays; see ``mvision.inference.predict_images``."""
-        return predict_images(self, images, threshold, batch_size, multi_label=multi_label, nms=nms)
+        """Predict on files, PIL images or (H, W, 3) uint8 RGB arrays, as fast as the command ``mvision predict``.
+
+        The model stays as it is, in its mode and its precision. What runs is a prepared copy of it for the device and
+        precision, which the first call makes (about a second) and which takes as much memory as the weights in that
+        precision. After the weights have changed, the next call makes it anew. The logger ``mvision`` says once which
+        runtime is taken, on stderr where a program has not set up its logging. A model that ``fuse`` has prepared runs
+        as it is.
+
+        Args:
+            images, threshold, batch_size, multi_label, nms: see ``mvision.inference.predict.predict_images``.
+            precision: ``fp32``, ``bf16`` or ``fp16``; ``auto``: the fastest one of this device, see
+                ``mvision.machine.resolve_precision``. The difference in AP is in docs/measurements.md.
+            device: None: where the model's weights are.
+
+        Raises:
+            UserError: as ``predict_images``; a device that cannot be used, or a precision that it does not have.
+        """
+        model = self._for_prediction(precision, device)
+        # A copy computes in its own precision, whatever the caller's autocast is set to.
+        with nullcontext() if model is self else torch.autocast(model.device.type, enabled=False):
+            return predict_images(model, images, threshold, batch_size, multi_label=multi_label, nms=nms)
+
+    def _for_prediction(self, precision: PrecisionOption, device: str | torch.device | None) -> Model:
+        """The model that ``predict`` runs: a prepared copy, or this one if it is prepared."""
+        wanted = self.device if device is None else resolve_device(str(device))
+        if not self.fused:
+            return prepared_copy(self, wanted, inference_precision(precision, wanted))
+        dtype = next(self.parameters()).dtype
+        if torch.empty(0, device=wanted).device != self.device or (
+            precision != "auto" and torch_dtype(precision) != dtype
+        ):
+            raise UserError(
+                f"a fused model predicts as it is, on {self.device} in {str(dtype).removeprefix('torch.')}; load its "
+                "weights again to choose another device or precision"
+            )
+        return self
 
     def fuse(self) -> Model:
         """Re-parameterise for inference, in place: the same outputs with fewer operations; training ends here."""
         self.backbone.fuse()
         fuse_modules(self)
+        self.fused = True
         return self
 
 

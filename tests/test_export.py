@@ -98,7 +98,7 @@ def test_openvino_of_every_task(weights: Path, tmp_path: Path, task: str) -> Non
 def test_exports_find_what_the_weights_find(onnx: Path, weights: Path) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
     (found,) = predict_images(ExportedModel(onnx), [picture], 0.0)
-    (expected,) = load(weights).predict([picture], 0.0)
+    (expected,) = load(weights).predict([picture], 0.0, precision="fp32")
     assert len(found) == len(expected) > 0
     assert found.keypoints is not None
     assert found.masks is not None
@@ -169,7 +169,7 @@ def test_load_opens_exports(format: str, weights: Path, request: pytest.FixtureR
     model = load(path)
     picture = np.random.default_rng(0).integers(0, 256, (70, 50, 3), dtype=np.uint8)
     (found,) = model.predict(picture, 0.0)
-    (expected,) = load(weights, tasks=model.tasks).predict(picture, 0.0)
+    (expected,) = load(weights, tasks=model.tasks).predict(picture, 0.0, precision="fp32")
     np.testing.assert_allclose(found.scores, expected.scores, atol=1e-3)
     assert model.categories == load(weights).categories
     again = pickle.loads(pickle.dumps(model))

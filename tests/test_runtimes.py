@@ -62,8 +62,8 @@ def describe(monkeypatch: pytest.MonkeyPatch, run: Path, size: tuple[int, int] =
 
 
 def has_bf16(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
-    for module in (runtimes.__name__, "mvision.machine"):
-        monkeypatch.setattr(f"{module}.cpu_has_bf16", lambda: value)
+    monkeypatch.setattr("mvision.machine.cpu_has_bf16", lambda: value)
+    monkeypatch.setattr("mvision.machine.bf16_is_faster", lambda: True)
 
 
 def test_an_export_of_the_weights_with_the_tasks_is_taken(run: Path) -> None:
@@ -147,8 +147,11 @@ def test_precisions_that_a_runtime_lacks(run: Path) -> None:
     for source in ("best.safetensors", "best_openvino"):
         with pytest.raises(UserError, match="--precision bf16: this CPU does not compute in bf16"):
             open_fastest(str(run / source), [], CPU, "bf16")
-    with pytest.raises(UserError, match="--precision bf16: ONNX Runtime has fp32 only"):
-        open_fastest("model.onnx", [], CPU, "bf16")
+        with pytest.raises(UserError, match="--precision fp16: CPUs do not compute in fp16"):
+            open_fastest(str(run / source), [], CPU, "fp16")
+    for precision in ("bf16", "fp16"):
+        with pytest.raises(UserError, match=f"--precision {precision}: ONNX Runtime has fp32 only"):
+            open_fastest("model.onnx", [], CPU, precision)
 
 
 def test_weights_in_bf16_leave_coordinates_in_float32(run: Path) -> None:

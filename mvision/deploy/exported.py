@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mvision.deploy.output import restore
 from mvision.deploy.sessions import BIN, XML, Description, Session, open_session
 from mvision.errors import UserError
-from mvision.machine import Precision
+from mvision.machine import Precision, PrecisionOption
 from mvision.model import Features, Model
 from mvision.weights.stored import first_line, without_data
 
@@ -148,6 +148,14 @@ class ExportedModel(Model):
     def __reduce__(self) -> tuple[Any, ...]:
         """A copy, or the model in another process, opens the file again."""
         return ExportedModel, self._arguments
+
+    def _for_prediction(self, precision: PrecisionOption, device: str | torch.device | None) -> Model:
+        """This model, as it was opened."""
+        if device is not None and torch.device(device).type != "cpu":
+            self._refuse(f"run on {device}")
+        if precision not in ("auto", self._arguments[2]):
+            self._refuse(f"run in {precision}: it was opened in {self._arguments[2]}")
+        return self
 
     def _refuse(self, what: str) -> NoReturn:
         raise UserError(

@@ -12,7 +12,7 @@ from mvision.deploy.exported import ExportedModel, export_path, exported_descrip
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated
 from mvision.fast.prepare import prepare
-from mvision.machine import Precision, PrecisionOption, cpu_has_bf16, resolve_precision
+from mvision.machine import PrecisionOption, inference_precision
 from mvision.storage.run_folder import BEST
 from mvision.weights import load, read_config
 from mvision.weights.stored import digest
@@ -31,7 +31,8 @@ def open_fastest(
         source: any source of weights, or an exported model.
         tasks: the tasks to run; empty: all that the source has.
         device: for models in PyTorch; exported ones run on the CPU.
-        precision: ``auto`` is bf16 where the hardware computes in it, else fp32. The difference in AP is in
+        precision: ``auto`` is the fastest one of the device, see ``mvision.machine.resolve_precision``; what it
+            measured in PyTorch decides for OpenVINO too, which has the same kernels. The difference in AP is in
             docs/measurements.md; coordinates stay in float32 in every runtime.
 
     Raises:
@@ -47,30 +48,24 @@ def open_fastest(
             return _open_exported(exported, tasks, precision)
         not_used = f"; {exported.name} is not used: {obstacle}" if obstacle else ""
         hint = f"{not_used}; faster after mvision export --weights {source} --format openvino"
-    chosen = _check_precision(precision, device)
+    chosen = inference_precision(precision, device)
     model = prepare(load(source, tasks=list(tasks) or None).to(device), chosen)
     return model, f"PyTorch on {device.type} in {chosen}, {_size(model)}{hint}"
 
 
 def _open_exported(path: Path, tasks: Sequence[str], precision: PrecisionOption) -> tuple[Evaluated, str]:
     if path.suffix.lower() == ".onnx":
-        if precision == "bf16":
-            raise UserError("--precision bf16: ONNX Runtime has fp32 only on a CPU; use an export for openvino")
+        if precision not in ("auto", "fp32"):
+            raise UserError(f"--precision {precision}: ONNX Runtime has fp32 only on a CPU; use an export for openvino")
         model = ExportedModel(path, list(tasks) or None)
         return model, f"ONNX Runtime on cpu in fp32, {_size(model)}: {path}"
-    chosen = _check_precision(precision, torch.device("cpu"))
+    chosen = inference_precision(precision, torch.device("cpu"))
     model = ExportedModel(path, list(tasks) or None, chosen)
     return model, f"OpenVINO on cpu in {chosen}, {_size(model)}: {path}"
 
 
 def _size(model: Evaluated) -> str:
     return "image size {}x{}".format(*model.config.image_size)
-
-
-def _check_precision(precision: PrecisionOption, device: torch.device) -> Precision:
-    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
-        raise UserError("--precision bf16: this CPU does not compute in bf16 (it would be slower); use fp32")
-    return "bf16" if resolve_precision(precision, device) == "bf16" else "fp32"
 
 
 def _obstacle(exported: Path, weights: Path, tasks: Sequence[str]) -> str | None:

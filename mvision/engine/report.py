@@ -13,6 +13,7 @@ from mvision.data import Dataset
 from mvision.drawing import grid, side_by_side
 from mvision.errors import UserError
 from mvision.heads import head_class
+from mvision.inference.predict import predict_images
 from mvision.model import Model
 from mvision.storage.atomic import whole_file
 from mvision.structures.images import BadImage, write_image
@@ -93,5 +94,5 @@ def _compared(model: Model, dataset: Dataset, index: int, names: set[str], thres
     """One image with ground truth of these classes, beside its prediction."""
     image, gt = dataset.truth(index)
     keep = np.array([gt.names[label] in names for label in gt.labels.tolist()], dtype=bool)
-    (pred,) = model.predict([image], threshold=threshold)
+    (pred,) = predict_images(model, [image], threshold)
     return side_by_side(image, gt.filter(keep), pred)

@@ -67,6 +67,19 @@ def resolve_precision(precision: PrecisionOption, device: torch.device) -> Preci
     return "bf16" if device.type == "cpu" and cpu_has_bf16() and bf16_is_faster() else "fp32"
 
 
+def inference_precision(precision: PrecisionOption, device: torch.device) -> Precision:
+    """``resolve_precision`` for prediction.
+
+    Raises:
+        UserError: a CPU on which this precision would be slower than fp32.
+    """
+    if device.type == "cpu" and precision == "fp16":
+        raise UserError("--precision fp16: CPUs do not compute in fp16 (it would be slower); use bf16, fp32 or auto")
+    if device.type == "cpu" and precision == "bf16" and not cpu_has_bf16():
+        raise UserError("--precision bf16: this CPU does not compute in bf16 (it would be slower); use fp32")
+    return resolve_precision(precision, device)
+
+
 def torch_dtype(precision: Precision) -> torch.dtype:
     """torch's type of a precision."""
     import torch
