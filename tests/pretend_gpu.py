@@ -1,7 +1,7 @@
 """A pretended GPU: tensors that say they are on another device, compute on the CPU, and count what would wait or copy.
 
-Tensors on the device ``meta`` hold a tensor on the CPU. What a real GPU refuses (two devices in one operator) is refused
-here too, and what makes the CPU wait for a real GPU is counted, so that tests of it need none.
+Tensors on the device ``meta`` hold a tensor on the CPU. What a real GPU refuses (two devices in one operator) is
+refused here too, and what makes the CPU wait for a real GPU is counted, so that tests of it need none.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class PretendedGpu(TorchDispatchMode):
                 self._wait(f"{name} by bool")
             if any(not isinstance(index, OnDevice) for index in indices):
                 self._wait(f"{name} by a tensor on the CPU")
-        elif to_host or name in ("_to_copy", "copy_", "lift_fresh", "lift") and host:
+        elif to_host or (name in ("_to_copy", "copy_", "lift_fresh", "lift") and host):
             self._wait(f"{name} between CPU and device")
         elif any(value.dim() for value in host):
             raise AssertionError(f"{func}: tensors on the CPU and on the device, {[tuple(t.shape) for t in tensors]}")
@@ -127,6 +127,7 @@ class PretendedGpu(TorchDispatchMode):
             original = getattr(transfer, name)
             for module in _modules_with(original, name):
                 monkeypatch.setattr(module, name, function)
+        monkeypatch.setattr("mvision.neck.cached.has_values", lambda tensor: True)
         enabled = torch.is_autocast_enabled  # it does not know the device
         monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind=None: kind != DEVICE.type and enabled())
         with self:

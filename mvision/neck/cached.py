@@ -47,8 +47,7 @@ class ShapeCache:
             result = compute()
         parts = result if isinstance(result, tuple) else (result,)
         on_gpu = any(part.is_cuda for part in parts)
-        plain = all(type(part) is Tensor for part in parts)  # not the fake tensors of some tracers
-        if plain and not (on_gpu and torch.cuda.is_current_stream_capturing()):
+        if all(map(has_values, parts)) and not (on_gpu and torch.cuda.is_current_stream_capturing()):
             if on_gpu:  # other threads may read it in other streams
                 torch.cuda.current_stream(parts[0].device).synchronize()
             with self._lock:
@@ -62,6 +61,11 @@ class ShapeCache:
         with self._lock:
             results = list(self._results.values())
         return [part for result in results for part in (result if isinstance(result, tuple) else (result,))]
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether it is a plain tensor, and not one that a tracer uses in place of values."""
+    return type(tensor) is Tensor
 
 
 def cached_tensors(module: nn.Module) -> list[Tensor]:
