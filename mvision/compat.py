@@ -49,6 +49,30 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         torch._foreach_copy_(list(targets), list(sources))
 
 
+def add_all(targets: Sequence[Tensor], sources: Sequence[Tensor], factor: float) -> None:
+    """Add ``factor`` times its partner to each of many tensors, in a few calls, not one for each (torch 2.14.1)."""
+    import torch
+
+    if targets:
+        torch._foreach_add_(list(targets), list(sources), alpha=factor)
+
+
+def multiply_all(tensors: Sequence[Tensor], factors: Sequence[float]) -> None:
+    """Multiply each of many tensors by its factor, in a few calls instead of one for each (torch 2.14.1)."""
+    import torch
+
+    if tensors:
+        torch._foreach_mul_(list(tensors), list(factors))
+
+
+def move_all_towards(targets: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+    """Move each of many tensors a part of the way to its partner, in a few calls, not one for each (torch 2.14.1)."""
+    import torch
+
+    if targets:
+        torch._foreach_lerp_(list(targets), list(sources), weight)
+
+
 def has_packed_convolutions() -> bool:
     """Whether this build of torch has the oneDNN convolutions that ``torch.compile`` uses on x86 (torch 2.14.1)."""
     import torch

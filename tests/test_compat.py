@@ -59,6 +59,19 @@ def test_copy_all() -> None:
     compat.copy_all([], [])
 
 
+def test_add_all_multiply_all_and_move_all_towards() -> None:
+    tensors = [torch.ones(3), torch.ones(2, 2)]
+    compat.add_all(tensors, [torch.ones(3), 2 * torch.ones(2, 2)], 0.5)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[1.5], [2.0]]
+    compat.multiply_all(tensors, [2.0, 3.0])
+    assert [tensor.unique().tolist() for tensor in tensors] == [[3.0], [6.0]]
+    compat.move_all_towards(tensors, [torch.zeros(3), torch.zeros(2, 2)], 0.25)
+    assert [tensor.unique().tolist() for tensor in tensors] == [[2.25], [4.5]]
+    compat.add_all([], [], 1.0)
+    compat.multiply_all([], [])
+    compat.move_all_towards([], [], 1.0)
+
+
 @pytest.mark.skipif(not compat.has_packed_convolutions(), reason="a build of torch without oneDNN, or not on x86")
 def test_has_packed_convolutions_pack_convolution_weight_and_packed_convolution() -> None:
     conv, x = nn.Conv2d(16, 32, 3, stride=2, padding=1), torch.randn(2, 16, 12, 10)
