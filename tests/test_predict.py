@@ -62,6 +62,20 @@ def test_batches_keep_the_order(model: FakeModel) -> None:
     assert predict_images(model, []) == []
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_of_a_gpu_get_their_own_results() -> None:
+    """Post-processing waits for its batch, and memory of images and outputs is not used again before that."""
+
+    class Slow(FakeModel):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            torch.cuda._sleep(5_000_000)
+            return super().forward(images).clone()
+
+    images = [paint((96, 128), [(0, (i, 0, i + 40, 50))]) for i in range(60)]
+    results = predict_images(Slow().cuda(), images, batch_size=4)
+    assert [result.boxes[0, 0] for result in results] == list(range(60))
+
+
 def test_one_image_without_a_list(model: FakeModel, tmp_path: Path) -> None:
     scene = paint((96, 128), [RED])
     path = save(tmp_path / "scene.png", scene)

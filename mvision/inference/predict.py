@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -26,11 +26,14 @@ from torch import Tensor, nn
 from mvision.errors import UserError
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
+from mvision.machine import cores
 from mvision.structures import Category, Instances
 from mvision.structures.images import BadImage, PixelRange, read_image, resize_image
 from mvision.structures.pixels import scale, to_array
 
-WORKERS = 4
+WORKERS = min(max(4, cores()), 16)
+"""Threads that decode and resize; each holds one image, and as many more wait. A GPU takes what 16 of them read."""
+BATCH_SIZE_ON_GPU = 8
 T = TypeVar("T")
 Prepared = tuple[T, np.ndarray | None, tuple[int, int]]
 """What identifies the image to the caller; the model's input (h, w, 3) uint8, or None if the image cannot be read; and
@@ -168,7 +171,8 @@ def predict_images(
             A model with a ``pixel_range`` takes arrays of other numbers too.
         threshold: instances with a lower score (0..1) are left out; or a score for each class by its name, where "*" is
             for the others (0.5 where it is not given).
-        batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
+        batch_size: images per forward pass; None is 1 on CPU, where more do not help, and
+            ``BATCH_SIZE_ON_GPU`` elsewhere.
         multi_label: one place may be reported as several classes; without it only as the best one.
         nms: of two instances of any classes whose boxes have a larger IoU than this, the better one is kept.
 
@@ -194,31 +198,73 @@ def infer(
         For every prepared image, in order, what identifies it and its instances, once for every selection; None if it
         has no input.
     """
-    results = ordered_map(partial(_postprocess, model, chosen), _outputs(model, prepared, batch_size), 1, ahead=1)
-    with closing(results) as batches:
+    side = _SideStream(model.device) if model.device.type == "cuda" else None
+    # While results of a GPU are read, it computes the next batch, and one more is queued.
+    raw, ahead = _outputs(model, prepared, batch_size, side), 1 if side is None else 2
+    with closing(ordered_map(partial(_postprocess, model, chosen, side), raw, 1, ahead=ahead)) as batches:
         for batch in batches:
             yield from batch
 
 
+class _SideStream:
+    """The queue of the post-processing on a GPU, so that it waits for its own batch and not for those behind it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device, priority=-1)  # its few small kernels go first
+
+    def mark(self) -> torch.cuda.Event:
+        """A mark behind what this thread has queued."""
+        return torch.cuda.current_stream(self.device).record_event()
+
+    @contextmanager
+    def after(self, mark: torch.cuda.Event) -> Iterator[None]:
+        """What is queued in this block runs after the mark. At its end nothing on the queue may be left to run.
+
+        Without that the memory of the outputs could be given to another batch while they are being read. Results on the
+        CPU are at hand only when all that they come from has run.
+        """
+        with torch.cuda.stream(self.stream):
+            self.stream.wait_event(mark)
+            try:
+                yield
+            finally:
+                self.stream.synchronize()
+
+
+Raw = tuple[list[Prepared[T]], dict[str, dict[str, Tensor]], "torch.cuda.Event | None"]
+"""A batch, the model's raw outputs for those of its images that have an input, and on a GPU when they are ready."""
+
+
 def _outputs(
-    model: Predictor, prepared: Iterable[Prepared[T]], batch_size: int | None
-) -> Iterator[tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]]:
-    """Batches with the model's raw outputs for those of their images that have an input."""
-    size = batch_size or (1 if model.device.type == "cpu" else 8)
+    model: Predictor, prepared: Iterable[Prepared[T]], batch_size: int | None, side: _SideStream | None
+) -> Iterator[Raw[T]]:
+    device = model.device
+    size = batch_size or (1 if device.type == "cpu" else BATCH_SIZE_ON_GPU)
     items = iter(prepared)
     while batch := list(islice(items, size)):
         inputs = [image for _, image, _ in batch if image is not None]
-        # The permutation is a view in channels_last, the memory format that convolutions prefer.
-        images = torch.from_numpy(np.stack(inputs)).to(model.device).permute(0, 3, 1, 2) if inputs else None
-        yield batch, {} if images is None else model(images)
+        outputs = model(_to_device(inputs, device)) if inputs else {}
+        yield batch, outputs, None if side is None else side.mark()
+
+
+def _to_device(inputs: Sequence[np.ndarray], device: torch.device) -> Tensor:
+    """(B, 3, H, W) uint8 in channels_last, the memory format that convolutions prefer, of (H, W, 3) arrays."""
+    if device.type != "cuda":
+        return torch.from_numpy(np.stack(inputs)).to(device).permute(0, 3, 1, 2)
+    # From pinned memory the GPU copies by itself; PyTorch does not use the memory again before that has ended.
+    pinned = torch.empty((len(inputs), *inputs[0].shape), dtype=torch.uint8, pin_memory=True)
+    np.stack(inputs, out=pinned.numpy())
+    return pinned.to(device, non_blocking=True).permute(0, 3, 1, 2)
 
 
 def _postprocess(
-    model: Predictor, chosen: Sequence[Selection], raw: tuple[list[Prepared[T]], dict[str, dict[str, Tensor]]]
+    model: Predictor, chosen: Sequence[Selection], side: _SideStream | None, raw: Raw[T]
 ) -> list[tuple[T, list[Instances] | None]]:
-    batch, outputs = raw
+    batch, outputs, ready = raw
     sizes = [size for _, image, size in batch if image is not None]
-    with torch.no_grad():  # the setting of the caller's thread does not apply to this one
+    # The setting of gradients of the caller's thread does not apply to this one.
+    with torch.no_grad(), nullcontext() if side is None or ready is None else side.after(ready):
         found = [
             model.postprocess(outputs, sizes, one.threshold, multi_label=one.multi_label, nms=one.nms)
             for one in (chosen if sizes else ())
