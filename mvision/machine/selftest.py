@@ -149,19 +149,6 @@ def _stored(path: Path, about: dict[str, object]) -> float | None:
     return float(ratio)
 
 
-def _stored(path: Path, about: dict[str, object]) -> float | None:
-    """The ratio in a file; None where there is no file, or it is damaged or about something else."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(content, dict) or {key: content.get(key) for key in about} != about:
-        return None
-    ratio = content.get("fp32_over_bf16")
-    is_number = isinstance(ratio, int | float) and not isinstance(ratio, bool)  # to Python, True is a number
-    return float(ratio) if is_number and 0 < ratio < math.inf else None
-
-
 def _store(path: Path, content: dict[str, object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
