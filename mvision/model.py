@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -63,7 +63,9 @@ class Model(nn.Module):
         if not config.categories:
             raise UserError("model.categories is empty: pass num_classes or categories, or train on a data set")
         self.config = config
-        own = [task for task in config.heads if serving_task(task, config.heads) == task]
+        # Looked up here: a forward pass that imports by name cannot be compiled.
+        self._served_by = {task: serving_task(task, config.heads) for task in config.heads}
+        own = [task for task, server in self._served_by.items() if server == task]
         laterals = {self._lateral_stride(task) for task in own} - {0}
         self.backbone = Backbone(config.backbone, config.image_size, laterals)
         self.neck = HybridEncoder(
@@ -124,7 +126,8 @@ class Model(nn.Module):
 
     def run_head(self, task: str, features: Features, targets: list[Targets] | None = None) -> Any:
         """The raw outputs of the head ``task`` (a key of ``heads``), see ``Head.forward``."""
-        return self.heads[task](features.maps, features.laterals.get(self._lateral_stride(task)), targets)
+        head = cast(Head, self.heads[task])
+        return head(features.maps, features.laterals.get(head.lateral_stride(head.config) or 0), targets)
 
     def forward(self, images: Tensor, targets: list[Targets] | None = None) -> dict[str, Any]:
         """Raw outputs by task; in training only of the tasks that have a head of their own, see ``heads``.
@@ -139,9 +142,9 @@ class Model(nn.Module):
             for task in self.heads
         }
         if targets is None:
-            for task in self.tasks:
+            for task, server in self._served_by.items():
                 if task not in outputs:
-                    outputs[task] = self.head(task).outputs_of(task, outputs[serving_task(task, self.tasks)])
+                    outputs[task] = cast(Head, self.heads[server]).outputs_of(task, outputs[server])
         return outputs
 
     def loss(self, outputs: dict[str, Any], targets: list[Targets]) -> dict[str, Tensor]:
