@@ -1,6 +1,6 @@
 """How many operators a prediction and a training step start on a GPU, and how often the CPU waits for it.
 
-    python -m tests.operator_counts [--models tiny small rtdetr_r18] [--size 256]
+    python -m tests.operator_counts [--models tiny small rtdetr_r18] [--size 256] [--test]
 
 prints a table for every model. The operators are those of the paths without Triton, with views left out; a pretended
 GPU counts them, so no real one is needed. ``tests/test_operators.py`` refuses growth.
@@ -113,7 +113,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["tiny", "small", "rtdetr_r18"])
     parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--test", action="store_true", help="print the numbers that tests/test_operators.py records")
     options = parser.parse_args()
+    if options.test:
+        for head in HEADS:
+            steps = training_step("tiny", head), training_step("tiny", head, objects=(0, 0))
+            print(f'    "{head}": {tuple(counts.kernels for counts in (prediction("tiny", head), *steps))},')
+        return
     for name in options.models:
         print(f"| {name} | prediction: operators | copies to the CPU | step: operators | copies to the GPU | back |")
         print("|---|---|---|---|---|---|")
