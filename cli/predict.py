@@ -54,8 +54,9 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
     default="auto",
     show_default=True,
     metavar="P",
-    help="fp32, bf16, or auto: bf16 where the hardware has it.",
+    help="fp32, bf16, fp16 (GPUs), or auto: the fastest one here.",
 )
+@click.option("--no-pictures", is_flag=True, help="Write predictions.json alone, which is faster.")
 @device_option
 def predict(
     sources: tuple[str, ...],
@@ -68,6 +69,7 @@ def predict(
     nms: float | None,
     output: Path | None,
     precision: PrecisionOption,
+    no_pictures: bool,
     device: str | None,
 ) -> None:
     """Find objects in every SOURCE: an image, a folder, a glob, a video, a URL (http, rtsp) or a camera's number.
@@ -94,6 +96,7 @@ def predict(
         output=output,
         device=device,
         precision=precision,
+        pictures=not no_pictures,
         log=echo,
     )
     echo(summary)

@@ -196,16 +196,16 @@ def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     options: Any = {"tasks": ["detection"], "device": "cpu", "log": messages.append}
     photo, output = str(tmp_path / "a.jpg"), tmp_path / "found"
     Path(photo).touch()
-    choices: dict[str, Any] = {"multi_label": False, "nms": None, "for_metrics": None}
+    choices: dict[str, Any] = {"multi_label": False, "nms": None, "for_metrics": None, "pictures": True}
     assert predict_job([photo], weights="w", threshold=0.3, output=output, precision="fp32", **options) == (
         (model, [Source("image", photo, "a.jpg")], output, 0.3),
         choices,
     )
     # Of the samples, one that is damaged costs itself alone.
     samples = [Source("image", "sample of runs/newest", "sample of runs/newest".rpartition("/")[2], required=False)]
-    assert predict_job(multi_label=True, nms=0.4, **options) == (
+    assert predict_job(multi_label=True, nms=0.4, pictures=False, **options) == (
         (model, samples, Path("predictions"), 0.5),
-        {**choices, "multi_label": True, "nms": 0.4},
+        {**choices, "multi_label": True, "nms": 0.4, "pictures": False},
     )
     assert calls == [("w", ["detection"], CPU, "fp32"), ("runs/newest", ["detection"], CPU, "auto")]
     with pytest.raises(UserError, match=r"missing\.jpg: no such file"):

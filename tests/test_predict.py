@@ -143,6 +143,22 @@ def test_pictures_and_predictions(model: FakeModel, tmp_path: Path) -> None:
     assert "2 blue" in str(summary)
 
 
+def test_without_pictures_nothing_is_drawn(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.png", "b.jpg"):
+        save(tmp_path / "in" / name, paint((96, 128), [RED, BLUE]))
+    drawn = predict_sources(model, [tmp_path / "in"], tmp_path / "drawn")
+    monkeypatch.setattr(Instances, "draw", lambda *_: pytest.fail("something is drawn"))
+    summary = predict_sources(model, [tmp_path / "in"], tmp_path / "out", pictures=False)
+    assert written(tmp_path / "out") == ["predictions.json"]
+    first, second = (tmp_path / folder / "predictions.json" for folder in ("out", "drawn"))
+    assert first.read_text() == second.read_text()
+    assert summary.instances == drawn.instances
+    assert str(summary).splitlines()[-1] == f"predictions.json: {tmp_path / 'out'}"
+    # Nothing can replace a source.
+    predict_sources(model, [tmp_path / "in"], tmp_path / "in", pictures=False)
+    assert written(tmp_path / "in") == ["a.png", "b.jpg", "predictions.json"]
+
+
 def test_masks_and_keypoints_are_written(model: FakeModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mask = np.zeros((1, 96, 128), bool)
     mask[0, 20:60, 30:60] = True

@@ -39,9 +39,10 @@ def predict_job(
     output: Path | None = None,
     device: str | None = None,
     precision: PrecisionOption = "auto",
+    pictures: bool = True,
     log: Callable[[str], None] = print,
 ) -> Summary:
-    """Predict, and write pictures and ``predictions.json``.
+    """Predict, and write ``predictions.json`` and pictures.
 
     Args:
         sources: see ``find_sources``; empty: the first validation images of the run that the weights lie in, else of
@@ -57,6 +58,7 @@ def predict_job(
         output: a folder; None: ``predictions``.
         device: None: the first GPU, else the CPU.
         precision: see ``open_fastest``.
+        pictures: without, ``predictions.json`` is written alone.
         log: is called with the line that names the runtime.
 
     Raises:
@@ -84,7 +86,14 @@ def predict_job(
         found = Sources(Source("image", file, Path(file).name, required=False) for file in sample_images(source))
     with decoder_messages_hidden():
         return predict_sources(
-            model, found, folder, chosen.threshold, multi_label=multi_label, nms=nms, for_metrics=for_metrics
+            model,
+            found,
+            folder,
+            chosen.threshold,
+            multi_label=multi_label,
+            nms=nms,
+            for_metrics=for_metrics,
+            pictures=pictures,
         )
 
 

@@ -70,7 +70,7 @@ class Rendered:
 
 
 class Output:
-    """Draws and writes results. ``render`` may run in several threads at once, ``add`` in one, in order.
+    """Writes results, and draws them. ``render`` may run in several threads at once, ``add`` in one, in order.
 
     A context manager: at its end ``predictions.json`` and the last video get their names; after an error, unfinished
     files are removed. An earlier ``predictions.json`` is removed before the first picture is written, because it does
@@ -80,13 +80,18 @@ class Output:
         UserError: the folder cannot be written, or a picture would replace one of the sources.
     """
 
-    def __init__(self, folder: Path, sources: Sequence[Source], for_metrics: ForMetrics | None = None) -> None:
-        """Open ``predictions.json``; with ``for_metrics``, its numbers are not rounded."""
+    def __init__(
+        self, folder: Path, sources: Sequence[Source], for_metrics: ForMetrics | None = None, pictures: bool = True
+    ) -> None:
+        """Open ``predictions.json``; with ``for_metrics``, its numbers are not rounded. Without ``pictures`` it is the
+        only file.
+        """
         self.folder = folder
-        self.summary = Summary(folder)
+        self.summary = Summary(folder, pictures)
+        self._pictures = pictures
         self._exact = for_metrics is not None
         self._category_ids = None if for_metrics is None else for_metrics.category_ids
-        self._paths = _paths(folder, sources)
+        self._paths = _paths(folder, sources) if pictures else {}
         repeated = {name for name, count in Counter(source.name for source in sources).items() if count > 1}
         self._names = {s: _posix(s) if s.name in repeated else s.name for s in sources}
         self._video: VideoWriter | None = None
@@ -133,7 +138,7 @@ class Output:
         regions = [] if shown.regions is None else shown.regions.class_names
         rendered = Rendered(frame, found=shown.class_names, regions=regions)
         rendered.entries = self._entries(number, frame, found[-1], rendered.unknown)
-        if frame.source != self._undrawable:
+        if self._pictures and frame.source != self._undrawable:
             with nullcontext() if frame.again is None else self._one_large:
                 self._draw(rendered, shown)
         return rendered

@@ -33,6 +33,7 @@ def predict_sources(
     multi_label: bool = False,
     nms: float | None = None,
     for_metrics: ForMetrics | None = None,
+    pictures: bool = True,
 ) -> Summary:
     """Predict on files, folders, globs, videos, streams and cameras; write pictures and ``predictions.json``.
 
@@ -51,6 +52,7 @@ def predict_sources(
         batch_size: images per forward pass; None is 1 on CPU, where more do not help, and 8 elsewhere.
         progress: show a progress bar.
         for_metrics: for the images of a data set, what ``predictions.json`` holds in place of what the pictures show.
+        pictures: without, nothing is drawn, and ``predictions.json`` is the only file.
 
     Raises:
         UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
@@ -61,7 +63,7 @@ def predict_sources(
         selection.check(model.config.categories)
     inputs = sources if isinstance(sources, Sources) else find_sources(sources, leave_out=output)
     started = time.monotonic()
-    with Output(output, inputs, for_metrics) as writer:
+    with Output(output, inputs, for_metrics, pictures) as writer:
         try:
             with eval_mode(model):
                 _run(model, inputs, writer, chosen, batch_size, progress)

@@ -18,6 +18,7 @@ class Summary:
 
     Attributes:
         output: the folder with pictures and ``predictions.json``.
+        pictures: whether it has pictures.
         images: number of pictures predicted on (frames of videos each count).
         instances: number of instances by class name.
         regions: number of pictures with a semantic region of the class, by class name; of joint models.
@@ -30,6 +31,7 @@ class Summary:
     """
 
     output: Path
+    pictures: bool = True
     images: int = 0
     instances: Counter[str] = field(default_factory=Counter)
     regions: Counter[str] = field(default_factory=Counter)
@@ -52,7 +54,8 @@ class Summary:
                 f"not in {PREDICTIONS}: {self.unknown.total()} results of classes that the data lacks ({names})"
             )
         lines += [f"{count} x {remark}" for remark, count in self.remarks.most_common()]
-        return "\n".join(map(printable, [*lines, *self.notes, f"pictures and {PREDICTIONS}: {self.output}"]))
+        written = f"pictures and {PREDICTIONS}" if self.pictures else PREDICTIONS
+        return "\n".join(map(printable, [*lines, *self.notes, f"{written}: {self.output}"]))
 
 
 def _named(what: str, files: list[tuple[str, str]]) -> list[str]:

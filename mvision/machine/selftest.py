@@ -123,7 +123,7 @@ def _about() -> dict[str, object]:
     """What a stored ratio holds for."""
     import torch
 
-    return {"version": VERSION, "cpu": cpu_name(), "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"version": VERSION, "cpu": cpu_name(), "torch": str(torch.__version__), "threads": torch.get_num_threads()}
 
 
 def _path(about: dict[str, object]) -> Path | None:
