@@ -153,7 +153,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         """The ``num_queries`` best (query, class) pairs of every image, with masks in pixels of the original images."""
         kept = self.select(outputs, threshold)
         results = [self.instances(found, size) for found, size in zip(kept, sizes)]
-        queries = [np.unique(np.asarray(found.query), return_inverse=True) for found in kept]
+        queries = [np.unique(found.query, return_inverse=True) for found in kept]
         encoded = iter(self._encode(outputs["masks"], [query for query, _ in queries], sizes))
         for instances, (query, index), size in zip(results, queries, sizes):
             masks = [next(encoded) for _ in query]
