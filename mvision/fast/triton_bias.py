@@ -21,7 +21,7 @@ def launch(x: Tensor, bias: Tensor, activation: str) -> None:
     _add_bias_activation[grid](x, bias, pixels, channels, activation, block_pixels, block_channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def _add_bias_activation(
     x,
     bias,
