@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -80,8 +81,11 @@ class _Odd(nn.Module):
         return self.act(self.norm(y))
 
 
+IMAGE = torch.empty(1, 3, 8, 8, device="meta")
+
+
 def call(net: nn.Module) -> Tensor:
-    return net(torch.empty(1, 3, 8, 8, device="meta"))
+    return net(IMAGE)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,7 @@ def test_only_a_norm_that_alone_reads_a_convolution_is_folded(kind: str) -> None
     for a, b in zip(expected, found):
         torch.testing.assert_close(a, b)
     if kind == "plain":
-        assert observe(net, call) == Observed({"conv": "act"}, {"conv": [1, 3, 8, 8]})
+        assert observe(net, call) == Observed({"conv": "act"}, {"conv": [1, 3, 8, 8]}, first="conv")
 
 
 def test_a_network_that_needs_data_stays_as_it_is() -> None:
@@ -110,3 +114,73 @@ def test_a_network_that_needs_data_stays_as_it_is() -> None:
     net = stir(Looks("plain"))
     assert observe(net, call) == Observed()
     assert norms(fold_norms(net, call)) == 1
+
+
+class _Sums(nn.Module):
+    """A residual block, and blocks that look like one."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.conv, self.shortcut, self.act = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x)
+        if self.kind == "in place":
+            y += self.shortcut(x)
+        elif self.kind == "scaled":
+            y = torch.add(y, self.shortcut(x), alpha=2)
+        elif self.kind == "broadcast":
+            y = y + self.shortcut(x).mean((2, 3), keepdim=True)
+        elif self.kind == "read before":
+            y = y.relu() + y + self.shortcut(x)
+        elif self.kind == "added to itself":
+            y = y + y
+        else:
+            y = y + self.shortcut(x)
+        if self.kind == "sum read twice":
+            return self.act(y) + y
+        return [y, self.act(y)] if self.kind == "sum returned" else self.act(y)
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("plain", ["conv", "shortcut"]),
+        ("in place", ["conv", "shortcut"]),
+        ("scaled", []),
+        ("broadcast", []),
+        ("read before", ["shortcut"]),
+        ("added to itself", []),
+        ("sum read twice", []),
+        ("sum returned", []),
+    ],
+)
+def test_sums_with_one_reader_are_seen(kind: str, found: list[str]) -> None:
+    seen = observe(_Sums(kind), call)
+    assert list(seen.after_sums) == found
+    assert set(seen.after_sums.values()) <= {"act"}
+    assert not seen.followers
+
+
+@pytest.mark.parametrize("name", ["resnet18d", "hgnetv2_b0", "vit_tiny_patch16_224"])
+def test_the_scale_of_images_goes_into_the_first_convolution(name: str) -> None:
+    backbone = stir(Backbone(BackboneConfig(name=name), SIZE))
+    images = torch.randint(0, 256, (2, 3, *SIZE), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = backbone(images)
+        backbone.fuse()
+        assert backbone._takes_pixels
+        for found in (backbone(images), backbone(images / 255)):
+            for a, b in zip(expected, found):
+                torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+
+
+def test_images_that_something_else_reads_keep_their_scale() -> None:
+    class Reads(_Odd):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x) * x.mean()
+
+    assert observe(Reads("plain"), call).first == ""
+    assert observe(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 4, 1)), call).first == ""
+    assert observe(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), call).first == "0"

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvision.backbone.feature_nets import SMP, build_pretrained, plan_network, probe, pyramid_of, smp_names
-from mvision.backbone.folding import fold_norms
+from mvision.backbone.folding import fold_norms, observe
 from mvision.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Backbone(nn.Module):
 
     mean: Tensor | None
     std: Tensor | None
+    _mean_pixel: Tensor | None
 
     def __init__(self, config: BackboneConfig, image_size: tuple[int, int], laterals: Iterable[int] = ()) -> None:
         super().__init__()
@@ -60,6 +61,7 @@ class Backbone(nn.Module):
         # Distributed training needs a gradient for every trainable parameter.
         for name in unused:
             self.net.get_parameter(name).requires_grad_(False)
+        self._takes_pixels = False  # the network's input is in 0..255, see _fold_scale
         self._channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
         if config.stage1_shortcut:
             _add_stage1_shortcut(self.net, config.name)
@@ -79,10 +81,7 @@ class Backbone(nn.Module):
                 f"backbone {self.config.name} was built for images of {height}x{width} and cannot take {h}x{w}: "
                 f"set image_size, and no multi_scale, or choose another backbone"
             )
-        if images.dtype == torch.uint8:
-            images = images.to(next(self.net.parameters()).dtype) / 255
-        if self.mean is not None and self.std is not None:
-            images = (images - self.mean) / self.std
+        images = self._normalized(images)
         if self._multiple > 1:
             images = _to_multiple(images, self._multiple)
         maps = self.net(images)
@@ -95,9 +94,37 @@ class Backbone(nn.Module):
         from timm.utils.model import reparameterize_model
 
         size = [-(-side // self._multiple) * self._multiple for side in self.image_size]
+        image = torch.empty(1, 3, *size, device="meta")
         self.net = reparameterize_model(self.net, inplace=True)
-        fold_norms(self.net, lambda net: net(torch.empty(1, 3, *size, device="meta")))
+        fold_norms(self.net, lambda net: net(image))
+        if not self._takes_pixels:
+            self._fold_scale(observe(self.net, lambda net: net(image)).first)
         return self
+
+    @torch.no_grad()
+    def _fold_scale(self, name: str) -> None:
+        """Let the first convolution, if nothing else reads the images, take them in 0..255 with the mean at 0.
+
+        Its padding, which is 0, stands for the mean as before, so this is exact.
+        """
+        conv = self.net.get_submodule(name) if name else None
+        if not isinstance(conv, nn.Conv2d) or conv.in_channels != 3 or conv.groups != 1:
+            return
+        weight = conv.weight.double() if conv.weight.device.type == "cpu" else conv.weight
+        conv.weight.copy_(weight / (255 if self.std is None else 255 * self.std.to(weight)))
+        self.register_buffer("_mean_pixel", None if self.mean is None else 255 * self.mean, persistent=False)
+        self._takes_pixels = True
+
+    def _normalized(self, images: Tensor) -> Tensor:
+        """The network's input: in 0..1, or minus the mean and divided by the deviation, or as in ``_fold_scale``."""
+        pixels = images.dtype == torch.uint8
+        if self._takes_pixels:
+            if self._mean_pixel is None:
+                return images.to(next(self.net.parameters()).dtype) if pixels else 255 * images
+            return images - self._mean_pixel if pixels else 255 * images - self._mean_pixel
+        if pixels:
+            images = images.to(next(self.net.parameters()).dtype) / 255
+        return images if self.mean is None or self.std is None else (images - self.mean) / self.std
 
     def set_normalization(self, mean: Tensor | None, std: Tensor | None) -> None:
         """Use the normalisation that loaded weights were trained with: (3, 1, 1) each, or None for none."""

@@ -48,11 +48,13 @@ class Observed:
         shapes: (B, C, H, W) of a convolution's input.
         after_sums: the name of the module that alone uses the sum of a convolution's output and another tensor of its
             shape, where nothing else uses that output. The convolution's bias can be added there as well.
+        first: the name of the convolution that alone uses the network's input; empty if there is none.
     """
 
     followers: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     after_sums: dict[str, str] = field(default_factory=dict)
+    first: str = ""
 
 
 def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
@@ -62,6 +64,7 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
     leaves = {n: m for n, m in watched.named_modules() if isinstance(m, nn.BatchNorm2d) or not any(m.children())}
     runs: Counter[str] = Counter()  # calls of each module
     output_of: dict[str, int] = {}  # module -> id of its output
+    inputs_of: dict[str, int] = {}  # module -> id of its first input
     readers_of: dict[int, list[str]] = {}  # id of a tensor -> modules that get it as input
     uses = _Uses()
     observed = Observed()
@@ -69,6 +72,7 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
             runs[name] += 1
+            inputs_of.setdefault(name, id(inputs[0]) if inputs else 0)
             for tensor in _tensors(inputs):
                 readers_of.setdefault(id(tensor), []).append(name)
                 if isinstance(module, nn.Conv2d):
@@ -95,6 +99,9 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
     except (NotImplementedError, RuntimeError):
         return Observed()
     returned = {id(tensor) for tensor in _tensors([results])}
+    first = next(iter(inputs_of), "")
+    if runs[first] == 1 and _takes_images(watched.get_submodule(first), inputs_of[first], uses, returned):
+        observed.first = first
     for name, module in leaves.items():
         output = output_of.get(name, 0)
         if not isinstance(module, nn.Conv2d) or runs[name] != 1 or uses.of(id(module.weight)) != ["conv2d"]:
@@ -112,6 +119,12 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
     return observed
 
 
+def _takes_images(module: nn.Module, image: int, uses: _Uses, returned: set[int]) -> bool:
+    """Whether the module that was called first is a convolution that alone uses the network's input."""
+    alone = uses.of(image) == ["conv2d"] and not uses.made(image) and image not in returned
+    return isinstance(module, nn.Conv2d) and alone and uses.of(id(module.weight)) == ["conv2d"]
+
+
 class _Uses(TorchFunctionMode):
     """Records, by the ``id`` of a tensor, the names of the torch functions that computed tensors from it.
 
@@ -122,6 +135,7 @@ class _Uses(TorchFunctionMode):
         super().__init__()
         self.sums: dict[int, int] = {}  # id of a summand -> id of a sum of two tensors of the same shape
         self._names: dict[int, list[str]] = {}
+        self._made: set[int] = set()
         self._kept: list[Tensor] = []
 
     def __torch_function__(
@@ -131,6 +145,7 @@ class _Uses(TorchFunctionMode):
         if any(True for _ in _tensors([result])):
             for tensor in _tensors([args, *(kwargs or {}).values()]):
                 self._names.setdefault(id(self.keep(tensor)), []).append(func.__name__)
+        self._made |= {id(tensor) for tensor in _tensors([result])}
         if func.__name__.strip("_") in ("add", "iadd") and not kwargs:
             summands = list(_tensors(args))
             if len(summands) == 2 and summands[0].shape == summands[1].shape == result.shape:
@@ -140,6 +155,10 @@ class _Uses(TorchFunctionMode):
     def in_place(self, key: int) -> bool:
         """Whether a sum has been written over one of its summands."""
         return self.sums.get(key) == key
+
+    def made(self, key: int) -> bool:
+        """Whether a torch function has returned this tensor."""
+        return key in self._made
 
     def of(self, key: int) -> list[str]:
         return self._names.get(key, [])
