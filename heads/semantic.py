@@ -20,7 +20,7 @@ from mvision.settings import MAX_WIDTH, Replacement, Settings
 from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 from mvision.structures.masks import Masks, RunLengths
-from mvision.structures.run_lengths import encode_labels
+from mvision.structures.run_lengths import encode_labels, same_size
 from mvision.structures.transfer import to_device, to_host
 
 STRIDE = 4  # of the decoder's result
@@ -118,11 +118,16 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
         logits = outputs["logits"].float()
         scores = class_scores(logits)
         kept = [{index: score for index, score in found.items() if index and score >= threshold} for found in scores]
+        masks: list[dict[int, RunLengths]] = [{} for _ in kept]
         wanted = [number for number, found in enumerate(kept) if found]
+        parts = list(same_size([sizes[number] for number in wanted], logits.device))
+        groups = [[wanted[place] for place in places] for places, _ in parts]
         # Classes below the threshold take part too: the others do not grow into their place.
-        maps = [likeliest_class(logits[number], sorted({0, *scores[number]}), sizes[number]) for number in wanted]
-        masks = dict(zip(wanted, encode_labels(maps)))
-        return [self._regions(found, masks.get(number, {}), sizes[number]) for number, found in enumerate(kept)]
+        maps = likeliest_classes(logits, [list(found) for found in scores], groups, [size for _, size in parts])
+        for numbers, encoded in zip(groups, encode_labels(maps)):
+            for number, of_image in zip(numbers, encoded):
+                masks[number] = of_image
+        return [self._regions(*each) for each in zip(kept, masks, sizes)]
 
     def _regions(self, scores: dict[int, float], masks: dict[int, RunLengths], size: tuple[int, int]) -> Instances:
         """The regions of one image, from the scores and masks of its classes; some have no pixel at this size."""
@@ -179,23 +184,40 @@ def class_scores(logits: Tensor) -> list[dict[int, float]]:
     ]
 
 
-def likeliest_class(logits: Tensor, classes: Sequence[int], size: tuple[int, int]) -> Tensor:
-    """(H, W) int32: for every pixel that of ``classes`` with the largest logit, interpolated bilinearly to ``size``.
+def likeliest_classes(
+    logits: Tensor, classes: Sequence[Sequence[int]], groups: Sequence[Sequence[int]], sizes: Sequence[tuple[int, int]]
+) -> list[Tensor]:
+    """For every pixel of an image the likeliest class, of background and those that are the likeliest in some cell.
 
     Args:
-        logits: (C + 1, h, w).
-        classes: indices into the logits, at least one.
-        size: H and W.
+        logits: (B, C + 1, h, w); they are interpolated bilinearly.
+        classes: of each of the B images, the indices of the classes that take part.
+        groups: images of one size each, as indices into the batch.
+        sizes: height and width H, W of each group.
+
+    Returns:
+        (N, H, W) int32 for each group of N images.
 
     Only one class at a time is interpolated: all classes together need too much memory for a large photo.
     """
-    best = torch.full(size, -torch.inf, dtype=logits.dtype, device=logits.device)
-    labels = torch.full(size, classes[0], dtype=torch.int32, device=logits.device)
-    for index in classes:
-        values = F.interpolate(logits[None, None, index], size=size, mode="bilinear", align_corners=False)[0, 0]
-        labels.masked_fill_(values > best, index)
-        best = torch.maximum(values, best)
-    return labels
+    present = np.zeros(logits.shape[:2], dtype=bool)
+    present[:, 0] = True
+    for row, found in zip(present, classes):
+        row[list(found)] = True
+    numbers = np.array([number for group in groups for number in group], dtype=np.int64)
+    on_device = to_device({"numbers": torch.from_numpy(numbers), "present": torch.from_numpy(present)}, logits.device)
+    maps = []
+    for group, chosen, size in zip(groups, on_device["numbers"].split([len(group) for group in groups]), sizes):
+        mine, allowed = logits.index_select(0, chosen), on_device["present"].index_select(0, chosen)
+        best = torch.full((len(group), *size), -torch.inf, dtype=logits.dtype, device=logits.device)
+        labels = torch.zeros((len(group), *size), dtype=torch.int32, device=logits.device)
+        for index in np.flatnonzero(present[list(group)].any(0)).tolist():
+            values = F.interpolate(mine[:, index, None], size=size, mode="bilinear", align_corners=False)[:, 0]
+            better = (values > best).logical_and_(allowed[:, index, None, None])
+            labels.masked_fill_(better, index)
+            best = torch.where(better, values, best)
+        maps.append(labels)
+    return maps
 
 
 def class_map(target: Targets, size: tuple[int, int]) -> np.ndarray:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pycocotools import mask as coco_mask
 
 from mvision.structures.masks import Masks, decode_mask, encode_logits, encode_mask, mask_polygons
-from mvision.structures.run_lengths import encode_labels, encode_masks
+from mvision.structures.run_lengths import MAX_PIXELS, encode_labels, encode_masks
 
 
 def blobs(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
@@ -52,7 +52,7 @@ def test_logits_are_enlarged_as_torch_does(size: tuple[int, int], grid: tuple[in
 @pytest.mark.parametrize("at_once", [1, 20_000, 2**26])
 def test_a_gpus_masks_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """Masks of images of several sizes, in any order; empty and full ones, and one that is asked for twice."""
-    monkeypatch.setattr("mvision.structures.run_lengths.MAX_PIXELS", at_once)
+    monkeypatch.setitem(MAX_PIXELS, "cpu", at_once)
     logits = torch.from_numpy(np.stack([blobs((24, 16), seed) - np.float32(0.4) for seed in range(8)]))
     logits[3], logits[4] = -1, 1
     which = np.array([3, 1, 4, 2, 0, 5, 6, 7, 3])
@@ -64,11 +64,13 @@ def test_a_gpus_masks_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, at_o
 
 def test_maps_of_labels_are_encoded_number_by_number() -> None:
     maps = torch.randint(0, 4, (3, 50, 60), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
-    maps[1] = 2
-    for labels, encoded in zip(maps, encode_labels([*maps])):
-        assert list(encoded) == labels.unique().tolist()
-        for number, runs in encoded.items():
-            assert runs == encode_mask((labels == number).numpy())
+    maps[1], maps[2, :, 0] = 2, maps[1, -1, -1]  # one number everywhere, with which the next map begins
+    stacks = [maps[:, :30], maps[1:]]
+    for stack, encoded in zip(stacks, encode_labels(stacks)):
+        for labels, found in zip(stack, encoded):
+            assert list(found) == labels.unique().tolist()
+            for number, runs in found.items():
+                assert runs == encode_mask((labels == number).numpy())
     assert encode_labels([]) == []
 
 
@@ -81,7 +83,7 @@ def test_run_lengths_on_a_gpu() -> None:
         other = decode_mask(encode_logits(logits[index].numpy(), size))
         assert (decode_mask(runs) != other).mean() < 1e-4
     maps = torch.randint(0, 4, (3, 50, 60), dtype=torch.int32)
-    assert encode_labels([*maps.cuda()]) == encode_labels([*maps])
+    assert encode_labels([maps.cuda()]) == encode_labels([maps])
 
 
 def test_a_small_object_on_a_large_image_needs_little_memory() -> None:

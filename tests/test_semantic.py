@@ -23,10 +23,11 @@ from mvision.heads.semantic import (
     class_map,
     class_scores,
     focal_and_dice,
-    likeliest_class,
+    likeliest_classes,
 )
 from mvision.structures import Category, Targets
 from mvision.structures.boxes import xyxy_to_cxcywh
+from mvision.structures.run_lengths import MAX_PIXELS
 from mvision.weights import load as load_weights
 from tests.test_heads import make_features, make_head
 
@@ -144,9 +145,33 @@ def test_regions_are_the_likeliest_class_of_every_pixel() -> None:
 
 
 def test_class_by_class_is_the_same_as_all_at_once() -> None:
-    logits = torch.randn(5, 12, 9, generator=torch.Generator().manual_seed(0))
-    whole = torch.nn.functional.interpolate(logits[None], size=(100, 77), mode="bilinear", align_corners=False)[0]
-    assert np.array_equal(likeliest_class(logits, range(5), (100, 77)).numpy(), whole.argmax(0).numpy())
+    logits = torch.randn(4, 5, 12, 9, generator=torch.Generator().manual_seed(0))
+    logits[3, 2:4] = -1  # neither takes part in this image
+    groups, sizes = [[2, 0, 3], [1]], [(100, 77), (30, 40)]
+    maps = likeliest_classes(logits, [range(5)] * 3 + [[1, 4]], groups, sizes)
+    logits[3, 2:4] = -torch.inf
+    for group, size, found in zip(groups, sizes, maps):
+        whole = torch.nn.functional.interpolate(logits[group].nan_to_num(neginf=-99), size=size, mode="bilinear")
+        assert torch.equal(found, whole.argmax(1).int())
+
+
+@pytest.mark.parametrize("at_once", [1, 2**26])
+def test_regions_of_a_batch_are_those_of_its_images(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    monkeypatch.setitem(MAX_PIXELS, "cpu", at_once)
+    head = make_head("semantic-seg")
+    logits = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    logits[2, 0] = 99  # nothing but background
+    sizes = [(80, 160), (50, 40), (80, 160), (80, 160), (50, 40)]
+    for number, found in enumerate(head.postprocess({"logits": logits}, sizes, threshold=0.4)):
+        (alone,) = head.postprocess({"logits": logits[number : number + 1]}, [sizes[number]], threshold=0.4)
+        assert found.size == sizes[number]
+        assert found.scores.tolist() == alone.scores.tolist()
+        assert found.labels.tolist() == alone.labels.tolist()
+        assert np.array_equal(found.boxes, alone.boxes)
+        assert found.masks.rles == alone.masks.rles
+        for box, mask in zip(found.boxes.astype(int).tolist(), found.masks):
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            assert box == [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
 
 
 def test_other_strides_are_refused() -> None:
