@@ -6,7 +6,9 @@ library drops such a part, the test named after the entry fails.
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -26,6 +28,25 @@ OPENVINO_KEEP_FLOAT32 = (
 """Attributes of a layer's ``rt_info`` in an OpenVINO XML file that keep the layer in float32 when the model computes in
 bf16. The first is the name in older versions, the second the one that OpenVINO 2026.4.1 reads; each version ignores the
 other's."""
+
+
+@contextmanager
+def albumentations_alone() -> Iterator[None]:
+    """Import albumentations without what it only needs to fetch and store transforms (2.0.8).
+
+    It asks the package index for a newer version, which takes seconds without a network, and imports huggingface_hub
+    with its web client where that is installed: more than half of its own import, in every process that loads images.
+    """
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
+    hub = "huggingface_hub"
+    hidden = hub not in sys.modules
+    if hidden:
+        sys.modules[hub] = None  # type: ignore[assignment]  # its import fails, as where it is not installed
+    try:
+        yield
+    finally:
+        if hidden:
+            del sys.modules[hub]
 
 
 def worker_sentinels(loader: DataLoader[Any]) -> list[int]:
@@ -94,15 +115,18 @@ def pack_convolution_weight(weight: Tensor, settings: Sequence[Any], shape: Sequ
     return torch.ops.mkldnn._reorder_convolution_weight(weight, *settings, shape)
 
 
-def packed_convolution(x: Tensor, weight: Tensor, bias: Tensor, settings: Sequence[Any], activation: str) -> Tensor:
+def packed_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor, settings: Sequence[Any], activation: str, limits: Sequence[float] = ()
+) -> Tensor:
     """A convolution with a weight of ``pack_convolution_weight``, and the activation after it (torch 2.14.1).
 
     Args:
-        activation: ``none``, ``relu``, ``swish`` or ``hardswish``.
+        activation: ``none``, ``relu``, ``swish``, ``hardswish``, or ``hardtanh``, which keeps results between the two
+            ``limits``.
     """
     import torch
 
-    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *settings, activation, [], "")
+    return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *settings, activation, list(limits), "")
 
 
 def reset_accelerate() -> None:

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.models.hgnet import LearnableAffineBlock
 from torch import Tensor, nn
 
 from mvision.backbone import Backbone
+from mvision.backbone.affine import Floor
 from mvision.backbone.folding import Observed, fold_norms, observe
 from mvision.config import BackboneConfig
 
@@ -184,3 +186,22 @@ def test_images_that_something_else_reads_keep_their_scale() -> None:
     assert observe(Reads("plain"), call).first == ""
     assert observe(nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 4, 1)), call).first == ""
     assert observe(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), call).first == "0"
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+def test_scaled_activations_go_into_the_convolutions(scale: float) -> None:
+    backbone = stir(Backbone(BackboneConfig(name="hgnetv2_b0"), SIZE))
+    blocks = [module for module in backbone.modules() if isinstance(module, LearnableAffineBlock)]
+    for block in blocks:
+        block.scale.data.fill_(scale)
+        block.bias.data.fill_(0.25)
+    images = torch.randint(0, 256, (2, 3, *SIZE), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = backbone(images)
+        found = backbone.fuse()(images)
+    left = sum(isinstance(module, LearnableAffineBlock) for module in backbone.modules())
+    assert len(blocks) > 20
+    assert left == (0 if scale > 0 else len(blocks))  # a ReLU of a negative multiple is none of the sum
+    assert sum(isinstance(module, Floor) for module in backbone.modules()) == len(blocks) - left
+    for a, b in zip(expected, found):
+        torch.testing.assert_close(b, a, rtol=1e-4, atol=1e-5 * float(a.abs().max()))

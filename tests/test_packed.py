@@ -6,10 +6,14 @@ import copy
 
 import pytest
 import torch
+from timm.models.hgnet import LearnableAffineBlock
 from torch import nn
 
+from mvision import create_model
+from mvision.backbone.affine import Floor
 from mvision.compat import has_packed_convolutions
 from mvision.deploy.compare import difference
+from mvision.fast.biases import join_biases
 from mvision.fast.packed import ACTIVATIONS, PackedConv2d
 from mvision.fast.prepare import prepare
 from mvision.model import Model
@@ -65,3 +69,22 @@ def test_a_packed_convolution_is_the_convolution_and_its_activation(activation: 
         for memory_format in (torch.contiguous_format, torch.channels_last):
             found = PackedConv2d(conv, [1, 6, 20, 20], activation)(x.to(memory_format=memory_format))
             torch.testing.assert_close(found, expected)
+
+
+def test_packed_convolutions_end_at_a_floor() -> None:
+    """As scaled activations do, see ``mvision.backbone.affine``."""
+    torch.manual_seed(0)
+    made = create_model("hgnetv2_b0", num_classes=2, image_size=64, neck__embed_dim=32)
+    for module in made.modules():
+        if isinstance(module, LearnableAffineBlock):
+            module.scale.data.fill_(0.5)
+            module.bias.data.fill_(-0.25)
+    with torch.no_grad():
+        made.train()(torch.rand(4, 3, 64, 64))
+        ready, joined = (prepare(copy.deepcopy(made.eval()), packed=packed) for packed in (True, False))
+        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        for other in (ready, joined, join_biases(joined)):
+            assert difference(made(images), other(images))[0] < 1e-4
+    assert not any(isinstance(module, Floor) for both in (ready, joined) for module in both.modules())
+    limited = [module for module in ready.modules() if getattr(module, "activation", "") == "hardtanh"]
+    assert {module.limits[0] for module in limited} == {-0.25}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mvision.backbone.affine import fold_affine
 from mvision.backbone.feature_nets import SMP, build_pretrained, plan_network, probe, pyramid_of, smp_names
 from mvision.backbone.folding import fold_norms, observe
 from mvision.errors import UserError, did_you_mean
@@ -96,7 +97,7 @@ class Backbone(nn.Module):
         size = [-(-side // self._multiple) * self._multiple for side in self.image_size]
         image = torch.empty(1, 3, *size, device="meta")
         self.net = reparameterize_model(self.net, inplace=True)
-        fold_norms(self.net, lambda net: net(image))
+        fold_affine(fold_norms(self.net, lambda net: net(image)))
         if not self._takes_pixels:
             self._fold_scale(observe(self.net, lambda net: net(image)).first)
         return self

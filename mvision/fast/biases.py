@@ -11,25 +11,31 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from mvision.backbone.affine import Floor
 from mvision.backbone.folding import observe
 from mvision.fast.triton_kernels import Activation, add_bias_activation_
 from mvision.inference.predict import Predictor
 
-ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.SiLU: "silu"}
+ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", Floor: "relu", nn.SiLU: "silu"}
 
 M = TypeVar("M", bound=nn.Module)
 
 
 class BiasActivation(nn.Module):
-    """``activation(x + bias)`` for prediction only; it is written over x (B, C, H, W)."""
+    """``activation(x + bias)`` for prediction only; it is written over x (B, C, H, W).
 
-    def __init__(self, bias: Tensor, activation: Activation = "none") -> None:
+    Args:
+        after: the module whose work it does besides adding the bias: a ReLU, a SiLU, a ``Floor``, or None.
+    """
+
+    def __init__(self, bias: Tensor, after: nn.Module | None = None) -> None:
         super().__init__()
         self.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.activation = activation
+        self.activation: Activation = "none" if after is None else ACTIVATIONS[type(after)]
+        self.floor = after.floor if isinstance(after, Floor) else 0.0
 
     def forward(self, x: Tensor) -> Tensor:
-        return add_bias_activation_(x, self.bias, self.activation)
+        return add_bias_activation_(x, self.bias, self.activation, self.floor)
 
 
 def join_biases(model: M) -> M:
@@ -47,12 +53,12 @@ def join_biases(model: M) -> M:
         bias, conv.bias = conv.bias, None
         if name in seen.after_sums and _takes_bias(model, seen.after_sums[name], bias):
             continue
-        activation: Activation = "none"
-        follower = seen.followers.get(name)
-        if follower is not None and type(model.get_submodule(follower)) in ACTIVATIONS:
-            activation = ACTIVATIONS[type(model.get_submodule(follower))]
-            model.set_submodule(follower, nn.Identity())
-        model.set_submodule(name, nn.Sequential(conv, BiasActivation(bias, activation)))
+        after = model.get_submodule(seen.followers[name]) if name in seen.followers else None
+        if type(after) in ACTIVATIONS:
+            model.set_submodule(seen.followers[name], nn.Identity())
+        else:
+            after = None
+        model.set_submodule(name, nn.Sequential(conv, BiasActivation(bias, after)))
     return model
 
 
@@ -64,5 +70,5 @@ def _takes_bias(model: nn.Module, name: str, bias: Tensor) -> bool:
         return True
     if type(module) not in ACTIVATIONS:
         return False
-    model.set_submodule(name, BiasActivation(bias, ACTIVATIONS[type(module)]))
+    model.set_submodule(name, BiasActivation(bias, module))
     return True

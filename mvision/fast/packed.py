@@ -6,11 +6,13 @@ whole map once more. ``torch.compile`` uses the same two operators.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from mvision.backbone.affine import Floor
 from mvision.backbone.folding import observe
 from mvision.compat import pack_convolution_weight, packed_convolution
 from mvision.inference.predict import Predictor
@@ -27,18 +29,21 @@ class PackedConv2d(nn.Module):
     Args:
         shape: (B, C, H, W) of the inputs that the weights are ordered for. Inputs of other shapes give the same
             results, but can be slower than with an ordinary convolution.
+        activation, limits: see ``mvision.compat.packed_convolution``.
     """
 
-    def __init__(self, conv: nn.Conv2d, shape: list[int], activation: str = "none") -> None:
+    def __init__(
+        self, conv: nn.Conv2d, shape: list[int], activation: str = "none", limits: Sequence[float] = ()
+    ) -> None:
         super().__init__()
         self.settings = (list(conv.padding), list(conv.stride), list(conv.dilation), conv.groups)
-        self.activation = activation
+        self.activation, self.limits = activation, tuple(limits)
         self.weight = pack_convolution_weight(conv.weight.detach(), self.settings, shape)
         bias = conv.weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
         self.bias = nn.Parameter(bias, requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return packed_convolution(x, self.weight, self.bias, self.settings, self.activation)
+        return packed_convolution(x, self.weight, self.bias, self.settings, self.activation, self.limits)
 
 
 def pack(model: M) -> M:
@@ -49,10 +54,13 @@ def pack(model: M) -> M:
         conv = model.get_submodule(name)
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
-        activation = "none"
-        follower = seen.followers.get(name)
-        if follower is not None and type(model.get_submodule(follower)) in ACTIVATIONS:
-            activation = ACTIVATIONS[type(model.get_submodule(follower))]
-            model.set_submodule(follower, nn.Identity())
-        model.set_submodule(name, PackedConv2d(conv, shape, activation))
+        activation, limits = "none", ()
+        follower = model.get_submodule(seen.followers[name]) if name in seen.followers else None
+        if isinstance(follower, Floor):
+            activation, limits = "hardtanh", (follower.floor, torch.finfo(torch.float32).max)
+        elif type(follower) in ACTIVATIONS:
+            activation = ACTIVATIONS[type(follower)]
+        if activation != "none":
+            model.set_submodule(seen.followers[name], nn.Identity())
+        model.set_submodule(name, PackedConv2d(conv, shape, activation, limits))
     return model

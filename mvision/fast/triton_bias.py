@@ -9,7 +9,7 @@ ELEMENTS = 2048  # of one program; 16 for each thread of four warps, two of the 
 MAX_CHANNELS = 256  # of one program
 
 
-def launch(x: Tensor, bias: Tensor, activation: str) -> None:
+def launch(x: Tensor, bias: Tensor, activation: str, floor: float = 0.0) -> None:
     """Add the bias and apply the activation in place; ``x`` is (B, C, H, W) in channels-last order."""
     channels = x.shape[1]
     pixels = x.numel() // channels if channels else 0
@@ -18,7 +18,7 @@ def launch(x: Tensor, bias: Tensor, activation: str) -> None:
     block_channels = min(triton.next_power_of_2(channels), MAX_CHANNELS)
     block_pixels = ELEMENTS // block_channels
     grid = (triton.cdiv(pixels, block_pixels), triton.cdiv(channels, block_channels))
-    _add_bias_activation[grid](x, bias, pixels, channels, activation, block_pixels, block_channels)
+    _add_bias_activation[grid](x, bias, pixels, channels, floor, activation, block_pixels, block_channels)
 
 
 @triton.jit(do_not_specialize=["pixels"])
@@ -27,6 +27,7 @@ def _add_bias_activation(
     bias,
     pixels,
     channels,
+    floor,
     ACTIVATION: tl.constexpr,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_CHANNELS: tl.constexpr,
@@ -39,7 +40,7 @@ def _add_bias_activation(
     out = tl.load(at, mask=mask, other=0).to(tl.float32)
     out += tl.load(bias + channel, mask=channel < channels, other=0).to(tl.float32)[None, :]
     if ACTIVATION == "relu":
-        out = tl.where(out < 0, 0.0, out)  # keeps NaN, as PyTorch does
+        out = tl.where(out < floor, floor, out)  # keeps NaN, as PyTorch does
     elif ACTIVATION == "silu":
         out = out * tl.sigmoid(out)
     tl.store(at, out.to(x.dtype.element_ty), mask=mask)
