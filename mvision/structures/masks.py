@@ -161,21 +161,31 @@ def _encode_part(part: np.ndarray, top: int, left: int, size: tuple[int, int]) -
     columns = np.zeros((part.shape[1], height), dtype=bool)
     columns[:, top : top + part.shape[0]] = part.T
     # With a zero at both ends there are as many changes to one as back to zero.
-    return encode_runs(np.flatnonzero(np.diff(np.pad(columns.ravel(), 1))) + left * height, size)
+    changes = np.flatnonzero(np.diff(np.pad(columns.ravel(), 1))) + left * height
+    return encode_changes(changes, 1, size)[0]
 
 
-def encode_runs(changes: np.ndarray, size: tuple[int, int]) -> RunLengths:
-    """Run lengths of a mask that changes from zero to one and back at these pixels, counted down the columns.
+def encode_changes(changes: np.ndarray, count: int, size: tuple[int, int]) -> list[RunLengths]:
+    """Run lengths of ``count`` masks of one size, from the pixels at which they change from zero to one and back.
 
     Args:
-        changes: int64, rising; the last may be the number of pixels.
-        size: (height, width) of the image in pixels.
+        changes: (P,) int64, rising. Pixels are counted down the columns of the first mask, then down those of the
+            second, and so on; every mask begins with zero. A change behind the last pixel of all has no meaning.
+        size: (height, width) of the images in pixels.
     """
-    height, width = size
-    runs = np.diff(changes, prepend=0, append=height * width)  # the first run is of zeros, and may be empty
-    if not runs[-1]:
-        runs = runs[:-1]
-    return _as_text(coco_mask.frPyObjects({"size": [height, width], "counts": runs}, height, width))
+    pixels = size[0] * size[1]
+    changes = changes[changes < count * pixels]
+    number = changes // pixels
+    # The runs of a mask lie between 0, its changes and the number of its pixels.
+    ends = np.searchsorted(number, np.arange(count), side="right") + 2 * np.arange(count) + 1
+    places = np.zeros(len(changes) + 2 * count, dtype=np.int64)
+    places[np.arange(len(changes)) + 2 * number + 1] = changes - number * pixels
+    places[ends] = pixels
+    runs = np.diff(places).astype(np.uint32)
+    return [
+        _as_text(coco_mask.frPyObjects({"size": list(size), "counts": runs[begin:end]}, *size))
+        for begin, end in zip([0, *(ends[:-1] + 1).tolist()], ends.tolist())
+    ]
 
 
 def _as_text(rle: RunLengths) -> RunLengths:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvision.structures.masks import RunLengths, encode_runs
+from mvision.structures.masks import RunLengths, encode_changes
 from mvision.structures.transfer import to_device, to_host
 
 # Pixels that are enlarged at once: 256 MiB in float32 on a GPU, and on a CPU what its caches hold.
@@ -53,8 +53,7 @@ def encode_masks(logits: Tensor, which: np.ndarray, sizes: Sequence[tuple[int, i
         starts[str(places[0])] = changes.flatten().nonzero()[:, 0]
     encoded: dict[int, RunLengths] = {}
     for (places, size), found in zip(parts, to_host(starts).values()):
-        for place, runs in zip(places, _split(found.numpy(), len(places), size)):
-            encoded[place] = encode_runs(runs, size)
+        encoded |= zip(places, encode_changes(found.numpy(), len(places), size))
     return [encoded[place] for place in range(len(order))]
 
 
@@ -81,7 +80,7 @@ def encode_labels(maps: Sequence[Tensor]) -> list[list[dict[int, RunLengths]]]:
 def _encode_map(begin: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> dict[int, RunLengths]:
     """Run lengths of every label, from the pixels where runs of them begin."""
     runs = np.stack((begin, np.append(begin[1:], size[0] * size[1])), axis=1)
-    return {number: encode_runs(runs[label == number].ravel(), size) for number in np.unique(label).tolist()}
+    return {number: encode_changes(runs[label == number].ravel(), 1, size)[0] for number in np.unique(label).tolist()}
 
 
 def _split(places: np.ndarray, count: int, size: tuple[int, int]) -> list[np.ndarray]:
