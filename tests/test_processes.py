@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from mvision.commands.val import validate
 from mvision.config import Config, TrainConfig, load_config
-from mvision.data.loading.loader import worker_context
+from mvision.data.loading.workers import worker_context
 from tests.conftest import write_squares
 from tests.small_runs import FAST, add_corners, fast_config
 
@@ -66,7 +66,7 @@ def process(rank: int, size: int, port: int, folder: Path, change: str) -> None:
             if isinstance(module, torch.nn.BatchNorm2d):
                 freeze(module)
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        return torch.optim.SGD([{"params": parameters, "lr": config.lr, "peak_lr": config.lr}])
+        return torch.optim.SGD([{"params": parameters, "lr": config.lr, "peak_lr": config.lr}], fused=True)
 
     engine.train_epoch = faulty
     if change == "plain descent":

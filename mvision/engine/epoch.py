@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
-from mvision.compat import copy_all
 from mvision.config import TrainConfig
 from mvision.data import Batch, Loader
 from mvision.engine.checks import single_value
 from mvision.engine.optim import set_learning_rate
+from mvision.engine.readings import BufferGuard, Readings
 from mvision.engine.state import random_states
 from mvision.engine.trainer import Trainer
 from mvision.errors import UserError, printable
+from mvision.structures.transfer import to_device
 
 MAX_BAD_STEPS = 20
 """The run ends with an error after this many optimiser steps in a row without a finite gradient."""
 MAX_SCALED_BAD_STEPS = 60
 """The same with fp16, where each of them halves the scale of the loss; finding a scale takes some steps."""
+READ_INTERVAL = 0.5
+"""On a GPU, seconds between two readings of the losses and of whether the gradients were finite; it waits for each."""
 
 
 def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float]:
@@ -37,7 +39,6 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
     config, accelerator, progress = trainer.config.train, trainer.accelerator, trainer.progress
     trainer.model.train()
     first, before = (progress.batch, progress.sums) if epoch == progress.epoch else (0, {})
-    sums: defaultdict[str, float] = defaultdict(float, before)
     bar = tqdm(
         loader.epoch(epoch, first) if first < len(loader) else (),
         total=len(loader),
@@ -46,8 +47,8 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
         disable=not accelerator.is_main_process,
         leave=False,
     )
-    start = time.monotonic()
-    guard = BufferGuard(trainer.bare_model)
+    start = read_at = time.monotonic()
+    guard, readings = BufferGuard(trainer.bare_model), Readings(before)
     count = first
     for count, loaded in enumerate(bar, start=first + 1):
         for file, reason in loaded.skipped:
@@ -56,29 +57,39 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
         # The last group of an epoch may have fewer batches than ``accumulate``; its gradient is divided all the same.
         last_of_group = count % config.accumulate == 0 or count == len(loader)
         with nullcontext() if last_of_group else accelerator.no_sync(trainer.model):
-            terms = _forward(trainer, batch)
-            accelerator.backward(_total(terms, config) / config.accumulate)
-        for name, value in terms.items():
-            sums[_logged_name(name)] += float(value.detach())
+            names, values = _forward(trainer, batch)
+            accelerator.backward(_total(names, values, config) / config.accumulate)
+        readings.add_terms(names, values)
         if last_of_group:
-            _optimize(trainer, guard)
-            batches_left = (config.epochs - epoch) * len(loader) - count
-            speed = (time.monotonic() - start) / (count - first)
-            bar.set_postfix_str(_status(trainer, sums, count, speed * batches_left))
-            if trainer.stop.requested(accelerator):
-                _pause(trainer, count, sums)
+            readings.add_step(progress.step, _optimize(trainer, guard))
+            now = time.monotonic()
+            stops, reads = trainer.stop.agree(accelerator, now - read_at >= _interval(accelerator.device))
+            if stops:
+                _pause(trainer, count, readings)
                 raise trainer.stop.stopped()
-    _pause(trainer, count, sums)
-    return {name: value / max(1, count) for name, value in sums.items()}
+            if reads:
+                read_at = now
+                _check_steps(trainer, readings.read())
+                left = (now - start) / (count - first) * ((config.epochs - epoch) * len(loader) - count)
+                bar.set_postfix_str(_status(trainer, readings.sums, count, left))
+    _pause(trainer, count, readings)
+    return {name: value / max(1, count) for name, value in readings.sums.items()}
 
 
-def _pause(trainer: Trainer, count: int, sums: dict[str, float]) -> None:
+def _interval(device: torch.device) -> float:
+    """Seconds between two readings. On a CPU nothing runs ahead, so it costs nothing to read after every step."""
+    return 0.0 if device.type == "cpu" else READ_INTERVAL
+
+
+def _pause(trainer: Trainer, count: int, readings: Readings) -> None:
     """Note all that is needed to go on after this batch."""
-    trainer.progress.batch, trainer.progress.sums = count, dict(sums)
+    _check_steps(trainer, readings.read())
+    trainer.progress.batch, trainer.progress.sums = count, dict(readings.sums)
     trainer.random = random_states(trainer.accelerator)
 
 
-def _forward(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
+def _forward(trainer: Trainer, batch: Batch) -> tuple[list[str], torch.Tensor]:
+    """The names of the loss terms of a batch, and their values as one float32 tensor."""
     try:
         with trainer.accelerator.autocast():
             outputs = trainer.model(batch.images, batch.targets)
@@ -87,85 +98,67 @@ def _forward(trainer: Trainer, batch: Batch) -> dict[str, torch.Tensor]:
         if line is None:
             raise
         raise line from error
-    return trainer.bare_model.loss(outputs, batch.targets)
+    terms = trainer.bare_model.loss(outputs, batch.targets)
+    return list(terms), torch.stack([value.float() for value in terms.values()])
 
 
-class BufferGuard:
-    """The running means of norms, as they were after the last step with a finite gradient.
-
-    A forward pass that overflows puts NaN into them, where it would stay: no later step can remove it.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
-        self.copies = [buffer.clone() for buffer in self.buffers]
-
-    def update(self) -> None:
-        """Take the values of now as good."""
-        copy_all(self.copies, self.buffers)
-
-    def restore(self) -> None:
-        """Go back to the last good values if there are others that are not finite."""
-        if not all(bool(buffer.isfinite().all()) for buffer in self.buffers):
-            copy_all(self.buffers, self.copies)
-
-
-def _total(terms: dict[str, torch.Tensor], config: TrainConfig) -> torch.Tensor:
+def _total(names: Sequence[str], values: torch.Tensor, config: TrainConfig) -> torch.Tensor:
     """The loss: the sum of all terms, which are named ``task/term``, those of a task times ``task_weights``.
 
     The weights are fixed: learning them (Liu et al., "Towards Impartial Multi-task Learning", ICLR 2021, section 3.2)
     was measured and is no better, see docs/measurements.md.
     """
-    losses: dict[str, torch.Tensor] = {}
-    for name, value in terms.items():
-        task = name.partition("/")[0]
-        losses[task] = losses.get(task, 0) + value.float()
-    return torch.stack([config.task_weights.get(task, 1.0) * value for task, value in losses.items()]).sum()
+    if config.task_weights:
+        weights = torch.tensor([config.task_weights.get(name.partition("/")[0], 1.0) for name in names])
+        values = values * to_device({"weights": weights}, values.device)["weights"]
+    return values.sum()
 
 
-def _optimize(trainer: Trainer, guard: BufferGuard) -> None:
-    """An optimiser step, which is left out where the gradient is not finite.
+def _optimize(trainer: Trainer, guard: BufferGuard) -> torch.Tensor:
+    """An optimiser step, which changes nothing where the gradient is not finite.
 
-    Raises:
-        UserError: ``MAX_BAD_STEPS`` steps in a row had no finite gradient.
+    Returns:
+        () float32: 1 if the gradient was not finite.
     """
-    config, progress = trainer.config.train, trainer.progress
+    config, progress, scaler = trainer.config.train, trainer.progress, trainer.accelerator.scaler
     set_learning_rate(trainer.optimizer, config, progress.step, trainer.total_steps)
-    norm = trainer.accelerator.clip_grad_norm_(trainer.model.parameters(), config.clip_norm or float("inf"))
-    is_finite = norm is None or bool(torch.isfinite(norm))
-    if is_finite:
-        guard.update()
-    else:
-        guard.restore()
-    # The gradient is the average over all processes, so all of them decide alike. With fp16, accelerate's optimiser
-    # leaves such steps out itself and lowers its loss scale.
-    scaler = trainer.accelerator.scaler
-    if is_finite or scaler is not None:
-        trainer.optimizer.step()
-    else:
-        tqdm.write(f"step {progress.step}: the gradient is not finite; step left out")
-    progress.bad_steps = 0 if is_finite else progress.bad_steps + 1
-    limit = MAX_BAD_STEPS if scaler is None else MAX_SCALED_BAD_STEPS
-    if progress.bad_steps >= limit:
-        raise UserError(
-            f"training diverged: no finite gradient in {limit} steps (precision "
-            f"{trainer.accelerator.mixed_precision}, lr {config.lr:g}); lower train.lr or use --precision fp32"
-        )
+    # The gradient is the average over all processes, so all of them decide alike.
+    norm = trainer.accelerator.clip_grad_norm_(trainer.parameters, config.clip_norm or float("inf"))
+    found_inf = norm.isfinite().logical_not().float()
+    guard.update(found_inf)
+    if scaler is None:  # else it tells the optimiser itself, and lowers its loss scale
+        trainer.bare_optimizer.found_inf = found_inf
+    trainer.optimizer.step()
     trainer.optimizer.zero_grad(set_to_none=True)
     if trainer.ema is not None:
         trainer.ema.update(trainer.bare_model, step=progress.step)
     progress.step += 1
+    return found_inf
 
 
-def _logged_name(term: str) -> str:
-    """The name under which a loss term ``task/NAME_LAYER_KIND`` is logged, ``task/KIND_NAME``: summed over layers."""
-    task, _, rest = term.partition("/")
-    parts = rest.split("_")
-    kind = next((part for part in parts[1:] if not part.isdigit()), "decoder")
-    return f"{task}/{kind}_{parts[0]}"
+def _check_steps(trainer: Trainer, finite: list[tuple[int, bool]]) -> None:
+    """Report the steps that were left out.
+
+    Args:
+        finite: number of each step, and whether its gradient was finite.
+
+    Raises:
+        UserError: ``MAX_BAD_STEPS`` steps in a row had no finite gradient.
+    """
+    config, progress, scaler = trainer.config.train, trainer.progress, trainer.accelerator.scaler
+    limit = MAX_BAD_STEPS if scaler is None else MAX_SCALED_BAD_STEPS
+    for number, is_finite in finite:
+        progress.bad_steps = 0 if is_finite else progress.bad_steps + 1
+        if not is_finite and scaler is None:
+            tqdm.write(f"step {number}: the gradient is not finite; step left out")
+        if progress.bad_steps >= limit:
+            raise UserError(
+                f"training diverged: no finite gradient in {limit} steps (precision "
+                f"{trainer.accelerator.mixed_precision}, lr {config.lr:g}); lower train.lr or use --precision fp32"
+            )
 
 
-def _status(trainer: Trainer, sums: dict[str, float], count: int, left: float) -> str:
+def _status(trainer: Trainer, sums: Mapping[str, float], count: int, left: float) -> str:
     """For the progress bar: mean loss, best score so far, and the time left in the whole run (``left`` in seconds)."""
     progress = trainer.progress
     best = f"best {progress.best:.3f}, " if progress.best >= 0 else ""

@@ -33,6 +33,9 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self._holds = 0
+        self._group: Any = None
+        self._question: Any = None
+        self._answer = torch.zeros(2, dtype=torch.int64)
 
     @contextmanager
     def listening(self) -> Iterator[StopRequest]:
@@ -60,11 +63,54 @@ class StopRequest:
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether a signal has come to any of the processes; all of them have to ask at the same moment."""
-        if accelerator.num_processes > 1:
-            number = torch.tensor(self.number or 0, device=accelerator.device)
-            torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-            self.number = int(number) or None
-        return self.number is not None
+        if accelerator.num_processes == 1:
+            return self.number is not None
+        stops, _ = self._receive_answer()
+        if not stops:
+            self._ask(False)
+            stops, _ = self._receive_answer()
+        return stops
+
+    def agree(self, accelerator: Accelerator, wish: bool) -> tuple[bool, bool]:
+        """The same for a training step, without waiting for the other processes.
+
+        All processes get the same answers. Where there are several, those are to the questions of the step before.
+
+        Args:
+            wish: something that all processes have to do in the same step, because one of them wants it.
+
+        Returns:
+            Whether a signal has come, and whether one of the processes had this wish.
+        """
+        if accelerator.num_processes == 1:
+            return self.number is not None, wish
+        stops, wished = self._receive_answer()
+        if not stops:
+            self._ask(wish)
+        return stops, wished
+
+    def _ask(self, wish: bool) -> None:
+        """Send this process's signal and wish to the others."""
+        if self._group is None:
+            # Of its own, on the CPU: with the one of the gradients, on a GPU, the answer would wait for them.
+            self._group = torch.distributed.new_group(backend="gloo")
+        self._answer = torch.tensor([self.number or 0, wish])
+        self._question = torch.distributed.all_reduce(
+            self._answer, op=torch.distributed.ReduceOp.MAX, group=self._group, async_op=True
+        )
+
+    def _receive_answer(self) -> tuple[bool, bool]:
+        """Wait for the answer to the last question: whether a signal has come to any process, and whether one wished.
+
+        A signal that has come to this process since is not in it: the others do not know of it yet.
+        """
+        if self._question is None:
+            return False, False
+        self._question.wait()
+        self._question = None
+        number, wish = self._answer.tolist()
+        self.number = number or self.number
+        return number != 0, wish != 0
 
     def stopped(self, hint: str = "") -> Stopped:
         """The exception for the signal that has come."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,6 +63,16 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     facts: dict[str, Any] = field(default_factory=dict)
     random: list[dict[str, Any]] = field(default_factory=list)
+
+    @cached_property
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The weights that are trained."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    @property
+    def bare_optimizer(self) -> Any:
+        """The optimiser without accelerate's wrapper around it."""
+        return self.optimizer.optimizer
 
     @property
     def bare_model(self) -> Model:

@@ -37,12 +37,8 @@ class Batch:
         return len(self.targets)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """The same batch on another device."""
-        return replace(
-            self,
-            images=self.images.to(device, non_blocking=non_blocking),
-            targets=[target.to(device, non_blocking) for target in self.targets],
-        )
+        """The same batch with its images on another device. Heads move of the labels what they need, in one copy."""
+        return replace(self, images=self.images.to(device, non_blocking=non_blocking))
 
 
 @dataclass
@@ -65,12 +61,8 @@ class PackedBatch:
     skipped: Skipped
 
     def pin_memory(self) -> PackedBatch:
-        """Called by the DataLoader's own thread, where training is on a GPU."""
-        targets = [
-            {n: torch.from_numpy(v).pin_memory() if isinstance(v, np.ndarray) else v for n, v in target.items()}
-            for target in self.targets
-        ]
-        return replace(self, images=self.images.pin_memory(), targets=targets)
+        """Called by the DataLoader's own thread, where training is on a GPU. Labels stay: heads pack them anyway."""
+        return replace(self, images=self.images.pin_memory())
 
     def unpack(self) -> Batch:
         """The batch; nothing is copied."""
