@@ -65,4 +65,6 @@ def test_inverse_sigmoid() -> None:
     torch.testing.assert_close(inverse_sigmoid(x.sigmoid()), x, atol=1e-2, rtol=1e-3)
     extremes = inverse_sigmoid(torch.tensor([-1.0, 0.0, 1.0, 2.0]))
     assert torch.isfinite(extremes).all()
-    assert extremes[0] == extremes[1] == -extremes[2] == -extremes[3]
+    assert extremes[0] == extremes[1]
+    assert extremes[2] == extremes[3]
+    torch.testing.assert_close(extremes[0], -extremes[2], atol=2e-3, rtol=0)  # 1 - 1e-5 is rounded in float32

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from mvision.heads.query.deformable import DeformableAttention, Shapes
 from mvision.heads.query.denoising import Denoising
+from mvision.neck.cached import ShapeCache, in_graph
 from mvision.neck.layers import MLP, ConvNorm, SelfAttention
 from mvision.settings import MAX_LAYERS, MAX_OBJECTS, MAX_WIDTH, Replacement, Settings
 from mvision.structures.boxes import inverse_sigmoid
@@ -125,6 +127,7 @@ class QueryDecoder(nn.Module):
         self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(config.num_layers))
         # The additional row, zeros, is for padding.
         self.label_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if num_denoising else None
+        self._anchors = ShapeCache()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -157,12 +160,10 @@ class QueryDecoder(nn.Module):
         projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
         shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
         memory = torch.cat([feature.flatten(2).transpose(1, 2) for feature in projected], 1)
-        anchors, valid = make_anchors(shapes, memory.device, box_dtype(memory))
-
-        features = self.memory_proj(memory * valid.to(memory.dtype))
+        anchors, features = self._tokens(memory, shapes)
         scores = self.memory_class(features)
         count = min(self.config.num_queries, memory.shape[1])
-        index = scores.max(-1).values.topk(count, dim=1).indices.unsqueeze(-1)
+        index = scores.detach().amax(-1).topk(count, dim=1).indices.unsqueeze(-1)
         selected = features.gather(1, index.expand(-1, -1, features.shape[-1]))
         selected_anchors = anchors.expand(memory.shape[0], -1, -1).gather(1, index.expand(-1, -1, 4))
         # Boxes are computed for the selected tokens only: nothing needs those of the others.
@@ -181,7 +182,7 @@ class QueryDecoder(nn.Module):
             queries = torch.cat((self.label_embed(denoising.labels).to(queries.dtype), queries), 1)
             noisy = inverse_sigmoid(denoising.boxes.to(references.dtype)).sigmoid()
             references = torch.cat((noisy, references), 1)
-            mask = denoising.mask
+            mask = _additive(denoising.mask, queries)
         logits, boxes, contents = self._refine(queries, references, memory, shapes, mask, every_layer)
         return Decoded(
             logits=logits,
@@ -192,6 +193,21 @@ class QueryDecoder(nn.Module):
             encoder_queries=selected,
             dense=self._dense(features, anchors) if every_layer else None,
         )
+
+    def _tokens(self, memory: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
+        """The tokens' anchors, (1, S, 4) logits, and their features for the selection, (B, S, embed_dim)."""
+        dtype = box_dtype(memory)
+        if in_graph():
+            anchors, valid = make_anchors(shapes, memory.device, dtype)
+            return anchors, self.memory_proj(memory * valid.to(memory.dtype))
+        key = (tuple(shapes), dtype, memory.device)
+        anchors, border = self._anchors.get(key, partial(_anchors_and_border, shapes, dtype, memory.device))
+        linear, norm = self.memory_proj
+        features = linear(memory)
+        if len(border):
+            # The same as zeros in the memory, of which that would need a copy: these rows are a few of thousands.
+            features[:, border] = linear(torch.zeros_like(memory[0, 0]))
+        return anchors, norm(features)
 
     def _dense(self, features: Tensor, anchors: Tensor) -> DenseOutputs | None:
         if self.dense_class is None or self.dense_box is None:
@@ -209,19 +225,21 @@ class QueryDecoder(nn.Module):
         every_layer: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits, boxes and queries, each (L, B, Q, ...), of all layers or of the last one alone (L = 1)."""
-        logits, boxes, contents = [], [], []
+        boxes, contents = [], []
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             position = self.position(references.to(queries.dtype))
             queries = layer(queries, position, references, memory, shapes, mask)
             refined = (self.box_heads[index](queries).to(references.dtype) + inverse_sigmoid(references)).sigmoid()
             if every_layer or index == last:
-                class_head = self.class_heads[index] if self.class_heads else self.memory_class
-                logits.append(class_head(queries))
                 boxes.append(refined)
                 contents.append(queries)
             references = refined.detach()
-        return torch.stack(logits), torch.stack(boxes), torch.stack(contents)
+        every = _stack(contents)
+        if not self.class_heads:
+            return self.memory_class(every), _stack(boxes), every
+        heads = list(self.class_heads)[-len(contents) :]
+        return _stack([head(of_layer) for head, of_layer in zip(heads, contents)]), _stack(boxes), every
 
 
 class DecoderLayer(nn.Module):
@@ -260,6 +278,28 @@ class DecoderLayer(nn.Module):
         """Zero the last linear layer of every branch: apart from its norms the layer returns its queries unchanged."""
         for branch in (self.self_attention.out_proj, self.cross_attention.output_proj, self.ffn.layers[-1]):
             _zero(branch)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """``torch.stack`` without a copy of a single tensor."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def _additive(mask: Tensor, queries: Tensor) -> Tensor:
+    """A bool mask (N, N) as what attention adds to its logits, which every layer would have to compute anew.
+
+    Its rows start at multiples of 16 elements, without which GPU kernels of attention take a copy.
+    """
+    device, size = queries.device.type, len(mask)
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
+    bias = torch.zeros(size, math.ceil(size / 16) * 16, dtype=dtype, device=mask.device)[:, :size]
+    return bias.masked_fill_(~mask, -torch.inf)
+
+
+def _anchors_and_border(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """``make_anchors``, and the indices (int64) of the tokens whose features are set to zero."""
+    anchors, valid = make_anchors(shapes, torch.device("cpu"), dtype)
+    return anchors.to(device), (~valid.flatten()).nonzero().flatten().to(device)
 
 
 def make_anchors(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -10,20 +10,20 @@ from torch import Tensor
 
 def cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """(..., 4) centre, width, height to left, top, right, bottom, in the same unit."""
-    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    centre, size = boxes.split(2, dim=-1)
+    half = size / 2
     return torch.cat((centre - half, centre + half), dim=-1)
 
 
 def xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     """(..., 4) left, top, right, bottom to centre, width, height, in the same unit."""
-    low, high = boxes[..., :2], boxes[..., 2:]
+    low, high = boxes.split(2, dim=-1)
     return torch.cat(((low + high) / 2, high - low), dim=-1)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
     """Logit of values in 0..1, clamped by ``eps`` on both sides (as DETR's family does)."""
-    x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    return torch.logit(x, eps)  # one operator: decoders call it in every layer
 
 
 def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,9 +39,10 @@ def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     Source: Rezatofighi et al., "Generalized Intersection over Union", CVPR 2019.
     """
     eps = torch.finfo(a.dtype).tiny
-    inner = _area(torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2]))
-    outer = _area(torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2]))
-    area_a, area_b = (_area(boxes[..., 2:] - boxes[..., :2]) for boxes in (a, b))
+    (low_a, high_a), (low_b, high_b) = a.split(2, dim=-1), b.split(2, dim=-1)
+    inner = _area(torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b))
+    outer = _area(torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b))
+    area_a, area_b = _area(high_a - low_a), _area(high_b - low_b)
     union = area_a + area_b - inner
     overlap = inner / union.clamp(min=eps)
     return overlap, overlap - (outer - union) / outer.clamp(min=eps)
