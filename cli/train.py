@@ -81,6 +81,9 @@ def train(
     Example:
       mvision train --task detection --data my_data --model small --epochs 50
     """
+    from mvision.commands.early import expect_workers
+
+    expect_workers(workers, assignments, config_follows=file is not None or resume is not None)
     from mvision.commands.train import run_config
     from mvision.commands.train import train as train_model
 

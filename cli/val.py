@@ -28,7 +28,7 @@ from mvision.machine import PrecisionOption
     "--precision",
     type=OneOf(get_args(PrecisionOption)),
     metavar="P",
-    help="Compute as predict does: auto, fp32 or bf16.  [default: as in training]",
+    help="Compute as predict does: auto, fp32, bf16 or fp16.  [default: as in training]",
 )
 @device_option
 def val(
@@ -48,6 +48,9 @@ def val(
     Example:
       mvision val --weights runs/detection/1 --data my_data
     """
+    from mvision.commands.early import expect_workers
+
+    expect_workers(workers)
     from mvision.commands.val import validate
 
     tables = validate(

@@ -150,6 +150,13 @@ def test_the_neck_needs_torch_alone() -> None:
         ("mvision.builtin.drawing", "torch pydantic"),
         ("mvision.neck", "timm albumentations cv2 pydantic accelerate"),
         ("mvision.heads", "torch numpy timm pydantic"),
+        ("mvision.commands.early", "torch numpy pydantic"),  # it is there to start before these are imported
+        # Every process that loads images.
+        ("mvision.data.loading.loader", "timm torchvision accelerate huggingface_hub mvision.heads.base mvision.model"),
+        (
+            "mvision.data.loading.loader",
+            "supervision matplotlib onnx openvino segmentation_models_pytorch",
+        ),
     ],
 )
 def test_light_imports(imported: str, banned: str) -> None:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import ast
 import inspect
+import subprocess
+import sys
+import textwrap
 from multiprocessing.connection import wait
 from pathlib import Path
 
@@ -89,6 +92,22 @@ def test_onnx_name_scopes(tmp_path: Path) -> None:
     program = torch.onnx.export(net, (torch.zeros(1, 1, 2, 2),), dynamo=True, verbose=False)
     conv = next(node for node in program.model.graph if node.op_type == "Conv")
     assert ast.literal_eval(conv.metadata_props[compat.ONNX_NAME_SCOPES])[:3] == ["", "0", "0.0"]
+
+
+def test_albumentations_alone() -> None:
+    """It works without huggingface_hub, which can be imported afterwards."""
+    code = """
+        import sys
+        from mvision.compat import albumentations_alone
+        with albumentations_alone():
+            import albumentations
+        assert "huggingface_hub" not in sys.modules
+        import huggingface_hub, numpy
+        albumentations.ColorJitter()(image=numpy.zeros((2, 2, 3), numpy.uint8))
+        with albumentations_alone():
+            assert sys.modules["huggingface_hub"] is huggingface_hub
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
 def test_openvino_keep_float32(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from mvision.commands import early
 from mvision.config import AugmentConfig, DataConfig
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.formats.layouts import find_layout
@@ -330,3 +331,49 @@ def test_a_worker_is_silent_when_the_main_process_breaks_off() -> None:
         reported[kind] = child.stderr
     assert "Error" in reported["plain"]  # else nothing is shown here
     assert reported["worker"] == ""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the server of worker processes")
+def test_workers_import_nothing_themselves(tmp_path: Path) -> None:
+    """The server has done it, also where only the calling program knows where the package lies."""
+    script = """
+        import os, sys
+        sys.path[:0] = os.environ["PLACES"].split(os.pathsep)
+
+        if __name__ == "__main__":
+            from mvision.data.loading.workers import worker_context
+            answers = worker_context().Pool(1)
+            print(answers.apply(eval, ("'mvision.data.loading.loader' in __import__('sys').modules",)))
+            print(answers.apply(os.getenv, ("OMP_NUM_THREADS",)), os.getenv("OMP_NUM_THREADS"))
+    """
+    (tmp_path / "script.py").write_text(textwrap.dedent(script))
+    places = os.pathsep.join(path for path in sys.path if path)
+    variables = {n: v for n, v in os.environ.items() if n not in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-S", str(tmp_path / "script.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**variables, "PLACES": places},
+    )
+    assert done.stdout.split() == ["True", "1", "None"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("workers", "assignments", "config", "started"),
+    [
+        (None, (), False, True),
+        (2, (), True, True),
+        (0, (), False, False),
+        (None, (), True, False),
+        (None, ("train.lr=1e-4", "data.workers=0"), False, False),
+    ],
+)
+def test_the_server_is_started_before_the_imports_of_a_training(
+    monkeypatch: pytest.MonkeyPatch, workers: int | None, assignments: tuple[str, ...], config: bool, started: bool
+) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(early, "worker_context", lambda: calls.append(1))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    early.expect_workers(workers, assignments, config)
+    assert bool(calls) == started

@@ -92,8 +92,11 @@ def _be_the_command(arguments: Sequence[str], folder: Path, fault: Fault, log: P
         # Loading processes are forked too: a new interpreter for each would take seconds. They write no files.
         import mvision.data.loading.loader as loader
         from mvision.cli.main import main
+        from mvision.commands import early
+        from mvision.engine import train
 
-        loader.worker_context = lambda: multiprocessing.get_context("fork")  # type: ignore[assignment]
+        for module in (loader, early, train):
+            module.worker_context = lambda: multiprocessing.get_context("fork")  # type: ignore[attr-defined]
         ctypes.CDLL(None).kills_arm(os.fsencode(folder), fault.how, ctypes.c_long(fault.number), trace)
         main(arguments)
     except SystemExit as stop:

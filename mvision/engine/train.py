@@ -23,6 +23,7 @@ from mvision.config import Config
 from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_data_sources
 from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.data.loading.sources import DataSource
+from mvision.data.loading.workers import pick_workers, worker_context
 from mvision.engine.checkpoint import (
     finish_epoch,
     flat,
@@ -92,6 +93,8 @@ def train(
         if run is not None and saved is not None and _is_complete(run, config, saved):
             log(_nothing_to_do(run, config, saved))
             return run.path
+        if pick_workers(config.data.workers, on_cuda=False) > 0:
+            worker_context()  # makes its imports while the data is read and the model is built
         sources = _read_data(config, saved is None, log)
         set_seed(config.train.seed)
         model = _build_model(config, init, init_parts, saved is None, log)

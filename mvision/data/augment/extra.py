@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,6 +11,7 @@ import cv2
 import numpy as np
 from pydantic import ValidationError
 
+from mvision.compat import albumentations_alone
 from mvision.config.schema import TransformConfig
 from mvision.data.augment.geometry import draw_masks, stays_labelled, swap_keypoints
 from mvision.data.formats.labels import WHOLE, PictureLabels
@@ -19,10 +19,9 @@ from mvision.errors import UserError, did_you_mean
 from mvision.structures.images import resize_image
 from mvision.structures.masks import encode_mask
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the package index for news on import
-
-import albumentations as A
-from albumentations.augmentations.crops.transforms import CropSizeError
+with albumentations_alone():
+    import albumentations as A
+    from albumentations.augmentations.crops.transforms import CropSizeError
 
 KEY = "data.augment.extra"
 TARGETS = {"Image", "Mask", "BBoxes", "Keypoints"}  # what a transform that moves pixels has to move

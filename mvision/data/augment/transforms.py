@@ -6,20 +6,19 @@ colours here, and has transforms that a config may add (``extra.py``).
 
 from __future__ import annotations
 
-import os
 from typing import Protocol
 
 import cv2
 import numpy as np
 
+from mvision.compat import albumentations_alone
 from mvision.config import AugmentConfig
 from mvision.data.augment.extra import ExtraTransforms
 from mvision.data.augment.geometry import FILL, PixelRect, Placement, Rect, fit, flip, paint, place, tighten
 from mvision.data.formats.labels import WHOLE, PictureLabels, join_labels
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it asks the package index for news on import
-
-import albumentations as A
+with albumentations_alone():
+    import albumentations as A
 
 # Largest side of the canvas in sides of the image. RT-DETR has 4, where small objects vanish at an input of 320 pixels.
 ZOOM_OUT = 2.0

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import wait
-from multiprocessing.context import BaseContext
 from types import TracebackType
 from typing import Any
 
@@ -29,8 +28,8 @@ from mvision.data.loading.cache import is_small, make_cache
 from mvision.data.loading.dataset import Dataset, MixedDataset
 from mvision.data.loading.samplers import EvalBatches, TrainBatches
 from mvision.data.loading.sources import DataSource
+from mvision.data.loading.workers import pick_workers, worker_context
 from mvision.errors import UserError
-from mvision.machine import cores
 from mvision.structures.images import PixelRange
 from mvision.structures.messages import hide_library_messages
 
@@ -238,45 +237,6 @@ def build_eval_loader(
     batches = EvalBatches(len(dataset), batch_size, image_size, rank, world_size)
     on_cuda = torch.device(device).type == "cuda"
     return Loader(dataset, batches, pick_workers(config.workers, on_cuda, world_size), pin_memory=on_cuda)
-
-
-def pick_workers(workers: int | None, on_cuda: bool, world_size: int = 1) -> int:
-    """Loading processes per training process: as asked for, else by the cores.
-
-    With a GPU all cores but one, up to 16. On a CPU the training itself needs the cores: one worker, and up to four on
-    large machines. Measured on two cores: a step of 258 ms without loading takes 54 ms more with no worker, 18 ms more
-    with one, 24 ms more with two.
-    """
-    if workers is not None:
-        return workers
-    available = cores()
-    if available == 1:
-        return 0
-    per_process = available // world_size
-    return max(1, min(per_process - 1, 16)) if on_cuda else max(1, min(per_process // 4, 4))
-
-
-def worker_context() -> BaseContext:
-    """How worker processes start: forked from a server process, which is itself a new interpreter.
-
-    A fork of the main process copies locks that a thread of OpenMP, cv2 or a tracker may hold, and then hangs. A new
-    interpreter for every worker would import torch each time; the server does the imports once.
-    """
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
-    from multiprocessing import resource_tracker  # not importable on Windows, nor is the next
-    from multiprocessing.forkserver import ensure_running
-
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mvision.data.loading.loader"])
-    # The server and the workers never see Ctrl-C and SIGTERM, which terminals and schedulers send to every process.
-    resource_tracker.ensure_running()  # else it is started below, and lifts the block
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
-    try:
-        ensure_running()  # its imports take seconds, in which the caller can go on
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    return context
 
 
 @contextmanager
