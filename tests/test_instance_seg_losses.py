@@ -10,7 +10,7 @@ from transformers.models.mask2former import modeling_mask2former as reference
 
 from mvision.heads.instance_seg.logits import mask_at_points
 from mvision.heads.instance_seg.losses import mask_costs, mask_losses, matched_losses, uncertain_points
-from mvision.heads.instance_seg.points import pack_masks, read_features, read_masks, sample_mask_points
+from mvision.heads.instance_seg.points import MAX_NUMBERS, pack_masks, read_features, read_masks, sample_mask_points
 from mvision.structures import Targets
 
 
@@ -58,7 +58,7 @@ def test_masks_and_features_are_read_as_grid_sample_does() -> None:
 
 @pytest.mark.parametrize("at_once", [1, 2**25])
 def test_masks_of_a_batch_are_read_as_grid_sample_does(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
-    monkeypatch.setattr("mvision.heads.instance_seg.points.MAX_NUMBERS", at_once)
+    monkeypatch.setitem(MAX_NUMBERS, "cpu", at_once)
     torch.manual_seed(1)
     batch = [square(count) for count in (3, 0, 5)] + [square(2, masks=False)]
     for target in batch[:3]:
@@ -137,7 +137,7 @@ def loop_losses(embeddings, boxes, pairs, pixels, samples, count):  # type: igno
 @pytest.mark.parametrize("at_once", [1, 3000, 2**25])
 def test_a_batch_has_the_losses_of_its_pairs(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
     """Images with many, few and no objects, some without a mask; all at once and in parts."""
-    monkeypatch.setattr("mvision.heads.instance_seg.losses.MAX_NUMBERS", at_once)
+    monkeypatch.setitem(MAX_NUMBERS, "cpu", at_once)
     torch.manual_seed(3)
     batch = [square(3), square(0), square(7), square(2, masks=False), square(1)]
     assert batch[2].masks is not None

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mvision.evaluation import BoxMetric, MaskMetric
 from mvision.heads.instance_seg.logits import PRIOR_WEIGHT, mask_at_points, mask_grid
 from mvision.heads.instance_seg.losses import OVERSAMPLE, mask_costs, matched_losses
-from mvision.heads.instance_seg.points import MAX_NUMBERS, MaskPoints, read_features, sample_mask_points
+from mvision.heads.instance_seg.points import MaskPoints, at_once, read_features, sample_mask_points
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.head import QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
@@ -132,16 +132,17 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         pixels = read_features(outputs.pixels, samples.points)
         costs = self._mask_costs(outputs.embeddings, queries.boxes, pixels, samples)
         matching = self.start_matching(queries, costs)
-        terms = self.unmatched_terms(queries)
+        others, masks = self.unmatched_terms(queries), {}
         denoising, embeddings = queries.denoising, outputs.denoising_embeddings
         if denoising is not None and embeddings is not None:
             sums = matched_losses(embeddings, denoising.boxes, padded.denoising.host, pixels, samples, count)
             losses = {term: values / (padded.total * padded.groups) for term, values in sums.items()}
-            terms |= self.named(losses, [f"_denoising_{index}" for index in range(len(embeddings))])
+            masks = self.named(losses, [f"_denoising_{index}" for index in range(len(embeddings))])
         matches = matching()
         sums = matched_losses(outputs.embeddings, queries.boxes, matches.host, pixels, samples, count)
         losses = {term: values / padded.total for term, values in sums.items()}
-        return {**self.matched_terms(queries, matches), **terms, **self.named(losses, self.layer_names(queries))}
+        masks = {**self.named(losses, self.layer_names(queries)), **masks}
+        return {**self.matched_terms(queries, matches), **others, **masks}
 
     def term_weights(self) -> dict[str, float]:
         """Those of classes and boxes, and of the masks."""
@@ -181,7 +182,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         count = self.config.mask_points
         layers, batch = embeddings.shape[:2]
         pixels, points, labels = pixels[..., :count], samples.points[:, :count], samples.labels[..., :count]
-        together = max(1, MAX_NUMBERS // (batch * count))
+        together = at_once(pixels.device, batch * count)
         # All layers' queries of an image side by side, and as many of them at once as fit.
         by_image = (values.transpose(0, 1).flatten(1, 2).split(together, 1) for values in (embeddings, boxes))
         costs = []

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvision.heads.instance_seg.logits import mask_at_points
-from mvision.heads.instance_seg.points import MAX_NUMBERS, MaskPoints
+from mvision.heads.instance_seg.points import MaskPoints, at_once
 from mvision.structures.transfer import to_device
 
 OVERSAMPLE = 3  # candidates per point of the loss (PointRend's k)
@@ -89,7 +89,7 @@ def matched_losses(
         # Distributed training needs a gradient for every parameter, also where nothing is matched.
         sums = sums + (0 * embeddings).sum((1, 2, 3)) + (0 * pixels).sum()
     every_embedding, every_box = embeddings.flatten(0, 2), boxes.flatten(0, 2)
-    for images, part in _parts(pairs, batch, samples.points.shape[1]):
+    for images, part in _parts(pairs, batch, at_once(pixels.device, samples.points.shape[1])):
         layer, image, query, gt_index = part.T
         local = np.searchsorted(images, image)
         numbers = np.bincount(local)
@@ -117,12 +117,12 @@ def matched_losses(
     return dict(zip(("mask", "dice"), sums))
 
 
-def _parts(pairs: np.ndarray, batch: int, points: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Images (in order) whose pairs fit into memory together, and these pairs, sorted by image."""
+def _parts(pairs: np.ndarray, batch: int, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Images (in order) with at most ``most`` padded pairs, or one image, and these pairs, sorted by image."""
     numbers = np.bincount(pairs[:, 1], minlength=batch)
     ordered = np.argsort(-numbers, kind="stable")[: np.count_nonzero(numbers)]
     while len(ordered):
-        together = max(1, MAX_NUMBERS // (points * int(numbers[ordered[0]])))
+        together = max(1, most // int(numbers[ordered[0]]))
         images, ordered = np.sort(ordered[:together]), ordered[together:]
         part = pairs[np.isin(pairs[:, 1], images)]
         yield images, part[np.argsort(part[:, 1], kind="stable")]

@@ -17,7 +17,13 @@ from mvision.structures import Targets
 from mvision.structures.transfer import to_device
 
 BOX_MARGIN = 1.3  # the points of an object are drawn from its box enlarged by this factor
-MAX_NUMBERS = 2**25  # of one tensor on the way: 128 MiB in float32. Larger batches are done in parts
+# Numbers of one tensor on the way, larger batches are done in parts: 128 MiB in float32, and what a CPU's caches hold.
+MAX_NUMBERS = {"cuda": 2**25, "cpu": 2**22}
+
+
+def at_once(device: torch.device, numbers: int) -> int:
+    """How many rows with this many numbers each are done at once."""
+    return max(1, MAX_NUMBERS.get(device.type, MAX_NUMBERS["cuda"]) // numbers)
 
 
 @dataclass
@@ -116,7 +122,7 @@ def read_masks(bits: Tensor, slots: Tensor, size: tuple[int, int], points: Tenso
     ]
     places = [(at >> 3, (7 - (at & 7)).to(torch.uint8), share) for at, share in corners]
     flat, most = labels.flatten(0, 1), labels.shape[1]
-    for part, rows in zip(*(tensor.split(max(1, MAX_NUMBERS // points.shape[1])) for tensor in (bits, slots))):
+    for part, rows in zip(*(tensor.split(at_once(points.device, points.shape[1])) for tensor in (bits, slots))):
         image = rows // most
         values = torch.zeros(len(rows), points.shape[1], device=points.device)
         for byte, shift, share in places:
