@@ -22,7 +22,6 @@ from mvision.heads.keypoints.heatmaps import (
     estimated_similarity_std,
     heatmap_loss,
     in_window,
-    pad_per_image,
     window,
 )
 from mvision.heads.pixel_features import PixelFeatures
@@ -98,15 +97,6 @@ def test_places_are_chosen_by_the_expected_similarity() -> None:
     # The similarity that the metric has, between the chosen place and every place of the heatmap.
     each = point_similarity(found[0], grid, torch.ones(len(grid)), torch.tensor([0.05 / 2]))[:, 0]
     assert expected[0, 0].item() == pytest.approx((each * chance.flatten()).sum().item(), abs=0.02)
-
-
-def test_rows_are_padded_image_by_image() -> None:
-    image, rows = torch.tensor([0, 2, 2]), torch.rand(3, 4)
-    padded, index = pad_per_image(image, 3, rows)
-    assert padded.shape == (3, 2, 4)
-    torch.testing.assert_close(padded[index], rows)
-    assert (padded[1] == 0).all()
-    assert pad_per_image(image[:0], 3, rows[:0])[0].shape == (3, 0, 4)
 
 
 def test_heatmaps_learn_points_that_only_the_pixels_show() -> None:

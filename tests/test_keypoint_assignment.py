@@ -6,24 +6,23 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from mvision.heads.keypoints.assignment import (
-    assign_one2many,
-    assign_one2one,
-    candidates,
-    compute_alignment,
-    keypoint_targets,
-)
+from mvision.heads.keypoints.assignment import assign_one2many, candidates, compute_alignment, start_one2one
+from mvision.heads.keypoints.targets import ClassTables, KeypointTargets, keypoint_targets
 from mvision.heads.query.decoder import grid_centres
-from mvision.structures import Targets
+from mvision.structures import Category, Targets
 
 SHAPES = [(8, 8), (4, 4)]
 CENTRES = grid_centres(SHAPES, torch.device("cpu"), torch.float32)
 SIZES = torch.cat((torch.full((64,), 0.1), torch.full((16,), 0.4)))
-CLASS_LABELS = torch.tensor([0, 2])
+CATEGORIES = [
+    Category(id=1, name="cat", keypoints=["nose", "tail"], sigmas=[0.1, 0.2]),
+    Category(id=2, name="box"),
+    Category(id=3, name="worm", keypoints=["head"], sigmas=[0.3]),
+]
 
 
-def make_gt(*targets):
-    return keypoint_targets(list(targets), CLASS_LABELS, torch.rand(3, 2), torch.ones(3, 2, dtype=torch.bool), (64, 64))
+def make_gt(*targets, predicted=((0, 2),)) -> KeypointTargets:
+    return keypoint_targets(list(targets), predicted, ClassTables.of(CATEGORIES), (64, 64), torch.zeros(1))
 
 
 def make_target(labels, visible=2.0, **more):
@@ -45,6 +44,41 @@ def test_objects_of_classes_with_keypoints_are_collected_image_by_image():
     assert gt.boxes[:, 0].tolist() == pytest.approx([0.3, 0.5, 0.5])
     assert gt.is_labelled.all()
     assert not gt.images_without_keypoints.any()
+    assert not gt.any_ignored
+    assert (gt.sizes, gt.counts) == ([3], [1, 0, 2])
+    torch.testing.assert_close(gt.sigmas, torch.tensor([[0.3, 1.0], [0.1, 0.2], [0.1, 0.2]]))
+    assert gt.point_exists.tolist() == [[True, False], [True, True], [True, True]]
+
+
+def test_every_set_of_layers_has_its_own_objects_one_set_after_the_other():
+    """The second one learns all classes; each numbers its own."""
+    batch = [make_target([1, 2], labelled_classes=torch.tensor([True, False, True])), make_target([]), make_target([0])]
+    gt = make_gt(*batch, predicted=((0, 2), range(3)))
+    assert (gt.sizes, gt.counts) == ([2, 3], [1, 0, 1])
+    assert gt.image.tolist() == [0, 2, 0, 0, 2]
+    assert gt.classes.tolist() == [1, 0, 1, 2, 0]
+    assert gt.class_has_points.tolist() == [True, True, False, True, True]
+    assert [labelled.tolist()[0] for labelled in gt.labelled_classes] == [[True, True], [True, False, True]]
+    assert make_gt(make_target([0])).labelled_classes == [None]
+
+
+def test_poses_are_the_objects_of_the_first_set_with_labelled_points():
+    first, second = make_target([0, 0, 2]), make_target([1, 2, 2])
+    first.keypoints[1, :, 2] = 0
+    first.areas[2] = 0.7
+    poses = make_gt(first, second, predicted=((0, 2), range(3))).poses
+    assert poses.row.tolist() == [0, 2, 3, 4]
+    assert poses.image.tolist() == [0, 0, 1, 1]
+    assert poses.number.tolist() == [0, 1, 0, 1]
+    assert poses.most == 2
+    assert poses.areas.tolist() == pytest.approx([0.1, 0.7, 0.1, 0.1])
+    assert len(make_gt(make_target([])).poses.row) == 0
+
+
+def test_objects_and_images_without_points_are_known_to_be_there():
+    assert make_gt(make_target([0], visible=0.0)).any_ignored
+    assert make_gt(make_target([0]), make_target([], keypoints=None)).any_ignored
+    assert not make_gt(make_target([1], visible=0.0), predicted=((0, 2), range(3))).any_ignored
 
 
 def test_lengths_are_those_of_the_original_image_whatever_its_shape():
@@ -90,10 +124,20 @@ def test_there_are_no_more_candidates_than_grid_points():
 
 
 def alignment_of(rows):
-    """Alignment, grid points (the column numbers) and images for objects of one image."""
+    """Alignment and grid points (the column numbers) for objects of one image."""
     alignment = torch.tensor(rows)
-    grid_points = torch.arange(alignment.shape[1]).expand_as(alignment)
-    return alignment, grid_points, torch.zeros(len(alignment), dtype=torch.int64)
+    return alignment, torch.arange(alignment.shape[1]).expand_as(alignment)
+
+
+def one2one(rows):
+    """The positives of one-to-one training for objects of one image."""
+    return start_one2one(*alignment_of(rows), [len(rows)])().tolist()
+
+
+def one2many(rows, top_k):
+    """The positives of one-to-many training for objects of one image."""
+    image = torch.zeros(len(rows), dtype=torch.int64)
+    return assign_one2many(*alignment_of(rows), image, 1, len(rows[0]), top_k).tolist()
 
 
 def test_location_counts_until_predictions_are_good():
@@ -119,8 +163,7 @@ def test_alignment_is_location_and_twice_the_quality_of_the_prediction():
 
 def test_one_grid_point_each_with_the_largest_sum():
     """The better grid point of the first object is the only candidate of the second."""
-    chosen = assign_one2one(*alignment_of([[0.9, 0.8, 0.0], [0.7, 0.0, 0.0]]))
-    assert chosen.tolist() == [[False, True, False], [True, False, False]]
+    assert one2one([[0.9, 0.8, 0.0], [0.7, 0.0, 0.0]]) == [[False, True, False], [True, False, False]]
 
 
 def test_the_matching_is_the_best_on_any_numbers():
@@ -129,7 +172,7 @@ def test_the_matching_is_the_best_on_any_numbers():
     image = torch.tensor([0, 0, 0, 2, 2])
     grid_points = torch.stack([torch.randperm(12)[:6] for _ in image])
     alignment = torch.rand(5, 6)
-    chosen = assign_one2one(alignment, grid_points, image)
+    chosen = start_one2one(alignment, grid_points, [3, 0, 2])()
     assert (chosen.sum(1) == 1).all()
     for number in (0, 2):
         own = image == number
@@ -140,25 +183,18 @@ def test_the_matching_is_the_best_on_any_numbers():
 
 
 def test_an_object_whose_candidates_are_taken_has_no_positive():
-    chosen = assign_one2one(*alignment_of([[0.9], [0.7]]))
-    assert chosen.tolist() == [[True], [False]]
+    assert one2one([[0.9], [0.7]]) == [[True], [False]]
 
 
 def test_a_grid_point_is_a_positive_of_one_object_in_one_to_many_training():
     rows = [[0.9, 0.8, 0.7, 0.0], [0.5, 0.9, 0.7, 0.6]]
-    chosen = assign_one2many(*alignment_of(rows), 4, top_k=3)
-    assert chosen.tolist() == [[True, False, False, False], [False, True, True, True]]
+    assert one2many(rows, 3) == [[True, False, False, False], [False, True, True, True]]
     # In the other order: the one that it is aligned with best, and of equal ones the last.
-    swapped = assign_one2many(*alignment_of(rows[::-1]), 4, top_k=3)
-    assert swapped.tolist() == [[False, True, False, True], [True, False, True, False]]
-    assert assign_one2many(*alignment_of(rows), 4, top_k=1).tolist() == [
-        [True, False, False, False],
-        [False, True, False, False],
-    ]
+    assert one2many(rows[::-1], 3) == [[False, True, False, True], [True, False, True, False]]
+    assert one2many(rows, 1) == [[True, False, False, False], [False, True, False, False]]
 
 
 def test_the_same_grid_point_in_two_images_is_two():
-    alignment, grid_points, _ = alignment_of([[0.9, 0.8], [0.9, 0.8]])
-    image = torch.tensor([0, 1])
-    assert assign_one2many(alignment, grid_points, image, 2, top_k=2).all()
-    assert assign_one2one(alignment, grid_points, image).tolist() == [[True, False], [True, False]]
+    alignment, grid_points = alignment_of([[0.9, 0.8], [0.9, 0.8]])
+    assert assign_one2many(alignment, grid_points, torch.tensor([0, 1]), 2, 2, top_k=2).all()
+    assert start_one2one(alignment, grid_points, [1, 1])().tolist() == [[True, False], [True, False]]

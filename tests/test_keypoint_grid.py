@@ -17,6 +17,8 @@ from mvision.heads.keypoints.grid import (
     Raw,
     decode,
     make_grid,
+    raw_at,
+    take_rows,
 )
 
 GRID = GridPoints(torch.tensor([[0.5, 0.25], [0.1, 0.9]]), torch.tensor([0.1, 0.2]))
@@ -81,9 +83,16 @@ def test_minimal_boxes_are_drawn_around_the_points() -> None:
     torch.testing.assert_close(raw.logits.sigmoid(), torch.full((2, 1), (0.5 + 0.5 + 0.75) / 3))
 
 
-def test_raw_numbers_are_taken_together() -> None:
-    raw = Raw(torch.rand(2, 5, 6), torch.rand(2, 5, 1), torch.rand(2, 5, 4))
-    index = (torch.tensor([[1], [0]]), torch.tensor([[4, 2], [0, 3]]))
-    taken = raw.at(index)
-    assert all(torch.equal(part[1, 0], whole[0, 0]) for part, whole in zip(taken, raw))
-    assert all(torch.equal(part[0, 1], whole[1, 2]) for part, whole in zip(taken, raw))
+def test_raw_numbers_of_several_sets_are_taken_together() -> None:
+    """Two objects of the first set and one of the second, with two candidates each, in two images of five points."""
+    first = Raw(torch.rand(2, 5, 6), torch.rand(2, 5, 1), torch.rand(2, 5, 4))
+    second = Raw(torch.rand(2, 5, 6), torch.rand(2, 5, 3), torch.rand(2, 5, 4))
+    rows, classes = torch.tensor([[1, 9], [5, 0], [7, 3]]), torch.tensor([0, 0, 2])
+    taken = raw_at([first, second], rows, classes, [2, 1])
+    assert torch.equal(taken.points[0], torch.stack((first.points[0, 1], first.points[1, 4])))
+    assert torch.equal(taken.boxes[1], torch.stack((first.boxes[1, 0], first.boxes[0, 0])))
+    assert torch.equal(taken.points[2], torch.stack((second.points[1, 2], second.points[0, 3])))
+    expected = [first.logits[0, 1, 0], first.logits[1, 4, 0], second.logits[1, 2, 2], second.logits[0, 3, 2]]
+    assert torch.equal(taken.logits[[0, 2], :, 0].flatten(), torch.stack(expected))
+    assert raw_at([first._replace(boxes=None)], rows[:0], classes[:0], [0]).boxes is None
+    assert torch.equal(take_rows(first.boxes, rows)[2, 0], first.boxes[1, 2])

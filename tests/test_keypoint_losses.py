@@ -6,22 +6,24 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mvision.engine import epoch
+from mvision.engine import readings
 from mvision.heads.keypoints import base as base_module
 from mvision.heads.keypoints import losses as losses_module
-from mvision.heads.keypoints.assignment import KeypointTargets
 from mvision.heads.keypoints.grid import Predictions
 from mvision.heads.keypoints.heatmaps import MAX_SIGMA, RESOLUTION, window
 from mvision.heads.keypoints.losses import (
-    Assignment,
-    box_terms,
+    Candidates,
+    box_losses,
     compare,
     ignored_grid_points,
     map_term,
-    point_terms,
+    point_losses,
     score_target,
-    visibility_term,
+    sums_by_set,
+    visibility_loss,
 )
+from mvision.heads.keypoints.targets import ClassTables, keypoint_targets
+from mvision.structures import Category, Targets
 from mvision.structures.oks import keypoint_sigmas
 from tests.keypoint_heads import dense_head, exact_outputs, inside_box, make_objects, with_gradients
 from tests.test_heads import make_features, make_head, make_targets, total
@@ -30,31 +32,23 @@ BRANCHES = ("one2one", "one2many")
 WIDE = torch.tensor([[2.0, 0.5]])  # ``scale`` of an image that is four times as wide as high
 
 
-def make_assignment(visibility=(2.0, 1.0, 0.0), is_positive=(True, False), exists=(True, True, True), sigma=0.1):
-    """One object of area 0.04 with three points in a wide image, and two candidates that predict it with errors."""
-    gt = KeypointTargets(
-        image=torch.tensor([0]),
-        classes=torch.tensor([0]),
-        boxes=torch.tensor([[0.5, 0.5, 0.4, 0.2]]),
-        points=torch.tensor([[[0.4, 0.5], [0.6, 0.5], [0.9, 0.9]]]),
-        areas=torch.tensor([0.04]),
-        scale=WIDE,
-        sigmas=torch.full((1, 3), sigma),
-        point_exists=torch.tensor([exists]),
-        images_without_keypoints=torch.tensor([False]),
-        labelled_classes=None,
-    )
-    gt.points = torch.cat((gt.points, torch.tensor(visibility)[None, :, None]), -1)
-    points = torch.tensor([[[[0.45, 0.5], [0.6, 0.54], [0.1, 0.1]], [[0.0, 0.0]] * 3]])
+def make_candidates(visibility=(2.0, 1.0, 0.0), exists=3, sigma=0.1, box=(0.5, 0.5, 0.4, 0.2), area=0.04):
+    """One object with three points in a wide image, and two candidates that predict it with errors."""
+    places = torch.tensor([[[0.4, 0.5], [0.6, 0.5], [0.9, 0.9]]])
+    points = torch.cat((places, torch.tensor(visibility)[None, :, None]), -1)
+    target = Targets(torch.tensor([box]), torch.tensor([0]), torch.tensor([area]), keypoints=points, size=(100, 400))
+    tables = ClassTables.of([Category(id=1, name="a", keypoints=["p", "q", "r"], sigmas=[sigma] * 3)])
+    tables.point_exists[0, exists:] = False
+    gt = keypoint_targets([target], [[0]], tables, (64, 64), torch.zeros(1))
+    pred_points = torch.tensor([[[[0.45, 0.5], [0.6, 0.54], [0.1, 0.1]], [[0.0, 0.0]] * 3]])
     boxes = torch.tensor([[[0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]])
-    pred = Predictions(boxes, points, torch.tensor([[[0.0, 1.0, 2.0]] * 2]))
-    grid_points, inside = torch.tensor([[0, 1]]), torch.ones(1, 2, dtype=torch.bool)
-    positive = torch.tensor([is_positive])
-    return Assignment(gt, grid_points, inside, pred, compare(pred, gt), torch.rand(1, 2), positive)
+    pred = Predictions(boxes, pred_points, torch.tensor([[[0.0, 1.0, 2.0]] * 2]))
+    inside = torch.ones(1, 2, dtype=torch.bool)
+    return Candidates(gt, torch.tensor([[0, 1]]), inside, pred, compare(pred, gt), torch.rand(1, 2))
 
 
 def test_comparison_measures_lengths_in_an_image_of_area_one():
-    comparison = make_assignment().comparison
+    comparison = make_candidates().comparison
     # 0.05 of the width is 0.1, 0.04 of the height 0.02; the standard deviation is 2 * 0.1 * sqrt(0.04) = 0.04.
     expected = [math.exp(-0.5 * (0.1 / 0.04) ** 2), math.exp(-0.5 * (0.02 / 0.04) ** 2)]
     torch.testing.assert_close(comparison.point_similarity[0, 0, :2], torch.tensor(expected))
@@ -62,38 +56,41 @@ def test_comparison_measures_lengths_in_an_image_of_area_one():
     assert comparison.iou[0].tolist() == pytest.approx([0.5, 0.0])
 
 
-def test_box_terms_are_sums_over_positives():
-    terms = box_terms(make_assignment())
-    assert terms["box"].item() == pytest.approx(0.2)
-    assert terms["giou"].item() == pytest.approx(0.5)
-    both = box_terms(make_assignment(is_positive=(True, True)))
-    assert both["box"].item() == pytest.approx(0.2 + 0.4 + 0.4 + 0.3 + 0.1)
-    assert all(value == 0 for value in box_terms(make_assignment(is_positive=(False, False))).values())
+def test_losses_of_boxes():
+    losses = box_losses(make_candidates())
+    assert losses["box"][0].tolist() == pytest.approx([0.2, 0.4 + 0.4 + 0.3 + 0.1])
+    assert losses["giou"][0, 0].item() == pytest.approx(0.5)
 
 
-def test_point_terms_are_means_over_labelled_points():
-    assignment = make_assignment()
-    terms = point_terms(assignment)
-    assert terms["oks"].item() == pytest.approx(1 - assignment.comparison.oks[0, 0].item())
+def test_losses_are_summed_over_the_positives_of_every_set():
+    """Three objects, the first of which belongs to the first set."""
+    losses = {"a": torch.tensor([[1.0, 2.0], [4.0, torch.nan], [16.0, 32.0]])}
+    losses["b"] = -losses["a"]
+    positive = torch.tensor([[True, True], [True, False], [False, True]])
+    assert sums_by_set(losses, positive, [1, 2]) == [{"a": 3, "b": -3}, {"a": 36, "b": -36}]
+    assert sums_by_set(losses, positive, [0, 3])[0] == {"a": 0, "b": 0}
+    assert sums_by_set({}, positive, [1, 2]) == [{}, {}]
+
+
+def test_losses_of_points_are_means_over_labelled_points():
+    found = make_candidates()
+    losses = point_losses(found)
+    assert losses["oks"][0, 0].item() == pytest.approx(1 - found.comparison.oks[0, 0].item())
     # Distances 0.1 and 0.02 by the root of the area, 0.2.
-    assert terms["point"].item() == pytest.approx((0.5 + 0.1) / 2)
-    unlabelled = point_terms(make_assignment(visibility=(0.0, 0.0, 0.0)))
-    assert unlabelled["oks"] == unlabelled["point"] == 0
+    assert losses["point"][0, 0].item() == pytest.approx((0.5 + 0.1) / 2)
 
 
 def test_distances_of_tiny_objects_are_measured_by_the_smallest_side():
-    assignment = make_assignment()
-    assignment.gt.areas = torch.tensor([1e-8])
-    assert point_terms(assignment)["point"].item() == pytest.approx((0.1 + 0.02) / 2 / losses_module.MIN_SIDE)
+    losses = point_losses(make_candidates(area=1e-8))
+    assert losses["point"][0, 0].item() == pytest.approx((0.1 + 0.02) / 2 / losses_module.MIN_SIDE)
 
 
 def test_visibility_is_learned_for_the_points_of_the_class():
     labelled, unlabelled = math.log(1 + math.exp(-1.0)), math.log(1 + math.exp(2.0))
-    every = visibility_term(make_assignment())
+    every = visibility_loss(make_candidates())[0, 0]
     assert every.item() == pytest.approx((math.log(2) + labelled + unlabelled) / 3)
-    two = visibility_term(make_assignment(exists=(True, True, False)))
+    two = visibility_loss(make_candidates(exists=2))[0, 0]
     assert two.item() == pytest.approx((math.log(2) + labelled) / 2)
-    assert visibility_term(make_assignment(visibility=(0.0, 0.0, 0.0))) == 0
 
 
 def test_the_target_of_scores_is_the_oks_or_a_part_of_the_iou():
@@ -106,10 +103,11 @@ def test_scores_of_ignored_grid_points_and_of_unlabelled_classes_have_no_gradien
     ignored = torch.zeros(2, 4, dtype=torch.bool)
     ignored[0, :2] = True  # grid point 1 is a positive none the less
     labelled_classes = torch.tensor([[True, True, True], [True, False, True]])
-    index = (torch.tensor([0, 1]), torch.tensor([1, 3]), torch.tensor([2, 1]))
-    quality = torch.tensor([0.9, 0.8])
+    # The third score is none that counts, at the place of the first one; the last one lies at an ignored grid point.
+    index = (torch.tensor([0, 1, 0, 0]), torch.tensor([1, 3, 1, 0]), torch.tensor([2, 1, 2, 2]))
+    quality, counted = torch.tensor([0.9, 0.8, 0.1, 0.1]), torch.tensor([True, True, False, False])
     head = dense_head(3, class_loss="vfl", alpha=0.75, gamma=2.0)
-    head.score_term(logits, index, quality, ignored, labelled_classes).backward()
+    head.score_term(logits, index, quality, counted, ignored, labelled_classes).backward()
     sign = logits.grad.sign()
     expected = torch.ones(2, 4, 3)
     expected[0, 0] = 0
@@ -120,15 +118,22 @@ def test_scores_of_ignored_grid_points_and_of_unlabelled_classes_have_no_gradien
     # Varifocal loss: (p - q) * q at positives, p * alpha * p ** gamma at negatives.
     assert logits.grad[0, 1, 2].item() == pytest.approx((0.5 - 0.9) * 0.9)
     assert logits.grad[0, 2, 0].item() == pytest.approx(0.5 * 0.75 * 0.25)
+    logits.grad = None
+    head.score_term(logits, index, quality, counted, None, None).backward()
+    assert (logits.grad != 0).all()
 
 
 def test_grid_points_in_objects_without_labelled_points_are_ignored():
-    gt = make_assignment().gt
-    gt = replace(gt, images_without_keypoints=torch.tensor([False, True]))
-    inside = torch.tensor([[True, False, False]])
-    assert ignored_grid_points(inside, gt).tolist() == [[False] * 3, [True] * 3]
-    gt.points[..., 2] = 0
-    assert ignored_grid_points(inside, gt).tolist() == [[True, False, False], [True] * 3]
+    inside, without = torch.tensor([[True, False, False]]), torch.tensor([False, True])
+    assert ignored_grid_points(make_candidates()) is None
+    found = replace(make_candidates(), inside=inside)
+    found.gt.images_without_keypoints, found.gt.any_ignored = without, True
+    assert ignored_grid_points(found).tolist() == [[False] * 3, [True] * 3]
+    found = replace(make_candidates(visibility=(0.0, 0.0, 0.0)), inside=inside)
+    found.gt.images_without_keypoints = without
+    assert ignored_grid_points(found).tolist() == [[True, False, False], [True] * 3]
+    found.gt.class_has_points = torch.tensor([False])
+    assert ignored_grid_points(found).tolist() == [[False] * 3, [True] * 3]
 
 
 class GaussianMaps:
@@ -143,10 +148,13 @@ class GaussianMaps:
 
     def logits(self, sampled, tokens, boxes, points):
         distances = [
-            (places[:, None] - self.points[:, axis, None]) / self.std[:, axis, None]
+            (places[..., None, :] - self.points[:, axis, None]) / self.std[:, axis, None]
             for axis, places in enumerate(window(boxes))
         ]
         return -0.5 * (distances[0].square()[..., None, :] + distances[1].square()[..., None])
+
+
+PIXELS, TOKENS = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 1)
 
 
 @pytest.mark.parametrize("sigma", [0.08, 0.3])
@@ -154,39 +162,48 @@ def test_heatmaps_learn_half_the_width_of_the_similarity(sigma, monkeypatch):
     """Along each axis of an image that is not square; and never wider than with the sigma of COCO's hips."""
     monkeypatch.setattr(losses_module, "PRIOR_NOISE", 0.0)
     monkeypatch.setattr(losses_module, "WINDOW_NOISE", 0.0)
-    assignment = make_assignment(sigma=sigma, visibility=(2.0, 2.0, 0.0))
-    assignment.gt.boxes, assignment.gt.areas = torch.tensor([[0.5, 0.5, 0.3, 0.6]]), torch.tensor([0.25])
+    found = make_candidates(sigma=sigma, visibility=(2.0, 2.0, 0.0), box=(0.5, 0.5, 0.3, 0.6), area=0.25)
     length = min(sigma, MAX_SIGMA) * 0.5  # in an image of area 1: half of 2 * sigma * sqrt(area)
     std = torch.tensor([[length / 2.0, length / 0.5]] * 3)
-    pixels, tokens = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 1)
-    right = map_term(GaussianMaps(assignment.gt.points[0], std), pixels, tokens, assignment)
+    right = map_term(GaussianMaps(found.gt.points[0], std), PIXELS, TOKENS, found)
     assert right.item() == pytest.approx(0, abs=1e-3)
     for factor in (0.5, 2.0):
-        wrong = map_term(GaussianMaps(assignment.gt.points[0], factor * std), pixels, tokens, assignment)
+        wrong = map_term(GaussianMaps(found.gt.points[0], factor * std), PIXELS, TOKENS, found)
         assert wrong.item() > 0.2
 
 
 def test_heatmaps_are_learned_by_the_best_aligned_grid_points_of_objects_with_points():
-    pixels, tokens = torch.zeros(1, 1, 4, 4), torch.zeros(1, 2, 1)
-    assignment = make_assignment()
-    assignment.gt.boxes = torch.tensor([[0.5, 0.5, 0.5, 0.6]])
-    maps = GaussianMaps(assignment.gt.points[0], torch.full((3, 2), 0.2))
+    found = make_candidates(box=(0.5, 0.5, 0.5, 0.6))
+    maps = GaussianMaps(found.gt.points[0], torch.full((3, 2), 0.2))
     torch.manual_seed(0)
-    assert map_term(maps, pixels, tokens, assignment) > 0.1
-    assignment.alignment = torch.zeros(1, 2)
-    assert map_term(maps, pixels, tokens, assignment) == 0
-    assignment = make_assignment(visibility=(0.0, 0.0, 0.0))
-    assert map_term(maps, pixels, tokens, assignment) == 0
+    assert map_term(maps, PIXELS, TOKENS, found) > 0.1
+    found.alignment = torch.zeros(1, 2)
+    assert map_term(maps, PIXELS, TOKENS, found) == 0
+    found = make_candidates(visibility=(0.0, 0.0, 0.0))
+    assert map_term(maps, PIXELS, TOKENS, found) == 0
 
 
 def test_predicted_boxes_that_fit_are_the_windows(monkeypatch):
     """Others are too far off to learn from: there the true box is used, with noise."""
     monkeypatch.setattr(losses_module, "WINDOW_NOISE", 0.0)
-    assignment = make_assignment()
-    row, column = torch.tensor([0, 0]), torch.tensor([0, 1])
-    assignment.comparison.iou[:] = torch.tensor([[0.6, 0.4]])
-    boxes, _ = losses_module._noisy_windows_and_points(assignment, row, column)
-    torch.testing.assert_close(boxes, torch.stack((assignment.pred.boxes[0, 0], assignment.gt.boxes[0])))
+    found = make_candidates()
+    found.comparison.iou[:] = torch.tensor([[0.6, 0.4]])
+    boxes, points = losses_module._noisy_windows_and_points(found, torch.tensor([[1, 0]]))
+    torch.testing.assert_close(boxes[0], torch.stack((found.gt.boxes[0], found.pred.boxes[0, 0])))
+    assert points.shape == (1, 2, 3, 2)
+
+
+def test_poses_of_a_batch_are_sampled_in_their_own_images():
+    """Two in the first image, none in the second, one in the third: each gets what its image has at its window."""
+    found = make_candidates()
+    image, number = torch.tensor([0, 0, 2]), torch.tensor([0, 1, 0])
+    poses = replace(found.gt.poses, image=image, number=number, most=2)
+    rows = torch.rand(3, 4, 4)
+    padded = losses_module._by_image(rows, poses, 3)
+    assert padded.shape == (3, 2, 4, 4)
+    torch.testing.assert_close(padded[image, number], rows)
+    assert (padded[1] == 0).all()
+    assert (padded[2, 1] == 0).all()
 
 
 def test_exact_predictions_cost_nothing_but_confidence():
@@ -334,5 +351,5 @@ def test_terms_are_means_over_positives():
 
 def test_logged_names_keep_the_branches_apart():
     names = ["class_one2one", "map_one2one", "oks_one2many"]
-    logged = [epoch._logged_name(f"keypoints/{name}") for name in names]
+    logged = [readings._logged_name(f"keypoints/{name}") for name in names]
     assert logged == ["keypoints/one2one_class", "keypoints/one2one_map", "keypoints/one2many_oks"]

@@ -10,101 +10,17 @@ location in the object, and the quality of its prediction is added to that; good
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from mvision.heads.query.matching import labelled_classes
-from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
+from mvision.structures.transfer import start_to_host, to_device
 
 PREDICTION_WEIGHT = 2.0  # of a prediction's quality relative to the location prior; both are in 0..1
-
-
-@dataclass
-class KeypointTargets:
-    """The objects of a batch that a set of last layers learns, M in all.
-
-    Attributes:
-        image: (M,) int64, index of the object's image in the batch.
-        classes: (M,) int64, index among the C classes that the layers predict.
-        boxes: (M, 4) cxcywh in 0..1.
-        points: (M, K, 3) x, y in 0..1 and visibility; 0 means not labelled.
-        areas: (M,) as a fraction of the image.
-        scale: (M, 2) factors for x and y that turn fractions of width and height into lengths in an image of area 1
-            with the same aspect ratio.
-        sigmas: (M, K) of the object's class.
-        point_exists: (M, K) bool: which of the K points the object's class has.
-        images_without_keypoints: (B,) bool: images whose annotations have no keypoints at all.
-        labelled_classes: (B, C) or (B, 1) bool: which of the predicted classes were labelled in each image, see
-            ``Targets.labelled_classes``; None: all in all images.
-    """
-
-    image: Tensor
-    classes: Tensor
-    boxes: Tensor
-    points: Tensor
-    areas: Tensor
-    scale: Tensor
-    sigmas: Tensor
-    point_exists: Tensor
-    images_without_keypoints: Tensor
-    labelled_classes: Tensor | None
-
-    @property
-    def is_labelled(self) -> Tensor:
-        """(M,) bool: at least one point of the object is labelled."""
-        return (self.points[..., 2] > 0).any(-1)
-
-    @property
-    def class_has_points(self) -> Tensor:
-        """(M,) bool: the object's class has keypoints, labelled or not."""
-        return self.point_exists.any(-1)
-
-
-def keypoint_targets(
-    targets: list[Targets], class_labels: Tensor, sigmas: Tensor, point_exists: Tensor, shape: tuple[int, int]
-) -> KeypointTargets:
-    """Collect the objects that a keypoint head learns.
-
-    Args:
-        class_labels: (C,) int64, labels of the predicted classes.
-        sigmas, point_exists: (categories, K) by label, see ``KeypointTargets``.
-        shape: height and width of the input, used for images whose original size is not known.
-
-    Returns:
-        Everything on the device of ``class_labels``, and in the precision of ``sigmas``.
-    """
-    device, dtype, num_points = class_labels.device, sigmas.dtype, sigmas.shape[1]
-    counts = torch.tensor([len(target) for target in targets])
-    labels = torch.cat([target.labels for target in targets]).to(device)
-    is_class = labels[:, None] == class_labels
-    keep = is_class.any(1)
-    image = torch.arange(len(targets)).repeat_interleave(counts).to(device)[keep]
-    labels = labels[keep]
-    points = [
-        target.boxes.new_zeros(len(target), num_points, 3) if target.keypoints is None else target.keypoints
-        for target in targets
-    ]
-    heights, widths = torch.tensor([target.size if all(target.size) else shape for target in targets], dtype=dtype).T
-    aspect = (widths / heights).sqrt()
-    labelled = labelled_classes(targets)
-    labelled = None if labelled is None else labelled.to(device)
-    return KeypointTargets(
-        image=image,
-        classes=is_class[keep].int().argmax(1),
-        boxes=torch.cat([target.boxes for target in targets]).to(device, dtype)[keep],
-        points=torch.cat(points).to(device, dtype)[keep],
-        areas=torch.cat([target.areas for target in targets]).to(device, dtype)[keep],
-        scale=torch.stack((aspect, 1 / aspect), -1).to(device)[image],
-        sigmas=sigmas[labels],
-        point_exists=point_exists[labels],
-        images_without_keypoints=torch.tensor([target.keypoints is None for target in targets], device=device),
-        labelled_classes=labelled if labelled is None or labelled.shape[1] == 1 else labelled[:, class_labels],
-    )
 
 
 @torch.no_grad()
@@ -154,7 +70,9 @@ def compute_alignment(location_prior: Tensor, scores: Tensor, oks: Tensor, iou: 
 
 
 @torch.no_grad()
-def assign_one2many(alignment: Tensor, grid_points: Tensor, image: Tensor, num_grid_points: int, top_k: int) -> Tensor:
+def assign_one2many(
+    alignment: Tensor, grid_points: Tensor, image: Tensor, batch: int, num_grid_points: int, top_k: int
+) -> Tensor:
     """The positives of one-to-many training, (M, n) bool: the ``top_k`` candidates of every object that suit it best.
 
     A grid point is a positive of one object at most: of the one that it is aligned with best.
@@ -162,15 +80,13 @@ def assign_one2many(alignment: Tensor, grid_points: Tensor, image: Tensor, num_g
     Args:
         alignment, grid_points: (M, n), see ``compute_alignment`` and ``candidates``.
         image: (M,), index of the objects' images.
-        num_grid_points: S.
+        batch, num_grid_points: B and S.
     """
     best = alignment.topk(min(top_k, alignment.shape[1]), dim=1).indices
     is_positive = torch.zeros_like(alignment, dtype=torch.bool).scatter(1, best, True) & (alignment > 0)
-    if not len(alignment):
-        return is_positive
     index = (image[:, None] * num_grid_points + grid_points).flatten()
     wanted = torch.where(is_positive, alignment, 0).flatten()
-    largest = wanted.new_zeros(int(index.max()) + 1).scatter_reduce(0, index, wanted, "amax")
+    largest = wanted.new_zeros(batch * num_grid_points).scatter_reduce(0, index, wanted, "amax")
     # Of several objects with equal alignment the last one wins: any of them would do, as long as it is one.
     number = torch.arange(1, len(alignment) + 1, device=alignment.device)[:, None].expand_as(alignment).flatten()
     number = torch.where((wanted > 0) & (wanted == largest[index]), number, 0)
@@ -179,15 +95,31 @@ def assign_one2many(alignment: Tensor, grid_points: Tensor, image: Tensor, num_g
 
 
 @torch.no_grad()
-def assign_one2one(alignment: Tensor, grid_points: Tensor, image: Tensor) -> Tensor:
-    """The positives of one-to-one training, (M, n) bool: the matching of the largest total alignment in every image.
+def start_one2one(alignment: Tensor, grid_points: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
+    """Start to choose the positives of one-to-one training, and return a function that waits for them.
 
-    An object whose candidates are all taken by others has no positive. Arguments as in ``assign_one2many``.
+    They are (M, n) bool: the matching of the largest total alignment in every image. An object whose candidates are all
+    taken by others has no positive. What is queued before the function is called keeps a GPU busy.
+
+    Args:
+        alignment, grid_points: as in ``assign_one2many``.
+        counts: number of objects of every image.
     """
-    values, indices = alignment.cpu().numpy(), grid_points.cpu().numpy()
+    wait = start_to_host({"alignment": alignment, "grid_points": grid_points})
+
+    def finish() -> Tensor:
+        moved = wait()
+        chosen = _best_matching(moved["alignment"].numpy(), moved["grid_points"].numpy(), counts)
+        return to_device({"chosen": torch.from_numpy(chosen)}, alignment.device)["chosen"]
+
+    return finish
+
+
+def _best_matching(values: np.ndarray, indices: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+    """The result of ``start_one2one``, on the CPU."""
     is_positive = np.zeros(values.shape, dtype=bool)
     stop = 0
-    for count in image.bincount().tolist():
+    for count in counts:
         start, stop = stop, stop + count
         if count:
             # The matrix has a column for each candidate of this image's objects alone: the image has thousands of
@@ -198,4 +130,4 @@ def assign_one2one(alignment: Tensor, grid_points: Tensor, image: Tensor) -> Ten
             np.put_along_axis(matrix, column, values[start:stop], axis=1)
             rows, columns = linear_sum_assignment(matrix, maximize=True)
             is_positive[start + rows] = column[rows] == columns[:, None]
-    return torch.from_numpy(is_positive).to(alignment.device) & (alignment > 0)
+    return is_positive & (values > 0)

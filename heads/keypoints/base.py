@@ -11,74 +11,31 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from mvision.errors import UserError
 from mvision.evaluation import BoxMetric, KeypointMetric
 from mvision.heads.base import Head, only_best_class
-from mvision.heads.keypoints.assignment import (
-    assign_one2many,
-    assign_one2one,
-    candidates,
-    compute_alignment,
-    keypoint_targets,
-)
-from mvision.heads.keypoints.grid import GridPoints, PointLayers, PoseLayers, Raw, decode, make_grid
+from mvision.heads.keypoints.assignment import assign_one2many, candidates, compute_alignment, start_one2one
+from mvision.heads.keypoints.grid import GridPoints, PointLayers, PoseLayers, Raw, decode, make_grid, raw_at
 from mvision.heads.keypoints.heatmaps import Heatmaps, best_places, estimated_similarity_std
-from mvision.heads.keypoints.losses import Assignment, compare
+from mvision.heads.keypoints.losses import Candidates, compare, ignored_grid_points, map_term, sums_by_set
+from mvision.heads.keypoints.settings import KeypointSettings, with_sigmas
+from mvision.heads.keypoints.targets import ClassTables, KeypointTargets, keypoint_targets
 from mvision.heads.query.losses import quality_focal
+from mvision.heads.query.matching import mean_over_processes
+from mvision.neck.cached import ShapeCache
 from mvision.neck.layers import RepBlock
-from mvision.settings import MAX_LAYERS, MAX_OBJECTS, MAX_WIDTH, Replacement, Settings
 from mvision.structures import Category, Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
-from mvision.structures.oks import check_sigmas, keypoint_sigmas
+from mvision.structures.transfer import to_host
 
 Branch = Literal["one2one", "one2many"]
 BRANCHES: tuple[Branch, ...] = ("one2one", "one2many")
-# Settings of ``KeypointConfig`` alone, which older weights files have for both kinds.
-ONLY_DENSE = ("pixel_dim", "map_dim", "box_weight", "giou_weight", "visible_weight", "map_weight")
-
-
-class KeypointSettings(Settings):
-    """Settings that both keypoint heads have.
-
-    Attributes:
-        levels: ``all`` of the neck's maps, or the ``finest`` alone.
-        depth: RepBlocks on each of them.
-        embed_dim: their width.
-        num_instances: the largest number of objects predicted in an image; may be changed after training.
-        sigmas: of the OKS, one for each point, in place of those of the data set; for training and evaluation.
-        top_k: positives per object in one-to-many training.
-        many_weight: weight of one-to-many training relative to one-to-one; 0 leaves its layers out.
-        class_loss: ``vfl`` (varifocal) or ``mal`` (matchability-aware), with ``alpha`` (vfl alone) and ``gamma``.
-        class_weight, oks_weight, point_weight: of the loss terms: scores; one minus the OKS; L1 distance of the points
-            divided by the root of the object's area.
-    """
-
-    levels: Literal["finest", "all"] = "all"
-    depth: int = Field(2, ge=1, le=MAX_LAYERS)
-    embed_dim: int = Field(64, gt=0, le=MAX_WIDTH)
-    num_instances: int = Field(100, gt=0, le=MAX_OBJECTS)
-    sigmas: list[float] = []
-    top_k: int = Field(10, ge=1, le=MAX_OBJECTS)
-    many_weight: float = Field(1.0, ge=0)
-    class_loss: Literal["vfl", "mal"] = "vfl"
-    alpha: float = Field(0.75, ge=0)
-    gamma: float = Field(1.5, ge=0)
-    class_weight: float = Field(4.0, ge=0)
-    oks_weight: float = Field(1.0, ge=0)
-    point_weight: float = Field(2.0, ge=0)
-
-    retired = {
-        "predict": [
-            Replacement("instances", {"kind": "dense"}),
-            Replacement("points", {"kind": "minimal"}, without=frozenset(ONLY_DENSE)),
-        ],
-    }
 
 
 class KeypointOutputs(NamedTuple):
@@ -124,14 +81,17 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
     # Non-persistent buffers: they follow from the categories and are not in weights files.
     class_labels: Tensor  # (C,) int64: label of every predicted class
     sigmas: Tensor  # (categories, K)
-    point_exists: Tensor  # (categories, K) bool: the class has this point
 
     def build(self) -> None:
         """See ``Head.build``."""
         config, width = self.config, self.config.embed_dim
-        self.categories = _with_sigmas(self.categories, config.sigmas)
+        self.categories = with_sigmas(self.categories, config.sigmas)
         self.num_points = max(len(category.keypoints) for category in self.classes)
-        self._register_class_tables()
+        self.tables = ClassTables.of(self.categories)
+        labels = [self.categories.index(category) for category in self.classes]
+        self.register_buffer("class_labels", torch.tensor(labels), persistent=False)
+        self.register_buffer("sigmas", torch.from_numpy(self.tables.sigmas.copy()), persistent=False)
+        self.labels_of_classes = np.array(labels)
         levels = 1 if config.levels == "finest" else len(self.channels)
         # ``towers``, ``one`` (one-to-one), ``many`` (one-to-many) and ``maps`` are the names in weights files: they
         # have to stay.
@@ -142,23 +102,39 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         self.one = self.new_last_layers("one2one")
         self.many = self.new_last_layers("one2many") if config.many_weight else None
         self.maps: Heatmaps | None = None
+        self._grids = ShapeCache()
 
     @abstractmethod
     def new_last_layers(self, branch: Branch) -> PoseLayers | PointLayers:
         """Last layers with new weights."""
 
     @abstractmethod
-    def terms(self, branch: Branch, raw: Raw, assignment: Assignment, outputs: KeypointOutputs) -> dict[str, Tensor]:
-        """The loss terms of one set of last layers, unweighted; the weight of a term is the setting ``TERM_weight``."""
+    def losses(self, found: Candidates) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses of all candidates, each (M, n), unweighted: first those of points, then the others."""
+
+    @abstractmethod
+    def score_targets(self, found: Candidates, is_scored: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The indices of scores (image, grid point, column of ``score_logits``), their targets, and which are counted.
+
+        Args:
+            is_scored: (M, n) bool: the candidate is a positive for the score.
+
+        Returns:
+            Tensors that can be broadcast to (M, n, ...), each of the full length in the first dimension.
+        """
+
+    @abstractmethod
+    def score_logits(self, raw: Raw) -> Tensor:
+        """(B, S, *) the scores that are learned, before the sigmoid."""
 
     @classmethod
     def predicted(cls, categories: list[Category]) -> list[Category]:
         """The classes with keypoints."""
         return [category for category in categories if category.keypoints]
 
-    def labels_of(self, branch: Branch) -> Tensor:
-        """(C,) int64, the labels of the classes that a set of last layers predicts."""
-        return self.class_labels
+    def labels_of(self, branch: Branch) -> Sequence[int]:
+        """The labels of the C classes that a set of last layers predicts."""
+        return self.labels_of_classes.tolist()
 
     def forward(
         self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
@@ -166,7 +142,7 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         """The best grid points of the neck's maps, or (with ``targets``, in training) all of them."""
         pixels = None if self.maps is None else self.maps.pixels(maps, lateral)
         maps = [tower(x) for tower, x in zip(self.towers, maps)]
-        tokens, grid = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1), make_grid(maps)
+        tokens, grid = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1), self._grid(maps)
         if targets is not None:
             shape = (maps[0].shape[-2], maps[0].shape[-1])
             one2one, one2many = self.one(tokens), None if self.many is None else self.many(tokens)
@@ -188,32 +164,67 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         return outputs
 
     def loss(self, outputs: KeypointOutputs, targets: list[Targets]) -> dict[str, Tensor]:
-        """The terms of ``terms`` for both sets of last layers, named ``TERM_one2one`` and ``TERM_one2many``."""
-        weighted = {}
-        for branch in BRANCHES:
-            raw, weight = (outputs.one2one, 1.0) if branch == "one2one" else (outputs.one2many, self.config.many_weight)
-            if raw is not None:
-                assignment = self._assign(branch, raw, outputs, targets)
-                for name, value in self.terms(branch, raw, assignment, outputs).items():
-                    weighted[f"{name}_{branch}"] = weight * getattr(self.config, f"{name}_weight") * value
-        return weighted
+        """Terms of both sets of last layers, named ``TERM_one2one`` and ``TERM_one2many``.
+
+        Terms are divided by the number of positives, those of points by that of objects whose class has points, over
+        all processes. Objects without labelled points count too: the weight of a label must not depend on how many are
+        missing.
+        """
+        raws = [raw for raw in (outputs.one2one, outputs.one2many) if raw is not None]
+        found = self._candidates(raws, outputs, targets)
+        gt, first = found.gt, found.gt.sizes[0]
+        one2one = start_one2one(found.alignment[:first], found.grid_points[:first], gt.counts)
+        # Before the matching is waited for: everything that does not need it, so that a GPU has work meanwhile.
+        is_positive = [self._one2many(found, outputs)] if len(raws) > 1 else []
+        of_points, of_objects = self._weighted_losses(found)
+        ignored = ignored_grid_points(found)
+        of_maps = None
+        if self.maps is not None and outputs.pixels is not None:
+            of_maps = self._weight("map") * map_term(self.maps, outputs.pixels, outputs.tokens, found)
+
+        positive = torch.cat((one2one(), *is_positive))
+        factors = self._factors(positive, gt)
+        pose_sums = sums_by_set(of_points, positive & gt.is_labelled[:, None], gt.sizes)
+        object_sums = sums_by_set(of_objects, positive, gt.sizes)
+        scores = self._score_terms(raws, found, positive, ignored)
+        terms: dict[str, Tensor] = {}
+        for index, (branch, factor) in enumerate(zip(BRANCHES, factors)):
+            by_objects, by_poses = factor.unbind()
+            own = {name: by_poses * value for name, value in pose_sums[index].items()}
+            own["class"] = by_objects * scores[index]
+            own |= {name: by_objects * value for name, value in object_sums[index].items()}
+            if of_maps is not None and branch == "one2one":
+                own["map"] = of_maps
+            terms |= {f"{name}_{branch}": value for name, value in own.items()}
+        return terms
 
     def score_term(
-        self, logits: Tensor, index: tuple[Tensor, ...], quality: Tensor, ignored: Tensor, labelled: Tensor | None
+        self,
+        logits: Tensor,
+        index: tuple[Tensor, ...],
+        quality: Tensor,
+        counted: Tensor,
+        ignored: Tensor | None,
+        labelled: Tensor | None,
     ) -> Tensor:
         """Sum of the scores' loss over all grid points.
 
         Args:
             logits: (B, S, C) before the sigmoid.
-            index: image, grid point and class of the P positives, each (P,).
-            quality: (P,) in 0..1, their targets.
-            ignored: (B, S) bool: grid points that are not negatives.
+            index: image, grid point and class of P scores, tensors that can be broadcast to one shape.
+            quality: in 0..1, their targets, in that shape.
+            counted: bool, in that shape: which of them are positives.
+            ignored: (B, S) bool: grid points that are not negatives; None: no grid point.
             labelled: ``labelled_classes`` of ``KeypointTargets``: grid points are no negatives of the other classes.
         """
         config = self.config
-        loss = quality_focal(logits, index, quality, config.class_loss, config.alpha, config.gamma, labelled)
-        ignored = ignored.index_put(index[:2], ignored.new_zeros(()))  # positives count anyway
-        return torch.where(ignored[..., None], 0, loss).sum()
+        loss = quality_focal(logits, index, quality, config.class_loss, config.alpha, config.gamma, labelled, counted)
+        if ignored is None:
+            return loss.sum()
+        # Positives count anyway. What is no positive is written behind the end.
+        place = torch.where(counted, torch.add(index[1], index[0], alpha=ignored.shape[1]), ignored.numel())
+        kept = torch.cat((ignored.flatten(), ignored.new_zeros(1))).index_fill(0, place.flatten(), False)
+        return torch.where(kept[:-1].view(ignored.shape)[..., None], 0, loss).sum()
 
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
@@ -222,16 +233,31 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
 
         Points that the class of an instance does not have are zeros.
         """
-        visibility = outputs["visibility"].float().sigmoid()
+        selected = {name: value.numpy() for name, value in to_host(self.select(outputs)).items()}
+        images = [dict(zip(selected, values)) for values in zip(*selected.values())]
+        return [self._instances(size=size, threshold=threshold, **image) for image, size in zip(images, sizes)]
+
+    def select(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The N best (grid point, class) pairs of every image by falling score, whatever their scores.
+
+        Returns:
+            ``scores`` (B, N) in 0..1, ``classes`` (B, N) int64 among the C classes, ``boxes`` (B, N, 4) xyxy in 0..1,
+            and ``points`` (B, N, K, 3) x, y in 0..1 and score.
+        """
         all_scores = self.scores(outputs)
-        scores, index = all_scores.flatten(1).topk(all_scores.shape[1], dim=1)
-        corners = cxcywh_to_xyxy(outputs["boxes"].float()).clamp(0, 1)
+        _, count, classes = all_scores.shape
+        scores, index = all_scores.flatten(1).topk(count, dim=1)
+        row = torch.div(index, classes, rounding_mode="floor")
         # Labelled points lie in the image, so moving predicted points into it cannot take them further away from these.
+        visibility = outputs["visibility"].float().sigmoid()
         points = torch.cat((outputs["keypoints"].float().clamp(0, 1), visibility[..., None]), -1)
-        return [
-            self._instances(corners[image], points[image], scores[image, keep], index[image, keep], size)
-            for image, (keep, size) in enumerate(zip(scores >= threshold, sizes))
-        ]
+        corners = cxcywh_to_xyxy(outputs["boxes"].float()).clamp(0, 1)
+        return {
+            "scores": scores,
+            "classes": index % classes,
+            "boxes": corners.gather(1, row[..., None].expand(-1, -1, 4)),
+            "points": points.gather(1, row[..., None, None].expand(-1, -1, *points.shape[2:])),
+        }
 
     def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``Head.best_class_only``."""
@@ -242,68 +268,82 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         return outputs["logits"].float().sigmoid()
 
     def _instances(
-        self, corners: Tensor, points: Tensor, scores: Tensor, pairs: Tensor, size: tuple[int, int]
+        self,
+        scores: np.ndarray,
+        classes: np.ndarray,
+        boxes: np.ndarray,
+        points: np.ndarray,
+        size: tuple[int, int],
+        threshold: float,
     ) -> Instances:
-        """One image: ``corners`` (N, 4), ``points`` (N, K, 3); ``pairs`` index N x C (grid point, class) pairs."""
-        classes, row = pairs % len(self.class_labels), pairs // len(self.class_labels)
+        """One image of ``select``."""
+        keep = scores >= threshold
+        labels = self.labels_of_classes[classes[keep]]
         height, width = size
-        points = points[row] * self.point_exists[self.class_labels[classes]][..., None].to(points)
+        points = np.where(self.tables.point_exists[labels][..., None], points[keep], np.float32(0))
         return Instances(
-            boxes=(corners[row] * corners.new_tensor([width, height, width, height])).cpu().numpy(),
-            scores=scores.cpu().numpy(),
-            labels=self.class_labels[classes].cpu().numpy(),
+            boxes=boxes[keep] * np.array([width, height, width, height], np.float32),
+            scores=scores[keep],
+            labels=labels,
             size=size,
             categories=self.categories,
-            keypoints=(points * points.new_tensor([width, height, 1])).cpu().numpy(),
+            keypoints=points * np.array([width, height, 1], np.float32),
         )
 
-    def _assign(self, branch: Branch, raw: Raw, outputs: KeypointOutputs, targets: list[Targets]) -> Assignment:
-        """Compare the predictions of one set of last layers with the labels, and choose the positives."""
+    def _grid(self, maps: list[Tensor]) -> GridPoints:
+        first = maps[0]
+        key = (tuple(x.shape[-2:] for x in maps), first.dtype, first.device)
+        return GridPoints(*self._grids.get(key, partial(make_grid, maps)))
+
+    def _candidates(self, raws: list[Raw], outputs: KeypointOutputs, targets: list[Targets]) -> Candidates:
+        """Compare the predictions of the sets of last layers with the labels."""
         grid = outputs.grid
-        sigmas = self.sigmas.to(grid.centres.dtype)
-        gt = keypoint_targets(targets, self.labels_of(branch), sigmas, self.point_exists, outputs.shape)
+        predicted = [self.labels_of(branch) for branch, _ in zip(BRANCHES, raws)]
+        gt = keypoint_targets(targets, predicted, self.tables, outputs.shape, grid.centres)
         grid_points, location_prior, inside = candidates(*grid, gt.boxes, 2 * self.config.top_k)
-        at_candidates = raw.at((gt.image[:, None], grid_points))
-        pred = decode(at_candidates, grid.at(grid_points))
+        rows = torch.add(grid_points, gt.image[:, None], alpha=len(grid.centres))
+        raw = raw_at(raws, rows, gt.classes, gt.sizes)
+        pred = decode(raw, grid.at(grid_points))
         comparison = compare(pred, gt)
-        scores = at_candidates.logits.gather(-1, gt.classes[:, None, None].expand(*grid_points.shape, 1)).squeeze(-1)
-        scores = scores.to(gt.areas).sigmoid()
+        scores = raw.logits.squeeze(-1).to(gt.areas).sigmoid()
         alignment = compute_alignment(location_prior, scores, comparison.oks, comparison.iou, gt.is_labelled)
-        if branch == "one2one":
-            is_positive = assign_one2one(alignment, grid_points, gt.image)
-        else:
-            is_positive = assign_one2many(alignment, grid_points, gt.image, len(grid.centres), self.config.top_k)
-        return Assignment(gt, grid_points, inside, pred, comparison, alignment, is_positive)
+        return Candidates(gt, grid_points, inside, pred, comparison, alignment)
 
-    def _register_class_tables(self) -> None:
-        """Fill the buffers about the classes."""
-        class_labels = torch.tensor([self.categories.index(category) for category in self.classes])
-        sigmas = torch.ones(len(self.categories), self.num_points)
-        point_exists = torch.zeros_like(sigmas, dtype=torch.bool)
-        for label, category in enumerate(self.categories):
-            own = len(category.keypoints)
-            sigmas[label, :own] = torch.tensor(keypoint_sigmas(category))
-            point_exists[label, :own] = True
-        self.register_buffer("class_labels", class_labels, persistent=False)
-        self.register_buffer("sigmas", sigmas, persistent=False)
-        self.register_buffer("point_exists", point_exists, persistent=False)
-
-
-def _with_sigmas(categories: list[Category], sigmas: list[float]) -> list[Category]:
-    """The categories, checked, with the sigmas of the config (where it has any) in those that have keypoints."""
-    classes = [category for category in categories if category.keypoints]
-    if not classes:
-        names = ", ".join(category.name for category in categories[:5])
-        raise UserError(
-            f"keypoints: none of the classes ({names}) has keypoints; name them in the categories of the annotations, "
-            'such as "keypoints": ["nose", "tail"]'
+    def _one2many(self, found: Candidates, outputs: KeypointOutputs) -> Tensor:
+        """The positives of the second set."""
+        alignment, grid_points, image = (
+            values[found.gt.sizes[0] :] for values in (found.alignment, found.grid_points, found.gt.image)
         )
-    if not sigmas:
-        return categories
-    for category in classes:
-        if problem := check_sigmas(sigmas, len(category.keypoints)):
-            raise UserError(
-                f"model.heads.keypoints.sigmas: {problem} of class '{category.name}'; give one for each, or leave it "
-                "empty for those of the data set (keypoint_sigmas of its categories)"
-            )
-    return [c.model_copy(update={"sigmas": list(sigmas)}) if c.keypoints else c for c in categories]
+        batch, num_grid_points = outputs.one2one.logits.shape[:2]
+        return assign_one2many(alignment, grid_points, image, batch, num_grid_points, self.config.top_k)
+
+    def _weighted_losses(self, found: Candidates) -> list[dict[str, Tensor]]:
+        """Those of ``losses``, with the weights of the config."""
+        return [{name: self._weight(name) * value for name, value in part.items()} for part in self.losses(found)]
+
+    def _weight(self, term: str) -> float:
+        return getattr(self.config, f"{term}_weight")
+
+    @torch.no_grad()
+    def _factors(self, is_positive: Tensor, gt: KeypointTargets) -> list[Tensor]:
+        """What the sums of every set are multiplied by, each (2,): those of objects, and those of points."""
+        objects = is_positive.sum(1)
+        both = torch.stack((objects, torch.where(gt.class_has_points, objects, 0)))
+        counts = torch.stack([part.sum(1) for part in both.split(gt.sizes, 1)]).to(gt.areas)
+        weights = (1.0, self.config.many_weight)
+        return [weight / count for weight, count in zip(weights, mean_over_processes(counts).clamp(min=1))]
+
+    def _score_terms(
+        self, raws: list[Raw], found: Candidates, is_positive: Tensor, ignored: Tensor | None
+    ) -> list[Tensor]:
+        """The weighted loss of the scores of every set, summed."""
+        gt = found.gt
+        # An object without labelled points is no positive for the score, unless its class has no points at all.
+        is_scored = is_positive & (gt.is_labelled | ~gt.class_has_points)[:, None]
+        index, quality, counted = self.score_targets(found, is_scored)
+        parts = zip(*(values.split(gt.sizes) for values in (quality, counted, *index)))
+        return [
+            self._weight("class")
+            * self.score_term(self.score_logits(raw), tuple(own), own_quality, own_counted, ignored, labelled)
+            for raw, labelled, (own_quality, own_counted, *own) in zip(raws, gt.labelled_classes, parts)
+        ]

@@ -7,6 +7,7 @@ Every position of every map is a grid point. The maps are flattened and joined, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -69,10 +70,33 @@ class Raw(NamedTuple):
     logits: Tensor
     boxes: Tensor | None = None
 
-    def at(self, index: tuple[Tensor, ...]) -> Raw:
-        """The raw numbers of the grid points (image, grid point) in ``index``."""
-        boxes = None if self.boxes is None else self.boxes[index]
-        return Raw(self.points[index], self.logits[index], boxes)
+
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """(..., *) of values (A, B, *): those with these indices among all A * B, in the shape of ``rows`` (...)."""
+    # index_select and not values[rows], whose gradient sorts the indices.
+    return values.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
+
+
+def raw_at(raws: Sequence[Raw], rows: Tensor, classes: Tensor, sizes: Sequence[int]) -> Raw:
+    """What several sets of last layers give at grid points, one set after the other.
+
+    Args:
+        raws: of every set, (B, S, ...).
+        rows: (M, n) int64, grid points by their index among the B * S of all images.
+        classes: (M,) int64, the class among those of the set.
+        sizes: how many of the M belong to each set.
+
+    Returns:
+        ``points`` (M, n, 3 K), ``boxes`` (M, n, 4) or None, and ``logits`` (M, n, 1) of the class alone, detached.
+    """
+    parts = rows.split(list(sizes))
+    points = torch.cat([take_rows(raw.points, part) for raw, part in zip(raws, parts)])
+    logits = []
+    for raw, part, own in zip(raws, parts, classes[:, None].split(list(sizes))):
+        index = torch.add(own, part, alpha=raw.logits.shape[-1])
+        logits.append(take_rows(raw.logits.detach().flatten(0, 1), index))
+    boxes = [take_rows(raw.boxes, part) for raw, part in zip(raws, parts) if raw.boxes is not None]
+    return Raw(points, torch.cat(logits)[..., None], torch.cat(boxes) if boxes else None)
 
 
 class PoseLayers(nn.Module):

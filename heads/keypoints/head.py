@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from mvision.heads.keypoints.base import BaseKeypointHead, Branch, KeypointOutputs, KeypointSettings
+from mvision.heads.keypoints.base import BaseKeypointHead, Branch
 from mvision.heads.keypoints.grid import PoseLayers, Raw
 from mvision.heads.keypoints.heatmaps import Heatmaps
-from mvision.heads.keypoints.losses import (
-    Assignment,
-    box_terms,
-    ignored_grid_points,
-    map_term,
-    point_terms,
-    score_target,
-    visibility_term,
-)
+from mvision.heads.keypoints.losses import Candidates, box_losses, point_losses, score_target, visibility_loss
+from mvision.heads.keypoints.settings import KeypointSettings
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
-from mvision.heads.query.matching import mean_over_processes
 from mvision.settings import MAX_WIDTH
 
 
@@ -70,11 +63,9 @@ class KeypointHead(BaseKeypointHead[KeypointConfig]):
         """One-to-many layers predict objects of all classes: those without keypoints train the neck as well."""
         return PoseLayers(self.config.embed_dim, len(self.labels_of(branch)), self.num_points)
 
-    def labels_of(self, branch: Branch) -> Tensor:
+    def labels_of(self, branch: Branch) -> Sequence[int]:
         """All labels for the one-to-many layers, see ``new_last_layers``."""
-        if branch == "one2one":
-            return self.class_labels
-        return torch.arange(len(self.categories), device=self.class_labels.device)
+        return super().labels_of(branch) if branch == "one2one" else range(len(self.categories))
 
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
         """(B, N, C) scores of the objects in 0..1."""
@@ -88,35 +79,20 @@ class KeypointHead(BaseKeypointHead[KeypointConfig]):
         # boxes.
         return (scores * expected_oks[..., None]).sqrt()
 
-    def terms(self, branch: Branch, raw: Raw, assignment: Assignment, outputs: KeypointOutputs) -> dict[str, Tensor]:
-        """``oks``, ``point``, ``visible``, ``class``, ``box`` and ``giou``; of one-to-one layers also ``map``.
+    def losses(self, found: Candidates) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``oks``, ``point`` and ``visible``; ``box`` and ``giou``."""
+        return point_losses(found) | {"visible": visibility_loss(found)}, box_losses(found)
 
-        Terms are divided by the number of positives, those of points by that of objects whose class has points, over
-        all processes.
-        """
-        gt, is_positive = assignment.gt, assignment.is_positive
-        # Objects without labelled points count too: the weight of a label must not depend on how many are missing.
-        counts = torch.stack((is_positive.sum(), (is_positive & gt.class_has_points[:, None]).sum())).to(gt.areas)
-        num_objects, num_poses = mean_over_processes(counts).clamp(min=1)
-        of_points = point_terms(assignment) | {"visible": visibility_term(assignment)}
-        terms = {name: value / num_poses for name, value in of_points.items()}
-        terms["class"] = self._class_term(raw, assignment) / num_objects
-        terms |= {name: value / num_objects for name, value in box_terms(assignment).items()}
-        if branch == "one2one" and self.maps is not None and outputs.pixels is not None:
-            terms["map"] = map_term(self.maps, outputs.pixels, outputs.tokens, assignment)
-        return terms
+    def score_targets(self, found: Candidates, is_scored: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The score of the object's class learns the IoU, or without heatmaps the OKS."""
+        gt, comparison = found.gt, found.comparison
+        index = (gt.image[:, None], found.grid_points, gt.classes[:, None])
+        quality = comparison.iou.detach()
+        if self.maps is None:  # with heatmaps, ``scores`` adds the expected OKS after training
+            has_points = gt.class_has_points[:, None]
+            quality = torch.where(has_points, score_target(comparison.oks, quality), quality)
+        return index, quality, is_scored
 
-    def _class_term(self, raw: Raw, assignment: Assignment) -> Tensor:
-        """The loss of the objects' scores, summed."""
-        gt, comparison = assignment.gt, assignment.comparison
-        has_points = gt.class_has_points[:, None]
-        # An object without labelled points is no positive for the score, unless its class has no points at all.
-        is_scored = assignment.is_positive & (gt.is_labelled[:, None] | ~has_points)
-        row, column = is_scored.nonzero(as_tuple=True)
-        iou = comparison.iou.detach()
-        # With heatmaps, ``scores`` adds the expected OKS after training.
-        quality = iou if self.maps is not None else score_target(comparison.oks, iou)
-        quality = torch.where(has_points, quality, iou)[row, column]
-        index = (gt.image[row], assignment.grid_points[row, column], gt.classes[row])
-        ignored = ignored_grid_points(assignment.inside & has_points, gt)
-        return self.score_term(raw.logits, index, quality, ignored, gt.labelled_classes)
+    def score_logits(self, raw: Raw) -> Tensor:
+        """(B, S, C), the scores of the objects."""
+        return raw.logits

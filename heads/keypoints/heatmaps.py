@@ -194,21 +194,3 @@ def heatmap_loss(logits: Tensor, boxes: Tensor, points: Tensor, target_std: Tens
 def in_window(boxes: Tensor, points: Tensor) -> Tensor:
     """(..., K) bool: which points (..., K, 2) lie in the windows of boxes (..., 4)."""
     return ((points - boxes[..., None, :2]).abs() <= WINDOW_SCALE / 2 * boxes[..., None, 2:]).all(-1)
-
-
-def pad_per_image(image: Tensor, batch: int, rows: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Rows of a whole batch as one row per object of every image, padded with zeros.
-
-    Args:
-        image: (P,) int64, the image of every row, in ascending order.
-        batch: B.
-        rows: (P, ...).
-
-    Returns:
-        (B, most rows of an image, ...), and the index with which this gives ``rows`` again.
-    """
-    counts = image.bincount(minlength=batch)
-    slot = torch.arange(len(image), device=image.device) - (counts.cumsum(0) - counts)[image]
-    most = int(counts.max()) if len(image) else 0
-    index = (image, slot)
-    return rows.new_zeros(batch, most, *rows.shape[1:]).index_put(index, rows), index

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from mvision.errors import UserError
-from mvision.heads.keypoints.base import BaseKeypointHead, Branch, KeypointOutputs, KeypointSettings
+from mvision.heads.keypoints.base import BaseKeypointHead, Branch
 from mvision.heads.keypoints.grid import PointLayers, Raw
-from mvision.heads.keypoints.losses import Assignment, ignored_grid_points, point_terms, score_target
-from mvision.heads.query.matching import mean_over_processes
+from mvision.heads.keypoints.losses import Candidates, point_losses, score_target
+from mvision.heads.keypoints.settings import KeypointSettings
 
 
 class MinimalKeypointConfig(KeypointSettings):
@@ -41,20 +42,30 @@ class MinimalKeypointHead(BaseKeypointHead[MinimalKeypointConfig]):
             )
         return PointLayers(self.config.embed_dim, self.num_points)
 
-    def terms(self, branch: Branch, raw: Raw, assignment: Assignment, outputs: KeypointOutputs) -> dict[str, Tensor]:
-        """``oks``, ``point`` and ``class``, each divided by the number of positives over all processes.
+    def losses(self, found: Candidates) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """``oks`` and ``point``; there are no others."""
+        return point_losses(found), {}
 
-        The target of a point's score is its own similarity.
-        """
-        gt, comparison = assignment.gt, assignment.comparison
-        # Objects without labelled points count too: the weight of a label must not depend on how many are missing.
-        num_objects = mean_over_processes(assignment.is_positive.sum().to(gt.areas)).clamp(min=1)
-        terms = point_terms(assignment)
-        row, column = (assignment.is_positive & gt.is_labelled[:, None]).nonzero(as_tuple=True)
-        pair, point = (gt.points[row, :, 2] > 0).nonzero(as_tuple=True)
-        quality = score_target(comparison.point_similarity, comparison.iou[..., None])[row, column][pair, point]
-        index = (gt.image[row][pair], assignment.grid_points[row, column][pair], point)
-        ignored = ignored_grid_points(assignment.inside, gt)
-        logits = raw.points[..., 2 * self.num_points :]
-        terms["class"] = self.score_term(logits, index, quality, ignored, gt.labelled_classes) / self.num_points
-        return {name: value / num_objects for name, value in terms.items()}
+    def score_targets(self, found: Candidates, is_scored: Tensor) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """The score of a labelled point learns its own similarity; the loss is a mean over the points."""
+        gt, comparison = found.gt, found.comparison
+        point = torch.arange(self.num_points, device=is_scored.device).expand(len(is_scored), 1, -1)
+        index = (gt.image[:, None, None], found.grid_points[..., None], point)
+        quality = score_target(comparison.point_similarity, comparison.iou[..., None])
+        return index, quality, is_scored[..., None] & (gt.points[:, None, :, 2] > 0)
+
+    def score_logits(self, raw: Raw) -> Tensor:
+        """(B, S, K), the scores of the points."""
+        return raw.points[..., 2 * self.num_points :]
+
+    def score_term(
+        self,
+        logits: Tensor,
+        index: tuple[Tensor, ...],
+        quality: Tensor,
+        counted: Tensor,
+        ignored: Tensor | None,
+        labelled: Tensor | None,
+    ) -> Tensor:
+        """See ``BaseKeypointHead.score_term``; here a mean over the points."""
+        return super().score_term(logits, index, quality, counted, ignored, labelled) / self.num_points
