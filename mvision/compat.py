@@ -10,10 +10,11 @@ import os
 import platform
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
     from torch.utils.data import DataLoader
 
@@ -94,6 +95,26 @@ def move_all_towards(targets: Sequence[Tensor], sources: Sequence[Tensor], weigh
         torch._foreach_lerp_(list(targets), list(sources), weight)
 
 
+def compilation_error() -> type[Exception]:
+    """The base class of what ``torch.compile`` raises at the first call of what it cannot compile (torch 2.14.1)."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    return TorchDynamoException
+
+
+@contextmanager
+def room_for_graphs(number: int) -> Iterator[None]:
+    """Inside this context ``torch.compile`` makes at least so many graphs of a module, one for each shape of its input.
+
+    It stops at eight otherwise, and runs other shapes uncompiled (torch 2.14.1; torch 2.6 has the setting's old name).
+    """
+    from torch._dynamo import config
+
+    name = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"
+    with config.patch({name: max(number, getattr(config, name))}):  # type: ignore[attr-defined]
+        yield
+
+
 def has_packed_convolutions() -> bool:
     """Whether this build of torch has the oneDNN convolutions that ``torch.compile`` uses on x86 (torch 2.14.1)."""
     import torch
@@ -127,6 +148,25 @@ def packed_convolution(
     import torch
 
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *settings, activation, list(limits), "")
+
+
+def end_failed_capture(device: torch.device, pool: Any) -> None:
+    """Make a GPU usable again after the capture of a CUDA graph has failed (torch 2.11.0 on an H100).
+
+    torch ends its own part of a capture only where the driver ended it without an error. Otherwise the generator of
+    random numbers refuses to work outside a graph, and the allocator keeps blocks back that several streams have used.
+
+    Args:
+        pool: the memory that the graph was captured with.
+    """
+    import torch
+
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with suppress(RuntimeError):  # where nothing was being captured yet, or torch has ended it
+        torch._C._cuda_endAllocateToPool(index, pool)
+    # The end of a capture that succeeds is the only call that tells the generator.
+    with torch.cuda.device(index), torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.empty(1, device=f"cuda:{index}").zero_()
 
 
 def reset_accelerate() -> None:

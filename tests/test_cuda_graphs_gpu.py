@@ -120,6 +120,7 @@ def test_more_shapes_than_graphs() -> None:
 def test_threads_with_streams_of_their_own() -> None:
     model: Any = prepare(with_statistics(make_model(["detection"])), "fp32")
     expected = {batch: model._plain(make_images(batch)) for batch in (1, 2)}
+    torch.cuda.synchronize()  # the threads read it in streams of their own
     wrong: list[float] = []
 
     def work(seed: int) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvision.compat import end_failed_capture
 from mvision.neck.cached import cached_tensors, in_graph
 
 GRAPHS = 8
@@ -144,12 +145,16 @@ class Replays:
             self._graphs[key] = Captured(model, forward, images, self._pool)
         except torch.OutOfMemoryError:
             self._wanted[key] = 1 << 62
+            if images.is_cuda:
+                end_failed_capture(images.device, self._pool)
             _tell(
                 f"images of {tuple(images.shape)}: too little GPU memory for a CUDA graph; they are predicted without"
             )
             return None
         except RuntimeError as error:
             self.works = False
+            if images.is_cuda:
+                end_failed_capture(images.device, self._pool)
             _tell(f"the model cannot be captured in a CUDA graph and is slower without ({_first_line(error)})")
             return None
         del self._seen[key]
