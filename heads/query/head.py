@@ -227,15 +227,15 @@ class QueryHead(Head[ConfigT, OutputsT]):
         )
 
     def _set_losses(
-        self, logits: Tensor, boxes: Tensor, pairs: Pairs, targets: PaddedTargets, total: Tensor | None = None
+        self, logits: Tensor, boxes: Tensor, pairs: Pairs, targets: PaddedTargets, total: float | Tensor | None = None
     ) -> dict[str, Tensor]:
         config = self.config
         return set_losses(logits, boxes, pairs, targets, config.class_loss, config.alpha, config.gamma, total)
 
     def _denoising_terms(self, outputs: DenoisingOutputs, targets: PaddedTargets) -> dict[str, Tensor]:
-        losses = self._set_losses(outputs.logits, outputs.boxes, targets.denoising, targets)
-        scaled = {term: value / targets.groups for term, value in losses.items()}
-        return self.named(scaled, [f"_denoising_{index}" for index in range(len(outputs.logits))])
+        total = targets.total * targets.groups
+        losses = self._set_losses(outputs.logits, outputs.boxes, targets.denoising, targets, total)
+        return self.named(losses, [f"_denoising_{index}" for index in range(len(outputs.logits))])
 
     def _dense_terms(self, outputs: DenseOutputs, targets: PaddedTargets) -> dict[str, Tensor]:
         """One-to-many supervision, divided by the number of positive tokens instead of that of objects."""

@@ -95,15 +95,14 @@ def _class_targets(
 ) -> tuple[Tensor, Tensor]:
     """The quality wanted at every logit, 0 for negatives, and which logits are positives."""
     shape, size = logits.shape, logits.numel()
-    if counted is None:
-        target, is_positive = quality.new_zeros(shape), torch.zeros(shape, dtype=torch.bool, device=logits.device)
-        target[index], is_positive[index] = quality, True
-        return target, is_positive
     flat = index[0]
     for length, further in zip(shape[1:], index[1:]):
         flat = torch.add(further, flat, alpha=length)
-    # What does not count is written behind the end: at its own place it could overwrite a positive.
-    flat = torch.where(counted, flat, size)
-    target, is_positive = quality.new_zeros(size + 1), torch.zeros(size + 1, dtype=torch.bool, device=logits.device)
-    target[flat], is_positive[flat] = quality, True
+    if counted is not None:
+        # What does not count is written behind the end: at its own place it could overwrite a positive.
+        flat = torch.where(counted, flat, size)
+    target = quality.new_zeros(size + 1)
+    target[flat] = quality
+    # Not by an assignment of True, for which the CPU waits: it would copy that value to a GPU.
+    is_positive = torch.zeros(size + 1, dtype=torch.bool, device=logits.device).index_fill_(0, flat.flatten(), True)
     return target[:size].view(shape), is_positive[:size].view(shape)
