@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mvision.heads.query import decoder as decoder_module
 from mvision.heads.query.decoder import DecoderConfig, QueryDecoder, make_anchors
 from mvision.heads.query.denoising import make_denoising
 from mvision.heads.query.matching import pad_targets
@@ -39,6 +40,37 @@ def test_tokens_at_the_border_have_no_anchor():
     assert torch.equal(valid[0, :6400, 0], ~border.flatten())
     assert valid[0, 6400:].all()
     assert (anchors[0, ~valid[0, :, 0]] == torch.finfo(torch.float32).max).all()
+
+
+def test_anchors_are_computed_once_for_a_shape(monkeypatch):
+    calls = []
+    monkeypatch.setattr(decoder_module, "make_anchors", lambda *args: calls.append(args) or make_anchors(*args))
+    decoder = _decoder()
+    with torch.inference_mode():
+        first = decoder(_maps()).boxes
+    decoder(_maps(), every_layer=True).boxes.sum().backward()  # what inference has kept serves training
+    assert len(calls) == 1
+    decoder(_maps(sizes=((8, 8), (4, 4))))
+    decoder.double()([x.double() for x in _maps()])
+    assert len(calls) == 3
+    assert first.shape == (1, 2, 9, 4)
+
+
+def test_a_compiled_decoder_gives_tokens_at_the_border_the_same_features(monkeypatch):
+    """There the memory is multiplied by zeros; otherwise a few rows of the features are written."""
+    decoder, maps = (
+        _decoder(SMALL.model_copy(update={"num_queries": 420}), dense=True),
+        _maps(1, 16, ((4, 80), (2, 40))),
+    )
+    results = []
+    for compiled in (False, True):
+        monkeypatch.setattr(decoder_module, "in_graph", lambda compiled=compiled: compiled)
+        decoder.zero_grad()
+        decoded = decoder(maps, every_layer=True)
+        (decoded.dense.logits.square().sum() + decoded.encoder_logits.square().sum()).backward()
+        gradients = [part.grad for part in (*decoder.memory_proj.parameters(), *decoder.input_proj.parameters())]
+        results.append([decoded.dense.logits, decoded.encoder_logits, decoded.boxes, *gradients])
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
 
 
 def test_tokens_at_the_border_are_selected_without_their_features():

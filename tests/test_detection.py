@@ -83,6 +83,45 @@ def test_duplicates_can_be_dropped():
         assert found.query.tolist() == expected
 
 
+def test_what_needs_no_matching_is_queued_while_its_costs_travel(monkeypatch):
+    head, targets = make_head("detection", dense_weight=1.0), make_targets(2, 1)
+    events = []
+
+    def recorded(name, function):
+        return lambda *args: events.append(name) or function(*args)
+
+    def start(*args, real=head.start_matching):
+        events.append("start")
+        return recorded("wait", real(*args))
+
+    monkeypatch.setattr(head, "start_matching", start)
+    monkeypatch.setattr(head, "unmatched_terms", recorded("denoising and dense", head.unmatched_terms))
+    head.loss(head(make_features(), targets=targets), targets)
+    assert events == ["start", "denoising and dense", "wait"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("num_denoising", [0, 100])
+def test_on_a_gpu_the_cpu_waits_for_the_matching_and_the_results_alone(num_denoising):
+    head = make_head("detection", dense_weight=1.0, num_denoising=num_denoising)
+    targets, features = make_targets(2, 0, 5), make_features(3)
+    expected = head.loss(head(features, targets=targets), targets)
+    head, features = head.cuda(), [x.cuda() for x in features]
+    total(head.loss(head(features, targets=targets), targets)).backward()  # fills caches
+    head.eval()(features)
+    torch.cuda.set_sync_debug_mode("error")  # waiting for an event of one's own, as the transfers do, is no error
+    try:
+        found = head.train().loss(head(features, targets=targets), targets)
+        total(found).backward()
+        with torch.no_grad():
+            outputs = head.eval()(features)
+        head.postprocess(outputs, [(30, 40)] * 3, threshold=0.01)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name in (name for name in expected if "denoising" not in name):  # whose noise is another one
+        torch.testing.assert_close(found[name].cpu(), expected[name], rtol=2e-2, atol=2e-3)  # convolutions use TF32
+
+
 def test_all_objects_of_a_crowded_image_can_be_found():
     head = make_head("detection", num_queries=400, num_denoising=30)
     targets = make_targets(350, 0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mvision.heads.query.losses import quality_focal, set_losses
-from mvision.heads.query.matching import pad_targets
+from mvision.heads.query.matching import Pairs, pad_targets
 from mvision.structures import Targets
 from tests.test_matching import as_pairs
 
@@ -41,6 +41,25 @@ def test_matchability_aware_loss_keeps_poor_matches_at_full_weight():
     expected_positive = -(soft * prob[0].log() + (1 - soft) * (1 - prob[0]).log())
     expected_negative = -(prob[1] ** 1.5) * (1 - prob[1]).log()
     torch.testing.assert_close(found, torch.stack((expected_positive, expected_negative)))
+
+
+def test_pairs_that_do_not_count_change_nothing():
+    """Not even where they name the query of a pair that counts, before it or after it."""
+    torch.manual_seed(0)
+    gt = pad_targets(TARGETS, torch.device("cpu"))
+    zero = torch.tensor(0)
+    plain = Pairs(*torch.tensor([[0, 0], [0, 0], [1, 3], [0, 1]]))
+    filled = Pairs(
+        layer=zero.expand(5), image=torch.tensor([0, 0, 0, 0, 1]), query=torch.tensor([1, 1, 3, 3, 2]),
+        object=torch.tensor([1, 0, 1, 0, 0]), counted=torch.tensor([False, True, True, False, False]),
+    )  # fmt: skip
+    results = []
+    for pairs in (plain, filled):
+        logits, boxes = (x.requires_grad_() for x in (torch.linspace(-2, 2, 16), torch.linspace(0.1, 0.9, 32)))
+        losses = set_losses(logits.view(1, 2, 4, 2), boxes.view(1, 2, 4, 4), pairs, gt)
+        sum(value.sum() for value in losses.values()).backward()
+        results.append([*losses.values(), logits.grad, boxes.grad])
+    torch.testing.assert_close(*results)
 
 
 def test_layers_are_independent():

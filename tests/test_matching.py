@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from mvision.heads.query import matching
 from mvision.heads.query.matching import Pairs, anchor_assignment, hungarian, pad_targets
 from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
@@ -76,6 +77,34 @@ def test_more_objects_than_queries():
     assignment = as_assignment(hungarian(torch.randn(1, 1, 2, 3), torch.rand(1, 1, 2, 4), padded), (1, 1, 2))
     assert (assignment >= 0).all()
     assert assignment.unique().numel() == 2
+
+
+def test_pairs_are_ordered_and_the_same_from_one_thread_and_from_several(monkeypatch):
+    torch.manual_seed(1)
+    logits, boxes = torch.randn(2, 3, 5, 3), torch.rand(2, 3, 5, 4)
+    found = []
+    for worth_threads in (0, float("inf")):
+        monkeypatch.setattr(matching, "WORTH_THREADS", worth_threads)
+        found.append(hungarian(logits, boxes, pad_targets(make_targets(4, 0, 2), torch.device("cpu"))))
+    pairs, by_one = found
+    assert (pairs.host == by_one.host).all()
+    assert pairs.host.tolist() == sorted(pairs.host.tolist())
+    assert pairs.host[:, :2].tolist() == [[layer, image] for layer in (0, 1) for image in (0, 0, 0, 0, 2, 2)]
+    on_device = torch.stack((pairs.layer, pairs.image, pairs.query, pairs.object), 1)
+    assert on_device.equal(torch.from_numpy(pairs.host))
+
+
+def test_labels_are_stacked_and_padded():
+    targets = make_targets(2, 0, 1)
+    targets[2].labelled_classes = torch.tensor([True, False, True])
+    padded = pad_targets(targets, torch.device("cpu"))
+    assert padded.valid.tolist() == [[True, True], [False, False], [True, False]]
+    assert padded.boxes[padded.valid].equal(torch.cat([target.boxes for target in targets]))
+    assert padded.labels[padded.valid].equal(torch.cat([target.labels for target in targets]))
+    assert not padded.boxes[~padded.valid].any()
+    assert padded.labelled_classes.tolist() == [[True] * 3, [True] * 3, [True, False, True]]
+    assert (padded.counts, padded.total) == ([2, 0, 1], 3.0)
+    assert pad_targets(make_targets(0), torch.device("cpu")).total == 1
 
 
 def _anchors(side, size):
