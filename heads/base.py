@@ -21,6 +21,12 @@ OutputsT = TypeVar("OutputsT")
 class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
     """A task on the neck's maps.
 
+    The labels of a batch are on the CPU, whatever the device of the maps. A head computes there all that follows from
+    labels alone, such as counts and padding, and moves it with ``mvision.structures.transfer.to_device``: one copy,
+    which nothing waits for. Results come back in one copy by ``to_host``. In between, a head on a GPU must not make the
+    CPU wait, as ``.item()``, ``.cpu()``, ``float(tensor)``, ``nonzero`` and indexing by a bool tensor do: the GPU would
+    fall idle. ``forward`` without targets must not do so at all: it is captured in CUDA graphs and compiled.
+
     Class attributes:
         Config: the settings, with the keys of the task's section under ``model.heads`` of a config file.
         needs: the fields of ``Targets`` that supervise the head. A data set that lacks one of them is not used for its
@@ -99,7 +105,7 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
         Args:
             maps: the neck's, each (B, C, H / stride, W / stride), finest first.
             lateral: the backbone's map (B, lateral, H / stride, W / stride), if the head was built with its channels.
-            targets: the labels, in training only: denoising queries are made from them.
+            targets: the labels, on the CPU, in training only: denoising queries are made from them.
 
         Returns:
             Without ``targets`` a dictionary of tensors for ``postprocess``, with them the input of ``loss``.
@@ -107,7 +113,12 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
 
     @abstractmethod
     def loss(self, outputs: OutputsT, targets: list[Targets]) -> dict[str, Tensor]:
-        """Named scalar terms, already weighted; their sum is the loss. They are finite for a batch without objects."""
+        """Named scalar terms, already weighted; their sum is the loss. They are finite for a batch without objects.
+
+        Args:
+            outputs: of ``forward`` with targets.
+            targets: the labels, on the CPU. The terms stay on the device of the outputs.
+        """
 
     def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same outputs without the classes that are not the best of their query, as ``postprocess`` needs them.
@@ -121,7 +132,7 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
     ) -> list[Instances]:
-        """The predictions with scores >= ``threshold`` (0..1), in pixels of the original images.
+        """The predictions with scores >= ``threshold`` (0..1), in pixels of the original images, on the CPU.
 
         Args:
             outputs: of ``forward`` without targets.

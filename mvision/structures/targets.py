@@ -14,6 +14,8 @@ from torch import Tensor
 class Targets:
     """Labels of one image, as the model is trained on them (after every augmentation).
 
+    They stay on the CPU in training; heads move what they need, see ``mvision.heads.base.Head``.
+
     Attributes:
         boxes: (N, 4) float32 cxcywh in fractions of the input image, 0..1.
         labels: (N,) int64, index into the list of categories (not the data set's category id).

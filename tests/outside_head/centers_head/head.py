@@ -14,6 +14,7 @@ from centers_head.metric import CenterMetric
 from mvision.heads.base import Head
 from mvision.settings import Settings
 from mvision.structures import Category, Instances, Targets
+from mvision.structures.transfer import to_device, to_host
 
 
 class CentersConfig(Settings):
@@ -63,14 +64,16 @@ class CentersHead(Head[CentersConfig, CentersOutputs]):
         """Binary cross-entropy, divided by the number of objects; classes that an image is not labelled for count 0."""
         logits = outputs.logits.float()
         height, width = logits.shape[-2:]
-        truth, weight = torch.zeros_like(logits), torch.ones_like(logits)
+        # On the CPU, where the labels are, and from there in one copy, which the CPU does not wait for.
+        truth, weight = torch.zeros(logits.shape), torch.ones(logits.shape)
         for index, target in enumerate(targets):
-            x, y = (target.boxes[:, :2] * target.boxes.new_tensor([width, height])).long().unbind(1)
+            x, y = (target.boxes[:, :2] * torch.tensor([width, height])).long().unbind(1)
             truth[index, target.labels, y.clamp(max=height - 1), x.clamp(max=width - 1)] = 1
             if target.labelled_classes is not None:
                 weight[index] *= target.labelled_classes[:, None, None]
-        loss = F.binary_cross_entropy_with_logits(logits, truth, weight, reduction="sum")
-        return {"heatmap": loss / truth.sum().clamp(min=1)}
+        moved = to_device({"truth": truth, "weight": weight}, logits.device)
+        loss = F.binary_cross_entropy_with_logits(logits, moved["truth"], moved["weight"], reduction="sum")
+        return {"heatmap": loss / max(1.0, float(truth.sum()))}
 
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
@@ -78,19 +81,21 @@ class CentersHead(Head[CentersConfig, CentersOutputs]):
         """The local maxima of the heatmap, each as a box of one grid cell."""
         chances = outputs["logits"].float().sigmoid()
         peaks = torch.where(chances == F.max_pool2d(chances, 3, stride=1, padding=1), chances, 0.0)
-        return [self._centers(image, size, threshold) for image, size in zip(peaks, sizes)]
+        scores, order = peaks.flatten(1).topk(min(self.config.num_centers, peaks[0].numel()))
+        host = to_host({"scores": scores, "order": order})  # fixed shapes, so there is one copy for the whole batch
+        shape = (peaks.shape[-2], peaks.shape[-1])
+        images = zip(host["scores"], host["order"], sizes)
+        return [self._centers(*image, shape).filter(image[0].numpy() >= threshold) for image in images]
 
-    def _centers(self, peaks: Tensor, size: tuple[int, int], threshold: float) -> Instances:
-        height, width = peaks.shape[-2:]
-        scores, order = peaks.flatten().topk(min(self.config.num_centers, peaks.numel()))
+    def _centers(self, scores: Tensor, order: Tensor, size: tuple[int, int], shape: tuple[int, int]) -> Instances:
+        height, width = shape
         y, x = order // width % height, order % width
-        cells = torch.stack((x, y, x + 1, y + 1), dim=1).float().cpu()
+        cells = torch.stack((x, y, x + 1, y + 1), dim=1).float()
         scale = torch.tensor([size[1] / width, size[0] / height] * 2)
-        found = Instances(
+        return Instances(
             boxes=(cells * scale).numpy(),
-            scores=scores.cpu().numpy(),
-            labels=(order // (height * width)).cpu().numpy(),
+            scores=scores.numpy(),
+            labels=(order // (height * width)).numpy(),
             size=size,
             categories=self.categories,
         )
-        return found.filter(found.scores >= threshold)
