@@ -31,6 +31,7 @@ from mvision import Model, create_model, load
 from mvision.config import Config, load_config
 from mvision.data import Batch
 from mvision.engine import train as engine
+from mvision.engine.acceleration import set_for_training
 from mvision.engine.epoch import train_epoch
 from mvision.machine import keep_freed_memory
 from mvision.structures import Category, Targets
@@ -145,10 +146,11 @@ def our_steps(
     """``train_epoch`` over one batch."""
     config.train.precision = precision
     config.train.warmup_steps = 10**6  # a learning rate near zero: random weights and labels lead nowhere
-    if compiled:
-        config.train.compile = True
     accelerator = engine._accelerator(config, str(device))
     trainer = engine._trainer(config, model, accelerator, options.steps)
+    if compiled:
+        for part in (trainer.bare_model.backbone, trainer.bare_model.neck):
+            part.compile(dynamic=False)
     images = (
         (255 * random_images(options.batch, size, size)).to(torch.uint8).contiguous(memory_format=torch.channels_last)
     )
@@ -156,13 +158,14 @@ def our_steps(
         images = images.pin_memory()
     targets = labels(model, options.batch, size)
     loader: Any = Repeated(Batch(images, targets), options.steps)
-    return lambda: void(train_epoch(trainer, loader, 0), trainer)
 
+    def steps() -> None:
+        with set_for_training(accelerator):
+            losses = train_epoch(trainer, loader, 0)
+        assert all(map(math.isfinite, losses.values())), losses
+        trainer.progress.batch, trainer.progress.sums = 0, {}
 
-def void(losses: dict[str, float], trainer: Any) -> None:
-    """Check that the steps were real, and start the next epoch anew."""
-    assert all(map(math.isfinite, losses.values())), losses
-    trainer.progress.batch, trainer.progress.sums = 0, {}
+    return steps
 
 
 def labels(model: Model, batch: int, size: int) -> list[Targets]:
