@@ -18,6 +18,7 @@ import argparse
 import gc
 import importlib
 import json
+import multiprocessing.util
 import os
 import pkgutil
 import re
@@ -283,6 +284,7 @@ def _fork(work: Callable[[], object]) -> int:
         try:
             work()
             gc.collect()  # loaders in circles of references give their semaphores back, as at the end of a program
+            multiprocessing.util._exit_function()  # and threads that are still doing so come to their end
             code = 0
         except BaseException:  # noqa: BLE001 - shown here, because the process ends without cleaning up
             traceback.print_exc()
