@@ -5,7 +5,7 @@ import itertools
 import torch
 
 from mvision.heads.query import matching
-from mvision.heads.query.matching import Pairs, anchor_assignment, hungarian, pad_targets
+from mvision.heads.query.matching import Pairs, anchor_assignment, pad_targets, start_matching
 from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 
@@ -33,6 +33,10 @@ def as_assignment(pairs, shape):
     assignment[layer, image, query] = index
     assert (assignment >= 0).sum() == len(index)  # no query has two objects
     return assignment
+
+
+def hungarian(logits, boxes, padded):
+    return start_matching(logits, boxes, padded)()
 
 
 def _cost(logits, boxes, target):

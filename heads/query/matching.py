@@ -197,27 +197,10 @@ def start_matching(
     giou_weight: float = 2.0,
     more_costs: Tensor | None = None,
 ) -> Callable[[], Matches]:
-    """Start ``hungarian``, and return a function that finishes it: work that is queued in between keeps a GPU busy."""
-    device = logits.device
-    if not any(targets.counts):
-        return lambda: _on_device(np.empty((0, 4), dtype=np.int64), device)
-    costs = _pair_costs(logits, boxes, targets, box_weight, giou_weight)
-    if more_costs is not None:
-        costs = costs + more_costs
-    # scipy refuses NaN; a huge cost has such pairs matched last.
-    wait = start_to_host({"costs": torch.nan_to_num(costs, nan=1e6, posinf=1e6, neginf=1e6)})
-    return lambda: _on_device(_solve(wait()["costs"].numpy(), targets.counts), device)
+    """Start the one-to-one matching with the smallest total cost, and return a function that finishes it.
 
-
-def hungarian(
-    logits: Tensor,
-    boxes: Tensor,
-    targets: PaddedTargets,
-    box_weight: float = 5.0,
-    giou_weight: float = 2.0,
-    more_costs: Tensor | None = None,
-) -> Matches:
-    """One-to-one matching with the smallest total cost, for every layer and image: one copy to the CPU and one back.
+    There is one copy of all costs to the CPU, which the returned function waits for, and one of all matches back. Work
+    that is queued before it is called keeps a GPU busy.
 
     Args:
         logits: (L, B, Q, C) before the sigmoid.
@@ -231,7 +214,15 @@ def hungarian(
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1.
     """
-    return start_matching(logits, boxes, targets, box_weight, giou_weight, more_costs)()
+    device = logits.device
+    if not any(targets.counts):
+        return lambda: _on_device(np.empty((0, 4), dtype=np.int64), device)
+    costs = _pair_costs(logits, boxes, targets, box_weight, giou_weight)
+    if more_costs is not None:
+        costs = costs + more_costs
+    # scipy refuses NaN; a huge cost has such pairs matched last.
+    wait = start_to_host({"costs": torch.nan_to_num(costs, nan=1e6, posinf=1e6, neginf=1e6)})
+    return lambda: _on_device(_solve(wait()["costs"].numpy(), targets.counts), device)
 
 
 def _on_device(host: np.ndarray, device: torch.device) -> Matches:
