@@ -155,7 +155,7 @@ class QueryHead(Head[ConfigT, OutputsT]):
         Their suffixes: ``_denoising_0``.. for the denoising queries of every layer, ``_dense`` for the one-to-many
         supervision of all tokens.
         """
-        terms = {}
+        terms: dict[str, Tensor] = {}
         if outputs.denoising is not None:
             terms |= self._denoising_terms(outputs.denoising, outputs.targets)
         if outputs.dense is not None:
