@@ -18,7 +18,7 @@ from mvision.heads.keypoints.heatmaps import (
     WINDOW_SCALE,
     Heatmaps,
     best_places,
-    cell_side,
+    cell_sides,
     estimated_similarity_std,
     heatmap_loss,
     in_window,
@@ -37,13 +37,13 @@ def new_maps(num_points: int = 3) -> Heatmaps:
 
 def gaussians(boxes: torch.Tensor, points: torch.Tensor, width: float) -> torch.Tensor:
     """Logits of Gaussian heatmaps around points (M, K, 2), with standard deviation ``width`` in 0..1 of the image."""
-    x, y = window(boxes)
+    x, y = window(boxes).unbind(-2)
     away = [(places[:, None] - points[..., axis, None]) / width for axis, places in enumerate((x, y))]
     return -0.5 * (away[0].square()[..., None, :] + away[1].square()[..., None])
 
 
 def test_windows_are_the_enlarged_boxes() -> None:
-    x, y = window(BOXES)
+    x, y = window(BOXES).unbind(-2)
     assert x.shape == y.shape == (2, RESOLUTION)
     step = WINDOW_SCALE * 0.4 / RESOLUTION
     torch.testing.assert_close(x[0, [0, -1]], 0.5 + torch.tensor([-1, 1]) * (WINDOW_SCALE * 0.2 - step / 2))
@@ -57,7 +57,7 @@ def test_features_are_sampled_where_the_windows_lie() -> None:
     pixels = torch.stack((at.expand(32, 32), at[:, None].expand(32, 32)))[None].repeat(2, 1, 1, 1)
     pixels[1] *= 2
     read = new_maps().sample(pixels, BOXES.expand(2, 2, 4))
-    x, y = window(BOXES)
+    x, y = window(BOXES).unbind(-2)
     for image in (0, 1):
         torch.testing.assert_close(read[image, :, 0], (image + 1) * x[:, None].expand(2, RESOLUTION, RESOLUTION))
         torch.testing.assert_close(read[image, :, 1], (image + 1) * y[..., None].expand(2, RESOLUTION, RESOLUTION))
@@ -90,7 +90,7 @@ def test_places_are_chosen_by_the_expected_similarity() -> None:
     std = torch.full((1, 1, 2), 0.05)
     found, expected = best_places(chance.log()[None, None], box, std)
     assert found[0, 0, 0].item() == pytest.approx(0.6, abs=0.02)
-    x, y = window(box)
+    x, y = window(box).unbind(-2)
     grid = torch.stack((x[0].expand(RESOLUTION, RESOLUTION), y[0][:, None].expand(RESOLUTION, RESOLUTION)), -1).view(
         -1, 1, 2
     )
@@ -131,7 +131,7 @@ def test_new_priors_are_as_wide_as_a_part_of_the_box() -> None:
     torch.nn.init.zeros_(maps.embed.weight)
     points = BOXES[:, None, :2]
     logits = maps.logits(torch.zeros(2, 8, RESOLUTION, RESOLUTION), torch.zeros(2, 12), BOXES, points)
-    for axis, places in enumerate(window(BOXES)):
+    for axis, places in enumerate(window(BOXES).unbind(-2)):
         distance = (places - BOXES[:, axis, None]) / (INITIAL_PRIOR_STD * BOXES[:, 2 + axis, None])
         profile = logits[:, 0].amax(1 + axis)
         expected = (-0.5 * distance.square()).clamp(min=MIN_PRIOR_LOGIT)
@@ -174,7 +174,7 @@ def test_the_estimated_similarity_is_that_of_an_object_of_the_boxs_usual_area() 
 def test_places_are_finer_than_the_cells() -> None:
     """Between two cells of equal probability lies the middle; a similarity narrower than a cell is as wide as one."""
     box = BOXES[:1]
-    x, y = window(box)
+    x, y = window(box).unbind(-2)
     logits = torch.full((1, 1, RESOLUTION, RESOLUTION), -torch.inf)
     logits[0, 0, 4, 10:12] = 0.0
     found, expected = best_places(logits, box, torch.full((1, 1, 2), 0.05))
@@ -191,6 +191,6 @@ def test_target_heatmaps_have_the_width_that_is_asked_for() -> None:
         loss = heatmap_loss(gaussians(BOXES, points, factor * asked), BOXES, points, torch.full((2, 1, 2), asked))
         assert ((loss < 1e-3) == exact).all(), (factor, loss)
     square = torch.tensor([[0.5, 0.5, 0.4, 0.4]])
-    smallest = MIN_TARGET_STD * cell_side(square, 0).item()
+    smallest = MIN_TARGET_STD * cell_sides(square)[0, 0].item()
     loss = heatmap_loss(gaussians(square, points[:1], smallest), square, points[:1], torch.full((1, 1, 2), 1e-6))
     assert loss.item() == pytest.approx(0, abs=1e-3)

@@ -149,7 +149,7 @@ class GaussianMaps:
     def logits(self, sampled, tokens, boxes, points):
         distances = [
             (places[..., None, :] - self.points[:, axis, None]) / self.std[:, axis, None]
-            for axis, places in enumerate(window(boxes))
+            for axis, places in enumerate(window(boxes).unbind(-2))
         ]
         return -0.5 * (distances[0].square()[..., None, :] + distances[1].square()[..., None])
 

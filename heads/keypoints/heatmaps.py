@@ -61,7 +61,7 @@ class Heatmaps(nn.Module):
 
     def sample(self, pixels: Tensor, boxes: Tensor) -> Tensor:
         """Pixel features (B, d, h, w) at the cells of the windows of boxes (B, N, 4): (B, N, d, R, R) float32."""
-        x, y = window(boxes)
+        x, y = window(boxes).unbind(-2)
         shape = (*boxes.shape[:2], RESOLUTION, RESOLUTION)
         places = torch.stack((x[..., None, :].expand(shape), y[..., None].expand(shape)), -1)
         # float32, contiguous: grid_sample is wrong on strided bf16 views on CPU.
@@ -91,25 +91,23 @@ class Heatmaps(nn.Module):
             product = (embedded[..., :-1].float() / math.sqrt(self.dim)) @ sampled.flatten(-2)
             low, high = map(math.log, PRIOR_STD_RANGE)
             prior_std = embedded[..., -1, None].float().clamp(low, high).exp()
-            prior = []
-            for axis, places in enumerate(window(boxes.float())):
-                side = boxes[..., None, None, 2 + axis].float().clamp(min=1e-3)
-                distance = (places[..., None, :] - points[..., axis, None].float()) / (side * prior_std)
-                prior.append((-0.5 * distance.square()).clamp(min=MIN_PRIOR_LOGIT))
-            return product.unflatten(-1, (RESOLUTION, RESOLUTION)) + prior[0][..., None, :] + prior[1][..., None]
+            sides = boxes[..., None, 2:].float().clamp(min=1e-3)
+            distance = window(boxes.float())[..., None, :, :] - points[..., None].float()
+            distance = distance / (sides * prior_std)[..., None]
+            x, y = (-0.5 * distance.square()).clamp(min=MIN_PRIOR_LOGIT).unbind(-2)
+            return product.unflatten(-1, (RESOLUTION, RESOLUTION)) + x[..., None, :] + y[..., None]
 
 
-def window(boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """The cells of the windows of boxes (..., 4) cxcywh: x of the columns and y of the rows, each (..., R)."""
-    steps = (torch.arange(RESOLUTION, device=boxes.device, dtype=boxes.dtype) + 0.5) / RESOLUTION - 0.5
-    steps = steps * WINDOW_SCALE
-    x, y = (boxes[..., axis, None] + steps * boxes[..., 2 + axis, None] for axis in (0, 1))
-    return x, y
+def window(boxes: Tensor) -> Tensor:
+    """The cells of the windows of boxes (..., 4) cxcywh: x of the columns and y of the rows, (..., 2, R)."""
+    step = WINDOW_SCALE / RESOLUTION
+    steps = torch.arange(RESOLUTION, device=boxes.device, dtype=boxes.dtype) * step + (step - WINDOW_SCALE) / 2
+    return torch.addcmul(boxes[..., :2, None], boxes[..., 2:, None], steps)
 
 
-def cell_side(boxes: Tensor, axis: int) -> Tensor:
-    """Width (``axis`` 0) or height (1) of a heatmap's cell in 0..1 of the image, for boxes (..., 4): (...) float32."""
-    return WINDOW_SCALE / RESOLUTION * boxes[..., 2 + axis].float()
+def cell_sides(boxes: Tensor) -> Tensor:
+    """Width and height of a heatmap's cells in 0..1 of the image, for boxes (..., 4): (..., 2) float32."""
+    return WINDOW_SCALE / RESOLUTION * boxes[..., 2:].float()
 
 
 def estimated_similarity_std(boxes: Tensor, sigmas: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -144,27 +142,29 @@ def best_places(logits: Tensor, boxes: Tensor, similarity_std: Tensor) -> tuple[
         (..., K, 2) x, y in 0..1, and (..., K) expected similarities in 0..1.
     """
     probabilities = logits.flatten(-2).softmax(-1).view_as(logits)
-    axes = window(boxes.float())
-    similarities = []  # along x and y: (..., K, R, R), of every cell's centre to every other's
-    for axis, places in enumerate(axes):
-        std = torch.maximum(similarity_std[..., axis].float(), cell_side(boxes, axis)[..., None])[..., None, None]
-        distance = (places[..., :, None] - places[..., None, :])[..., None, :, :]
-        similarities.append((-0.5 * (distance / std).square()).exp())
-    expected, best = (similarities[1] @ probabilities @ similarities[0]).flatten(-2).max(-1)
+    # Cells lie equally far from each other, so the similarity of two depends on the difference of their indices alone.
+    sides = cell_sides(boxes)[..., None, :]
+    in_cells = sides / torch.maximum(similarity_std.float(), sides)
+    index = torch.arange(RESOLUTION, device=boxes.device)
+    profile = (-0.5 * (in_cells[..., None] * index).square()).exp()
+    between = (index[:, None] - index).abs().flatten()
+    # Along x and y: (..., K, R, R), of every cell's centre to every other's.
+    along = profile.index_select(-1, between).unflatten(-1, (RESOLUTION, RESOLUTION)).unbind(-3)
+    expected, best = (along[1] @ probabilities @ along[0]).flatten(-2).max(-1)
     # Finer than the cells: the mean place of the probability around the best cell, weighted by the similarity to it.
     to_x, to_y = (
         matrix.gather(-2, index[..., None, None].expand(*index.shape, 1, RESOLUTION)).squeeze(-2)
-        for matrix, index in zip(similarities, (best % RESOLUTION, best // RESOLUTION))
+        for matrix, index in zip(along, (best % RESOLUTION, best // RESOLUTION))
     )
-    weights = (
-        (to_y[..., None, :] @ probabilities).squeeze(-2) * to_x,
-        (probabilities @ to_x[..., None]).squeeze(-1) * to_y,
+    weights = torch.stack(
+        (
+            (to_y[..., None, :] @ probabilities).squeeze(-2) * to_x,
+            (probabilities @ to_x[..., None]).squeeze(-1) * to_y,
+        ),
+        -2,
     )
-    means = [
-        (weight * places[..., None, :]).sum(-1) / weight.sum(-1).clamp(min=1e-12)
-        for weight, places in zip(weights, axes)
-    ]
-    return torch.stack(means, -1), expected
+    places = window(boxes.float())[..., None, :, :]
+    return (weights * places).sum(-1) / weights.sum(-1).clamp(min=1e-12), expected
 
 
 def heatmap_loss(logits: Tensor, boxes: Tensor, points: Tensor, target_std: Tensor) -> Tensor:
@@ -180,13 +180,11 @@ def heatmap_loss(logits: Tensor, boxes: Tensor, points: Tensor, target_std: Tens
         (..., K)
     """
     with torch.no_grad():
-        targets = []
-        for axis, places in enumerate(window(boxes.float())):
-            smallest = MIN_TARGET_STD * cell_side(boxes, axis)[..., None, None]
-            std = torch.maximum(target_std[..., axis, None].float(), smallest)
-            targets.append((-0.5 * ((places[..., None, :] - points[..., axis, None]) / std).square()).softmax(-1))
-        along_x, along_y = targets
-        entropy = -(torch.xlogy(along_x, along_x) + torch.xlogy(along_y, along_y)).sum(-1)
+        std = torch.maximum(target_std.float(), MIN_TARGET_STD * cell_sides(boxes)[..., None, :])
+        distance = window(boxes.float())[..., None, :, :] - points[..., None]
+        along = (-0.5 * (distance / std[..., None]).square()).softmax(-1)
+        entropy = -torch.xlogy(along, along).sum((-2, -1))
+        along_x, along_y = along.unbind(-2)
     expected_logit = ((along_y[..., None, :] @ logits).squeeze(-2) * along_x).sum(-1)
     return logits.flatten(-2).logsumexp(-1) - expected_logit - entropy
 
