@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from mvision.config import DataConfig, config_of_run
@@ -59,7 +60,7 @@ def predict_job(
         device: None: the first GPU, else the CPU.
         precision: see ``open_fastest``.
         pictures: without, ``predictions.json`` is written alone.
-        log: is called with the line that names the runtime.
+        log: is called with what names the runtime, and with what is left out of the results.
 
     Raises:
         UserError: there is no run, or the sources, data, weights, device or folder cannot be used.
@@ -75,26 +76,17 @@ def predict_job(
     of_split = _folder_of(source, data) if data is not None or split is not None else None
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision)
-    for line in (runtime, *_left_out_of_pictures(model.tasks)):
-        log(line)
+    log("\n".join([runtime, *_left_out_of_pictures(model.tasks)]))
     for_metrics = None
     if of_split is not None:
         found, categories = images_of_split(of_split, split, model.tasks)
         every = Selection(0.0 if threshold is None else threshold, multi_label=True, nms=nms)
         for_metrics = ForMetrics(every, model.config.categories, categories)
     elif found is None:
-        found = Sources(Source("image", file, Path(file).name, required=False) for file in sample_images(source))
+        found = _samples(source)
+    run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
-        return predict_sources(
-            model,
-            found,
-            folder,
-            chosen.threshold,
-            multi_label=multi_label,
-            nms=nms,
-            for_metrics=for_metrics,
-            pictures=pictures,
-        )
+        return run(model, found, folder, chosen.threshold)
 
 
 def images_of_split(folder: Folder, split: str | None, tasks: Sequence[str]) -> tuple[Sources, list[Category]]:
@@ -152,6 +144,10 @@ def sample_images(weights: str, count: int = SAMPLES) -> list[str]:
     files = _folder_of(weights, None).validation([] if run is None else list(run.model.heads))
     part = CocoSplit(files, keep_annotations=False)
     return [str(part.folder / record.file) for record in part.records[:count]]
+
+
+def _samples(weights: str) -> Sources:
+    return Sources(Source("image", file, Path(file).name, required=False) for file in sample_images(weights))
 
 
 def _folder_of(weights: str, data: str | None) -> Folder:

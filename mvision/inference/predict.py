@@ -103,15 +103,16 @@ class _Evaluations:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.threads: dict[int, int] = {}  # by the id of the model: how many use it
-        self.modes: dict[int, list[tuple[nn.Module, bool]]] = {}  # the modes of its modules before the first
+        self.trained: dict[int, list[nn.Module]] = {}  # its modules that were in training mode before the first
         self.computed = False  # whether this process has run a model
 
     def enter(self, model: Predictor) -> None:
         key = id(model)
         with self.lock:
             if key not in self.threads:
-                self.modes[key] = [(module, module.training) for module in model.modules()]
-                model.eval()
+                self.trained[key] = [module for module in model.modules() if module.training]
+                if self.trained[key]:  # walking through all modules once more takes as long as a small GPU model
+                    model.eval()
             self.threads[key] = self.threads.get(key, 0) + 1
             self.computed = True
 
@@ -121,14 +122,14 @@ class _Evaluations:
             self.threads[key] -= 1
             if not self.threads[key]:
                 del self.threads[key]
-                for module, training in self.modes.pop(key):
-                    module.training = training
+                for module in self.trained.pop(key):
+                    module.training = True
 
     def after_fork(self) -> None:
         """In the new process: none of the threads that used a model, or held the lock, exists in it."""
         self.lock = threading.Lock()
         self.threads.clear()
-        self.modes.clear()
+        self.trained.clear()
         if self.computed:
             torch.set_num_threads(1)
 

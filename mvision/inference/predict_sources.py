@@ -19,6 +19,7 @@ from mvision.inference.reading import Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Sources, find_sources
 from mvision.inference.summary import Summary
+from mvision.structures import Category
 from mvision.structures.images import resize_image
 
 
@@ -74,16 +75,21 @@ def predict_sources(
         if not summary.images and summary.skipped:
             name, reason = summary.skipped[0]
             raise UserError(f"none of {len(inputs)} sources can be read; the first is {name}: {reason}")
+    _add_notes(summary, inputs, model.config.categories if pictures else [])
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def _add_notes(summary: Summary, inputs: Sources, drawn: Sequence[Category]) -> None:
+    """What the user is told of the sources, and of the names of classes that were drawn."""
     summary.skipped += inputs.skipped
     summary.notes += inputs.notes()
-    if summary.instances and (numbered := unwritable(model.config.categories)):
+    if summary.instances and (numbered := unwritable(drawn)):
         shown = ", ".join(f"{number} is {printable(name)}" for number, name in list(numbered.items())[:3])
         summary.notes.append(
             f"{len(numbered)} class names are drawn as numbers, because no font here has their characters ({shown}); "
             "fonts such as Noto have them"
         )
-    summary.seconds = time.monotonic() - started
-    return summary
 
 
 def _run(
