@@ -45,7 +45,7 @@ head = pytest.mark.parametrize("head", list(HEADS))
 
 
 def check(counts: Counts, head: str, case: int, allowed: dict[str, int]) -> None:
-    """Compare what was counted with what is recorded: of a prediction (0), or a step with (1) or without objects (2)."""
+    """Compare what was counted with what is recorded: a prediction (0), a step with (1) or without objects (2)."""
     waits: Counter[str] = Counter()
     for what, number in counts.waits.items():
         waits[what.rpartition(":")[0]] += number  # without the line

@@ -42,5 +42,5 @@ def fold_affine(net: nn.Module) -> nn.Module:
             continue
         conv.weight *= scale
         conv.bias.mul_(scale).add_(bias)
-        block.act, block.lab = Floor(bias), nn.Identity()
+        block.act, block.lab = Floor(bias), nn.Identity()  # type: ignore[assignment]
     return net

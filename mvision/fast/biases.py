@@ -66,7 +66,7 @@ def _takes_bias(model: nn.Module, name: str, bias: Tensor) -> bool:
     """Give an activation a bias to add first, or one more; False if it is another kind of module."""
     module = model.get_submodule(name)
     if isinstance(module, BiasActivation):
-        module.bias += bias
+        module.bias.add_(bias)
         return True
     if type(module) not in ACTIVATIONS:
         return False

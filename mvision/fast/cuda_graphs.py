@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -219,8 +219,8 @@ def replay_graphs(model: nn.Module, compiles: bool = False) -> None:
             time; that takes about a minute.
     """
     if not isinstance(model, _Graphed):
-        model.__class__ = _graphed_class(type(model))
-    model._replays = Replays(compiles)
+        model.__class__ = _graphed_class(type(model))  # type: ignore[arg-type]
+    cast(_Graphed, model)._replays = Replays(compiles)
 
 
 def can_replay(model: nn.Module, images: Tensor) -> bool:
@@ -263,7 +263,7 @@ def _graphed_class(base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(base: type[nn.Module]) -> nn.Module:
-    graphed = _graphed_class(base)
+    graphed = _graphed_class(base)  # type: ignore[arg-type]
     return graphed.__new__(graphed)
 
 

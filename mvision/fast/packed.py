@@ -54,11 +54,11 @@ def pack(model: M) -> M:
         conv = model.get_submodule(name)
         if type(conv) is not nn.Conv2d or conv.padding_mode != "zeros" or isinstance(conv.padding, str):
             continue
-        activation, limits = "none", ()
+        activation, limits = "none", list[float]()
         follower = model.get_submodule(seen.followers[name]) if name in seen.followers else None
         if isinstance(follower, Floor):
-            activation, limits = "hardtanh", (follower.floor, torch.finfo(torch.float32).max)
-        elif type(follower) in ACTIVATIONS:
+            activation, limits = "hardtanh", [follower.floor, torch.finfo(torch.float32).max]
+        elif follower is not None and type(follower) in ACTIVATIONS:
             activation = ACTIVATIONS[type(follower)]
         if activation != "none":
             model.set_submodule(seen.followers[name], nn.Identity())

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 LIMIT = 16
 """Shapes that are kept: more than the image sizes of a multi-scale training."""
 
-Result = TypeVar("Result", Tensor, tuple[Tensor, ...])
+Result = TypeVar("Result", bound="Tensor | tuple[Tensor, ...]")
 
 
 class ShapeCache:
