@@ -1,5 +1,8 @@
 """Memory for decoded images: only where there are pictures, whatever the annotations claim."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -30,7 +33,8 @@ def test_one_impossible_size_does_not_cost_the_cache() -> None:
 def test_missing_pictures_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = records((10, 10), (100, 100), (100, 100))
     monkeypatch.setattr(module, "_budget", lambda: 1000)
-    monkeypatch.setattr(module, "LARGEST", 1000)
+    monkeypatch.setattr(module, "SMALL", 1000)
+    monkeypatch.setattr(module, "ORDINARY", 300)
     assert make_cache(pictures) is None
     assert not is_small(pictures)
     cache = make_cache(pictures, missing={1, 2})
@@ -45,3 +49,26 @@ def test_no_pictures() -> None:
     cache = make_cache([])
     assert cache is not None
     assert len(cache.pixels) == 0
+
+
+def test_large_sets_of_ordinary_pictures_are_kept_where_there_is_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A photo of 12 megapixels is decoded at a part of its size in a large set, with and without memory for it."""
+    monkeypatch.setattr(module, "SMALL", 1000)
+    monkeypatch.setattr(module, "ORDINARY", 300)
+    ordinary, photos = records(*[(10, 10)] * 5), records(*[(20, 20)] * 5)
+    monkeypatch.setattr(module, "_budget", lambda: 10_000)
+    assert is_small(ordinary)
+    assert make_cache(ordinary) is not None
+    assert not is_small(photos)
+    assert make_cache(photos) is None
+    monkeypatch.setattr(module, "_budget", lambda: 1400)
+    assert is_small(ordinary)
+    assert make_cache(ordinary) is None
+
+
+def test_the_cache_grows_with_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHARED_MEMORY", Path("/no/such/folder"))
+    monkeypatch.setattr(module, "CGROUP_LIMIT", Path("/no/such/file"))
+    for gigabytes, expected in ((8, 2), (64, 16), (1000, 32)):
+        monkeypatch.setattr(module.psutil, "virtual_memory", lambda n=gigabytes: SimpleNamespace(available=n << 30))
+        assert module._budget() == expected << 30

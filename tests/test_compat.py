@@ -110,6 +110,14 @@ def test_albumentations_alone() -> None:
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 
 
+def test_shared_bytes() -> None:
+    for count in (0, 1000):
+        tensor = compat.shared_bytes(count)
+        assert tensor.shape == (count,)
+        assert tensor.dtype == torch.uint8
+        assert tensor.is_shared()
+
+
 def test_openvino_keep_float32(tmp_path: Path) -> None:
     """The installed version reads one of the marks, as it does a mark that it wrote itself."""
     openvino = pytest.importorskip("openvino")
@@ -155,3 +163,25 @@ def test_hub_offline_unless(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     assert constants.HF_HUB_OFFLINE is False
     with compat.hub_offline_unless(lambda address: True):
         assert constants.HF_HUB_OFFLINE is False
+
+
+def test_compilation_error_and_room_for_graphs() -> None:
+    from torch._dynamo import config
+
+    layer = nn.Linear(2, 2)
+    layer.compile(backend=lambda graph, inputs: 1 / 0, dynamic=False)
+    with pytest.raises(compat.compilation_error(), match="division"):
+        layer(torch.zeros(1, 2))
+    shapes: list[int] = []
+
+    def record(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        shapes.append(1)
+        return graph
+
+    layer.compile(backend=record, dynamic=False)
+    before = config.recompile_limit
+    with compat.room_for_graphs(12):
+        for size in range(2, 14):
+            layer(torch.zeros(size, 2))
+    assert len(shapes) == 12
+    assert config.recompile_limit == before

@@ -150,7 +150,8 @@ def test_large_data_sets_are_decoded_as_small_as_a_sample_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is too large for any cache is reduced, however much memory there is: by the size of the set alone."""
-    monkeypatch.setattr(cache_module, "LARGEST", 1000)
+    monkeypatch.setattr(cache_module, "SMALL", 1000)
+    monkeypatch.setattr(cache_module, "ORDINARY", 1000)
     dataset = loader_of(split_of(tmp_path), 0).dataset
     assert isinstance(dataset, Dataset)
     assert dataset.image(0, at_least=SIZE).shape == (72, 96, 3)

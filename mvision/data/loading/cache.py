@@ -10,10 +10,13 @@ import numpy as np
 import psutil
 import torch
 
+from mvision.compat import shared_bytes
 from mvision.data.formats.coco import ImageRecord
 from mvision.structures.decoding import size_limit
 
-LARGEST = 2 << 30  # bytes
+SMALL = 2 << 30  # bytes of a data set that is decoded whole, whatever the size of its pictures
+ORDINARY = 3 << 20  # bytes of a picture of a megapixel; larger ones are rather decoded at a part of their size
+LARGEST = 32 << 30  # bytes; to reserve them takes seconds
 SHARE_OF_MEMORY = 0.25  # of what is available when the cache is made
 CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 SHARED_MEMORY = Path("/dev/shm")  # torch's shared tensors live there; small in many containers, and full means a crash
@@ -29,7 +32,7 @@ class ImageCache:
         sizes = _sizes(records, missing)
         self.shapes = [(record.height, record.width, 3) for record in records]
         self.start = np.cumsum([0, *sizes], dtype=np.int64)
-        self.pixels = torch.empty(int(self.start[-1]), dtype=torch.uint8).share_memory_()
+        self.pixels = shared_bytes(int(self.start[-1]))
         self.ready = torch.zeros(len(records), dtype=torch.bool).share_memory_()
 
     def get(self, index: int) -> np.ndarray | None:
@@ -50,19 +53,25 @@ class ImageCache:
 
 
 def make_cache(records: Sequence[ImageRecord], caches: int = 1, missing: Collection[int] = ()) -> ImageCache | None:
-    """A cache if all decoded images fit into a quarter of the free memory; else None.
+    """A cache if ``is_small`` and all decoded images fit into a quarter of the free memory; else None.
 
     Args:
         caches: how many share the memory.
         missing: positions of images without a file that can be read.
     """
     fits = sum(_sizes(records, missing)) <= _budget() // caches
-    return ImageCache(records, missing) if fits else None
+    return ImageCache(records, missing) if fits and is_small(records, caches, missing) else None
 
 
 def is_small(records: Sequence[ImageRecord], caches: int = 1, missing: Collection[int] = ()) -> bool:
-    """Whether there is a cache for these images on a machine with enough memory: a function of the data set alone."""
-    return sum(_sizes(records, missing)) <= LARGEST // caches
+    """Whether there is a cache for these images on a machine with enough memory: a function of the data set alone.
+
+    That is so for small data sets, and for larger ones whose pictures are of ordinary size. Those of large photos are
+    decoded at a part of their size: that takes no longer than to shrink a cached one.
+    """
+    sizes = [size for size in _sizes(records, missing) if size]
+    total = sum(sizes)
+    return total <= SMALL // caches or total <= ORDINARY * len(sizes)
 
 
 def _sizes(records: Sequence[ImageRecord], missing: Collection[int]) -> list[int]:
