@@ -40,7 +40,8 @@ class Captured:
     """
 
     def __init__(self, model: nn.Module, forward: Forward, images: Tensor, pool: Any) -> None:
-        self.images = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
+        with torch.inference_mode(False):  # a tensor of that mode could not be written outside of it
+            self.images = torch.empty_like(images, memory_format=torch.channels_last).copy_(images)
         before = torch.cuda.current_stream(images.device)
         # cuDNN and cuBLAS keep what they chose for a shape, and their work space, by thread and stream. All captures
         # run in one thread that never ends, so that nothing that a graph uses is freed, and no other thread's choice,
@@ -143,19 +144,17 @@ class Replays:
             if not self._graphs:  # memory that no graph uses any more is given back
                 self._pool = new_pool(images.device)
             self._graphs[key] = Captured(model, forward, images, self._pool)
-        except torch.OutOfMemoryError:
-            self._wanted[key] = 1 << 62
-            if images.is_cuda:
-                end_failed_capture(images.device, self._pool)
-            _tell(
-                f"images of {tuple(images.shape)}: too little GPU memory for a CUDA graph; they are predicted without"
-            )
-            return None
         except RuntimeError as error:
-            self.works = False
             if images.is_cuda:
                 end_failed_capture(images.device, self._pool)
-            _tell(f"the model cannot be captured in a CUDA graph and is slower without ({_first_line(error)})")
+            first = _first(error)
+            if isinstance(first, torch.OutOfMemoryError):
+                self._wanted[key] = 1 << 62
+                _tell(f"images of {key[0]} are predicted without a CUDA graph: too little GPU memory for one")
+            else:
+                self.works = False
+                reason = str(first).strip().partition("\n")[0]
+                _tell(f"the model cannot be captured in a CUDA graph and is slower without ({reason})")
             return None
         del self._seen[key]
         return self._graphs[key]
@@ -285,11 +284,11 @@ def _fastest_algorithms() -> Iterator[None]:
         torch.backends.cudnn.benchmark = before
 
 
-def _first_line(error: BaseException) -> str:
-    """Of the error that caused the others: after it the end of the capture fails too."""
+def _first(error: BaseException) -> BaseException:
+    """The error that caused the others: after it the end of the capture fails too."""
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no reason given'}"
+    return error
 
 
 def _tell(line: str) -> None:
