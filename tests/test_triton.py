@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mvision import machine
 from mvision.fast.triton_kernels import add_bias_activation_
+from mvision.heads.instance_seg.logits import PRIOR_LOWEST, add_prior_
 from mvision.heads.query import deformable, sampling
 from mvision.heads.query.deformable import DeformableAttention
 from mvision.heads.query.sampling import sample_grid, sample_levels
@@ -58,6 +59,22 @@ def test_bias_and_activation(shape: tuple[int, ...], dtype: torch.dtype, activat
     launch(by_kernel, bias, activation)
     for found in (by_kernel, add_bias_activation_(x, bias, activation), add_bias_activation_(planes, bias, activation)):
         torch.testing.assert_close(found.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_prior_of_masks(dtype: torch.dtype) -> None:
+    from mvision.heads.instance_seg.prior_triton import launch
+
+    torch.manual_seed(0)
+    product, weight = torch.randn(2, 3, 37, 41).to(DEVICE, dtype), torch.rand(2, 3, 1).to(DEVICE, dtype)
+    across, down = 1 - 3 * torch.rand(2, 3, 41).to(DEVICE), 4 * torch.rand(2, 3, 37).to(DEVICE)
+    prior = (across[..., None, :] - down[..., None]).clamp(min=PRIOR_LOWEST)
+    expected, by_kernel = product.float() + weight.float()[..., None] * prior, product.clone()
+    launch(by_kernel, weight, across, down, PRIOR_LOWEST)
+    for found in (by_kernel, add_prior_(product, weight, across, down)):
+        torch.testing.assert_close(found.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert machine.has_triton(), "Triton failed"
 
 
 def test_an_unknown_activation_is_refused() -> None:

@@ -7,10 +7,13 @@ passes as possible are made over the large tensors: that is where the time goes,
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvision.machine import with_triton
 from mvision.neck.layers import without_autocast
 
 PRIOR_WEIGHT = 2.0  # initially; the prior's logit in the centre of a box
@@ -33,10 +36,41 @@ def mask_grid(embeddings: Tensor, pixels: Tensor, boxes: Tensor) -> Tensor:
     centre, scale = _ellipses(boxes)
     across = 1 - ((x - centre[..., :1]) * scale[..., :1]).square()
     down = ((y - centre[..., 1:]) * scale[..., 1:]).square()
-    prior = across.to(pixels.dtype)[..., None, :] - down.to(pixels.dtype)[..., None]
     with without_autocast(pixels):
         product, weight = _product(embeddings, pixels.flatten(2))
-        return product.unflatten(2, (height, width)).addcmul_(weight[..., None], prior.clamp_(min=PRIOR_LOWEST))
+        return add_prior_(product.unflatten(2, (height, width)), weight, across, down)
+
+
+def add_prior_(product: Tensor, weight: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    """``product + weight * (across - down)`` written over ``product``, the difference being at least ``PRIOR_LOWEST``.
+
+    In one kernel on a GPU, where there are no gradients and Triton works. That one computes in float32.
+
+    Args:
+        product: (B, Q, h, w), contiguous.
+        weight: (B, Q, 1), in the precision of ``product``.
+        across, down: (B, Q, w) and (B, Q, h) float32.
+    """
+    by_operators = partial(_add_by_operators, product, weight, across, down)
+    has_gradients = torch.is_grad_enabled() and (product.requires_grad or weight.requires_grad)
+    fits = product.device.type == "cuda" and product.is_contiguous() and across.dtype == torch.float32
+    if not fits or has_gradients or torch.compiler.is_compiling():
+        return by_operators()
+    return with_triton(partial(_add_by_kernel, product, weight, across, down), by_operators)
+
+
+def _add_by_kernel(product: Tensor, weight: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    # The import takes a second, which machines without a GPU are spared.
+    from mvision.heads.instance_seg.prior_triton import launch
+
+    with torch.cuda.device_of(product):
+        launch(product, weight.contiguous(), across.contiguous(), down.contiguous(), PRIOR_LOWEST)
+    return product
+
+
+def _add_by_operators(product: Tensor, weight: Tensor, across: Tensor, down: Tensor) -> Tensor:
+    prior = across.to(product.dtype)[..., None, :] - down.to(product.dtype)[..., None]
+    return product.addcmul_(weight[..., None], prior.clamp_(min=PRIOR_LOWEST))
 
 
 def mask_at_points(embeddings: Tensor, pixels: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
