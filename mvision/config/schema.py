@@ -222,7 +222,7 @@ class TrainConfig(Settings):
     """The training run.
 
     Attributes:
-        optimizer: ``adamw``, or ``muon`` (timm's): orthogonalised momentum for the weights of convolutions and linear
+        optimizer: ``adamw``, or ``muon``: orthogonalised momentum for the weights of convolutions and linear
             layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
             embeddings and the last layers of classifiers get AdamW with Nesterov momentum.
         lr: peak learning rate of neck and heads; it is not scaled with the batch size.
@@ -238,6 +238,11 @@ class TrainConfig(Settings):
         ema_warmup: steps over which the decay rises to its value (decay * (1 - exp(-step / ema_warmup))).
         val_interval: epochs between evaluations (the last epoch is always evaluated).
         patience: evaluations without a better AP before the run stops early; 0 never stops.
+        precision: ``auto`` is bf16 where the hardware computes in it. On a GPU fp32 multiplies matrices in TF32.
+        compile: compile backbone and neck with ``torch.compile``: faster steps, after minutes of compilation at the
+            start, and again at each new size of images (``multi_scale``).
+        cuda_graphs: on a single GPU, start the kernels of backbone and neck by CUDA graphs, see
+            ``mvision.engine.graphs``; switched off, steps take longer, and images of many sizes take less memory.
         freeze: parts that are not trained.
         task_weights: by head, the factor of its loss terms in the loss; 1 for the others. A head that serves two tasks
             has one factor: that of instance-seg applies to its boxes too.
@@ -262,6 +267,8 @@ class TrainConfig(Settings):
     val_interval: int = Field(1, ge=1, le=MOST_STEPS)
     patience: int = Field(0, ge=0, le=MOST_STEPS)
     precision: PrecisionOption = "auto"
+    compile: bool = False
+    cuda_graphs: bool = True
     freeze: list[Literal["backbone", "neck"]] = []
     task_weights: dict[str, float] = {}
     seed: int = Field(0, ge=0, lt=2**32)

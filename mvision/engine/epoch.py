@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from mvision.config import TrainConfig
 from mvision.data import Batch, Loader
+from mvision.engine.acceleration import tell_compilation
 from mvision.engine.checks import single_value
 from mvision.engine.optim import set_learning_rate
 from mvision.engine.readings import BufferGuard, Readings
@@ -53,12 +54,13 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
     for count, loaded in enumerate(bar, start=first + 1):
         for file, reason in loaded.skipped:
             tqdm.write(printable(f"skipped {file}: {reason}"))
-        batch = loaded.to(accelerator.device)
+        batch, begin = loaded.to(accelerator.device), time.monotonic()
         # The last group of an epoch may have fewer batches than ``accumulate``; its gradient is divided all the same.
         last_of_group = count % config.accumulate == 0 or count == len(loader)
         with nullcontext() if last_of_group else accelerator.no_sync(trainer.model):
             names, values = _forward(trainer, batch)
             accelerator.backward(_total(names, values, config) / config.accumulate)
+        tell_compilation(trainer, begin)
         readings.add_terms(names, values)
         if last_of_group:
             readings.add_step(progress.step, _optimize(trainer, guard))

@@ -22,8 +22,10 @@ from mvision.compat import reset_accelerate
 from mvision.config import Config
 from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_data_sources
 from mvision.data.loading.pixel_range import choose_pixel_range
+from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.data.loading.workers import pick_workers, worker_context
+from mvision.engine.acceleration import compiled, set_for_training
 from mvision.engine.checkpoint import (
     finish_epoch,
     flat,
@@ -43,6 +45,7 @@ from mvision.engine.checks import (
     warn_of_slow_backbone,
 )
 from mvision.engine.epoch import train_epoch
+from mvision.engine.graphs import can_record, record_features
 from mvision.engine.optim import Ema, build_optimizer
 from mvision.engine.report import write_prediction_grid
 from mvision.engine.state import SavedState, read_state, run_facts
@@ -106,6 +109,9 @@ def train(
         trainer = _trainer(config, model, accelerator, len(train_loader))
         trainer.stop, trainer.facts = stop, facts
         check_batches(trainer, train_loader)
+        if config.train.compile:
+            assert isinstance(train_loader.batches, TrainBatches)
+            stack.enter_context(compiled(trainer, train_loader.batches.sizes()))
         if run is None:
             run = new_folder(trainer, output)
             _claim(run, accelerator, stack)
@@ -182,7 +188,7 @@ def _train_epochs(trainer: Trainer, run: RunFolder, loader: Loader, validation: 
     while not has_ended(config, progress):
         epoch, begin, before = progress.epoch, time.monotonic(), progress.seconds
         try:
-            with trainer.stop.held():
+            with trainer.stop.held(), set_for_training(trainer.accelerator):
                 losses = train_epoch(trainer, loader, epoch)
             require_finite(trainer, run)
             if trainer.stop.requested(trainer.accelerator):
@@ -303,7 +309,10 @@ def _trainer(config: Config, model: Model, accelerator: Accelerator, batches: in
     ema = Ema(model, config.train.ema_decay, config.train.ema_warmup) if config.train.ema_decay else None
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, config.train))
     total_steps = math.ceil(batches / config.train.accumulate) * config.train.epochs
-    return Trainer(config, accelerator, wrapped, optimizer, ema, total_steps)
+    trainer = Trainer(config, accelerator, wrapped, optimizer, ema, total_steps)
+    if config.train.cuda_graphs and not config.train.compile and can_record(accelerator, config.train.accumulate):
+        record_features(trainer.bare_model)
+    return trainer
 
 
 def _describe(trainer: Trainer, sources: Sequence[DataSource]) -> str:
@@ -311,7 +320,8 @@ def _describe(trainer: Trainer, sources: Sequence[DataSource]) -> str:
     config, model, accelerator = trainer.config, trainer.bare_model, trainer.accelerator
     parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     images = [sum(numbers) for numbers in zip(*_images(sources))]
-    precision = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    fp32 = "fp32 (TF32)" if accelerator.device.type == "cuda" else "fp32"
+    precision = fp32 if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     height, width = config.model.image_size
     parts = [
         "+".join(model.tasks),

@@ -50,6 +50,7 @@ class Trainer:
         total_steps: optimiser steps of the whole run.
         stop: whether the run has been asked to stop.
         facts: what has to be the same when the run is resumed, see ``state.run_facts``.
+        compiles: backbone and neck will be compiled in the first batch.
         random: the random numbers of all processes when the training last paused, see ``state.random_states``.
     """
 
@@ -63,6 +64,7 @@ class Trainer:
     stop: StopRequest = field(default_factory=StopRequest)
     facts: dict[str, Any] = field(default_factory=dict)
     random: list[dict[str, Any]] = field(default_factory=list)
+    compiles: bool = False
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:

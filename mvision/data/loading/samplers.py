@@ -91,6 +91,10 @@ class TrainBatches:
         members = max(min(self.num_images, self.batch_size), self.world_size)
         return members // self.world_size, self._scaled(-self._scale_steps())
 
+    def sizes(self) -> int:
+        """How many sizes of images there are."""
+        return 2 * self._scale_steps() + 1
+
     def _size(self, number: int) -> tuple[int, int]:
         """Height and width of a batch: the longer side changes in steps of 32 pixels, the shorter one in proportion."""
         steps = self._scale_steps()
