@@ -180,7 +180,9 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
     def _mask_costs(self, embeddings: Tensor, boxes: Tensor, pixels: Tensor, samples: MaskPoints) -> Tensor:
         """(L + 1, B, Q, T) weighted costs on the first ``mask_points`` of the points; 0 for objects without a mask."""
         count = self.config.mask_points
-        layers, batch = embeddings.shape[:2]
+        layers, batch, queries = embeddings.shape[:3]
+        if not samples.known.any():
+            return pixels.new_zeros(layers, batch, queries, samples.labels.shape[1])
         pixels, points, labels = pixels[..., :count], samples.points[:, :count], samples.labels[..., :count]
         together = at_once(pixels.device, batch * count)
         # All layers' queries of an image side by side, and as many of them at once as fit.
