@@ -174,7 +174,9 @@ def class_scores(logits: Tensor) -> list[dict[int, float]]:
         logits: (B, C + 1, h, w) float32.
     """
     best = logits.argmax(1).flatten(1)
-    highest = logits.softmax(1).amax(1).flatten(1).double()
+    # In float64 (which Apple's GPUs lack) the order in which a GPU adds does not show.
+    exact = torch.float32 if logits.device.type == "mps" else torch.float64
+    highest = logits.softmax(1).amax(1).flatten(1).to(exact)
     zeros = highest.new_zeros(len(logits), logits.shape[1])
     sums, counts = zeros.scatter_add(1, best, highest), zeros.scatter_add(1, best, torch.ones_like(highest))
     found = to_host({"sums": sums, "counts": counts})
