@@ -4,7 +4,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torchvision.ops import box_iou, generalized_box_iou
 
-from mvision.structures.boxes import cxcywh_to_xyxy, inverse_sigmoid, iou, xyxy_to_cxcywh
+from mvision.structures.boxes import cxcywh_to_xyxy, inverse_sigmoid, iou, plain_iou, xyxy_to_cxcywh
 
 
 def random_boxes(count: int, seed: int = 0) -> torch.Tensor:
@@ -29,6 +29,7 @@ def test_overlaps_are_torchvisions() -> None:
     a, b = random_boxes(20), random_boxes(30, seed=1)
     overlap, generalised = iou(a[:, None], b[None])
     torch.testing.assert_close(overlap, box_iou(a, b))
+    assert plain_iou(a[:, None], b[None]).equal(overlap)
     torch.testing.assert_close(generalised, generalized_box_iou(a, b))
     assert (overlap > 0).any()
     assert (generalised < 0).any()

@@ -17,7 +17,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from mvision.structures import Targets
-from mvision.structures.boxes import cxcywh_to_xyxy, iou
+from mvision.structures.boxes import cxcywh_to_xyxy, iou, plain_iou
 from mvision.structures.transfer import start_to_host, to_device
 
 # The class term of the matching cost is a focal loss, as in Deformable DETR and RT-DETR.
@@ -243,12 +243,15 @@ def _solve(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
             solved = list(pool.map(solve, images))
     else:
         solved = [solve(image) for image in images]
-    parts = [
-        np.column_stack((np.full_like(query, layer), np.full_like(query, image), query, gt_index))
-        for layer in range(layers)
-        for image, (query, gt_index) in zip(images, (of_image[layer] for of_image in solved))
-    ]
-    return np.concatenate(parts)
+    matched = [min(queries, counts[image]) for image in images]
+    host = np.empty((layers, sum(matched), 4), dtype=np.int64)
+    host[..., 0] = np.arange(layers)[:, None]
+    host[..., 1] = np.repeat(images, matched)
+    # scipy orders the pairs of an image by the query.
+    for column in (0, 1):
+        for layer in range(layers):
+            np.concatenate([of_image[layer][column] for of_image in solved], out=host[layer, :, 2 + column])
+    return host.reshape(-1, 4)
 
 
 def _pair_costs(logits: Tensor, boxes: Tensor, targets: PaddedTargets, box_weight: float, giou_weight: float) -> Tensor:
@@ -293,13 +296,13 @@ def anchor_assignment(anchors: Tensor, targets: PaddedTargets, top_k: int = 9) -
     inside = ((centres > gt_boxes[:, :, None, :2]) & (centres < gt_boxes[:, :, None, 2:])).all(-1)
     distance = (centres - targets.boxes[:, :, None, :2]).square().sum(-1)
     inside = inside.scatter(2, distance.argmin(-1, keepdim=True), True) & targets.valid[..., None]
-    anchor_iou, _ = iou(gt_boxes[:, :, None], cxcywh_to_xyxy(anchors))
+    anchor_iou = plain_iou(gt_boxes[:, :, None], cxcywh_to_xyxy(anchors))
     # Of tokens with one IoU (all anchors inside a large object have the same) those nearer to its centre come first.
     score = torch.where(inside, 1 + anchor_iou - 1e-3 * distance, torch.zeros_like(anchor_iou))
     best, index = score.topk(top_k, dim=-1)
     chosen = torch.zeros_like(inside).scatter(2, index, best > 0)
     area = targets.boxes[..., 2] * targets.boxes[..., 3]
-    owner = torch.where(chosen, area[..., None], torch.inf).argmin(1)
+    owner = torch.where(chosen, area[..., None], torch.inf).min(1).indices
     gt_index = places % most
     owned = owner.gather(1, index.flatten(1)).flatten() == gt_index
     image = places // most

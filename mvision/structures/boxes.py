@@ -40,12 +40,22 @@ def iou(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """
     eps = torch.finfo(a.dtype).tiny
     (low_a, high_a), (low_b, high_b) = a.split(2, dim=-1), b.split(2, dim=-1)
-    inner = _area(torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b))
+    inner, union = _inner_and_union(a, b)
     outer = _area(torch.maximum(high_a, high_b) - torch.minimum(low_a, low_b))
-    area_a, area_b = _area(high_a - low_a), _area(high_b - low_b)
-    union = area_a + area_b - inner
     overlap = inner / union.clamp(min=eps)
     return overlap, overlap - (outer - union) / outer.clamp(min=eps)
+
+
+def plain_iou(a: Tensor, b: Tensor) -> Tensor:
+    """The first result of ``iou`` alone, in two thirds of the operators."""
+    inner, union = _inner_and_union(a, b)
+    return inner / union.clamp(min=torch.finfo(a.dtype).tiny)
+
+
+def _inner_and_union(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    (low_a, high_a), (low_b, high_b) = a.split(2, dim=-1), b.split(2, dim=-1)
+    inner = _area(torch.minimum(high_a, high_b) - torch.maximum(low_a, low_b))
+    return inner, _area(high_a - low_a) + _area(high_b - low_b) - inner
 
 
 def _area(sides: Tensor) -> Tensor:
