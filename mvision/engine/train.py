@@ -96,8 +96,6 @@ def train(
         if run is not None and saved is not None and _is_complete(run, config, saved):
             log(_nothing_to_do(run, config, saved))
             return run.path
-        if pick_workers(config.data.workers, on_cuda=False) > 0:
-            worker_context()  # makes its imports while the data is read and the model is built
         sources = _read_data(config, saved is None, log)
         set_seed(config.train.seed)
         model = _build_model(config, init, init_parts, saved is None, log)
@@ -126,6 +124,8 @@ def train(
 
 def _read_data(config: Config, is_new: bool, log: Callable[[str], None]) -> list[DataSource]:
     """The data sets of the run; the config gets what they decide, the classes and (of a new run) the pixels' range."""
+    if pick_workers(config.data.workers, on_cuda=False) > 0:
+        worker_context()  # makes its imports while the data is read and the model is built
     heads = config.model.heads
     sources = read_data_sources(config.data, list(heads), config.train.seed, log, heads)
     config.model.categories = sources[0].train.categories
