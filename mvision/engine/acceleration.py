@@ -35,7 +35,7 @@ def compiled(trainer: Trainer, sizes: int, backend: str = "inductor") -> Iterato
         with room_for_graphs(4 * sizes):  # of either part, and in an evaluation too where there is no moving average
             yield
     except compilation_error() as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = " ".join([line.strip() for line in str(error).splitlines() if line.strip()][:2])
         raise UserError(
             f"train.compile: backbone and neck cannot be compiled here ({reason}); leave train.compile out, or install "
             "what the message names"
