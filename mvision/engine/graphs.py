@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -26,6 +27,11 @@ SIZES = 16
 has gradients of its own."""
 WARMUPS = 2  # passes before a recording, in which libraries choose their algorithms
 Key = tuple[Any, ...]
+
+
+def can_record(accelerator: Accelerator, accumulate: int) -> bool:
+    """Whether a training may use graphs, see ``record_features``; ``accumulate`` batches make an optimiser step."""
+    return accelerator.device.type == "cuda" and accelerator.num_processes == 1 and accumulate == 1
 
 
 def record_features(model: Model) -> None:
