@@ -1,11 +1,16 @@
 """Parameter groups, the learning rate at a step, Muon, and the moving average of the weights."""
 
+import copy
+import functools
 import math
 
 import pytest
+import timm.optim.muon
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mvision.config import TrainConfig
+from mvision.engine import muon
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.state import _check_optimizer_state
 from mvision.model import create_model
@@ -68,6 +73,77 @@ def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw():
     gradient, moved = (torch.linalg.svdvals(matrix) for matrix in (weight.grad, step))
     assert gradient.max() / gradient.median() > 4
     assert moved.max() / moved.median() < 2
+
+
+def gradients(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.empty_like(parameter).copy_(0.1 * parameter.detach() + 0.01 * noise)
+
+
+@pytest.mark.parametrize("waste", [0, 2**26])
+def test_muon_trains_as_timms_does(monkeypatch, waste):
+    """With matrices of each shape apart, and with several shapes in a stack; a state of timm's can be loaded."""
+    exact = functools.partial(timm.optim.muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", exact)
+    monkeypatch.setattr(muon, "WASTE", {"cpu": waste})
+    config = TrainConfig(optimizer="muon", lr=8e-3, backbone_lr=4e-3, beta2=0.99, weight_decay=0.01)
+    ours = create_model("tiny", num_classes=2).to(memory_format=torch.channels_last)
+    theirs = copy.deepcopy(ours)
+    optimizer, other = build_optimizer(ours, config), build_optimizer(theirs, config)
+    groups = [{key: value for key, value in group.items() if key != "betas"} for group in other.param_groups]
+    reference = timm.optim.muon.Muon(groups, betas=(0.9, 0.99), nesterov=True, ns_steps=3)
+    optimizer.dtype = torch.float32
+    for step in range(6):
+        gradients(ours, step)
+        gradients(theirs, step)
+        if step == 3:
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": reference.state_dict()["state"]})
+        optimizer.step()
+        reference.step()
+        for (name, first), second in zip(ours.named_parameters(), theirs.parameters()):
+            torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-6, msg=name)
+    states = [dict(enumerate(one.state_dict()["state"].values())) for one in (optimizer, reference)]
+    assert [state.keys() for state in states[0].values()] == [state.keys() for state in states[1].values()]
+
+
+def test_muon_takes_up_parameters_that_have_a_gradient_now_and_then():
+    """Each with the bias correction of the steps that it was in, as in AdamW."""
+    values = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    other = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    group = {"lr": 0.1, "weight_decay": 0.1}
+    optimizer = muon.Muon([{"params": values, "use_muon": False, **group}], betas=(0.9, 0.99))
+    reference = timm.optim.muon.Muon(
+        [{"params": other, "use_muon": False, **group}], betas=(0.9, 0.99), nesterov=True, ns_steps=3
+    )
+    for step in range(5):
+        for one in (values, other):
+            one[0].grad = torch.tensor([1.0, -2.0, 0.5]) + step
+            one[1].grad = None if step in (0, 3) else torch.tensor([0.1, 0.2, -0.3])
+        optimizer.step()
+        reference.step()
+        torch.testing.assert_close(values, other)
+
+
+def test_a_step_of_muon_is_few_operations():
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += 1
+            return function(*args, **(kwargs or {}))
+
+    model = create_model("tiny", num_classes=2)
+    optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
+    ema = Ema(model, decay=0.9, warmup=10)
+    for step in range(2):
+        gradients(model, step)
+        with Counter() as counter:
+            optimizer.step()
+            ema.update(model, step)
+    assert len(list(model.parameters())) > 200
+    assert counter.count < 450  # 4,700 with timm's
 
 
 def test_the_average_follows_quickly_at_first():
