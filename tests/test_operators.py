@@ -32,10 +32,10 @@ GROWTH = 1.03
 COPIES = {
     "detection": ((0, 1), (2, 1), (2, 0)),
     "instance-seg": ((1, 2), (5, 1), (3, 0)),
-    "keypoints": ((0, 1), (2, 1), (2, 1)),
-    "keypoints minimal": ((0, 1), (2, 1), (2, 1)),
+    "keypoints": ((0, 1), (2, 1), (1, 0)),
+    "keypoints minimal": ((0, 1), (2, 1), (1, 0)),
     "semantic-seg": ((1, 2), (1, 0), (1, 0)),
-    "joint": ((2, 6), (8, 2), (6, 1)),
+    "joint": ((2, 6), (8, 2), (5, 0)),
 }
 # Masks go to the CPU as run lengths, whose number is not known before: one wait for all masks or regions of a size. The
 # alternative is to copy all pixels.

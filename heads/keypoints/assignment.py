@@ -105,6 +105,8 @@ def start_one2one(alignment: Tensor, grid_points: Tensor, counts: Sequence[int])
         alignment, grid_points: as in ``assign_one2many``.
         counts: number of objects of every image.
     """
+    if not any(counts):
+        return lambda: torch.zeros_like(alignment, dtype=torch.bool)
     wait = start_to_host({"alignment": alignment, "grid_points": grid_points})
 
     def finish() -> Tensor:
