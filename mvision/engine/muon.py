@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -101,6 +101,8 @@ class Muon(torch.optim.Optimizer):
 _ZERO = torch.zeros(())
 _Members = list[tuple[nn.Parameter, dict[str, Any]]]
 """Parameters with their groups."""
+_State = MutableMapping[Tensor, Any]
+"""The state of the optimiser: by parameter, a dictionary."""
 
 
 def _has_rows_in_order(parameter: Tensor) -> bool:
@@ -129,7 +131,7 @@ class _Flat:
             for block, p in zip(blocks, parameters)
         ]
 
-    def load(self, state: dict[nn.Parameter, dict[str, Any]], parameters: list[nn.Parameter], key: str) -> None:
+    def load(self, state: _State, parameters: list[nn.Parameter], key: str) -> None:
         """Make the block the memory of a state of the optimiser, with the values that it has."""
         for place, parameter in zip(self.places, parameters):
             if key in state[parameter]:
@@ -173,7 +175,7 @@ class _Others(_Part):
         taken: steps that these parameters were changed in before.
     """
 
-    def __init__(self, members: _Members, state: dict[nn.Parameter, dict[str, Any]], taken: float) -> None:
+    def __init__(self, members: _Members, state: _State, taken: float) -> None:
         super().__init__(members)
         self.first, self.second = _Flat(self.parameters), _Flat(self.parameters)
         self.first.load(state, self.parameters, "exp_avg")
@@ -204,7 +206,7 @@ class _Others(_Part):
 class _Matrices(_Part):
     """Weight matrices, which are changed by their orthogonalised momentum."""
 
-    def __init__(self, members: _Members, state: dict[nn.Parameter, dict[str, Any]], dtype: torch.dtype) -> None:
+    def __init__(self, members: _Members, state: _State, dtype: torch.dtype) -> None:
         members = sorted(members, key=lambda member: _rows_and_columns(member[0]))
         super().__init__(members)
         self.dtype = dtype
