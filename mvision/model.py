@@ -102,6 +102,11 @@ class Model(nn.Module):
         """The device of the weights."""
         return next(self.parameters()).device
 
+    @property
+    def own_threads(self) -> bool:
+        """Whether a runtime with threads of its own computes the forward pass, as of an exported model."""
+        return False
+
     def head(self, task: str) -> Head:
         """The head that serves a task."""
         head = self.heads[serving_task(task, self.tasks)]

@@ -31,6 +31,7 @@ class FakeModel(nn.Module):
         self.tasks = ["detection"]
         self.part = nn.BatchNorm2d(3)
         self.batch_sizes: list[int] = []
+        self.own_threads = False
 
     @property
     def device(self) -> torch.device:

@@ -85,6 +85,11 @@ class ExportedModel(Model):
         return torch.device("cpu")
 
     @property
+    def own_threads(self) -> bool:
+        """Those of the runtime compute, not PyTorch's."""
+        return True
+
+    @property
     def files(self) -> list[Path]:
         """The graph, and the weights where they are in a file of their own."""
         return export_files(self.path)

@@ -34,6 +34,7 @@ from mvision.structures.pixels import scale, to_array
 WORKERS = min(max(4, cores()), 16)
 """Threads that decode and resize; each holds one image, and as many more wait. A GPU takes what 16 of them read."""
 BATCH_SIZE_ON_GPU = 8
+MOST_PASSES = 4  # at once, on a CPU
 T = TypeVar("T")
 Prepared = tuple[T, np.ndarray | None, tuple[int, int]]
 """What identifies the image to the caller; the model's input (h, w, 3) uint8, or None if the image cannot be read; and
@@ -70,6 +71,10 @@ class Predictor(Protocol):
     @property
     def device(self) -> torch.device:
         """The device that images have to be on."""
+
+    @property
+    def own_threads(self) -> bool:
+        """Whether a runtime with threads of its own computes the forward pass, not PyTorch."""
 
     def modules(self) -> Iterator[nn.Module]:
         """As of every ``nn.Module``."""
@@ -190,15 +195,52 @@ def predict_images(
         return [replace(found[0], path=path) for path, found in results if found is not None]
 
 
+@contextmanager
+def forward_passes(model: Predictor, images: int | None) -> Iterator[int]:
+    """Divide PyTorch's threads among forward passes at once, and yield how many of these to run; for ``infer``.
+
+    On a CPU several passes of one thread each take less time than one pass after the other by all threads: these wait
+    for each other at the end of every operator, longest where decoding and drawing need the cores too. More than
+    ``MOST_PASSES`` are not made, because each needs memory for its activations. Until the end of the block PyTorch has
+    the threads of one pass, in the whole process.
+
+    Args:
+        model: an exported one has threads of its own, which one pass at a time keeps busy.
+        images: how many there are to come; None: not known.
+    """
+    before = torch.get_num_threads()
+    passes = 1
+    if model.device.type == "cpu" and not model.own_threads:
+        passes = max(1, min(before, MOST_PASSES, before if images is None else images))
+    threads = 1 if model.own_threads else before // passes
+    torch.set_num_threads(threads)
+    try:
+        yield passes
+    finally:
+        torch.set_num_threads(before)
+
+
 def infer(
-    model: Predictor, prepared: Iterable[Prepared[T]], chosen: Sequence[Selection], batch_size: int | None
+    model: Predictor,
+    prepared: Iterable[Prepared[T]],
+    chosen: Sequence[Selection],
+    batch_size: int | None,
+    passes: int = 1,
 ) -> Generator[tuple[T, list[Instances] | None], None, None]:
     """Run the model on batches, in the caller's thread, and the post-processing in a second one.
+
+    With several ``passes``, so many threads each run the model and the post-processing of a batch, on a CPU.
 
     Yields:
         For every prepared image, in order, what identifies it and its instances, once for every selection; None if it
         has no input.
     """
+    if passes > 1:
+        inputs = _batches(model, prepared, batch_size)
+        with closing(ordered_map(partial(_compute, model, chosen), inputs, passes, ahead=passes)) as batches:
+            for batch in batches:
+                yield from batch
+        return
     side = _SideStream(model.device) if model.device.type == "cuda" else None
     # While results of a GPU are read, it computes the next batch, and one more is queued.
     raw, ahead = _outputs(model, prepared, batch_size, side), 1 if side is None else 2
@@ -240,13 +282,33 @@ Raw = tuple[list[Prepared[T]], dict[str, dict[str, Tensor]], "torch.cuda.Event |
 def _outputs(
     model: Predictor, prepared: Iterable[Prepared[T]], batch_size: int | None, side: _SideStream | None
 ) -> Iterator[Raw[T]]:
-    device = model.device
-    size = batch_size or (1 if device.type == "cpu" else BATCH_SIZE_ON_GPU)
+    for batch in _batches(model, prepared, batch_size):
+        yield batch, _run(model, batch), None if side is None else side.mark()
+
+
+def _batches(
+    model: Predictor, prepared: Iterable[Prepared[T]], batch_size: int | None
+) -> Generator[list[Prepared[T]], None, None]:
+    size = batch_size or (1 if model.device.type == "cpu" else BATCH_SIZE_ON_GPU)
     items = iter(prepared)
-    while batch := list(islice(items, size)):
-        inputs = [image for _, image, _ in batch if image is not None]
-        outputs = model(_to_device(inputs, device)) if inputs else {}
-        yield batch, outputs, None if side is None else side.mark()
+    try:
+        while batch := list(islice(items, size)):
+            yield batch
+    finally:
+        if isinstance(prepared, Generator):
+            prepared.close()
+
+
+def _run(model: Predictor, batch: list[Prepared[T]]) -> dict[str, dict[str, Tensor]]:
+    inputs = [image for _, image, _ in batch if image is not None]
+    return model(_to_device(inputs, model.device)) if inputs else {}
+
+
+def _compute(
+    model: Predictor, chosen: Sequence[Selection], batch: list[Prepared[T]]
+) -> list[tuple[T, list[Instances] | None]]:
+    with torch.no_grad():  # a setting of the thread
+        return _postprocess(model, chosen, None, (batch, _run(model, batch), None))
 
 
 def _to_device(inputs: Sequence[np.ndarray], device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from mvision.drawing import unwritable
 from mvision.errors import UserError, printable
 from mvision.inference.output import ForMetrics, Output
 from mvision.inference.pipeline import ordered_map
-from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, infer
+from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, forward_passes, infer
 from mvision.inference.reading import Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Sources, find_sources
@@ -66,8 +66,8 @@ def predict_sources(
     started = time.monotonic()
     with Output(output, inputs, for_metrics, pictures) as writer:
         try:
-            with eval_mode(model):
-                _run(model, inputs, writer, chosen, batch_size, progress)
+            with eval_mode(model), forward_passes(model, _wanted_at_once(inputs)) as passes:
+                _run(model, inputs, writer, chosen, batch_size, progress, passes)
         except KeyboardInterrupt:
             if not any(source.is_live for source in inputs):
                 raise
@@ -99,12 +99,16 @@ def _run(
     chosen: Sequence[Selection],
     batch_size: int | None,
     progress: bool,
+    passes: int,
 ) -> None:
-    """Six stages that overlap: decode, resize, infer (in this thread), post-process, draw and encode, write."""
+    """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, draw and encode, write.
+
+    With several forward passes at once, post-processing belongs to them.
+    """
     size, pixel_range = model.config.image_size, model.config.pixel_range
     frames = read_frames(inputs, ahead=WORKERS, pixel_range=pixel_range, input_size=size)
     prepared = ordered_map(partial(_prepare_frame, size), frames, workers=2, ahead=2)
-    inferred = infer(model, prepared, chosen, batch_size)
+    inferred = infer(model, prepared, chosen, batch_size, passes)
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))
     rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
     total = len(inputs) if all(source.kind == "image" for source in inputs) else None
@@ -113,6 +117,13 @@ def _run(
             written, desc="predicting", total=total, unit="img", disable=None if progress else True, leave=False
         ):
             pass
+
+
+def _wanted_at_once(inputs: Sources) -> int | None:
+    """How many pictures there are to work on at the same time; None: not known, but many."""
+    if any(source.is_live for source in inputs):
+        return 1  # its pictures come one by one, and each is wanted soon
+    return len(inputs) if all(source.kind == "image" for source in inputs) else None
 
 
 def _prepare_frame(size: tuple[int, int], frame: Frame) -> Prepared[Frame]:
