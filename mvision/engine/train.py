@@ -77,11 +77,9 @@ def train(
         init_parts: of these weights, ``backbone`` and ``neck``; None takes all that fits.
         resume: a run folder to continue; ``config`` is then the run's own.
 
-    A run that is asked to stop, by Ctrl-C or SIGTERM, saves its state after the step that it is in.
-
     Raises:
         UserError: anything wrong with data, weights, device or folder.
-        Stopped: it was asked to stop.
+        Stopped: it was asked to, by Ctrl-C or SIGTERM; its state is saved after the step that it was in.
     """
     if resume is not None and output is not None:
         raise UserError(f"--output {output}: a resumed run stays in its folder, {resume}; leave --output out")
