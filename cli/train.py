@@ -51,7 +51,7 @@ TASKS = known_tasks()
     "--precision",
     type=OneOf(get_args(PrecisionOption)),
     metavar="P",
-    help="fp32, bf16 or fp16.  [default: bf16 where the hardware has it]",
+    help="fp32, bf16 or fp16.  [default: the fastest one here]",
 )
 @click.option("--workers", type=int, metavar="N", help="Loading processes.  [default: by the number of cores]")
 @click.option("--seed", type=int, metavar="N", help="Same seed, same run.  [default: 0]")

@@ -238,7 +238,7 @@ class TrainConfig(Settings):
         ema_warmup: steps over which the decay rises to its value (decay * (1 - exp(-step / ema_warmup))).
         val_interval: epochs between evaluations (the last epoch is always evaluated).
         patience: evaluations without a better AP before the run stops early; 0 never stops.
-        precision: ``auto`` is bf16 where the hardware computes in it. On a GPU fp32 multiplies matrices in TF32.
+        precision: ``auto`` is bf16 where that is faster. On a GPU fp32 multiplies matrices in TF32.
         compile: compile backbone and neck with ``torch.compile``: faster steps, after minutes of compilation at the
             start, and again at each new size of images (``multi_scale``).
         cuda_graphs: on a single GPU, start the kernels of backbone and neck by CUDA graphs, see

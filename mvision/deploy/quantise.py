@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from mvision.config import DataConfig
 from mvision.data import build_eval_loader, read_validation
@@ -23,7 +24,7 @@ from mvision.deploy.sessions import DESCRIPTION, XML, openvino_core, require
 from mvision.errors import UserError
 from mvision.evaluation import Validation, evaluate_all, make_metrics
 from mvision.heads import head_class
-from mvision.machine import cpu_has_bf16
+from mvision.machine import resolve_precision
 
 MOST_IMAGES = 300  # of each data set, to calibrate with
 ALLOWED = 0.01  # relative loss of a task's primary metric
@@ -79,7 +80,7 @@ def quantise(folder: Path, data: str | None, log: Callable[[str], None], output:
         path = folder.with_name(f"{folder.name}.int8-{number}")
         _write_int8(folder, path, images, floating, output)
         # The layers in floating point are measured in the precision that prediction uses.
-        quantised_model = ExportedModel(path, precision="bf16" if cpu_has_bf16() else "fp32")
+        quantised_model = ExportedModel(path, precision=resolve_precision("auto", torch.device("cpu")))
         result = Quantised(candidate, before, _primary_metrics(quantised_model, validation))
         changes = ", ".join(f"{task} {before[task]:.4f} -> {result.after[task]:.4f}" for task in before)
         log(f"INT8, {candidate}: {changes} (largest loss {result.loss:+.2%})")
