@@ -18,6 +18,8 @@ from safetensors.torch import load_file
 from mvision.commands.val import validate
 from mvision.config import Config, TrainConfig, load_config
 from mvision.data.loading.workers import worker_context
+from mvision.engine.state import read_state
+from mvision.storage.run_folder import RunFolder
 from tests.conftest import write_squares
 from tests.small_runs import FAST, add_corners, fast_config
 
@@ -36,13 +38,14 @@ def process(rank: int, size: int, port: int, folder: Path, change: str) -> None:
     """``mvision train`` as one of several processes.
 
     Args:
-        change: number 1 is ``killed`` or has an ``error`` before its second epoch; or ``plain descent`` without
-            Adam and batch norms.
+        change: number 1 is ``killed``, ``stopped`` or has an ``error`` before its second epoch; or ``plain descent``
+            without Adam and batch norms.
     """
     # Without torchrun, which would end the others by itself after it has seen one fail.
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "RANK": rank, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in address.items()} if size > 1 else {}
     os.environ["ACCELERATE_USE_CPU"] = "true"
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])  # the server that starts this process blocks it
     log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -57,6 +60,8 @@ def process(rank: int, size: int, port: int, folder: Path, change: str) -> None:
     def faulty(trainer: Any, loader: Any, epoch: int) -> dict[str, float]:
         if epoch == 1 and rank == 1 and change == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if epoch == 1 and rank == 1 and change == "stopped":
+            os.kill(os.getpid(), signal.SIGTERM)
         if epoch == 1 and rank == 1 and change == "error":
             raise UserError("the disk of this machine is full")
         return train_epoch(trainer, loader, epoch)
@@ -119,6 +124,16 @@ def test_the_end_of_one_process_ends_the_others_in_a_line(tmp_path: Path, fault:
     assert "Traceback" not in printed[0] + printed[1]
     if fault == "error":
         assert "error: the disk of this machine is full" in printed[1]
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    """The others learn of it one step later, and none waits for it."""
+    config = fast_config(write_squares(tmp_path / "data", images=10), train__epochs=3)
+    codes, printed = launch(tmp_path / "runs", config, change="stopped")
+    assert codes == [143, 143], printed
+    progress = read_state(RunFolder(tmp_path / "runs" / "run").state).progress
+    assert (progress.epoch, progress.batch, progress.step) == (1, 2, 7)
+    assert "--resume" in printed[0]
 
 
 def test_all_tasks_with_images_and_objects_for_one_process_only(tmp_path: Path) -> None:
