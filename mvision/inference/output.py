@@ -88,7 +88,7 @@ class Output:
         """
         self.folder = folder
         self.summary = Summary(folder, pictures)
-        self._pictures = pictures
+        self.pictures = pictures
         self._exact = for_metrics is not None
         self._category_ids = None if for_metrics is None else for_metrics.category_ids
         self._paths = _paths(folder, sources) if pictures else {}
@@ -138,7 +138,7 @@ class Output:
         regions = [] if shown.regions is None else shown.regions.class_names
         rendered = Rendered(frame, found=shown.class_names, regions=regions)
         rendered.entries = self._entries(number, frame, found[-1], rendered.unknown)
-        if self._pictures and frame.source != self._undrawable:
+        if self.pictures and frame.source != self._undrawable:
             with nullcontext() if frame.again is None else self._one_large:
                 self._draw(rendered, shown)
         return rendered

@@ -106,7 +106,7 @@ def _run(
     With several forward passes at once, post-processing belongs to them.
     """
     size, pixel_range = model.config.image_size, model.config.pixel_range
-    frames = read_frames(inputs, ahead=WORKERS, pixel_range=pixel_range, input_size=size)
+    frames = read_frames(inputs, ahead=WORKERS, pixel_range=pixel_range, input_size=size, keep=writer.pictures)
     prepared = ordered_map(partial(_prepare_frame, size), frames, workers=2, ahead=2)
     inferred = infer(model, prepared, chosen, batch_size, passes)
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))

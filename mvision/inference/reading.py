@@ -16,7 +16,7 @@ from mvision.inference.pipeline import background, ordered_map
 from mvision.inference.sources import Source
 from mvision.inference.streams import downloaded, ffmpeg_input
 from mvision.structures.decoding import BIG, check_size
-from mvision.structures.images import BadImage, PixelRange, read_image, resize_image
+from mvision.structures.images import BadImage, PixelRange, read_image, read_with_size, resize_image
 
 DECODERS = 4
 DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not give a rate
@@ -66,10 +66,13 @@ def read_frames(
     ahead: int = 2 * DECODERS,
     pixel_range: PixelRange | None = None,
     input_size: tuple[int, int] | None = None,
+    keep: bool = True,
 ) -> Generator[Frame, None, None]:
     """Decode in the background, up to ``ahead`` pictures before they are taken, and yield frames in order.
 
-    With ``input_size``, very large pictures are not kept, see ``Frame.again``.
+    With ``input_size``, very large pictures are not kept, see ``Frame.again``. Without ``keep``, no image file's
+    picture is: a JPEG of at least twice the input on both sides is decoded at a part of its size, unless it is of a
+    data set.
 
     A picture of a folder or a glob that cannot be read is a frame without image; so is what is missing in a video,
     after its readable frames.
@@ -79,16 +82,20 @@ def read_frames(
     """
     for kind, group in groupby(sources, key=lambda source: source.kind):
         if kind == "image":
-            read = partial(_read_image, pixel_range, input_size)
+            read = partial(_read_image, pixel_range, input_size, keep)
             yield from ordered_map(read, group, workers=DECODERS, ahead=ahead)
             continue
         for source in group:
             yield from background(_read_camera(source) if kind == "camera" else _Video(source).frames())
 
 
-def _read_image(pixel_range: PixelRange | None, input_size: tuple[int, int] | None, source: Source) -> Frame:
+def _read_image(
+    pixel_range: PixelRange | None, input_size: tuple[int, int] | None, keep: bool, source: Source
+) -> Frame:
     notes: list[str] = []
     try:
+        if input_size is not None and not keep:
+            return _model_input(source, pixel_range, input_size, notes)
         if source.path.startswith(("http://", "https://")):
             with downloaded(source.path) as file:
                 return Frame(source, read_image(file, pixel_range=pixel_range, notes=notes), notes=notes)
@@ -99,6 +106,19 @@ def _read_image(pixel_range: PixelRange | None, input_size: tuple[int, int] | No
         frame.model_input, frame.image = resize_image(frame.image, input_size), None
         frame.again = partial(_decoded, source, pixel_range, [])
     return frame
+
+
+def _model_input(source: Source, pixel_range: PixelRange | None, size: tuple[int, int], notes: list[str]) -> Frame:
+    """A frame without its picture, at the ``size`` of the model's input."""
+    if source.size is not None:  # of a data set, whose metrics are compared with those of training
+        image = _decoded(source, pixel_range, notes)
+        full = image.shape[:2]
+    elif source.path.startswith(("http://", "https://")):
+        with downloaded(source.path) as file:
+            image, full = read_with_size(file, size, pixel_range=pixel_range, notes=notes)
+    else:
+        image, full = read_with_size(source.path, size, pixel_range=pixel_range, notes=notes)
+    return Frame(source, None, notes=notes, model_input=resize_image(image, size), size=full)
 
 
 def _decoded(source: Source, pixel_range: PixelRange | None, notes: list[str]) -> np.ndarray:

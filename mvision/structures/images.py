@@ -53,6 +53,7 @@ __all__ = [
     "picture_header",
     "read_image",
     "read_values",
+    "read_with_size",
     "resize_image",
     "to_rgb",
     "write_image",
@@ -112,7 +113,7 @@ def read_image(
     Args:
         path: the file.
         at_least: (height, width) that are enough for the caller. A JPEG is then decoded at 1/2, 1/4 or 1/8 of its size
-            as long as neither side falls below; cheaper for large photos, for training only.
+            as long as neither side falls below; cheaper for large photos, with pixels that differ a little.
         rotate: turn the picture upright as its EXIF orientation says.
         pixel_range: the values that become 0 and 255 in pictures of more than 8 bits. None: for integers the range of
             their type, for floating point 0 and the picture's own maximum.
@@ -121,18 +122,30 @@ def read_image(
     Raises:
         BadImage: the file is missing, empty, truncated, not an image, or larger than allowed (see ``decoding``).
     """
+    return read_with_size(path, at_least, rotate, pixel_range, notes)[0]
+
+
+def read_with_size(
+    path: str | Path,
+    at_least: tuple[int, int] | None = None,
+    rotate: bool = True,
+    pixel_range: PixelRange | None = None,
+    notes: list[str] | None = None,
+) -> tuple[np.ndarray, tuple[int, int]]:
+    """As ``read_image``, and the (height, width) of the picture where it is not decoded at a part of its size."""
     path = Path(path)
     with _open_file(path) as stream:
         data = stream.getvalue() if isinstance(stream, io.BytesIO) else b""
         # OpenCV 4 reads a truncated JPEG without an error and fills the missing part with grey. So a file without an
         # end marker near its end (truncated, or followed by a phone's video) is read by PIL, which reports damage.
         if data[:2] == JPEG_START and JPEG_END in data[-4096:]:
-            image = _decode_jpeg(path, data, at_least, rotate)
-            if image is not None:
+            decoded = _decode_jpeg(path, data, at_least, rotate)
+            if decoded is not None:
                 if notes is not None and path.suffix.lower() == ".mpo" and _mpo_frames(stream) > 1:
                     notes.append(FIRST_IS_USED)
-                return image
-        return _decode(path, stream, rotate, pixel_range, notes)
+                return decoded
+        image = _decode(path, stream, rotate, pixel_range, notes)
+        return image, image.shape[:2]
 
 
 def image_size(path: str | Path) -> tuple[int, int, bool]:
@@ -266,8 +279,13 @@ def _open_file(path: Path, in_memory: int = IN_MEMORY) -> BinaryIO:
     return io.BytesIO(data)
 
 
-def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rotate: bool) -> np.ndarray | None:
-    """Decode with cv2, which is fast; None for what it cannot decode or PIL decodes better (CMYK)."""
+def _decode_jpeg(
+    path: Path, data: bytes, at_least: tuple[int, int] | None, rotate: bool
+) -> tuple[np.ndarray, tuple[int, int]] | None:
+    """Decode with cv2, which is fast; None for what it cannot decode or PIL decodes better (CMYK).
+
+    The second value is the whole picture's (height, width).
+    """
     with opened(path, io.BytesIO(data)) as (header, _):
         if header.mode not in ("RGB", "L"):
             return None
@@ -287,7 +305,7 @@ def _decode_jpeg(path: Path, data: bytes, at_least: tuple[int, int] | None, rota
         return None
     if factor > 1 or COLOUR == cv2.IMREAD_COLOR:
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
-    return upright(image, orientation)
+    return upright(image, orientation), (height, width)
 
 
 def _check_passes(path: Path, header: ImageFile.ImageFile, data: bytes) -> None:
