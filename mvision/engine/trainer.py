@@ -68,8 +68,8 @@ class Trainer:
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:
-        """The weights that are trained."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        """The weights that are trained, in the order of the model: the norm of all gradients is rounded by it."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
     def bare_optimizer(self) -> Any:
