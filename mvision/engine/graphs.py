@@ -82,67 +82,97 @@ class RecordedFeatures:
             self._recorded[key] = _Recording(self._model, images, self._pool)
         except RuntimeError as error:
             self._works = False
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            warnings.warn(f"trains without CUDA graphs, which is slower: {reason}", stacklevel=2)
+            warnings.warn(f"trains without CUDA graphs, which is slower: {_cause(error)}", stacklevel=2)
             end_failed_capture(images.device, self._pool)
             return None
         return self._recorded[key]
 
 
+class _Passes:
+    """The forward and the backward pass of backbone and neck for one batch of images.
+
+    Attributes:
+        parameters: those that are trained.
+        laterals: strides of the backbone's maps for the heads, after a forward pass.
+    """
+
+    def __init__(self, model: Model, images: Tensor) -> None:
+        self.images = images
+        self._parts = _Parts(model)
+        named = {name: value for name, value in self._parts.named_parameters() if value.requires_grad}
+        self.parameters = list(named.values())
+        # Autograd keeps one node for each parameter, with the stream in which it was made, as long as anything of an
+        # earlier step is alive; waiting for that stream ends a capture. Other tensors with the same memory have nodes
+        # of their own.
+        self._same = {name: value.detach().requires_grad_() for name, value in named.items()}
+        self.laterals: list[int] = []
+
+    def forward(self) -> list[Tensor]:
+        """The neck's maps, then those of the backbone for the heads."""
+        features: Features = torch.func.functional_call(self._parts, self._same, (self.images,))
+        self.laterals = list(features.laterals)
+        return [*features.maps, *features.laterals.values()]
+
+    def backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor | None]:
+        """The gradients of ``parameters``; None for those that no output depends on."""
+        pairs = [(output, gradient) for output, gradient in zip(outputs, gradients) if output.requires_grad]
+        if not pairs:
+            return [None] * len(self.parameters)
+        found, given = zip(*pairs)
+        return list(torch.autograd.grad(found, list(self._same.values()), given, allow_unused=True))
+
+
+class _Parts(nn.Module):
+    """What ``Model.features`` uses of a model."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.backbone, self.neck = model.backbone, model.neck
+
+    def forward(self, images: Tensor) -> Features:
+        return Model.features(self, images)  # type: ignore[arg-type]
+
+
 class _Recording:
-    """The forward and the backward pass of backbone and neck for batches of one shape.
+    """The passes of batches of one shape as CUDA graphs.
 
     Raises:
         RuntimeError: they cannot be recorded.
     """
 
     def __init__(self, model: Model, images: Tensor, pool: Any) -> None:
-        self.parameters = [p for part in (model.backbone, model.neck) for p in part.parameters() if p.requires_grad]
         self.images = images.clone(memory_format=torch.preserve_format)
+        passes = _Passes(model, self.images)
         buffers = [buffer for part in (model.backbone, model.neck) for buffer in part.buffers()]
         before = [buffer.clone() for buffer in buffers]
-        stream = torch.cuda.Stream(images.device)
-        stream.wait_stream(torch.cuda.current_stream(images.device))
+        current, stream = torch.cuda.current_stream(images.device), torch.cuda.Stream(images.device)
+        stream.wait_stream(current)
         enabled, dtype = _autocast()
         # Without autocast's cache: a weight that was converted before the recording would never be converted again.
         with torch.autocast("cuda", dtype, enabled=enabled, cache_enabled=False):
             with torch.cuda.stream(stream):
                 for _ in range(WARMUPS):
-                    self._backward(self._forward(model))
+                    outputs = passes.forward()
+                    passes.backward(outputs, [torch.ones_like(output) for output in outputs])
+                del outputs
             stream.synchronize()
-            self._capture(model, pool, stream)
-        torch.cuda.current_stream(images.device).wait_stream(stream)
+            self._capture(passes, pool, stream)
+        current.wait_stream(stream)
         for buffer, value in zip(buffers, before):  # the passes above have moved the running means of norms
             buffer.copy_(value)
+        self.parameters, self.laterals = passes.parameters, passes.laterals
         self.held = cached_tensors(model)  # read by the graphs besides the weights
 
-    def _capture(self, model: Model, pool: Any, stream: torch.cuda.Stream) -> None:
+    def _capture(self, passes: _Passes, pool: Any, stream: torch.cuda.Stream) -> None:
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # Other threads, such as the one that pins batches, may allocate memory meanwhile.
-        settings: dict[str, Any] = {"stream": stream, "capture_error_mode": "thread_local"}
-        with torch.cuda.graph(self.forward_graph, pool=pool, **settings):
-            outputs = self._forward(model)
+        settings: dict[str, Any] = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+        with torch.cuda.graph(self.forward_graph, **settings):
+            outputs = passes.forward()
         self.output_gradients = [torch.empty_like(output) for output in outputs]
-        with torch.cuda.graph(self.backward_graph, pool=pool, **settings):
-            self.gradients = self._backward(outputs, self.output_gradients)
+        with torch.cuda.graph(self.backward_graph, **settings):
+            self.gradients = passes.backward(outputs, self.output_gradients)
         self.outputs = [output.detach() for output in outputs]
-
-    def _forward(self, model: Model) -> list[Tensor]:
-        features = Model.features(model, self.images)
-        self.laterals = list(features.laterals)
-        return [*features.maps, *features.laterals.values()]
-
-    def _backward(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None = None) -> list[Tensor | None]:
-        """The gradients of all parameters, None for those that no output depends on."""
-        pairs = [
-            (output, gradient)
-            for output, gradient in zip(outputs, gradients or map(torch.ones_like, outputs))
-            if output.requires_grad
-        ]
-        if not pairs or not self.parameters:
-            return [None] * len(self.parameters)
-        found, given = zip(*pairs)
-        return list(torch.autograd.grad(found, self.parameters, given, allow_unused=True))
 
     def __call__(self, images: Tensor) -> tuple[Tensor, ...]:
         """The maps of neck and backbone for other images of the same shape; valid until the next call."""
@@ -174,3 +204,10 @@ class _Replay(torch.autograd.Function):
 
 def _autocast() -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of the error that caused the others: after it, the end of the capture fails too."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
