@@ -340,8 +340,7 @@ def test_weights_of_tasks(squares: Path, tmp_path: Path) -> None:
 
     def total(**settings: object) -> float:
         config = load_config("tiny", overrides={f"train.{key}": value for key, value in settings.items()}).train
-        terms = {"a/x": torch.tensor(3.0), "a/y": torch.tensor(1.0), "b/x": torch.tensor(0.5)}
-        return _total(terms, config).item()
+        return _total(["a/x", "a/y", "b/x"], torch.tensor([3.0, 1.0, 0.5]), config).item()
 
     assert total() == 4.5
     assert total(task_weights={"b": 2.0}) == 5.0
