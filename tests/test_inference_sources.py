@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -114,6 +115,24 @@ def test_images_come_in_order(tmp_path: Path) -> None:
         write_image(tmp_path / f"{index}.png", value=10 * index, size=(400, 400) if index % 5 == 0 else (9, 9))
     values = [int(frame.image[0, 0, 0]) for frame in read_frames(find_sources([tmp_path]))]  # type: ignore[index]
     assert values == [10 * index for index in range(25)]
+
+
+def test_a_large_jpeg_that_is_not_drawn_is_decoded_at_a_part_of_its_size(tmp_path: Path) -> None:
+    gradient = np.linspace(0, 255, 400 * 600 * 3).reshape(400, 600, 3).astype(np.uint8)
+    cv2.imwrite(str(tmp_path / "a.jpg"), gradient)
+    source = find_sources([tmp_path / "a.jpg"])[0]
+    (kept,) = read_frames([source])
+    assert kept.image is not None
+    expected = module.resize_image(kept.image, (100, 150))
+    (exact,) = read_frames([replace(source, size=(400, 600))], input_size=(100, 150), keep=False)
+    assert exact.model_input is not None
+    assert np.array_equal(exact.model_input, expected)
+    (frame,) = read_frames([source], input_size=(100, 150), keep=False)
+    assert frame.image is None
+    assert frame.size == (400, 600)
+    assert frame.model_input is not None
+    assert not np.array_equal(frame.model_input, expected)
+    assert np.abs(frame.model_input.astype(int) - expected).max() <= 4
 
 
 def test_few_images_are_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mvision import Model, create_model, load
-from mvision.inference.predict import eval_mode
+from mvision.inference.predict import MOST_PASSES, eval_mode, forward_passes
 from mvision.weights import save_weights
 from tests.fake_model import FakeModel
 
@@ -55,6 +55,30 @@ def test_threads_get_the_serial_results_and_leave_the_model_as_it_was(kind: str,
         assert all(map(np.array_equal, values, expected[number % len(IMAGES)]))
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("threads", "images", "own", "expected"),
+    [
+        (2, None, False, (2, 1)),
+        (2, 1, False, (1, 2)),
+        (9, 50, False, (MOST_PASSES, 9 // MOST_PASSES)),
+        (1, None, False, (1, 1)),
+        (2, None, True, (1, 1)),
+    ],
+)
+def test_threads_are_divided_among_forward_passes(
+    threads: int, images: int | None, own: bool, expected: tuple[int, int]
+) -> None:
+    model, before = FakeModel(), torch.get_num_threads()
+    model.own_threads = own
+    torch.set_num_threads(threads)
+    try:
+        with forward_passes(model, images) as passes:
+            assert (passes, torch.get_num_threads()) == expected
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_the_mode_lasts_until_the_last_thread_has_left() -> None:
