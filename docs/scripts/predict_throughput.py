@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--threshold", type=float, default=0.5)
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument("--no-pictures", action="store_true")
     options = parser.parse_args()
     keep_freed_memory()
     device = resolve_device(None)
@@ -66,7 +67,14 @@ def main() -> None:
             shutil.copy(file, sources / f"{number:06}{file.suffix}")
         before = alone()
         hook = model.register_forward_hook(lambda *_: resident.append(_resident()))
-        summary = predict_sources(model, [sources], Path(folder) / "out", options.threshold, progress=False)
+        summary = predict_sources(
+            model,
+            [sources],
+            Path(folder) / "out",
+            options.threshold,
+            progress=False,
+            pictures=not options.no_pictures,
+        )
         hook.remove()
         after = alone()
     rate = summary.images / summary.seconds
