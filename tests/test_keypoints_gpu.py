@@ -52,6 +52,7 @@ def test_a_training_step_gives_the_same_losses_and_waits_for_the_matching_alone(
     expected = head.loss(head(features, targets=targets), targets)
     head.cuda()
     moved = [x.cuda() for x in features]
+    head(moved, targets=targets)  # the grid of a new size is made once, and waited for
     torch.cuda.synchronize()
     with no_wait():
         terms = head.loss(head(moved, targets=targets), targets)

@@ -101,42 +101,41 @@ def targets(count: int, generator: torch.Generator) -> list[Targets]:
     ]
 
 
-def train(model: Model, steps: int, sizes: list[int], autocast: bool) -> tuple[list[float], dict[str, Tensor]]:
-    """Losses of plain training steps in turn on these sizes, and the gradients of the last one."""
-    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
-    generator, losses = torch.Generator().manual_seed(0), []
+def gradients(model: Model, steps: int, sizes: list[int], autocast: bool) -> list[Tensor]:
+    """The gradients of all parameters in one row, of every step, in turn on these sizes; the weights stay as they are.
+
+    Steps that change the weights would not do: rounding of 1e-4 in the convolutions becomes 40 % in some gradients
+    within nine steps from random weights, as much as a fault.
+    """
+    generator, found = torch.Generator().manual_seed(0), []
     for step in range(steps):
         torch.manual_seed(step)
         size = sizes[step % len(sizes)]
-        images = torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8, generator=generator).cuda()
-        labels = targets(2, generator)
-        optimizer.zero_grad(set_to_none=True)
+        images = torch.randint(0, 256, (4, 3, size, size), dtype=torch.uint8, generator=generator).cuda()
+        labels = targets(4, generator)
+        model.zero_grad(set_to_none=True)
         with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
             outputs = model(images, labels)
-        loss = torch.stack([value.float() for value in model.loss(outputs, labels).values()]).sum()
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-        alive = outputs  # noqa: F841  # the autograd graph of one step lives on in the next, as in the training loop
-    return losses, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        torch.stack([value.float() for value in model.loss(outputs, labels).values()]).sum().backward()
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        alive = outputs  # noqa: F841 - the autograd graph of one step lives on in the next, as in the training loop
+    return found
 
 
 @needs_gpu
 @pytest.mark.parametrize("autocast", [False, True])
-def test_training_by_graphs_on_a_gpu(autocast: bool) -> None:
+def test_training_by_graphs_on_a_gpu(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     torch.manual_seed(0)
     model = create_model("tiny", num_classes=2, image_size=64).cuda().train()
     recorded = copy.deepcopy(model)
     record_features(recorded)
-    expected, gradients = train(model, 9, [64, 96, 64], autocast)
-    found, by_graph = train(recorded, 9, [64, 96, 64], autocast)
+    expected = gradients(model, 9, [64, 96, 64], autocast)
+    found = gradients(recorded, 9, [64, 96, 64], autocast)
     features: Any = recorded.features
     assert len(features._recorded) == 2
-    tolerance = 0.05 if autocast else 0.01  # TF32 and other algorithms
-    assert found == pytest.approx(expected, rel=tolerance)
-    assert gradients.keys() == by_graph.keys()
-    worst = max(float((gradients[n] - by_graph[n]).norm() / (gradients[n].norm() + 1e-3)) for n in gradients)
-    assert worst < (0.5 if autocast else 0.1)
+    for own, by_graph in zip(expected, found):
+        assert (own - by_graph).norm() < (0.5 if autocast else 0.03) * own.norm()
     for (name, buffer), (_, other) in zip(model.named_buffers(), recorded.named_buffers()):
         assert torch.allclose(buffer.float(), other.float(), rtol=0.05, atol=0.02), name
 
@@ -153,6 +152,5 @@ def test_a_failed_recording_is_told_and_leaves_random_numbers_on_a_gpu() -> None
     model.backbone.forward = waits  # type: ignore[method-assign]
     record_features(model)
     with pytest.warns(UserWarning, match="trains without CUDA graphs"):
-        losses, _ = train(model, 3, [64], autocast=False)
-    assert len(losses) == 3
+        assert len(gradients(model, 3, [64], autocast=False)) == 3
     assert torch.rand(3, device="cuda").isfinite().all()

@@ -12,6 +12,7 @@ its loader.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import statistics
@@ -87,10 +88,10 @@ def main() -> None:
             saved = save_reference(build_reference(name), Path(folder) / "reference")
             for precision in options.precisions:
                 forms = {"transformers": reference_steps(saved, precision, device, options)}
-                for compiled in (False, True) if options.compile else (False,):
+                for setting in ("", "cuda_graphs", "compile") if options.compile else ("", "cuda_graphs"):
                     config = load_config(f"rtdetr_{name}", tasks=["detection"])
-                    steps = our_steps(config, load(saved), precision, device, options, options.size, compiled)
-                    forms["mvision, compiled" if compiled else "mvision"] = steps
+                    steps = our_steps(config, load(saved), precision, device, options, options.size, setting)
+                    forms[f"mvision {setting}".strip()] = steps
                 compare(f"{name} at {options.size}, {precision}", forms, device, options)
     for entry in options.ours:
         name, _, tasks = entry.partition(":")
@@ -99,8 +100,13 @@ def main() -> None:
         config.model.categories = CATEGORIES
         model = create_model(name, chosen, categories=CATEGORIES)
         size = config.model.image_size[0]
-        steps = our_steps(config, model, "bf16", device, options, size, False)
-        compare(f"{name} at {size}, bf16", {"+".join(chosen): steps}, device, options)
+        forms = {}
+        for setting in ("", "cuda_graphs"):
+            own = copy.deepcopy(model)
+            forms[f"{'+'.join(chosen)} {setting}".strip()] = our_steps(
+                copy.deepcopy(config), own, "bf16", device, options, size, setting
+            )
+        compare(f"{name} at {size}, bf16", forms, device, options)
     if options.run:
         whole_run(options)
 
@@ -141,14 +147,15 @@ def our_steps(
     device: torch.device,
     options: argparse.Namespace,
     size: int,
-    compiled: bool,
+    setting: str,
 ) -> Steps:
-    """``train_epoch`` over one batch."""
+    """``train_epoch`` over one batch; ``setting`` is one of ``train`` that is switched on, or empty."""
     config.train.precision = precision
     config.train.warmup_steps = 10**6  # a learning rate near zero: random weights and labels lead nowhere
+    config.train.cuda_graphs = setting == "cuda_graphs"
     accelerator = engine._accelerator(config, str(device))
     trainer = engine._trainer(config, model, accelerator, options.steps)
-    if compiled:
+    if setting == "compile":
         for part in (trainer.bare_model.backbone, trainer.bare_model.neck):
             part.compile(dynamic=False)
     images = (
