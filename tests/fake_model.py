@@ -45,31 +45,32 @@ class FakeModel(nn.Module):
         assert task == "detection"
         return [BoxMetric]
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> dict[str, dict[str, Tensor]]:
         assert not self.training
         assert not self.part.training
         assert not torch.is_grad_enabled()
         assert images.dtype == torch.uint8
         assert tuple(images.shape[1:]) == (3, *SIZE)
         self.batch_sizes.append(len(images))
-        return images
+        return {"detection": {"images": images}}
 
     def postprocess(
         self,
-        outputs: Tensor,
+        outputs: dict[str, dict[str, Tensor]],
         sizes: Sequence[tuple[int, int]],
         threshold: Threshold,
         *,
         multi_label: bool = False,
         nms: float | None = None,
     ) -> list[Instances]:
-        assert len(outputs) == len(sizes)
+        images = outputs["detection"]["images"]
+        assert len(images) == len(sizes)
         chosen = Selection(threshold, multi_label, nms)
-        every = [find_rectangles(image, size, chosen.lowest) for image, size in zip(outputs.cpu().numpy(), sizes)]
+        every = [find_rectangles(image, size, chosen.lowest) for image, size in zip(images.cpu().numpy(), sizes)]
         return [chosen.without_overlaps(chosen.above(found)) for found in every]
 
     def results(
-        self, outputs: Tensor, sizes: Sequence[tuple[int, int]], threshold: float
+        self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float
     ) -> dict[str, list[Instances]]:
         return {"detection": self.postprocess(outputs, sizes, threshold)}
 

@@ -185,3 +185,13 @@ def test_compilation_error_and_room_for_graphs() -> None:
             layer(torch.zeros(size, 2))
     assert len(shapes) == 12
     assert config.recompile_limit == before
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_end_failed_capture() -> None:
+    device, pool = torch.device("cuda"), torch.cuda.graph_pool_handle()
+    number = torch.ones(1, device=device)
+    with pytest.raises(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool):
+        number.item()
+    compat.end_failed_capture(device, pool)
+    assert torch.rand(3, device=device).isfinite().all()

@@ -116,5 +116,5 @@ def test_what_is_not_recognised_is_named(tmp_path: Path) -> None:
 
 def test_none_is_the_built_in_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_set(tmp_path, coco([annotation()], CATEGORIES))
-    monkeypatch.setattr("mvision.builtin.ensure_builtin", lambda progress: tmp_path)
+    monkeypatch.setattr("mvision.builtin.ensure_builtin", lambda progress, log: tmp_path)
     assert find_layout(None).root == tmp_path

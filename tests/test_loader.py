@@ -342,9 +342,9 @@ def test_workers_import_nothing_themselves(tmp_path: Path) -> None:
 
         if __name__ == "__main__":
             from mvision.data.loading.workers import worker_context
-            answers = worker_context().Pool(1)
-            print(answers.apply(eval, ("'mvision.data.loading.loader' in __import__('sys').modules",)))
-            print(answers.apply(os.getenv, ("OMP_NUM_THREADS",)), os.getenv("OMP_NUM_THREADS"))
+            with worker_context().Pool(1) as answers:
+                print(answers.apply(eval, ("'mvision.data.loading.loader' in __import__('sys').modules",)))
+                print(answers.apply(os.getenv, ("OMP_NUM_THREADS",)), os.getenv("OMP_NUM_THREADS"))
     """
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
     places = os.pathsep.join(path for path in sys.path if path)

@@ -15,6 +15,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from mvision.errors import UserError
+from mvision.inference import predict
 from mvision.inference.predict import predict_images
 from mvision.inference.predict_sources import predict_sources
 from mvision.structures import Category, Instances
@@ -287,3 +288,20 @@ def test_a_damaged_image_of_pil_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(data[:-5000])
     with Image.open(tmp_path / "a.png") as image, pytest.raises(UserError, match="an image of PIL cannot be decoded"):
         predict_images(FakeModel(), [image])
+
+
+def test_a_batch_that_is_filled_up_gives_the_same_outputs() -> None:
+    model, generator = FakeModel().eval(), np.random.default_rng(0)
+    images = generator.integers(0, 256, (3, *model.config.image_size, 3), dtype=np.uint8)
+    batch: list[Any] = [(number, image, (40, 60)) for number, image in enumerate(images)]
+    batch.insert(1, ("unreadable", None, (0, 0)))
+    with torch.no_grad():
+        expected, found = predict._run(model, batch), predict._run(model, batch, full=5)
+    assert model.batch_sizes == [3, 5]
+    assert expected.keys() == found.keys()
+    for task, outputs in expected.items():
+        assert outputs.keys() == found[task].keys()
+        for name, value in outputs.items():
+            assert len(value) == 3
+            assert torch.equal(found[task][name], value)
+    assert predict._run(model, batch[1:2], full=5) == {}

@@ -282,8 +282,11 @@ Raw = tuple[list[Prepared[T]], dict[str, dict[str, Tensor]], "torch.cuda.Event |
 def _outputs(
     model: Predictor, prepared: Iterable[Prepared[T]], batch_size: int | None, side: _SideStream | None
 ) -> Iterator[Raw[T]]:
+    full = 0
     for batch in _batches(model, prepared, batch_size):
-        yield batch, _run(model, batch), None if side is None else side.mark()
+        # On a GPU a batch that is not full, as the last one, takes the CUDA graph of the full ones.
+        full = max(full, len(batch)) if side is not None else 0
+        yield batch, _run(model, batch, full), None if side is None else side.mark()
 
 
 def _batches(
@@ -299,9 +302,15 @@ def _batches(
             prepared.close()
 
 
-def _run(model: Predictor, batch: list[Prepared[T]]) -> dict[str, dict[str, Tensor]]:
+def _run(model: Predictor, batch: list[Prepared[T]], full: int = 0) -> dict[str, dict[str, Tensor]]:
+    """The raw outputs for the images of a batch, which is filled up to ``full`` images for the forward pass."""
     inputs = [image for _, image, _ in batch if image is not None]
-    return model(_to_device(inputs, model.device)) if inputs else {}
+    if not inputs:
+        return {}
+    outputs = model(_to_device(inputs, model.device, max(full, len(inputs))))
+    if len(inputs) >= full:
+        return outputs
+    return {task: {name: value[: len(inputs)] for name, value in of.items()} for task, of in outputs.items()}
 
 
 def _compute(
@@ -311,8 +320,12 @@ def _compute(
         return _postprocess(model, chosen, None, (batch, _run(model, batch), None))
 
 
-def _to_device(inputs: Sequence[np.ndarray], device: torch.device) -> Tensor:
-    """(B, 3, H, W) uint8 in channels_last, the memory format that convolutions prefer, of (H, W, 3) arrays."""
+def _to_device(inputs: Sequence[np.ndarray], device: torch.device, count: int) -> Tensor:
+    """(count, 3, H, W) uint8 in channels_last, the memory format that convolutions prefer, of (H, W, 3) arrays.
+
+    Where there are fewer arrays, the last one is repeated.
+    """
+    inputs = [*inputs, *[inputs[-1]] * (count - len(inputs))]
     if device.type != "cuda":
         return torch.from_numpy(np.stack(inputs)).to(device).permute(0, 3, 1, 2)
     # From pinned memory the GPU copies by itself; PyTorch does not use the memory again before that has ended.
