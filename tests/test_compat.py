@@ -107,7 +107,7 @@ def test_albumentations_alone() -> None:
         with albumentations_alone():
             assert sys.modules["huggingface_hub"] is huggingface_hub
     """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False).returncode == 0
 
 
 def test_shared_bytes() -> None:

@@ -101,7 +101,10 @@ def test_losses_read_late_have_the_same_sums(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_network_without_norms_has_nothing_to_guard() -> None:
-    BufferGuard(nn.Linear(2, 2)).update(torch.tensor(1.0))
+    network = nn.Linear(2, 2)
+    before = network.weight.detach().clone()
+    BufferGuard(network).update(torch.tensor(1.0))
+    assert torch.equal(network.weight, before)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
