@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mvision import machine
-from mvision.fast.triton_kernels import add_bias_activation_
+from mvision.fast.bias_activation import add_bias_activation_
 from mvision.heads.instance_seg.logits import PRIOR_LOWEST, add_prior_
 from mvision.heads.query import deformable, sampling
 from mvision.heads.query.deformable import DeformableAttention
@@ -47,7 +47,7 @@ def test_kernels_in_the_interpreter() -> None:
     [((2, 64, 5, 7), torch.bfloat16), ((1, 3, 9, 1), torch.float32), ((3, 300, 2, 3), torch.float16)],
 )
 def test_bias_and_activation(shape: tuple[int, ...], dtype: torch.dtype, activation: str) -> None:
-    from mvision.fast.triton_bias import launch
+    from mvision.fast.bias_activation_triton import launch
 
     torch.manual_seed(0)
     x = torch.randn(shape, device=DEVICE).to(dtype).to(memory_format=torch.channels_last)

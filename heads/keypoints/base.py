@@ -198,6 +198,11 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
             terms |= {f"{name}_{branch}": value for name, value in own.items()}
         return terms
 
+    @property
+    def scores_of_object(self) -> int:
+        """Scores that a grid point has for one object; their loss is a mean over them."""
+        return 1
+
     def score_term(
         self,
         logits: Tensor,
@@ -207,7 +212,7 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         ignored: Tensor | None,
         labelled: Tensor | None,
     ) -> Tensor:
-        """Sum of the scores' loss over all grid points.
+        """Sum of the scores' loss over all grid points, divided by ``scores_of_object``.
 
         Args:
             logits: (B, S, C) before the sigmoid.
@@ -219,12 +224,12 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         """
         config = self.config
         loss = quality_focal(logits, index, quality, config.class_loss, config.alpha, config.gamma, labelled, counted)
-        if ignored is None:
-            return loss.sum()
-        # Positives count anyway. What is no positive is written behind the end.
-        place = torch.where(counted, torch.add(index[1], index[0], alpha=ignored.shape[1]), ignored.numel())
-        kept = torch.cat((ignored.flatten(), ignored.new_zeros(1))).index_fill(0, place.flatten(), False)
-        return torch.where(kept[:-1].view(ignored.shape)[..., None], 0, loss).sum()
+        if ignored is not None:
+            # Positives count anyway. What is no positive is written behind the end.
+            place = torch.where(counted, torch.add(index[1], index[0], alpha=ignored.shape[1]), ignored.numel())
+            kept = torch.cat((ignored.flatten(), ignored.new_zeros(1))).index_fill(0, place.flatten(), False)
+            loss = torch.where(kept[:-1].view(ignored.shape)[..., None], 0, loss)
+        return loss.sum() if self.scores_of_object == 1 else loss.sum() / self.scores_of_object
 
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float

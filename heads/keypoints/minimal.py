@@ -58,14 +58,7 @@ class MinimalKeypointHead(BaseKeypointHead[MinimalKeypointConfig]):
         """(B, S, K), the scores of the points."""
         return raw.points[..., 2 * self.num_points :]
 
-    def score_term(
-        self,
-        logits: Tensor,
-        index: tuple[Tensor, ...],
-        quality: Tensor,
-        counted: Tensor,
-        ignored: Tensor | None,
-        labelled: Tensor | None,
-    ) -> Tensor:
-        """See ``BaseKeypointHead.score_term``; here a mean over the points."""
-        return super().score_term(logits, index, quality, counted, ignored, labelled) / self.num_points
+    @property
+    def scores_of_object(self) -> int:
+        """One for each point."""
+        return self.num_points

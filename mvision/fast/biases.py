@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mvision.backbone.affine import Floor
 from mvision.backbone.folding import observe
-from mvision.fast.triton_kernels import Activation, add_bias_activation_
+from mvision.fast.bias_activation import Activation, add_bias_activation_
 from mvision.inference.predict import Predictor
 
 ACTIVATIONS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", Floor: "relu", nn.SiLU: "silu"}

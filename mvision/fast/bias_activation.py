@@ -44,7 +44,7 @@ def add_bias_activation_(x: Tensor, bias: Tensor, activation: Activation = "none
 
 def _by_kernel(x: Tensor, bias: Tensor, activation: Activation, floor: float) -> Tensor:
     # The import takes a second, which machines without a GPU are spared.
-    from mvision.fast.triton_bias import launch
+    from mvision.fast.bias_activation_triton import launch
 
     with torch.cuda.device_of(x):
         launch(x, bias.contiguous(), activation, floor)

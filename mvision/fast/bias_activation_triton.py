@@ -1,5 +1,5 @@
 # mypy: allow-incomplete-defs, allow-untyped-decorators
-"""The Triton kernel of ``triton_kernels.add_bias_activation_``. Importing it imports Triton."""
+"""The Triton kernel of ``bias_activation.add_bias_activation_``. Importing it imports Triton."""
 
 import triton
 import triton.language as tl
