@@ -31,7 +31,7 @@ class DetectionHead(QueryHead[QueryConfig, QueryOutputs]):
         return self.training_outputs(decoded, denoising, padded)
 
     def loss(self, outputs: QueryOutputs, targets: list[Targets]) -> dict[str, Tensor]:
-        """See ``QueryHead.matched_terms`` and ``QueryHead.unmatched_terms``."""
+        """``class``, ``box`` and ``giou`` of ``QueryHead.matched_set`` and ``QueryHead.unmatched_sets``."""
         matching = self.start_matching(outputs)
-        others = self.unmatched_terms(outputs)
-        return {**self.matched_terms(outputs, matching()), **others}
+        others = self.unmatched_sets(outputs)
+        return self.set_terms([self.matched_set(outputs, matching()), *others], outputs.targets)

@@ -17,7 +17,7 @@ from mvision.data import CocoSplit, build_train_loader, find_layout, read_data_s
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import merge_categories
 from mvision.engine.train import train
-from mvision.heads.query.losses import set_losses
+from mvision.heads.query.losses import LossSet, set_losses
 from mvision.heads.query.matching import Pairs, pad_targets
 from mvision.structures import Targets
 from mvision.weights import load
@@ -170,7 +170,8 @@ def test_unknown_classes_are_no_negatives() -> None:
     plain = replace(target, labelled_classes=None)
     zero, one = torch.tensor([0, 0]), torch.tensor([1, 1])
     pairs = Pairs(layer=zero, image=torch.tensor([0, 1]), query=one, object=zero)
-    set_losses(logits, boxes, pairs, pad_targets([target, plain], torch.device("cpu")))["class"].sum().backward()
+    gt = pad_targets([target, plain], torch.device("cpu"))
+    set_losses([LossSet(logits, boxes, pairs, gt.total, [""])], gt)["class"].sum().backward()
     assert logits.grad is not None
     moved = logits.grad[0].ne(0)
     assert moved[0].any(0).tolist() == known.tolist()

@@ -95,7 +95,7 @@ def test_what_needs_no_matching_is_queued_while_its_costs_travel(monkeypatch):
         return recorded("wait", real(*args))
 
     monkeypatch.setattr(head, "start_matching", start)
-    monkeypatch.setattr(head, "unmatched_terms", recorded("denoising and dense", head.unmatched_terms))
+    monkeypatch.setattr(head, "unmatched_sets", recorded("denoising and dense", head.unmatched_sets))
     head.loss(head(make_features(), targets=targets), targets)
     assert events == ["start", "denoising and dense", "wait"]
 

@@ -132,7 +132,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         pixels = read_features(outputs.pixels, samples.points)
         costs = self._mask_costs(outputs.embeddings, queries.boxes, pixels, samples)
         matching = self.start_matching(queries, costs)
-        others, masks = self.unmatched_terms(queries), {}
+        others, masks = self.unmatched_sets(queries), {}
         denoising, embeddings = queries.denoising, outputs.denoising_embeddings
         if denoising is not None and embeddings is not None:
             sums = matched_losses(embeddings, denoising.boxes, padded.denoising.host, pixels, samples, count)
@@ -142,7 +142,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         sums = matched_losses(outputs.embeddings, queries.boxes, matches.host, pixels, samples, count)
         losses = {term: values / padded.total for term, values in sums.items()}
         masks = {**self.named(losses, self.layer_names(queries)), **masks}
-        return {**self.matched_terms(queries, matches), **others, **masks}
+        return self.set_terms([self.matched_set(queries, matches), *others], padded) | masks
 
     def term_weights(self) -> dict[str, float]:
         """Those of classes and boxes, and of the masks."""

@@ -223,6 +223,8 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
             labelled: ``labelled_classes`` of ``KeypointTargets``: grid points are no negatives of the other classes.
         """
         config = self.config
+        if labelled is not None:
+            labelled = labelled[:, None]
         loss = quality_focal(logits, index, quality, config.class_loss, config.alpha, config.gamma, labelled, counted)
         if ignored is not None:
             # Positives count anyway. What is no positive is written behind the end.

@@ -14,11 +14,10 @@ from torchvision.ops import batched_nms
 from mvision.heads.base import Head, OutputsT, only_best_class
 from mvision.heads.query.decoder import Decoded, DecoderConfig, DenseOutputs, QueryDecoder, box_dtype
 from mvision.heads.query.denoising import Denoising, make_denoising
-from mvision.heads.query.losses import set_losses
+from mvision.heads.query.losses import LossSet, set_losses
 from mvision.heads.query.matching import (
     Matches,
     PaddedTargets,
-    Pairs,
     anchor_assignment,
     mean_over_processes,
     pad_targets,
@@ -141,29 +140,34 @@ class QueryHead(Head[ConfigT, OutputsT]):
         weights = self.config.box_weight, self.config.giou_weight
         return start_matching(logits, boxes, outputs.targets, *weights, more_costs)
 
-    def matched_terms(self, outputs: QueryOutputs, matches: Matches) -> dict[str, Tensor]:
-        """The loss terms ``class``, ``box`` and ``giou`` of the last decoder layer, and the same of the others.
+    def unmatched_sets(self, outputs: QueryOutputs) -> list[LossSet]:
+        """The predictions whose pairs need no matching: those of the denoising queries, and those of all tokens.
 
-        Those have a suffix: ``_0``, ``_1``.. for the earlier decoder layers, ``_encoder`` for the selected tokens.
+        The suffixes of their terms are ``_denoising_0``, ``_denoising_1``.. and ``_dense`` (one-to-many supervision).
         """
-        losses = self._set_losses(outputs.logits, outputs.boxes, matches, outputs.targets)
-        return self.named(losses, self.layer_names(outputs))
-
-    def unmatched_terms(self, outputs: QueryOutputs) -> dict[str, Tensor]:
-        """The loss terms that need no matching.
-
-        Their suffixes: ``_denoising_0``.. for the denoising queries of every layer, ``_dense`` for the one-to-many
-        supervision of all tokens.
-        """
-        terms: dict[str, Tensor] = {}
+        sets = []
         if outputs.denoising is not None:
-            terms |= self._denoising_terms(outputs.denoising, outputs.targets)
+            sets.append(self._denoising_set(outputs.denoising, outputs.targets))
         if outputs.dense is not None:
-            terms |= self._dense_terms(outputs.dense, outputs.targets)
-        return terms
+            sets.append(self._dense_set(outputs.dense, outputs.targets))
+        return sets
+
+    def matched_set(self, outputs: QueryOutputs, matches: Matches) -> LossSet:
+        """The predictions of the decoder layers and of the selected tokens; their suffixes: see ``layer_names``."""
+        targets = outputs.targets
+        return LossSet(outputs.logits, outputs.boxes, matches, targets.total, self.layer_names(outputs))
+
+    def set_terms(self, sets: Sequence[LossSet], targets: PaddedTargets) -> dict[str, Tensor]:
+        """The weighted loss terms ``class``, ``box`` and ``giou`` of every layer of the sets."""
+        config = self.config
+        losses = set_losses(sets, targets, config.class_loss, config.alpha, config.gamma)
+        return self.named(losses, [suffix for one in sets for suffix in one.suffixes])
 
     def layer_names(self, outputs: QueryOutputs) -> list[str]:
-        """The suffixes of the loss terms' names, the last decoder layer's being empty, in the order of the outputs."""
+        """The suffixes of the loss terms' names: ``_0``, ``_1``.. of the earlier decoder layers, none of the last one.
+
+        After them ``_encoder`` of the selected tokens; the order is that of the outputs.
+        """
         return [*(f"_{index}" for index in range(len(outputs.logits) - 2)), "", "_encoder"]
 
     def term_weights(self) -> dict[str, float]:
@@ -214,34 +218,29 @@ class QueryHead(Head[ConfigT, OutputsT]):
 
     def training_outputs(self, decoded: Decoded, denoising: Denoising | None, targets: PaddedTargets) -> QueryOutputs:
         """The decoder's outputs with those of the denoising queries separated from the others."""
-        split, noisy = 0, None
+        logits, boxes, noisy = decoded.logits, decoded.boxes, None
         if denoising is not None:
-            split = denoising.labels.shape[1]
-            noisy = DenoisingOutputs(decoded.logits[:, :, :split], decoded.boxes[:, :, :split])
+            # The gradient of one split takes fewer operators than those of two slices.
+            sizes = [denoising.labels.shape[1], decoded.encoder_logits.shape[1]]
+            (noisy_logits, logits), (noisy_boxes, boxes) = logits.split(sizes, 2), boxes.split(sizes, 2)
+            noisy = DenoisingOutputs(noisy_logits, noisy_boxes)
         return QueryOutputs(
-            logits=torch.cat((decoded.logits[:, :, split:], decoded.encoder_logits[None])),
-            boxes=torch.cat((decoded.boxes[:, :, split:], decoded.encoder_boxes[None])),
+            logits=torch.cat((logits, decoded.encoder_logits[None])),
+            boxes=torch.cat((boxes, decoded.encoder_boxes[None])),
             dense=decoded.dense,
             denoising=noisy,
             targets=targets,
         )
 
-    def _set_losses(
-        self, logits: Tensor, boxes: Tensor, pairs: Pairs, targets: PaddedTargets, total: float | Tensor | None = None
-    ) -> dict[str, Tensor]:
-        config = self.config
-        return set_losses(logits, boxes, pairs, targets, config.class_loss, config.alpha, config.gamma, total)
-
-    def _denoising_terms(self, outputs: DenoisingOutputs, targets: PaddedTargets) -> dict[str, Tensor]:
+    def _denoising_set(self, outputs: DenoisingOutputs, targets: PaddedTargets) -> LossSet:
         total = targets.total * targets.groups
-        losses = self._set_losses(outputs.logits, outputs.boxes, targets.denoising, targets, total)
-        return self.named(losses, [f"_denoising_{index}" for index in range(len(outputs.logits))])
+        suffixes = [f"_denoising_{index}" for index in range(len(outputs.logits))]
+        return LossSet(outputs.logits, outputs.boxes, targets.denoising, total, suffixes)
 
-    def _dense_terms(self, outputs: DenseOutputs, targets: PaddedTargets) -> dict[str, Tensor]:
+    def _dense_set(self, outputs: DenseOutputs, targets: PaddedTargets) -> LossSet:
         """One-to-many supervision, divided by the number of positive tokens instead of that of objects."""
         pairs = anchor_assignment(outputs.anchors, targets)
         assert pairs.counted is not None
         positives = mean_over_processes(pairs.counted.sum().to(outputs.boxes.dtype)).clamp(min=1)
-        losses = self._set_losses(outputs.logits[None], outputs.boxes[None], pairs, targets, positives)
-        weighted = {term: self.config.dense_weight * value for term, value in losses.items()}
-        return self.named(weighted, ["_dense"])
+        total = positives / self.config.dense_weight
+        return LossSet(outputs.logits[None], outputs.boxes[None], pairs, total, ["_dense"])
