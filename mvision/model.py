@@ -68,9 +68,10 @@ class Model(nn.Module):
         own = [task for task, server in self._served_by.items() if server == task]
         laterals = {self._lateral_stride(task) for task in own} - {0}
         self.backbone = Backbone(config.backbone, config.image_size, laterals)
-        self.neck = HybridEncoder(
-            in_channels=self.backbone.channels, strides=self.backbone.strides, **config.neck.model_dump()
-        )
+        try:
+            self.neck = HybridEncoder(self.backbone.channels, self.backbone.strides, **config.neck.model_dump())
+        except ValueError as error:
+            raise UserError(f"model.neck: {error}") from error
         self.heads = nn.ModuleDict({task: self.new_head(task, config.categories) for task in own})
 
     def new_head(self, task: str, categories: list[Category]) -> Head:

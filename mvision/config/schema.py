@@ -35,8 +35,16 @@ class NeckConfig(Settings):
     attention: Literal["global", "window", "auto"] = "global"
     window_size: int = Field(20, gt=0, le=1024)
     window_threshold: int = Field(1600, gt=0)
+    attention_act: Literal["gelu", "relu", "silu"] = "gelu"
+    projections: bool = True
+    lateral_act: bool = True
+    fusion: Literal["concat", "sum"] = "concat"
+    fusion_block: Literal["csp", "elan"] = "csp"
+    elan_conv: bool = True
+    elan_split: bool = False
     depth: int = Field(3, ge=0, le=MAX_LAYERS)
     expansion: float = Field(1.0, gt=0, le=16)
+    downsample: Literal["conv", "separable"] = "conv"
     rep_identity: bool = False
 
 

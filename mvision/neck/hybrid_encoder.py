@@ -2,7 +2,7 @@
 
 Zhao et al., "DETRs Beat YOLOs on Real-time Object Detection", CVPR 2024, section 4.2. Its two parts are AIFI
 (attention-based intra-scale feature interaction) and CCFM (CNN-based cross-scale feature fusion). The defaults compute
-what the published RT-DETR models compute.
+what the published RT-DETR models compute; others give the encoders of D-FINE and its relatives, see docs/neck.md.
 
 Needs torch alone, so that the neck can be used on any list of feature maps:
 
@@ -13,7 +13,7 @@ Needs torch alone, so that the neck can be used on any list of feature maps:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -22,7 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvision.neck.aifi import AIFI, LearnedPosition, SincosPosition, is_static
-from mvision.neck.layers import ConvNorm, CSPRepLayer, check_heads, fuse_modules, get_activation
+from mvision.neck.fusion import downsampling_maker, fusion_block_maker
+from mvision.neck.layers import ConvNorm, check_choice, check_heads, fuse_modules, get_activation
 
 AttentionMode = Literal["global", "window", "auto"]
 
@@ -53,8 +54,16 @@ class HybridEncoder(nn.Module):
             "window" the one for maps larger than a window.
         window_size: largest side of a window in tokens.
         window_threshold: in tokens; 1600 are a 1280 x 1280 image at stride 32.
-        depth: RepBlocks in every fusion block.
-        expansion: channels inside the fusion blocks relative to embed_dim.
+        projections: False takes the maps as they are; all must have embed_dim channels.
+        lateral_act: apply conv_act after the 1x1 convolutions of the top-down path.
+        fusion: how two maps become the input of a fusion block, "concat" or "sum".
+        fusion_block: "csp" (RT-DETR, `CSPRepLayer`) or "elan" (D-FINE, `ELANBlock`).
+        elan_conv: end each branch of an ELAN block with a 3x3 convolution.
+        elan_split: the CSP layers in ELAN blocks have one 1x1 convolution whose output is split, not two.
+        depth: RepBlocks in every CSP layer: in every "csp" block, and in each of the two branches of an "elan" block.
+        expansion: channels inside a "csp" block relative to embed_dim; in a branch of an "elan" block relative to half
+            of it.
+        downsample: "conv" (a 3x3 convolution with activation) or "separable" (a 1x1 and a depth-wise one, without).
         rep_identity: give the RepBlocks RepVGG's identity branch (the published RT-DETR models have none).
         conv_act: activation of all convolutions.
         norm_eps: epsilon of all BatchNorms.
@@ -84,8 +93,15 @@ class HybridEncoder(nn.Module):
         attention: AttentionMode = "global",
         window_size: int = 20,
         window_threshold: int = 1600,
+        projections: bool = True,
+        lateral_act: bool = True,
+        fusion: Literal["concat", "sum"] = "concat",
+        fusion_block: Literal["csp", "elan"] = "csp",
+        elan_conv: bool = True,
+        elan_split: bool = False,
         depth: int = 3,
         expansion: float = 1.0,
+        downsample: Literal["conv", "separable"] = "conv",
         rep_identity: bool = False,
         conv_act: str = "silu",
         norm_eps: float = 1e-5,
@@ -94,38 +110,51 @@ class HybridEncoder(nn.Module):
         self.in_channels, self.in_strides = list(in_channels), list(strides)
         check_heads(embed_dim, num_heads)
         _check_maps(self.in_channels, self.in_strides)
-        _check_choice("attention", attention, ("global", "window", "auto"))
+        check_choice("attention", attention, ("global", "window", "auto"))
+        check_choice("fusion", fusion, ("concat", "sum"))
         if window_size < 1 or num_layers < 1:
             raise ValueError(f"window_size={window_size} and num_layers={num_layers} must be at least 1")
-        num_levels = len(self.in_channels)
         self.strides = pyramid_strides(self.in_strides)
-        self.embed_dim, self.out_channels = embed_dim, [embed_dim] * num_levels
-        self.attention_levels = _resolve_levels(attention_levels, num_levels)
+        self.embed_dim, self.out_channels = embed_dim, [embed_dim] * len(self.in_channels)
         self.attention: str = attention
+        self.fusion: str = fusion
         self.window_size, self.window_threshold = window_size, window_threshold
 
-        self.projections = nn.ModuleList(ConvNorm(c, embed_dim, act=None, eps=norm_eps) for c in self.in_channels)
+        self.projections = _projections(self.in_channels, embed_dim, projections, norm_eps)
         self.resamplers = nn.ModuleList(
             _resampler(embed_dim, a, b, conv_act, norm_eps) for a, b in zip(self.in_strides, self.strides)
         )
+        self.attention_levels = _resolve_levels(attention_levels, len(self.in_channels))
+        self.position = _position(position, embed_dim, len(self.attention_levels))
+        aifi = partial(AIFI, embed_dim, num_heads, num_layers, ffn_dim, dropout=dropout, act=attention_act)
+        self._add_attention(aifi, share_attention)
+        lateral = partial(ConvNorm, embed_dim, embed_dim, act=conv_act if lateral_act else None, eps=norm_eps)
+        down = downsampling_maker(downsample, embed_dim, act=conv_act, eps=norm_eps)
+        block = fusion_block_maker(
+            fusion_block, 2 * embed_dim if fusion == "concat" else embed_dim, embed_dim, depth=depth,
+            expansion=expansion, elan_conv=elan_conv, elan_split=elan_split,
+            identity=rep_identity, act=conv_act, eps=norm_eps,
+        )  # fmt: skip
+        self._add_fusion(lateral, down, block)
+
+    def _add_attention(self, aifi: Callable[[], nn.Module], share: bool) -> None:
         num_scales = len(self.attention_levels)
-        self.position = _position(position, embed_dim, num_scales)
         # Scales with attention, grouped by the set of weights that they share.
-        self.scale_groups = [list(range(num_scales))] if share_attention else [[i] for i in range(num_scales)]
-        self.aifi = nn.ModuleList(
-            AIFI(embed_dim, num_heads, num_layers, ffn_dim, dropout=dropout, act=attention_act)
-            for group in self.scale_groups
-            if group
-        )
-        conv = partial(ConvNorm, embed_dim, embed_dim, act=conv_act, eps=norm_eps)
-        csp = partial(CSPRepLayer, 2 * embed_dim, embed_dim, depth=depth, expansion=expansion, identity=rep_identity)
-        fusion = partial(csp, act=conv_act, eps=norm_eps)
+        self.scale_groups = [list(range(num_scales))] if share else [[i] for i in range(num_scales)]
+        self.aifi = nn.ModuleList(aifi() for group in self.scale_groups if group)
+
+    def _add_fusion(
+        self,
+        lateral: Callable[[], nn.Module],
+        down: Callable[[int], nn.Module],
+        block: Callable[[], nn.Module],
+    ) -> None:
         steps = [max(1, round(b / a)) for a, b in zip(self.strides[:-1], self.strides[1:])]
         # In the order of use: the first two lists start at the coarsest scale, the last two at the finest.
-        self.lateral_convs = nn.ModuleList(conv() for _ in steps)
-        self.top_down = nn.ModuleList(fusion() for _ in steps)
-        self.downsample_convs = nn.ModuleList(conv(kernel_size=_down_kernel(step), stride=step) for step in steps)
-        self.bottom_up = nn.ModuleList(fusion() for _ in steps)
+        self.lateral_convs = nn.ModuleList(lateral() for _ in steps)
+        self.top_down = nn.ModuleList(block() for _ in steps)
+        self.downsample_convs = nn.ModuleList(down(step) for step in steps)
+        self.bottom_up = nn.ModuleList(block() for _ in steps)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """Maps (B, in_channels[i], H_i, W_i), finest first -> maps (B, embed_dim, H_i, W_i), finest first.
@@ -149,16 +178,19 @@ class HybridEncoder(nn.Module):
             coarse, fine = coarsest - i, coarsest - i - 1
             maps[coarse] = lateral_conv(maps[coarse])
             upsampled = F.interpolate(maps[coarse], size=maps[fine].shape[-2:], mode="nearest")
-            maps[fine] = block(torch.cat([upsampled, maps[fine]], dim=1))
+            maps[fine] = block(self._join(upsampled, maps[fine]))
 
         for i, (downsample_conv, block) in enumerate(zip(self.downsample_convs, self.bottom_up)):
             downsampled = _fit(downsample_conv(maps[i]), maps[i + 1])
-            maps[i + 1] = block(torch.cat([downsampled, maps[i + 1]], dim=1))
+            maps[i + 1] = block(self._join(downsampled, maps[i + 1]))
         return maps
 
     def fuse(self) -> HybridEncoder:
         """Re-parameterise for inference, in place: all norms and RepBlocks are folded, outputs in eval mode kept."""
         return fuse_modules(self)
+
+    def _join(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self.fusion == "sum" else torch.cat([x, y], dim=1)
 
     def _window(self, x: Tensor) -> int:
         """Window side for the attention on this map, 0 for global attention."""
@@ -217,16 +249,23 @@ def _resampler(dim: int, source: int, target: int, act: str, eps: float) -> nn.M
     return nn.Sequential(*layers)
 
 
+def _projections(in_channels: list[int], embed_dim: int, project: bool, eps: float) -> nn.ModuleList:
+    if project:
+        return nn.ModuleList(ConvNorm(channels, embed_dim, act=None, eps=eps) for channels in in_channels)
+    for level, channels in enumerate(in_channels):
+        if channels != embed_dim:
+            raise ValueError(
+                f"projections=False takes maps of embed_dim={embed_dim} channels as they are, but map {level} has "
+                f"{channels}; set projections=True, or another embed_dim"
+            )
+    return nn.ModuleList(nn.Identity() for _ in in_channels)
+
+
 def _position(position: str, embed_dim: int, num_scales: int) -> nn.Module:
-    _check_choice("position", position, ("sincos", "learned"))
+    check_choice("position", position, ("sincos", "learned"))
     if num_scales == 0:
         return nn.Identity()
     return SincosPosition(embed_dim) if position == "sincos" else LearnedPosition(embed_dim, num_scales)
-
-
-def _down_kernel(step: int) -> int:
-    """Kernel of the downsampling by `step`: 3 for 2 (as in RT-DETR), 7 for 4; neighbouring windows overlap."""
-    return max(3, 2 * step - 1)
 
 
 def _fit(x: Tensor, like: Tensor) -> Tensor:
@@ -252,7 +291,7 @@ def _dynamic_export(height: int, width: int) -> bool:
 def _resolve_levels(levels: str | Sequence[int], num_levels: int) -> list[int]:
     """Ascending indices of the maps with attention."""
     if isinstance(levels, str):
-        _check_choice("attention_levels", levels, ("coarsest", "all"))
+        check_choice("attention_levels", levels, ("coarsest", "all"))
         return [num_levels - 1] if levels == "coarsest" else list(range(num_levels))
     for level in levels:
         if not -num_levels <= level < num_levels:
@@ -269,8 +308,3 @@ def _check_maps(in_channels: list[int], strides: list[int]) -> None:
         raise ValueError(f"in_channels={in_channels} and strides={strides} must be positive; leave empty maps out")
     if strides != sorted(strides):
         raise ValueError(f"strides={strides} must not decrease: give the maps finest first")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")

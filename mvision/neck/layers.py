@@ -294,6 +294,12 @@ def check_heads(embed_dim: int, num_heads: int) -> None:
         )
 
 
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless the value of the argument `name` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is not one of {', '.join(map(repr, choices))}")
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """A context without autocast on the device of `x`, for operators that are too imprecise in half precision.
 

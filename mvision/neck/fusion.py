@@ -1,0 +1,187 @@
+"""The parts of the two fusion paths: blocks that work on two joined maps, and downsampling from a scale to the next.
+
+Sources: RT-DETR (Zhao et al., CVPR 2024, section 4.2) for the CSP block with re-parameterised convolutions; D-FINE
+(Peng et al., ICLR 2025) for the ELAN block, a form of GELAN (YOLOv9, Wang et al., ECCV 2024, section 4.2); YOLOv10
+(Wang et al., NeurIPS 2024, section 3.2) for downsampling that separates channels from space; EdgeCrafter
+(github.com/Intellindust-AI-Lab/EdgeCrafter) for the split CSP layer.
+
+Needs torch alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from mvision.neck.layers import ConvNorm, CSPRepLayer, RepBlock, check_choice
+
+FUSION_BLOCKS = ("csp", "elan")
+DOWNSAMPLING = ("conv", "separable")
+
+
+class SplitCSPRepLayer(nn.Module):
+    """One 1x1 convolution, whose first half of the channels is added to the second after `depth` RepBlocks.
+
+    (B, in, H, W) -> (B, out, H, W). A `CSPRepLayer` of expansion 1 whose two 1x1 convolutions are one.
+
+    Args:
+        depth: number of RepBlocks, >= 0.
+        identity: passed to every `RepBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        depth: int = 3,
+        identity: bool = False,
+        act: str | None = "silu",
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        if depth < 0:
+            raise ValueError(f"depth={depth} must be >= 0")
+        self.conv1 = ConvNorm(in_channels, 2 * out_channels, act=act, eps=eps)
+        self.blocks = nn.Sequential(
+            *(RepBlock(out_channels, out_channels, identity=identity, act=act, eps=eps) for _ in range(depth))
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, changed = self.conv1(x).chunk(2, 1)
+        return kept + self.blocks(changed)
+
+
+class ELANBranch(nn.Module):
+    """A CSP layer and what follows it, a 3x3 convolution or nothing: (B, in, H, W) -> (B, out, H, W)."""
+
+    def __init__(self, csp: nn.Module, conv: nn.Module) -> None:
+        super().__init__()
+        self.csp = csp
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.csp(x))
+
+
+class ELANBlock(nn.Module):
+    """D-FINE's fusion block: two CSP layers one after the other; what enters and leaves each is concatenated.
+
+    (B, in, H, W) -> (B, out, H, W). A 1x1 convolution to 2 * out channels comes first. The first branch takes their
+    second half, the second branch the output of the first, and a last 1x1 convolution all of them.
+
+    Args:
+        depth: number of RepBlocks in each of the two CSP layers, >= 0.
+        expansion: channels of a branch relative to half of out_channels.
+        conv: end each branch with a 3x3 ConvNorm (EdgeCrafter's blocks have none).
+        split: branches of `SplitCSPRepLayer` instead of `CSPRepLayer`.
+        identity: passed to every `RepBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        depth: int = 3,
+        expansion: float = 1.0,
+        conv: bool = True,
+        split: bool = False,
+        identity: bool = False,
+        act: str | None = "silu",
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        hidden = int(expansion * out_channels // 2)
+        if hidden < 1:
+            raise ValueError(
+                f"expansion={expansion} of {out_channels} channels leaves none for a branch of an ELAN block, which "
+                f"has expansion * {out_channels} / 2"
+            )
+        csp = partial(SplitCSPRepLayer if split else CSPRepLayer, depth=depth, identity=identity, act=act, eps=eps)
+        self.out_channels = out_channels
+        self.conv1 = ConvNorm(in_channels, 2 * out_channels, act=act, eps=eps)
+        self.branch1, self.branch2 = (
+            ELANBranch(csp(channels, hidden), ConvNorm(hidden, hidden, 3, act=act, eps=eps) if conv else nn.Identity())
+            for channels in (out_channels, hidden)
+        )
+        self.conv2 = ConvNorm(2 * (out_channels + hidden), out_channels, act=act, eps=eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        first = self.branch1(x[:, self.out_channels :])
+        return self.conv2(torch.cat([x, first, self.branch2(first)], dim=1))
+
+
+class SeparableDown(nn.Module):
+    """Downsampling of fewer operations: a 1x1 ConvNorm mixes the channels, a depth-wise one has the stride.
+
+    (B, in, H, W) -> (B, out, ceil(H / stride), ceil(W / stride)). Neither has an activation.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 2, *, eps: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.pointwise = ConvNorm(in_channels, out_channels, act=None, eps=eps)
+        self.depthwise = ConvNorm(
+            out_channels, out_channels, kernel_size, stride, groups=out_channels, act=None, eps=eps
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.depthwise(self.pointwise(x))
+
+
+def fusion_block_maker(
+    kind: str,
+    in_channels: int,
+    out_channels: int,
+    *,
+    depth: int,
+    expansion: float,
+    elan_conv: bool,
+    elan_split: bool,
+    identity: bool,
+    act: str,
+    eps: float,
+) -> Callable[[], nn.Module]:
+    """What makes a new block of a fusion path, (B, in_channels, H, W) -> (B, out_channels, H, W).
+
+    Args:
+        kind: one of `FUSION_BLOCKS`.
+        elan_conv, elan_split: `conv` and `split` of an `ELANBlock`; for other blocks True and False.
+
+    Raises:
+        ValueError: an unknown kind, or arguments that have no effect on it.
+    """
+    check_choice("fusion_block", kind, FUSION_BLOCKS)
+    if kind != "elan" and (elan_split or not elan_conv):
+        name = "elan_split=True" if elan_split else "elan_conv=False"
+        raise ValueError(f"{name} has no effect with fusion_block={kind!r}; leave it out, or set fusion_block='elan'")
+    block = partial(ELANBlock, conv=elan_conv, split=elan_split) if kind == "elan" else CSPRepLayer
+    return partial(
+        block, in_channels, out_channels, depth=depth, expansion=expansion, identity=identity, act=act, eps=eps
+    )
+
+
+def downsampling_maker(kind: str, channels: int, *, act: str, eps: float) -> Callable[[int], nn.Module]:
+    """What makes, for a step, a new module (B, channels, H, W) -> (B, channels, ceil(H / step), ceil(W / step)).
+
+    Args:
+        kind: one of `DOWNSAMPLING`.
+        act: of the kind `conv`; `separable` has no activation.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
+    check_choice("downsample", kind, DOWNSAMPLING)
+    down = partial(ConvNorm, act=act) if kind == "conv" else SeparableDown
+    return lambda step: down(channels, channels, _down_kernel(step), step, eps=eps)
+
+
+def _down_kernel(step: int) -> int:
+    """Kernel of the downsampling by `step`: 3 for 2 (as in RT-DETR), 7 for 4; neighbouring windows overlap."""
+    return max(3, 2 * step - 1)
