@@ -38,8 +38,8 @@ def sample_grid(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shape
     with without_autocast(value):
         planes = zip(*_planes(value, locations, shapes))
         samples = [F.grid_sample(plane, places, align_corners=False) for plane, places in planes]
-        mixed = torch.cat(samples, -1) * _by_head(weights, value).unsqueeze(1)
-    return mixed.sum(-1).view(batch, heads * dim, count).transpose(1, 2).to(value.dtype)
+        mixed = (torch.cat(samples, 2) * _shares(weights, value).unsqueeze(1)).sum(2)
+    return mixed.view(batch, heads * dim, count).transpose(1, 2).to(value.dtype)
 
 
 def _grid_gradients(
@@ -48,8 +48,9 @@ def _grid_gradients(
     """Gradients of ``sample_grid`` with respect to the three tensors, for use where autograd is switched off."""
     batch, _, heads, dim = value.shape
     count, points = locations.shape[1], locations.shape[3] // len(shapes)
-    grad = _by_head(grad.view(batch, count, heads, dim), value).transpose(1, 2).unsqueeze(-1)
-    shares = _by_head(weights, value).unsqueeze(1).split(points, -1)
+    dtype = torch.promote_types(value.dtype, torch.float32)
+    grad = grad.view(batch, count, heads, dim).permute(0, 2, 3, 1).flatten(0, 1).to(dtype).unsqueeze(2)
+    shares = _shares(weights, value).unsqueeze(1).split(points, 2)
     for_planes, for_places, for_shares = [], [], []
     for plane, places, share in zip(*_planes(value, locations, shapes), shares):
         samples = F.grid_sample(plane, places, align_corners=False)
@@ -60,31 +61,32 @@ def _grid_gradients(
         for_planes.append(for_plane.flatten(2))
         for_places.append(2 * for_place)
     grad_value = torch.cat(for_planes, 2).view(batch, heads, dim, -1).permute(0, 3, 1, 2)
-    grad_locations = torch.cat(for_places, 2).view(batch, heads, count, -1, 2).transpose(1, 2)
-    grad_weights = torch.cat(for_shares, -1).view(batch, heads, count, -1).transpose(1, 2)
+    grad_locations = torch.cat(for_places, 1).view(batch, heads, -1, count, 2).permute(0, 3, 1, 2, 4)
+    grad_weights = torch.cat(for_shares, 1).view(batch, heads, -1, count).permute(0, 3, 1, 2)
     pairs = ((grad_value, value), (grad_locations, locations), (grad_weights, weights))
     grad_value, grad_locations, grad_weights = (x.to(like.dtype).contiguous() for x, like in pairs)
     return grad_value, grad_locations, grad_weights
 
 
 def _planes(value: Tensor, locations: Tensor, shapes: Shapes) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """The maps (B*H, d, h, w) and places (B*H, Q, P, 2) in -1..1 of every level, as ``grid_sample`` takes them.
+    """The maps (B*H, d, h, w) and places (B*H, P, Q, 2) in -1..1 of every level, as ``grid_sample`` takes them.
 
     In float32, as ``grid_sample`` is the least precise operator in reduced precision, and wrong on strided bf16 views
-    on a CPU. The order of the values and their type change in one copy.
+    on a CPU. The order of the values and their type change in one copy. Places lie side by side, those of all queries
+    together: on a CPU ``grid_sample`` and the sum over the points fill their vectors with them.
     """
     dtype = torch.promote_types(value.dtype, torch.float32)
     planes = []
     for tokens, (height, width) in zip(value.split([height * width for height, width in shapes], 1), shapes):
         plane = tokens.permute(0, 2, 3, 1).to(dtype, memory_format=torch.contiguous_format).contiguous()
         planes.append(plane.flatten(0, 1).unflatten(2, (height, width)))
-    points = locations.shape[3] // len(shapes)
-    return planes, _by_head(2 * locations - 1, value).split(points, 2)
+    by_level = (2 * locations - 1).to(dtype).unflatten(3, (len(shapes), -1))
+    return planes, by_level.permute(3, 0, 2, 4, 1, 5).flatten(1, 2).unbind()
 
 
-def _by_head(tensor: Tensor, value: Tensor) -> Tensor:
-    """(B, Q, H, ...) to (B*H, Q, ...), in the precision of the computation."""
-    return tensor.transpose(1, 2).flatten(0, 1).to(torch.promote_types(value.dtype, torch.float32))
+def _shares(weights: Tensor, value: Tensor) -> Tensor:
+    """(B, Q, H, L*P) to (B*H, L*P, Q), in the precision of the computation."""
+    return weights.permute(0, 2, 3, 1).flatten(0, 1).to(torch.promote_types(value.dtype, torch.float32))
 
 
 @torch.library.custom_op(
