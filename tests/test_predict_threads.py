@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ import pytest
 import torch
 
 from mvision import Model, create_model, load
-from mvision.inference.predict import MOST_PASSES, eval_mode, forward_passes
+from mvision.inference.passes import MOST_PASSES, forward_passes
+from mvision.inference.pipeline import ordered_map
+from mvision.inference.predict import eval_mode, predict_images
 from mvision.weights import save_weights
 from tests.fake_model import FakeModel
 
@@ -58,27 +63,84 @@ def test_threads_get_the_serial_results_and_leave_the_model_as_it_was(kind: str,
 
 
 @pytest.mark.parametrize(
-    ("threads", "images", "own", "expected"),
-    [
-        (2, None, False, (2, 1)),
-        (2, 1, False, (1, 2)),
-        (9, 50, False, (MOST_PASSES, 9 // MOST_PASSES)),
-        (1, None, False, (1, 1)),
-        (2, None, True, (1, 1)),
-    ],
+    ("threads", "batches", "expected"),
+    [(2, None, (2, 1)), (2, 1, (1, 2)), (9, 50, (MOST_PASSES, 9 // MOST_PASSES)), (1, None, (1, 1)), (4, 0, (1, 4))],
 )
-def test_threads_are_divided_among_forward_passes(
-    threads: int, images: int | None, own: bool, expected: tuple[int, int]
-) -> None:
-    model, before = FakeModel(), torch.get_num_threads()
-    model.own_threads = own
+def test_threads_are_divided_among_forward_passes(threads: int, batches: int | None, expected: tuple[int, int]) -> None:
+    assert forward_passes(threads, batches) == expected
+
+
+def test_a_runtime_with_threads_of_its_own_and_a_single_batch_compute_in_the_callers_thread() -> None:
+    with of_torch(2):
+        for own, batch_size, expected in ((True, None, True), (False, 6, True), (False, 3, False)):
+            model, seen = FakeModel(), []
+            model.own_threads = own
+            model.register_forward_hook(lambda *_, seen=seen: seen.append(threading.get_ident()))
+            predict_images(model, IMAGES, 0.0, batch_size)
+            assert (set(seen) == {threading.get_ident()}) == expected
+
+
+@contextlib.contextmanager
+def of_torch(threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with forward_passes(model, images) as passes:
-            assert (passes, torch.get_num_threads()) == expected
-        assert torch.get_num_threads() == threads
+        yield
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_list_is_predicted_by_several_passes_and_the_program_keeps_its_threads() -> None:
+    """Also the threads of the program that begin to compute during a prediction, and later."""
+    model = small_model()
+    expected = [predict_images(model, image, 0.0)[0] for image in IMAGES]
+    seen: list[tuple[int, int]] = []
+    elsewhere: list[int] = []
+
+    def look(*_: Any) -> None:
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        other = threading.Thread(target=lambda: elsewhere.append(torch.get_num_threads()))
+        other.start()
+        other.join()
+
+    with of_torch(2):
+        predict_images(model, IMAGES[:2], 0.0)  # starts the threads of the passes
+        model.register_forward_hook(look)
+        with ThreadPoolExecutor(3) as executor:
+            found = list(executor.map(lambda _: predict_images(model, IMAGES, 0.0), range(3)))
+        assert {threads for _, threads in seen} == {1}
+        assert len({thread for thread, _ in seen}) == 2  # also of three predictions at once
+        assert {*elsewhere, torch.get_num_threads()} == {2}
+        assert list(ordered_map(lambda _: torch.get_num_threads(), range(2), 1)) == [2, 2]
+    for predictions in found:
+        for one, alone in zip(predictions, expected, strict=True):
+            np.testing.assert_allclose(one.boxes, alone.boxes, atol=1e-3)
+            np.testing.assert_allclose(one.scores, alone.scores, atol=1e-5)
+
+
+def test_an_error_in_a_pass_is_raised_and_the_next_prediction_works() -> None:
+    model = small_model()
+
+    def fail(*_: Any) -> None:
+        raise ValueError("in a pass")
+
+    with of_torch(2):
+        hook = model.register_forward_hook(fail)
+        with pytest.raises(ValueError, match="in a pass"):
+            predict_images(model, IMAGES, 0.0)
+        hook.remove()
+        assert len(predict_images(model, IMAGES, 0.0)) == len(IMAGES)
+
+
+def test_passes_take_the_autocast_of_the_caller() -> None:
+    model = small_model()
+    types: list[torch.dtype] = []
+    model.neck.register_forward_hook(lambda _module, _inputs, outputs: types.append(outputs[0].dtype))
+    with of_torch(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            predict_images(model, IMAGES[:2], 0.0)
+        predict_images(model, IMAGES[:2], 0.0)
+    assert types == [torch.bfloat16] * 2 + [torch.float32] * 2
 
 
 def test_the_mode_lasts_until_the_last_thread_has_left() -> None:
@@ -112,7 +174,7 @@ torch.manual_seed(0)
 model = create_model("tiny", ["detection"], num_classes=3, image_size=96, neck__embed_dim=32).eval()
 picture = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
 def predict(queue=None):
-    score = float(model.predict([picture], 0.0)[0].scores[0])
+    score = float(model.predict([picture] * 3, 0.0)[2].scores[0])
     return score if queue is None else queue.put((score, torch.get_num_threads()))
 first = predict()
 context = multiprocessing.get_context("fork")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -16,14 +16,19 @@ R = TypeVar("R")
 
 
 def ordered_map(
-    function: Callable[[T], R], items: Iterable[T], workers: int, ahead: int | None = None
+    function: Callable[[T], R],
+    items: Iterable[T],
+    workers: int,
+    ahead: int | None = None,
+    pool: ThreadPoolExecutor | None = None,
 ) -> Generator[R, None, None]:
     """``map(function, items)`` on ``workers`` threads with up to ``ahead`` results waiting (twice the threads if None).
 
-    The input is iterated in the caller's thread. With a single worker the calls themselves are in order too.
+    The input is iterated in the caller's thread. With a single worker the calls themselves are in order too. ``pool``:
+    that many threads which others may use as well; None: threads of its own.
     """
     limit = 2 * workers if ahead is None else ahead
-    executor = ThreadPoolExecutor(workers)
+    executor = ThreadPoolExecutor(workers) if pool is None else pool
     pending: deque[Future[R]] = deque()
     try:
         for item in items:
@@ -33,7 +38,10 @@ def ordered_map(
         while pending:
             yield pending.popleft().result()
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        if pool is None:
+            executor.shutdown(wait=True, cancel_futures=True)
+        else:
+            wait([future for future in pending if not future.cancel()])
         if isinstance(items, Generator):
             items.close()
 

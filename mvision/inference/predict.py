@@ -8,9 +8,10 @@ one thread: the threads of OpenMP, in which torch computes, do not exist in it, 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,6 +25,7 @@ from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from mvision.errors import UserError
+from mvision.inference.passes import forward_passes, pool
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.machine import cores
@@ -34,7 +36,6 @@ from mvision.structures.pixels import scale, to_array
 WORKERS = min(max(4, cores()), 16)
 """Threads that decode and resize; each holds one image, and as many more wait. A GPU takes what 16 of them read."""
 BATCH_SIZE_ON_GPU = 8
-MOST_PASSES = 4  # at once, on a CPU
 T = TypeVar("T")
 Prepared = tuple[T, np.ndarray | None, tuple[int, int]]
 """What identifies the image to the caller; the model's input (h, w, 3) uint8, or None if the image cannot be read; and
@@ -178,7 +179,7 @@ def predict_images(
         threshold: instances with a lower score (0..1) are left out; or a score for each class by its name, where "*" is
             for the others (0.5 where it is not given).
         batch_size: images per forward pass; None is 1 on CPU, where more do not help, and
-            ``BATCH_SIZE_ON_GPU`` elsewhere.
+            ``BATCH_SIZE_ON_GPU`` elsewhere. On a CPU several passes run at once, see ``forward_passes``.
         multi_label: one place may be reported as several classes; without it only as the best one.
         nms: of two instances of any classes whose boxes have a larger IoU than this, the better one is kept.
 
@@ -191,33 +192,9 @@ def predict_images(
     if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
         images = [images]  # type: ignore[list-item]
     prepared = ordered_map(partial(_prepare_image, model.config), images, WORKERS)
-    with eval_mode(model), closing(infer(model, prepared, [chosen], batch_size)) as results:
+    count = len(images) if hasattr(images, "__len__") else None
+    with eval_mode(model), closing(infer(model, prepared, [chosen], batch_size, count)) as results:
         return [replace(found[0], path=path) for path, found in results if found is not None]
-
-
-@contextmanager
-def forward_passes(model: Predictor, images: int | None) -> Iterator[int]:
-    """Divide PyTorch's threads among forward passes at once, and yield how many of these to run; for ``infer``.
-
-    On a CPU several passes of one thread each take less time than one pass after the other by all threads: these wait
-    for each other at the end of every operator, longest where decoding and drawing need the cores too. More than
-    ``MOST_PASSES`` are not made, because each needs memory for its activations. Until the end of the block PyTorch has
-    the threads of one pass, in the whole process.
-
-    Args:
-        model: an exported one has threads of its own, which one pass at a time keeps busy.
-        images: how many there are to come; None: not known.
-    """
-    before = torch.get_num_threads()
-    passes = 1
-    if model.device.type == "cpu" and not model.own_threads:
-        passes = max(1, min(before, MOST_PASSES, before if images is None else images))
-    threads = 1 if model.own_threads else before // passes
-    torch.set_num_threads(threads)
-    try:
-        yield passes
-    finally:
-        torch.set_num_threads(before)
 
 
 def infer(
@@ -225,26 +202,34 @@ def infer(
     prepared: Iterable[Prepared[T]],
     chosen: Sequence[Selection],
     batch_size: int | None,
-    passes: int = 1,
+    images: int | None = None,
 ) -> Generator[tuple[T, list[Instances] | None], None, None]:
     """Run the model on batches, in the caller's thread, and the post-processing in a second one.
 
-    With several ``passes``, so many threads each run the model and the post-processing of a batch, on a CPU.
+    On a CPU there are several ``forward_passes`` at once, in threads that each run the model and the post-processing
+    of a batch. An exported model has threads of its own, which one pass at a time keeps busy.
+
+    Args:
+        images: how many there are to come; None: not known.
 
     Yields:
         For every prepared image, in order, what identifies it and its instances, once for every selection; None if it
         has no input.
     """
+    size = batch_size or (1 if model.device.type == "cpu" else BATCH_SIZE_ON_GPU)
+    inputs = _batches(prepared, size)
+    passes = threads = 1
+    if model.device.type == "cpu" and not model.own_threads:
+        passes, threads = forward_passes(torch.get_num_threads(), None if images is None else math.ceil(images / size))
     if passes > 1:
-        inputs = _batches(model, prepared, batch_size)
-        with closing(ordered_map(partial(_compute, model, chosen), inputs, passes, ahead=passes)) as batches:
-            for batch in batches:
-                yield from batch
-        return
-    side = _SideStream(model.device) if model.device.type == "cuda" else None
-    # While results of a GPU are read, it computes the next batch, and one more is queued.
-    raw, ahead = _outputs(model, prepared, batch_size, side), 1 if side is None else 2
-    with closing(ordered_map(partial(_postprocess, model, chosen, side), raw, 1, ahead=ahead)) as batches:
+        compute = partial(_compute, model, chosen, _autocast(model.device.type))
+        results = ordered_map(compute, inputs, passes, ahead=passes, pool=pool(passes, threads))
+    else:
+        side = _SideStream(model.device) if model.device.type == "cuda" else None
+        # While results of a GPU are read, it computes the next batch, and one more is queued.
+        raw, ahead = _outputs(model, inputs, side), 1 if side is None else 2
+        results = ordered_map(partial(_postprocess, model, chosen, side), raw, 1, ahead)
+    with closing(results) as batches:
         for batch in batches:
             yield from batch
 
@@ -280,19 +265,17 @@ Raw = tuple[list[Prepared[T]], dict[str, dict[str, Tensor]], "torch.cuda.Event |
 
 
 def _outputs(
-    model: Predictor, prepared: Iterable[Prepared[T]], batch_size: int | None, side: _SideStream | None
-) -> Iterator[Raw[T]]:
+    model: Predictor, batches: Generator[list[Prepared[T]], None, None], side: _SideStream | None
+) -> Generator[Raw[T], None, None]:
     full = 0
-    for batch in _batches(model, prepared, batch_size):
-        # On a GPU a batch that is not full, as the last one, takes the CUDA graph of the full ones.
-        full = max(full, len(batch)) if side is not None else 0
-        yield batch, _run(model, batch, full), None if side is None else side.mark()
+    with closing(batches):
+        for batch in batches:
+            # On a GPU a batch that is not full, as the last one, takes the CUDA graph of the full ones.
+            full = max(full, len(batch)) if side is not None else 0
+            yield batch, _run(model, batch, full), None if side is None else side.mark()
 
 
-def _batches(
-    model: Predictor, prepared: Iterable[Prepared[T]], batch_size: int | None
-) -> Generator[list[Prepared[T]], None, None]:
-    size = batch_size or (1 if model.device.type == "cpu" else BATCH_SIZE_ON_GPU)
+def _batches(prepared: Iterable[Prepared[T]], size: int) -> Generator[list[Prepared[T]], None, None]:
     items = iter(prepared)
     try:
         while batch := list(islice(items, size)):
@@ -313,10 +296,20 @@ def _run(model: Predictor, batch: list[Prepared[T]], full: int = 0) -> dict[str,
     return {task: {name: value[: len(inputs)] for name, value in of.items()} for task, of in outputs.items()}
 
 
+def _autocast(device: str) -> Callable[[], torch.autocast]:
+    """Makes a context with the caller's setting of autocast, for another thread."""
+    return partial(
+        torch.autocast, device, dtype=torch.get_autocast_dtype(device), enabled=torch.is_autocast_enabled(device)
+    )
+
+
 def _compute(
-    model: Predictor, chosen: Sequence[Selection], batch: list[Prepared[T]]
+    model: Predictor,
+    chosen: Sequence[Selection],
+    autocast: Callable[[], torch.autocast],
+    batch: list[Prepared[T]],
 ) -> list[tuple[T, list[Instances] | None]]:
-    with torch.no_grad():  # a setting of the thread
+    with torch.no_grad(), autocast():  # settings of a thread; these are the caller's
         return _postprocess(model, chosen, None, (batch, _run(model, batch), None))
 
 

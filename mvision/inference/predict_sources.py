@@ -14,7 +14,7 @@ from mvision.drawing import unwritable
 from mvision.errors import UserError, printable
 from mvision.inference.output import ForMetrics, Output
 from mvision.inference.pipeline import ordered_map
-from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, forward_passes, infer
+from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, infer
 from mvision.inference.reading import Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Sources, find_sources
@@ -66,8 +66,8 @@ def predict_sources(
     started = time.monotonic()
     with Output(output, inputs, for_metrics, pictures) as writer:
         try:
-            with eval_mode(model), forward_passes(model, _wanted_at_once(inputs)) as passes:
-                _run(model, inputs, writer, chosen, batch_size, progress, passes)
+            with eval_mode(model):
+                _run(model, inputs, writer, chosen, batch_size, progress)
         except KeyboardInterrupt:
             if not any(source.is_live for source in inputs):
                 raise
@@ -99,7 +99,6 @@ def _run(
     chosen: Sequence[Selection],
     batch_size: int | None,
     progress: bool,
-    passes: int,
 ) -> None:
     """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, draw and encode, write.
 
@@ -108,7 +107,7 @@ def _run(
     size, pixel_range = model.config.image_size, model.config.pixel_range
     frames = read_frames(inputs, ahead=WORKERS, pixel_range=pixel_range, input_size=size, keep=writer.pictures)
     prepared = ordered_map(partial(_prepare_frame, size), frames, workers=2, ahead=2)
-    inferred = infer(model, prepared, chosen, batch_size, passes)
+    inferred = infer(model, prepared, chosen, batch_size, _wanted_at_once(inputs))
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))
     rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
     total = len(inputs) if all(source.kind == "image" for source in inputs) else None
