@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mvision.heads.query.matching import PaddedTargets, Pairs
-from mvision.structures.boxes import cxcywh_to_xyxy, iou
+from mvision.structures.boxes import cxcywh_to_xyxy, iou, plain_iou
 
 
 @dataclass
@@ -24,6 +24,10 @@ class LossSet:
         pairs: of predictions and objects; all other predictions have to be of no object.
         total: number that the sums over the batch are divided by.
         suffixes: of the names of each layer's terms, L strings.
+        box_pairs, box_total: in place of ``pairs`` and ``total`` for all terms but the class term; None: the same.
+        corners: (F, B, N, 4 * (bins + 1)) logits of the box distributions of the first F layers, see fine_grained.py;
+            None: boxes are predicted directly.
+        initial: (B, N, 4) cxcywh in 0..1, the boxes that the distributions are relative to; None without them.
     """
 
     logits: Tensor
@@ -31,6 +35,15 @@ class LossSet:
     pairs: Pairs
     total: float | Tensor
     suffixes: Sequence[str]
+    box_pairs: Pairs | None = None
+    box_total: float | Tensor | None = None
+    corners: Tensor | None = None
+    initial: Tensor | None = None
+
+    @property
+    def of_boxes(self) -> tuple[Pairs, float | Tensor]:
+        """The pairs and the divisor of the box terms."""
+        return self.box_pairs or self.pairs, self.total if self.box_total is None else self.box_total
 
 
 def set_losses(
@@ -55,44 +68,75 @@ def set_losses(
     lengths = [len(one.suffixes) for one in sets]
     logits = torch.cat([one.logits.flatten(0, 2) for one in sets])
     boxes = torch.cat([one.boxes.flatten(0, 2) for one in sets])
-    row, layer, gt_row, counted = _pair_rows(sets, targets.labels.shape[1])
-    pred_boxes, gt_boxes = boxes.index_select(0, row), targets.boxes.flatten(0, 1).index_select(0, gt_row)
-    box_iou, giou = iou(cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(gt_boxes))
-    values = torch.stack(((pred_boxes - gt_boxes).abs().sum(-1), 1 - giou))
-    if counted is not None:
-        values = torch.where(counted, values, 0)
-    box_sums = values.new_zeros(2, sum(lengths)).index_add(1, layer, values)
-
-    labels = targets.labels.flatten().index_select(0, gt_row)
+    most = targets.labels.shape[1]
+    own = of_boxes = _pair_rows(sets, [one.pairs for one in sets], most)
+    if any(one.box_pairs is not None for one in sets):
+        of_boxes = _pair_rows(sets, [one.of_boxes[0] for one in sets], most)
+    box_iou, box_sums = _box_sums(boxes, of_boxes, targets.boxes, sum(lengths))
+    quality = box_iou if own is of_boxes else _pair_iou(boxes, own, targets.boxes)
+    labels = targets.labels.flatten().index_select(0, own.gt_row)
     labelled = _labelled_rows(sets, targets.labelled_classes)
-    loss = quality_focal(logits, (row, labels), box_iou.detach(), kind, alpha, gamma, labelled, counted)
+    loss = quality_focal(logits, (own.row, labels), quality, kind, alpha, gamma, labelled, own.counted)
     of_sets = loss.split([one.logits[..., 0].numel() for one in sets])
     class_sums = torch.cat([part.view(length, -1).sum(1) for part, length in zip(of_sets, lengths)])
     sums = torch.cat((class_sums[None], box_sums)).split(lengths, 1)
-    terms = torch.cat([part / one.total for part, one in zip(sums, sets)], 1)
+    terms = torch.cat([_divided(part, one) for part, one in zip(sums, sets)], 1)
     return dict(zip(("class", "box", "giou"), terms))
 
 
-def _pair_rows(sets: Sequence[LossSet], most: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Of every pair of all sets, its row among the predictions, its layer, its object's row, and whether it counts.
+def _divided(sums: Tensor, one: LossSet) -> Tensor:
+    """The terms (3, L) of a set from its sums."""
+    if one.box_total is None:
+        return sums / one.total
+    return torch.cat((sums[:1] / one.total, sums[1:] / one.box_total))
 
-    All are int64 (P,) but the last, which is bool, or None if all count; ``most`` is the number of objects of an image.
+
+class _Rows(NamedTuple):
+    """The P pairs of all sets: rows among the predictions and among the objects, layers, and which pairs count.
+
+    All are int64 (P,) but ``counted``, which is bool, or None if all count.
     """
+
+    row: Tensor
+    layer: Tensor
+    gt_row: Tensor
+    counted: Tensor | None
+
+
+def _pair_rows(sets: Sequence[LossSet], pairs_of_sets: Sequence[Pairs], most: int) -> _Rows:
+    """The rows of these pairs of every set; ``most`` is the number of (padded) objects of an image."""
     rows, layers, start, first = [], [], 0, 0
-    for one in sets:
+    for one, pairs in zip(sets, pairs_of_sets):
         length, batch, number, _ = one.logits.shape
-        row = torch.add(one.pairs.query, torch.add(one.pairs.image, one.pairs.layer, alpha=batch), alpha=number)
+        row = torch.add(pairs.query, torch.add(pairs.image, pairs.layer, alpha=batch), alpha=number)
         rows.append(row + start if start else row)
-        layers.append(one.pairs.layer + first if first else one.pairs.layer)
+        layers.append(pairs.layer + first if first else pairs.layer)
         start, first = start + length * batch * number, first + length
-    image, index = (torch.cat(values) for values in zip(*((one.pairs.image, one.pairs.object) for one in sets)))
+    image, index = (torch.cat(values) for values in zip(*((pairs.image, pairs.object) for pairs in pairs_of_sets)))
     counted = None
-    if any(one.pairs.counted is not None for one in sets):
+    if any(pairs.counted is not None for pairs in pairs_of_sets):
         all_count = torch.ones(max(map(len, rows)), dtype=torch.bool, device=image.device)
-        counted = torch.cat(
-            [all_count[: len(row)] if one.pairs.counted is None else one.pairs.counted for one, row in zip(sets, rows)]
-        )
-    return torch.cat(rows), torch.cat(layers), torch.add(index, image, alpha=most), counted
+        of_sets = [all_count[: len(pairs.layer)] if pairs.counted is None else pairs.counted for pairs in pairs_of_sets]
+        counted = torch.cat(of_sets)
+    return _Rows(torch.cat(rows), torch.cat(layers), torch.add(index, image, alpha=most), counted)
+
+
+def _box_sums(boxes: Tensor, pairs: _Rows, gt_boxes: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+    """The IoU (P,) of the pairs, without a gradient, and the sums (2, layers) of their L1 and GIoU terms."""
+    pred_boxes = boxes.index_select(0, pairs.row)
+    gt_boxes = gt_boxes.flatten(0, 1).index_select(0, pairs.gt_row)
+    box_iou, giou = iou(cxcywh_to_xyxy(pred_boxes), cxcywh_to_xyxy(gt_boxes))
+    values = torch.stack(((pred_boxes - gt_boxes).abs().sum(-1), 1 - giou))
+    if pairs.counted is not None:
+        values = torch.where(pairs.counted, values, 0)
+    return box_iou.detach(), values.new_zeros(2, layers).index_add(1, pairs.layer, values)
+
+
+@torch.no_grad()
+def _pair_iou(boxes: Tensor, pairs: _Rows, gt_boxes: Tensor) -> Tensor:
+    """(P,) of the pairs."""
+    gt_boxes = gt_boxes.flatten(0, 1).index_select(0, pairs.gt_row)
+    return plain_iou(cxcywh_to_xyxy(boxes.index_select(0, pairs.row)), cxcywh_to_xyxy(gt_boxes))
 
 
 def _labelled_rows(sets: Sequence[LossSet], labelled: Tensor | None) -> Tensor | None:

@@ -16,6 +16,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from mvision.heads.query.union import in_every_layer, union_of_matches
 from mvision.structures import Targets
 from mvision.structures.boxes import cxcywh_to_xyxy, iou, plain_iou
 from mvision.structures.transfer import start_to_host, to_device
@@ -52,9 +53,12 @@ class Matches(Pairs):
 
     Attributes:
         host: (P, 4) int64, their layer, image, query and object, on the CPU.
+        shared: the union of all layers' pairs, which it has in every layer, see ``union_of_matches``; None unless it
+            was asked for.
     """
 
     host: np.ndarray = field(kw_only=True)
+    shared: Matches | None = field(kw_only=True, default=None)
 
     @classmethod
     def of(cls, host: np.ndarray, moved: Tensor) -> Matches:
@@ -145,9 +149,7 @@ def _denoising_pairs(counts: list[int], groups: int, layers: int) -> np.ndarray:
             [np.tile(np.arange(count), groups) for count in counts],
         )
     )
-    one = np.column_stack((image, group * 2 * most + index, index))
-    layer = np.repeat(np.arange(layers), len(one))
-    return np.column_stack((layer, np.tile(one, (layers, 1)))).astype(np.int64)
+    return in_every_layer(np.column_stack((image, group * 2 * most + index, index)), layers)
 
 
 def labelled_classes(targets: list[Targets]) -> Tensor | None:
@@ -165,9 +167,15 @@ def divisor(count: int, device: torch.device) -> float | Tensor:
 
     With one process a number; with several a tensor on ``device``, whose value nothing has to wait for.
     """
+    mean = mean_count(count, device)
+    return mean.clamp(min=1) if isinstance(mean, Tensor) else max(1.0, mean)
+
+
+def mean_count(count: int, device: torch.device) -> float | Tensor:
+    """The mean of ``count`` over all processes; with several a tensor on ``device``."""
     if not _several_processes():
-        return max(1.0, float(count))
-    return mean_over_processes(torch.full((), float(count), device=device)).clamp(min=1)
+        return float(count)
+    return mean_over_processes(torch.full((), float(count), device=device))
 
 
 @torch.no_grad()
@@ -196,6 +204,7 @@ def start_matching(
     box_weight: float = 5.0,
     giou_weight: float = 2.0,
     more_costs: Tensor | None = None,
+    shared: bool = False,
 ) -> Callable[[], Matches]:
     """Start the one-to-one matching with the smallest total cost, and return a function that finishes it.
 
@@ -207,6 +216,7 @@ def start_matching(
         boxes: (L, B, Q, 4) cxcywh in 0..1.
         box_weight, giou_weight: of the L1 and GIoU terms of the cost.
         more_costs: (L, B, Q, T), added to those of class and box; already weighted.
+        shared: whether to fill in ``Matches.shared``.
 
     Returns:
         As many pairs in every layer and image as it has objects or queries, whichever are fewer. Pairs whose cost is
@@ -214,19 +224,27 @@ def start_matching(
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1.
     """
-    device = logits.device
+    device, layers = logits.device, len(logits) if shared else 0
     if not any(targets.counts):
-        return lambda: _on_device(np.empty((0, 4), dtype=np.int64), device)
+        return lambda: _on_device(np.empty((0, 4), dtype=np.int64), device, layers)
     costs = _pair_costs(logits, boxes, targets, box_weight, giou_weight)
     if more_costs is not None:
         costs = costs + more_costs
     # scipy refuses NaN; a huge cost has such pairs matched last.
     wait = start_to_host({"costs": torch.nan_to_num(costs, nan=1e6, posinf=1e6, neginf=1e6)})
-    return lambda: _on_device(_solve(wait()["costs"].numpy(), targets.counts), device)
+    return lambda: _on_device(_solve(wait()["costs"].numpy(), targets.counts), device, layers)
 
 
-def _on_device(host: np.ndarray, device: torch.device) -> Matches:
-    return Matches.of(host, to_device({"pairs": torch.from_numpy(host.T.copy())}, device)["pairs"])
+def _on_device(host: np.ndarray, device: torch.device, shared_layers: int) -> Matches:
+    """The matches, and their union for ``shared_layers`` layers (0: none), in one copy."""
+    arrays = {"own": host}
+    if shared_layers:
+        arrays["shared"] = in_every_layer(union_of_matches(host), shared_layers)
+    moved = to_device({name: torch.from_numpy(array.T.copy()) for name, array in arrays.items()}, device)
+    matches = Matches.of(host, moved["own"])
+    if shared_layers:
+        matches.shared = Matches.of(arrays["shared"], moved["shared"])
+    return matches
 
 
 def _solve(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
