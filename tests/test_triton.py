@@ -122,25 +122,27 @@ def test_bias_in_a_cuda_graph_is_one_kernel() -> None:
 
 
 CASES = {
-    "as in r18": (2, 3, 2, 32, [(5, 7), (3, 4), (2, 2)], 4, torch.float32),
-    "one level, odd width": (1, 5, 2, 5, [(4, 6)], 3, torch.float32),
-    "wide, many points": (2, 2, 1, 70, [(3, 3), (2, 5)], 5, torch.float32),
-    "eight levels": (1, 2, 2, 8, [(level + 1, 9 - level) for level in range(8)], 1, torch.float32),
-    "bf16": (2, 2, 2, 32, [(6, 6), (3, 3)], 4, torch.bfloat16),
-    "fp16": (1, 4, 2, 16, [(6, 6), (3, 3)], 2, torch.float16),
+    "as in r18": (2, 3, 2, 32, [(5, 7), (3, 4), (2, 2)], [4, 4, 4], torch.float32),
+    "one level, odd width": (1, 5, 2, 5, [(4, 6)], [3], torch.float32),
+    "wide, many points": (2, 2, 1, 70, [(3, 3), (2, 5)], [5, 5], torch.float32),
+    "eight levels": (1, 2, 2, 8, [(level + 1, 9 - level) for level in range(8)], [1] * 8, torch.float32),
+    "eight levels, unlike": (1, 2, 2, 8, [(level + 1, 9 - level) for level in range(8)], [*range(1, 9)], torch.float32),
+    "as in D-FINE": (2, 3, 2, 32, [(5, 7), (3, 4), (2, 2)], [3, 6, 3], torch.float32),
+    "bf16": (2, 2, 2, 32, [(6, 6), (3, 3)], [4, 4], torch.bfloat16),
+    "fp16": (1, 4, 2, 16, [(6, 6), (3, 3)], [3, 1], torch.float16),
 }
 
 
-def _sampling_inputs(case: str) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
+def _sampling_inputs(case: str) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]], list[int]]:
     batch, queries, heads, dim, shapes, points, dtype = CASES[case]
     torch.manual_seed(0)
-    tokens, levels = sum(height * width for height, width in shapes), len(shapes)
+    tokens, total = sum(height * width for height, width in shapes), sum(points)
     value = torch.randn(batch, tokens, heads, dim).to(dtype)
     # A third of the points lies outside of the map, one far from it.
-    locations = torch.rand(batch, queries, heads, levels * points, 2) * 1.6 - 0.3
+    locations = torch.rand(batch, queries, heads, total, 2) * 1.6 - 0.3
     locations[0, 0, 0, 0] = torch.tensor([40.0, -30.0])
-    weights = torch.rand(batch, queries, heads, levels * points).to(dtype)
-    return value.to(DEVICE), locations.to(DEVICE), weights.to(DEVICE), shapes
+    weights = torch.rand(batch, queries, heads, total).to(dtype)
+    return value.to(DEVICE), locations.to(DEVICE), weights.to(DEVICE), shapes, points
 
 
 def _flat(shapes: list[tuple[int, int]]) -> list[int]:
@@ -150,12 +152,12 @@ def _flat(shapes: list[tuple[int, int]]) -> list[int]:
 @runs_kernels
 @pytest.mark.parametrize("case", CASES)
 def test_sampling_and_its_gradients(case: str) -> None:
-    *inputs, shapes = _sampling_inputs(case)
+    *inputs, shapes, points = _sampling_inputs(case)
     dtype = inputs[0].dtype
     exact = [tensor.double().requires_grad_() for tensor in inputs]
     inputs = [tensor.requires_grad_() for tensor in inputs]
-    expected = sample_grid(*exact, shapes)
-    found = sample_levels(*inputs, _flat(shapes))
+    expected = sample_grid(*exact, shapes, points)
+    found = sample_levels(*inputs, _flat(shapes), points)
     torch.testing.assert_close(found.double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
     assert found.dtype == dtype
     direction = torch.randn_like(found)
@@ -170,10 +172,10 @@ def test_sampling_and_its_gradients(case: str) -> None:
 @runs_kernels
 @pytest.mark.parametrize("number", [1e30, -1e30, float("inf"), float("nan")])
 def test_nothing_is_sampled_where_there_is_no_place(number: float) -> None:
-    value, locations, weights, shapes = _sampling_inputs("one level, odd width")
+    value, locations, weights, shapes, points = _sampling_inputs("one level, odd width")
     locations[0, 1, 0, :, 0] = number
     locations.requires_grad_()
-    out = sample_levels(value, locations, weights, _flat(shapes))
+    out = sample_levels(value, locations, weights, _flat(shapes), points)
     assert out[0, 1, :5].tolist() == [0] * 5
     assert out.isfinite().all()
     (gradient,) = torch.autograd.grad(out.sum(), locations)
@@ -183,19 +185,19 @@ def test_nothing_is_sampled_where_there_is_no_place(number: float) -> None:
 
 @runs_kernels
 def test_sampling_of_values_in_another_order() -> None:
-    value, locations, weights, shapes = _sampling_inputs("as in r18")
-    expected = sample_levels(value, locations, weights, _flat(shapes))
+    value, locations, weights, shapes, points = _sampling_inputs("as in r18")
+    expected = sample_levels(value, locations, weights, _flat(shapes), points)
     heads_first = value.transpose(1, 2).contiguous().transpose(1, 2)
     channels_apart = value.transpose(1, 3).contiguous().transpose(1, 3)
     for other in (heads_first, channels_apart):
-        torch.testing.assert_close(sample_levels(other, locations, weights, _flat(shapes)), expected)
+        torch.testing.assert_close(sample_levels(other, locations, weights, _flat(shapes), points), expected)
 
 
 def test_sampling_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_triton_fails", True)
-    *tensors, shapes = _sampling_inputs("fp16")
+    *tensors, shapes, points = _sampling_inputs("fp16")
     inputs = [tensor.double().requires_grad_() for tensor in tensors]
-    expected, found = sample_grid(*inputs, shapes), sample_levels(*inputs, _flat(shapes))
+    expected, found = sample_grid(*inputs, shapes, points), sample_levels(*inputs, _flat(shapes), points)
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     direction = torch.randn_like(expected)
     for a, b in zip(torch.autograd.grad(expected, inputs, direction), torch.autograd.grad(found, inputs, direction)):
@@ -206,13 +208,15 @@ def test_sampling_where_triton_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_operators_keep_the_rules_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Schema, outputs without data, and gradients when compiled; by PyTorch's operators, which need no GPU."""
     monkeypatch.setattr(machine, "_triton_fails", True)
-    *tensors, shapes = _sampling_inputs("one level, odd width")
+    *tensors, shapes, points = _sampling_inputs("one level, odd width")
     inputs = [tensor.cpu().requires_grad_() for tensor in tensors]
-    torch.library.opcheck(sample_levels, (*inputs, _flat(shapes)))
+    torch.library.opcheck(sample_levels, (*inputs, _flat(shapes), points))
     direction = torch.randn(1, 5, 10)
     backward = torch.ops.mvision.sample_levels_backward.default
     checks = ("test_schema", "test_faketensor")  # it has no gradients of its own
-    torch.library.opcheck(backward, (direction, *(x.detach() for x in inputs), _flat(shapes)), test_utils=checks)
+    torch.library.opcheck(
+        backward, (direction, *(x.detach() for x in inputs), _flat(shapes), points), test_utils=checks
+    )
 
 
 def test_when_the_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,15 +333,15 @@ def test_attention_in_training_under_autocast(monkeypatch: pytest.MonkeyPatch) -
 @needs_gpu
 def test_the_kernel_is_faster_than_grid_sampling() -> None:
     """At the sizes of r18 (16 images, bf16), where the copies of ``sample_grid`` take much longer than its sampling."""
-    shapes = [(80, 80), (40, 40), (20, 20)]
+    shapes, points = [(80, 80), (40, 40), (20, 20)], [4, 4, 4]
     value = torch.randn(16, 8400, 8, 32, device="cuda", dtype=torch.bfloat16)
     locations, weights = torch.rand(16, 300, 8, 12, 2, device="cuda"), torch.rand(16, 300, 8, 12, device="cuda")
     events = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
     for _ in range(2):  # the first time compiles
         events[0].record()
-        sample_levels(value, locations, weights, _flat(shapes))
+        sample_levels(value, locations, weights, _flat(shapes), points)
         events[1].record()
-        sample_grid(value, locations, weights, shapes)
+        sample_grid(value, locations, weights, shapes, points)
         events[2].record()
     torch.cuda.synchronize()
     assert events[0].elapsed_time(events[1]) < events[1].elapsed_time(events[2])

@@ -7,14 +7,17 @@ Source: Zhu et al., "Deformable DETR", ICLR 2021, section 4.1; the discrete form
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvision.heads.query.sampling import Shapes, kernel_serves, sample_grid, sample_levels
+from mvision.heads.query.sampling import Points, Shapes, kernel_serves, sample_grid, sample_levels
+from mvision.neck.cached import ShapeCache
 
 MATRIX_ELEMENTS = 2**26
 """Largest number of elements of ``_sample_matrix``'s matrix (128 MiB in bf16), which the backward pass needs too."""
@@ -25,13 +28,16 @@ class DeformableAttention(nn.Module):
 
     Args:
         embed_dim: width of queries and memory; a multiple of ``num_heads``.
+        num_points: the same for all levels, or one number for each.
         sampling: ``default`` interpolates bilinearly; ``discrete`` takes the nearest token (RT-DETRv2), which exports
             to runtimes without grid sampling but has no gradient with respect to the locations.
         offset_scale: a predicted offset of ``num_points`` (the largest initial one) is this fraction of the reference
             box's width or height.
+        projections: with linear layers on the memory and on the result. D-FINE leaves both out: every head samples its
+            part of the memory's channels as they are, and nothing is computed for tokens that nobody looks at.
 
     Raises:
-        ValueError: embed_dim is not a multiple of num_heads.
+        ValueError: embed_dim is not a multiple of num_heads, or the numbers of points are not as many as the levels.
     """
 
     def __init__(
@@ -39,19 +45,24 @@ class DeformableAttention(nn.Module):
         embed_dim: int,
         num_heads: int,
         num_levels: int,
-        num_points: int,
+        num_points: int | Sequence[int],
         sampling: Literal["default", "discrete"] = "default",
         offset_scale: float = 0.5,
+        projections: bool = True,
     ) -> None:
         super().__init__()
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim {embed_dim} has to be a multiple of num_heads {num_heads}")
-        self.num_heads, self.num_levels, self.num_points = num_heads, num_levels, num_points
+        points = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
+        if len(points) != num_levels:
+            raise ValueError(f"num_points {points} has to be one number, or one for each of the {num_levels} levels")
+        self.num_heads, self.points = num_heads, points
         self.sampling, self.offset_scale = sampling, offset_scale
-        self.sampling_offsets = nn.Linear(embed_dim, num_heads * num_levels * num_points * 2)
-        self.attention_weights = nn.Linear(embed_dim, num_heads * num_levels * num_points)
-        self.value_proj = nn.Linear(embed_dim, embed_dim)
-        self.output_proj = nn.Linear(embed_dim, embed_dim)
+        self.sampling_offsets = nn.Linear(embed_dim, num_heads * sum(points) * 2)
+        self.attention_weights = nn.Linear(embed_dim, num_heads * sum(points))
+        self.value_proj: nn.Module = nn.Linear(embed_dim, embed_dim) if projections else nn.Identity()
+        self.output_proj: nn.Module = nn.Linear(embed_dim, embed_dim) if projections else nn.Identity()
+        self._scales = ShapeCache()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -60,15 +71,16 @@ class DeformableAttention(nn.Module):
         angles = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
         directions = torch.stack((angles.cos(), angles.sin()), -1)
         directions = directions / directions.abs().max(-1, keepdim=True).values
-        reach = torch.arange(1, self.num_points + 1).view(1, 1, -1, 1)
-        offsets = directions.view(self.num_heads, 1, 1, 2).expand(-1, self.num_levels, self.num_points, -1) * reach
+        reach = torch.cat([torch.arange(1, count + 1) for count in self.points])
+        offsets = directions[:, None] * reach[:, None]
         with torch.no_grad():
             self.sampling_offsets.bias.copy_(offsets.reshape(-1))
         nn.init.zeros_(self.attention_weights.weight)
         nn.init.zeros_(self.attention_weights.bias)
         for layer in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, queries: Tensor, references: Tensor, memory: Tensor, shapes: Shapes) -> Tensor:
         """Sample the memory around every reference box and mix the samples.
@@ -83,27 +95,39 @@ class DeformableAttention(nn.Module):
             (B, Q, D).
         """
         batch, count, _ = queries.shape
-        heads, levels, points = self.num_heads, self.num_levels, self.num_points
+        heads, points = self.num_heads, self.points
         value = self.value_proj(memory).unflatten(-1, (heads, -1))
-        offsets = self.sampling_offsets(queries).view(batch, count, heads, levels * points, 2)
-        weights = self.attention_weights(queries).view(batch, count, heads, levels * points).softmax(-1)
+        offsets = self.sampling_offsets(queries).view(batch, count, heads, -1, 2)
+        weights = self.attention_weights(queries).view(batch, count, heads, -1).softmax(-1)
         # Coordinates stay in the references' precision: neighbouring bf16 numbers are up to two pixels apart at 640.
         boxes = references.reshape(batch, count, 1, 1, 2, 2)
-        locations = boxes[..., 0, :] + offsets.to(references.dtype) * (boxes[..., 1, :] * (self.offset_scale / points))
+        locations = boxes[..., 0, :] + offsets.to(references.dtype) * (
+            boxes[..., 1, :] * self._offset_scale(references)
+        )
         if self.sampling == "discrete":
-            sampled = _sample_nearest(value, locations, weights, shapes)
+            sampled = _sample_nearest(value, locations, weights, shapes, points)
         elif kernel_serves(value, shapes):
-            sampled = sample_levels(value, locations, weights, [size for shape in shapes for size in shape])
+            sampled = sample_levels(value, locations, weights, [size for shape in shapes for size in shape], points)
         elif value.device.type == "cpu" and not torch.is_grad_enabled():
             # grid_sample takes 1.3 to 1.6 times as long as the gather in a layer of tiny and small; with gradients the
             # gather is the slower one. The lookup takes 1.1 to 1.3 times as long, but can be exported.
             sample = _sample_lookup if torch.compiler.is_compiling() else _sample_gather
-            sampled = sample(value, locations, weights, shapes)
+            sampled = sample(value, locations, weights, shapes, points)
         elif _matrix_is_faster(value, locations):
-            sampled = _sample_matrix(value, locations, weights, shapes)
+            sampled = _sample_matrix(value, locations, weights, shapes, points)
         else:
-            sampled = sample_grid(value, locations, weights, shapes)
+            sampled = sample_grid(value, locations, weights, shapes, points)
         return self.output_proj(sampled)
+
+    def _offset_scale(self, references: Tensor) -> float | Tensor:
+        """What a predicted offset of 1 is, in widths and heights: one number, or (P, 1) where levels differ."""
+        # The reciprocals are those of published models, which hold them in float32.
+        scales = [self.offset_scale * float(np.float32(1 / count)) for count in self.points]
+        if len(set(scales)) == 1:
+            return scales[0]
+        dtype, device = references.dtype, references.device
+        of_points = [[scale] for scale, count in zip(scales, self.points) for _ in range(count)]
+        return self._scales.get((dtype, device), lambda: torch.tensor(of_points, dtype=dtype).to(device))
 
 
 def _matrix_is_faster(value: Tensor, locations: Tensor) -> bool:
@@ -114,21 +138,21 @@ def _matrix_is_faster(value: Tensor, locations: Tensor) -> bool:
     return batch * heads * locations.shape[1] * total <= MATRIX_ELEMENTS
 
 
-def _sample_gather(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+def _sample_gather(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes, points: Points) -> Tensor:
     """The same as ``sample_grid`` as one weighted gather over the four corners of every point."""
     batch, total, heads, dim = value.shape
     count = locations.shape[1]
-    index, share = _corners(locations, weights, shapes)
+    index, share = _corners(locations, weights, shapes, points)
     index = _rows(index, total).view(batch * count * heads, -1)
     table = value.reshape(batch * total * heads, dim)
     bags = F.embedding_bag(index, table, mode="sum", per_sample_weights=share.to(value.dtype).view_as(index))
     return bags.view(batch, count, heads * dim)
 
 
-def _sample_lookup(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+def _sample_lookup(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes, points: Points) -> Tensor:
     """The same as ``_sample_gather`` in operators that every runtime has: a table lookup and a product with weights."""
     batch, total, heads, dim = value.shape
-    index, share = _corners(locations, weights, shapes)
+    index, share = _corners(locations, weights, shapes, points)
     rows = F.embedding(_rows(index, total), value.reshape(batch * total * heads, dim))
     return (share.to(value.dtype).unsqueeze(-2) @ rows).squeeze(-2).flatten(2)
 
@@ -141,7 +165,7 @@ def _rows(index: Tensor, total: int) -> Tensor:
     return index * heads + (image * (total * heads) + head)
 
 
-def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes, points: Points) -> Tensor:
     """The same as ``sample_grid`` as a matrix product: the corners' shares, (B*H, Q, S) and mostly zero, times values.
 
     In bf16 on a CPU the backward pass of ``grid_sample`` is slow: without this function a training step of ``tiny``
@@ -149,7 +173,9 @@ def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sh
     """
     batch, total, heads, dim = value.shape
     count = locations.shape[1]
-    index, share = (x.transpose(1, 2).reshape(batch * heads * count, -1) for x in _corners(locations, weights, shapes))
+    index, share = (
+        x.transpose(1, 2).reshape(batch * heads * count, -1) for x in _corners(locations, weights, shapes, points)
+    )
     index = index.long() + torch.arange(len(index), device=index.device)[:, None] * total
     # index_add_, since scatter_add_ takes a float32 copy of the whole matrix.
     matrix = value.new_zeros(len(index) * total).index_add_(0, index.view(-1), share.to(value.dtype).view(-1))
@@ -157,14 +183,14 @@ def _sample_matrix(value: Tensor, locations: Tensor, weights: Tensor, shapes: Sh
     return mixed.view(batch, heads, count, dim).transpose(1, 2).flatten(2)
 
 
-def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
-    """The four tokens around every point and their shares times the weights: two tensors (B, Q, H, L * P * 4).
+def _corners(locations: Tensor, weights: Tensor, shapes: Shapes, points: Points) -> tuple[Tensor, Tensor]:
+    """The four tokens around every point and their shares times the weights: two tensors (B, Q, H, P * 4).
 
     The first holds token indices within the image; a corner outside its map has a share of zero. Indices are computed
     in integers, since a runtime that computes in bf16 would round those that it gets as floats.
     """
-    points = locations.shape[3] // len(shapes)
-    per_point = [(w, h, start) for (h, w), start in zip(shapes, _starts(shapes)) for _ in range(points)]
+    levels = zip(shapes, _starts(shapes), points)
+    per_point = [(w, h, start) for (h, w), start, count in levels for _ in range(count)]
     width, height, start = torch.tensor(per_point, dtype=torch.int32, device=locations.device)[..., None].unbind(1)
     step_x, step_y = torch.tensor([[0, 0, 1, 1], [0, 1, 0, 1]], dtype=torch.int32, device=locations.device)
     locations = locations.unflatten(-1, (2, 1))
@@ -180,13 +206,13 @@ def _corners(locations: Tensor, weights: Tensor, shapes: Shapes) -> tuple[Tensor
     return (row * width + (column + start)).detach().flatten(3), share.flatten(3)
 
 
-def _sample_nearest(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes) -> Tensor:
+def _sample_nearest(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes, points: Points) -> Tensor:
     """Samples of the nearest tokens (RT-DETRv2's discrete sampling), locations clamped to the map."""
     batch, _, heads, dim = value.shape
-    count, points = locations.shape[1], locations.shape[3] // len(shapes)
+    count = locations.shape[1]
     indices = []
-    for level, ((height, width), start) in enumerate(zip(shapes, _starts(shapes))):
-        x, y = locations[..., level * points : (level + 1) * points, :].unbind(-1)
+    for (height, width), start, of_level in zip(shapes, _starts(shapes), locations.split(list(points), 3)):
+        x, y = of_level.unbind(-1)
         column = (x * width + 0.5).to(torch.int64).clamp(0, width - 1)
         row = (y * height + 0.5).to(torch.int64).clamp(0, height - 1)
         indices.append(start + row * width + column)

@@ -8,6 +8,8 @@ Coordinates and sums are float32 whatever the type of the values.
 The level sizes are arguments, not constants: with constants every image size would have to be compiled anew.
 """
 
+from itertools import accumulate
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -20,18 +22,18 @@ ANY_NUMBER = ["rows", "rows_per_image", "tokens", *(f"size{level}" for level in 
 
 
 def launch_forward(
-    value: Tensor, locations: Tensor, weights: Tensor, levels: int, sizes: list[int], out: Tensor
+    value: Tensor, locations: Tensor, weights: Tensor, points: list[int], sizes: list[int], out: Tensor
 ) -> None:
     """Write the samples into ``out``, (B, Q, H * d).
 
     Args:
         value, locations, weights: see ``sampling.sample_levels``; the channels of ``value`` lie side by side, the other
             two are contiguous.
-        levels: the number of levels.
+        points: how many of the points are in each level.
         sizes: height * 65536 + width of each level, and ones behind them up to eight numbers.
     """
     if out.numel():
-        grid, arguments, constants = _plan(value, locations, levels)
+        grid, arguments, constants = _plan(value, locations, points)
         _forward[grid](value, locations, weights, out, *arguments, *sizes, **constants)
 
 
@@ -40,7 +42,7 @@ def launch_backward(
     value: Tensor,
     locations: Tensor,
     weights: Tensor,
-    levels: int,
+    points: list[int],
     sizes: list[int],
     grad_value: Tensor,
     grad_locations: Tensor,
@@ -48,24 +50,25 @@ def launch_backward(
 ) -> None:
     """Add to ``grad_value``, (B, S, H, d) in float32, and write the other two; ``grad`` is that of (B, Q, H * d)."""
     if grad.numel():
-        grid, arguments, constants = _plan(value, locations, levels)
+        grid, arguments, constants = _plan(value, locations, points)
         gradients = (grad, grad_value, grad_locations, grad_weights)
         _backward[grid](value, locations, weights, *gradients, *arguments, *sizes, **constants)
 
 
-def _plan(value: Tensor, locations: Tensor, levels: int) -> tuple[tuple[int], tuple[int, ...], dict[str, int]]:
+def _plan(value: Tensor, locations: Tensor, points: list[int]) -> tuple[tuple[int], tuple[int, ...], dict[str, int]]:
     """The number of programs, and the numbers that both kernels take."""
-    batch, queries, heads, points, _ = locations.shape
+    batch, queries, heads, total, _ = locations.shape
     dim = value.shape[3]
-    block_points = triton.next_power_of_2(points)
+    block_points = triton.next_power_of_2(total)
     block_dim = min(triton.next_power_of_2(dim), MAX_CHANNELS)
     block_rows = max(ELEMENTS // (block_points * block_dim), 1)
     arguments = (batch * queries * heads, queries * heads, value.shape[1], *value.stride()[:3])
     constants = {
         "HEADS": heads,
         "DIM": dim,
-        "LEVELS": levels,
-        "POINTS": points // levels,
+        "LEVELS": len(points),
+        "POINTS": total,
+        "ENDS": sum(end << (16 * level) for level, end in enumerate(accumulate(points))),
         "BLOCK_ROWS": block_rows,
         "BLOCK_POINTS": block_points,
         "BLOCK_DIM": block_dim,
@@ -75,35 +78,37 @@ def _plan(value: Tensor, locations: Tensor, levels: int) -> tuple[tuple[int], tu
 
 
 @triton.jit
-def _next_level(level, number, packed, size, start, end):
-    """Go on to the level of that number: a point of it takes this size and starts where the last level ended."""
-    size = tl.where(level == number, packed, size)
-    start = tl.where(level == number, end, start)
+def _next_level(point, first, packed, size, start, end):
+    """Go on to the next level: from its first point on they take this size and start where the last level ended."""
+    size = tl.where(point >= first, packed, size)
+    start = tl.where(point >= first, end, start)
     return size, start, end + (packed >> 16) * (packed & 65535)
 
 
 @triton.jit
 def _levels_of_points(
-    point, size0, size1, size2, size3, size4, size5, size6, size7, LEVELS: tl.constexpr, POINTS: tl.constexpr
+    point, size0, size1, size2, size3, size4, size5, size6, size7, LEVELS: tl.constexpr, ENDS: tl.constexpr
 ):
-    """Height, width and first token of the level of every point; a size is height * 65536 + width."""
-    level = point // POINTS
-    size, start = tl.where(level >= 0, size0, 0), level * 0
+    """Height, width and first token of the level of every point; a size is height * 65536 + width.
+
+    ENDS has 16 bits for each level: the number of points up to its last one.
+    """
+    size, start = tl.where(point >= 0, size0, 0), point * 0
     end = (size0 >> 16) * (size0 & 65535)
     if LEVELS > 1:
-        size, start, end = _next_level(level, 1, size1, size, start, end)
+        size, start, end = _next_level(point, (ENDS >> 0) & 65535, size1, size, start, end)
     if LEVELS > 2:
-        size, start, end = _next_level(level, 2, size2, size, start, end)
+        size, start, end = _next_level(point, (ENDS >> 16) & 65535, size2, size, start, end)
     if LEVELS > 3:
-        size, start, end = _next_level(level, 3, size3, size, start, end)
+        size, start, end = _next_level(point, (ENDS >> 32) & 65535, size3, size, start, end)
     if LEVELS > 4:
-        size, start, end = _next_level(level, 4, size4, size, start, end)
+        size, start, end = _next_level(point, (ENDS >> 48) & 65535, size4, size, start, end)
     if LEVELS > 5:
-        size, start, end = _next_level(level, 5, size5, size, start, end)
+        size, start, end = _next_level(point, (ENDS >> 64) & 65535, size5, size, start, end)
     if LEVELS > 6:
-        size, start, end = _next_level(level, 6, size6, size, start, end)
+        size, start, end = _next_level(point, (ENDS >> 80) & 65535, size6, size, start, end)
     if LEVELS > 7:
-        size, start, end = _next_level(level, 7, size7, size, start, end)
+        size, start, end = _next_level(point, (ENDS >> 96) & 65535, size7, size, start, end)
     return size >> 16, size & 65535, start
 
 
@@ -121,18 +126,18 @@ def _pixels(locations, at, mask, size):
 def _forward(
     value, locations, weights, out, rows, rows_per_image, tokens, stride_image, stride_token, stride_head,
     size0, size1, size2, size3, size4, size5, size6, size7,
-    HEADS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, ENDS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_POINTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     point = tl.arange(0, BLOCK_POINTS)
-    mask = (row < rows)[:, None] & (point < LEVELS * POINTS)[None, :]
+    mask = (row < rows)[:, None] & (point < POINTS)[None, :]
     height, width, start = _levels_of_points(
-        point, size0, size1, size2, size3, size4, size5, size6, size7, LEVELS, POINTS
+        point, size0, size1, size2, size3, size4, size5, size6, size7, LEVELS, ENDS
     )
     height, width, start = height[None, :], width[None, :], start[None, :]
     row = row.to(tl.int64)  # the large tensors can have more than 2**31 elements
-    at = row[:, None] * (LEVELS * POINTS) + point[None, :]
+    at = row[:, None] * POINTS + point[None, :]
     left, after_left = _pixels(locations, 2 * at, mask, width)
     top, after_top = _pixels(locations, 2 * at + 1, mask, height)
     weight = tl.load(weights + at, mask=mask, other=0).to(tl.float32)
@@ -159,18 +164,18 @@ def _backward(
     value, locations, weights, grad, grad_value, grad_locations, grad_weights,
     rows, rows_per_image, tokens, stride_image, stride_token, stride_head,
     size0, size1, size2, size3, size4, size5, size6, size7,
-    HEADS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr,
+    HEADS: tl.constexpr, DIM: tl.constexpr, LEVELS: tl.constexpr, POINTS: tl.constexpr, ENDS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_POINTS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     point = tl.arange(0, BLOCK_POINTS)
-    mask = (row < rows)[:, None] & (point < LEVELS * POINTS)[None, :]
+    mask = (row < rows)[:, None] & (point < POINTS)[None, :]
     height, width, start = _levels_of_points(
-        point, size0, size1, size2, size3, size4, size5, size6, size7, LEVELS, POINTS
+        point, size0, size1, size2, size3, size4, size5, size6, size7, LEVELS, ENDS
     )
     height, width, start = height[None, :], width[None, :], start[None, :]
     row = row.to(tl.int64)
-    at = row[:, None] * (LEVELS * POINTS) + point[None, :]
+    at = row[:, None] * POINTS + point[None, :]
     left, after_left = _pixels(locations, 2 * at, mask, width)
     top, after_top = _pixels(locations, 2 * at + 1, mask, height)
     weight = tl.load(weights + at, mask=mask, other=0).to(tl.float32)
