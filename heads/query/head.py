@@ -14,11 +14,13 @@ from torchvision.ops import batched_nms
 from mvision.heads.base import Head, OutputsT, only_best_class
 from mvision.heads.query.decoder import Decoded, DecoderConfig, DenseOutputs, QueryDecoder, box_dtype
 from mvision.heads.query.denoising import Denoising, make_denoising
+from mvision.heads.query.fine_grained import distillation_losses, join_distributions, localization_losses
 from mvision.heads.query.losses import LossSet, set_losses
 from mvision.heads.query.matching import (
     Matches,
     PaddedTargets,
     anchor_assignment,
+    divisor,
     mean_over_processes,
     pad_targets,
     start_matching,
@@ -38,6 +40,10 @@ class QueryConfig(DecoderConfig):
         class_loss: ``vfl`` (RT-DETR) or ``mal`` (DEIM), with ``alpha`` (for vfl only) and ``gamma``, see
             ``quality_focal``.
         class_weight, box_weight, giou_weight: of the loss terms; the last two also of the matching costs.
+        shared_matches: whether the box terms of all layers are of the same pairs, the union of all layers' matches
+            (D-FINE, DEIM), see union.py; the class terms always are of each layer's own matches.
+        fgl_weight, ddf_weight: of the terms of box distributions, see fine_grained.py; without distributions they have
+            no effect.
         dense_weight: weight of the one-to-many supervision of all tokens; 0 switches it off (RT-DETR).
         nms_iou: post-processing drops a box whose IoU with a higher-scored one of its class exceeds this, 0..1. None
             (RT-DETR) switches that off: the decoder learns in a long training to predict each object once, after a
@@ -53,6 +59,9 @@ class QueryConfig(DecoderConfig):
     class_weight: float = Field(1.0, ge=0)
     box_weight: float = Field(5.0, ge=0)
     giou_weight: float = Field(2.0, ge=0)
+    shared_matches: bool = False
+    fgl_weight: float = Field(0.15, ge=0)
+    ddf_weight: float = Field(1.5, ge=0)
     dense_weight: float = Field(0.0, ge=0)
     nms_iou: float | None = Field(None, gt=0, le=1)
 
@@ -61,18 +70,25 @@ ConfigT = TypeVar("ConfigT", bound=QueryConfig)
 
 
 class DenoisingOutputs(NamedTuple):
-    """Predictions of the D denoising queries: ``logits`` (L, B, D, C) and ``boxes`` (L, B, D, 4) of every layer."""
+    """Predictions of the D denoising queries.
+
+    Those of ``QueryOutputs``, for D in place of Q and without the selected tokens.
+    """
 
     logits: Tensor
     boxes: Tensor
+    corners: Tensor | None = None
+    initial: Tensor | None = None
 
 
 class QueryOutputs(NamedTuple):
     """Training outputs for classes and boxes.
 
-    ``logits`` (L + 1, B, Q, C) and ``boxes`` (L + 1, B, Q, 4) of the L decoder layers and then of the selected tokens;
-    ``dense`` of all tokens, None unless ``dense_weight`` is above 0; ``denoising``, None where denoising is off or the
-    batch has no object; ``targets``, the ground truth, which the loss needs again.
+    ``logits`` (E, B, Q, C) and ``boxes`` (E, B, Q, 4) of the L decoder layers, of "pre" where the decoder predicts
+    distributions (so E is L + 1 or L + 2), and of the selected tokens; ``dense`` of all tokens, None unless
+    ``dense_weight`` is above 0; ``denoising``, None where denoising is off or the batch has no object; ``targets``, the
+    ground truth, which the loss needs again; ``corners`` (L, B, Q, 4 * (bins + 1)) and ``initial`` (B, Q, 4), see
+    ``Decoded``, None without distributions.
     """
 
     logits: Tensor
@@ -80,6 +96,8 @@ class QueryOutputs(NamedTuple):
     dense: DenseOutputs | None
     denoising: DenoisingOutputs | None
     targets: PaddedTargets
+    corners: Tensor | None = None
+    initial: Tensor | None = None
 
 
 class Predictions(NamedTuple):
@@ -131,19 +149,21 @@ class QueryHead(Head[ConfigT, OutputsT]):
         return self.decoder(maps, denoising, every_layer=True), denoising
 
     def start_matching(self, outputs: QueryOutputs, more_costs: Tensor | None = None) -> Callable[[], Matches]:
-        """Start to match the queries of the L decoder layers and then of the selected tokens with the objects.
+        """Start to match the queries of every layer of the outputs with the objects.
 
         What is queued before the returned function is called keeps the GPU busy; it waits for the matches.
-        ``more_costs`` (L + 1, B, Q, T) are added to the costs of class and box.
+        ``more_costs`` (E, B, Q, T) are added to the costs of class and box.
         """
         logits, boxes = outputs.logits.detach(), outputs.boxes.detach()
-        weights = self.config.box_weight, self.config.giou_weight
-        return start_matching(logits, boxes, outputs.targets, *weights, more_costs)
+        config = self.config
+        weights = config.box_weight, config.giou_weight
+        return start_matching(logits, boxes, outputs.targets, *weights, more_costs, config.shared_matches)
 
     def unmatched_sets(self, outputs: QueryOutputs) -> list[LossSet]:
         """The predictions whose pairs need no matching: those of the denoising queries, and those of all tokens.
 
-        The suffixes of their terms are ``_denoising_0``, ``_denoising_1``.. and ``_dense`` (one-to-many supervision).
+        The suffixes of their terms are ``_denoising_0``, ``_denoising_1``.., ``_denoising_pre`` where there is a "pre",
+        and ``_dense`` (one-to-many supervision).
         """
         sets = []
         if outputs.denoising is not None:
@@ -153,27 +173,52 @@ class QueryHead(Head[ConfigT, OutputsT]):
         return sets
 
     def matched_set(self, outputs: QueryOutputs, matches: Matches) -> LossSet:
-        """The predictions of the decoder layers and of the selected tokens; their suffixes: see ``layer_names``."""
-        targets = outputs.targets
-        return LossSet(outputs.logits, outputs.boxes, matches, targets.total, self.layer_names(outputs))
+        """The predictions of the queries of every layer; their suffixes: see ``layer_names``."""
+        targets, shared = outputs.targets, matches.shared
+        found = LossSet(outputs.logits, outputs.boxes, matches, targets.total, self.layer_names(outputs))
+        found.corners, found.initial = outputs.corners, outputs.initial
+        if shared is not None:
+            found.box_pairs = shared
+            found.box_total = divisor(len(shared.host) // len(outputs.logits), outputs.logits.device)
+        return found
 
     def set_terms(self, sets: Sequence[LossSet], targets: PaddedTargets) -> dict[str, Tensor]:
-        """The weighted loss terms ``class``, ``box`` and ``giou`` of every layer of the sets."""
+        """The weighted loss terms ``class``, ``box`` and ``giou`` of every layer of the sets, the matched set first.
+
+        With distributions also ``fgl`` of the decoder layers, and ``ddf`` of all of them but the last.
+        """
         config = self.config
         losses = set_losses(sets, targets, config.class_loss, config.alpha, config.gamma)
-        return self.named(losses, [suffix for one in sets for suffix in one.suffixes])
+        terms = self.named(losses, [suffix for one in sets for suffix in one.suffixes])
+        sets = [one for one in sets if one.corners is not None]
+        return terms | self._distribution_terms(sets, targets) if sets else terms
+
+    def _distribution_terms(self, sets: Sequence[LossSet], targets: PaddedTargets) -> dict[str, Tensor]:
+        found = join_distributions(sets, targets)
+        layers = len(found.corners)
+        fgl = localization_losses(
+            found, [one.of_boxes[1] for one in sets], self.decoder.bin_values, self.config.bin_scale
+        )
+        terms = self.named({"fgl": fgl}, [suffix for one in sets for suffix in one.suffixes[:layers]])
+        if layers > 1 and self.config.ddf_weight > 0:
+            logits = torch.cat([one.logits[layers - 1] for one in sets], 1)
+            ddf = distillation_losses(found, logits.detach())
+            terms |= self.named({"ddf": ddf}, [suffix for one in sets for suffix in one.suffixes[: layers - 1]])
+        return terms
 
     def layer_names(self, outputs: QueryOutputs) -> list[str]:
         """The suffixes of the loss terms' names: ``_0``, ``_1``.. of the earlier decoder layers, none of the last one.
 
-        After them ``_encoder`` of the selected tokens; the order is that of the outputs.
+        After them ``_pre``, if there is one, and ``_encoder`` of the selected tokens; the order is that of the outputs.
         """
-        return [*(f"_{index}" for index in range(len(outputs.logits) - 2)), "", "_encoder"]
+        others = ["_encoder"] if outputs.corners is None else ["_pre", "_encoder"]
+        return [*(f"_{index}" for index in range(len(outputs.logits) - 1 - len(others))), "", *others]
 
     def term_weights(self) -> dict[str, float]:
         """Weights of the loss terms by their names without suffix."""
         config = self.config
-        return {"class": config.class_weight, "box": config.box_weight, "giou": config.giou_weight}
+        weights = {"class": config.class_weight, "box": config.box_weight, "giou": config.giou_weight}
+        return {**weights, "fgl": config.fgl_weight, "ddf": config.ddf_weight}
 
     def named(self, losses: dict[str, Tensor], suffixes: list[str]) -> dict[str, Tensor]:
         """One weighted scalar per term and layer; ``losses`` holds terms (L,), ``suffixes`` has L entries."""
@@ -234,8 +279,14 @@ class QueryHead(Head[ConfigT, OutputsT]):
 
     def _denoising_set(self, outputs: DenoisingOutputs, targets: PaddedTargets) -> LossSet:
         total = targets.total * targets.groups
-        suffixes = [f"_denoising_{index}" for index in range(len(outputs.logits))]
-        return LossSet(outputs.logits, outputs.boxes, targets.denoising, total, suffixes)
+        names = [str(index) for index in range(len(outputs.logits))]
+        if outputs.corners is not None:
+            names[-1] = "pre"
+        found = LossSet(
+            outputs.logits, outputs.boxes, targets.denoising, total, [f"_denoising_{name}" for name in names]
+        )
+        found.corners, found.initial = outputs.corners, outputs.initial
+        return found
 
     def _dense_set(self, outputs: DenseOutputs, targets: PaddedTargets) -> LossSet:
         """One-to-many supervision, divided by the number of positive tokens instead of that of objects."""
