@@ -83,6 +83,24 @@ def test_tokens_at_the_border_are_selected_without_their_features():
     assert torch.equal(same, at_border)
 
 
+@pytest.mark.parametrize("num_queries", [30, 420])
+def test_gradients_of_the_selected_tokens_are_the_same_where_all_are_supervised(num_queries):
+    """Features of all tokens have gradients there, elsewhere those of the selected ones; some lie at the border."""
+    config = SMALL.model_copy(update={"num_queries": num_queries})
+    few, every = _decoder(config).double(), _decoder(config, dense=True).double()
+    every.load_state_dict(few.state_dict(), strict=False)
+    results = []
+    for decoder in (few, every):
+        torch.manual_seed(1)
+        maps = [x.double().requires_grad_() for x in _maps(2, sizes=((4, 80), (2, 40)))]
+        decoded = decoder(maps, every_layer=True)
+        outputs = decoded.encoder_logits, decoded.encoder_boxes, decoded.encoder_queries, decoded.logits
+        sum((x * torch.linspace(-1, 1, x.numel()).view_as(x)).sum() for x in outputs).backward()
+        shared = [*decoder.memory_proj.parameters(), *decoder.memory_class.parameters()]
+        results.append([*outputs, *(x.grad for x in (*maps, *shared))])
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+
+
 def test_inference_returns_the_last_layer_alone_and_equals_training():
     decoder = _decoder().eval()
     maps = _maps()

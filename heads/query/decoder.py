@@ -160,13 +160,21 @@ class QueryDecoder(nn.Module):
         projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
         shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
         memory = torch.cat([feature.flatten(2).transpose(1, 2) for feature in projected], 1)
-        anchors, features = self._tokens(memory, shapes)
-        scores = self.memory_class(features)
+        # The loss is of the selected tokens alone, unless one-to-many supervision needs all: in training those few are
+        # computed a second time, which is less work than gradients for thousands.
+        few = every_layer and self.dense_class is None
+        anchors, features = self._tokens(memory.detach() if few else memory, shapes)
+        scores = self.memory_class(features.detach() if every_layer else features)
         count = min(self.config.num_queries, memory.shape[1])
         index = scores.detach().amax(-1).topk(count, dim=1).indices.unsqueeze(-1)
-        selected = features.gather(1, index.expand(-1, -1, features.shape[-1]))
         selected_anchors = anchors.expand(memory.shape[0], -1, -1).gather(1, index.expand(-1, -1, 4))
+        selected = (memory if few else features).gather(1, index.expand(-1, -1, features.shape[-1]))
+        if few:
+            inside = selected_anchors[..., :1] < torch.finfo(anchors.dtype).max
+            selected = self.memory_proj(torch.where(inside, selected, 0))
         # Boxes are computed for the selected tokens only: nothing needs those of the others.
+        classes = self.num_classes
+        encoder_logits = self.memory_class(selected) if every_layer else scores.gather(1, index.expand(-1, -1, classes))
         encoder_boxes = (self.memory_box(selected).to(anchors.dtype) + selected_anchors).sigmoid()
 
         queries = selected.detach()
@@ -188,7 +196,7 @@ class QueryDecoder(nn.Module):
             logits=logits,
             boxes=boxes,
             queries=contents,
-            encoder_logits=scores.gather(1, index.expand(-1, -1, self.num_classes)),
+            encoder_logits=encoder_logits,
             encoder_boxes=encoder_boxes,
             encoder_queries=selected,
             dense=self._dense(features, anchors) if every_layer else None,
