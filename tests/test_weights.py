@@ -289,7 +289,7 @@ def test_hub_id_comes_from_the_cache(run: Path, monkeypatch: pytest.MonkeyPatch)
     """Weights of ours may be on the Hub too; only the files that are needed are asked for."""
     asked: dict[str, object] = {}
 
-    def snapshot(name: str, allow_patterns: list[str]) -> str:
+    def snapshot(name: str, allow_patterns: list[str], **options: object) -> str:
         asked.update(name=name, patterns=allow_patterns)
         return str(run)
 

@@ -2,14 +2,14 @@
 
 A weights file is a safetensors file whose header holds the whole ``ModelConfig``. A source of weights is one of these:
 a run's folder, a ``.safetensors`` file that mvision wrote, a folder with a published RT-DETR in Hugging Face's format,
-or the id of such a folder or file on the Hugging Face Hub. Formats that can run code when opened are never read.
+the id of such a folder or file on the Hugging Face Hub, its address, or the short name of a published model (``zoo``).
+Formats that can run code when opened are never read.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -28,9 +28,9 @@ from mvision.heads import serving_task
 from mvision.model import Model
 from mvision.neck.layers import ConvNorm
 from mvision.storage.atomic import whole_file
-from mvision.storage.hub import cache_only_if_unreachable, download_problem
 from mvision.storage.run_folder import BEST
 from mvision.weights.rtdetr import read_published
+from mvision.weights.sources import PUBLISHED, described, fetch, tell_of_shadow
 from mvision.weights.stored import (
     Stored,
     check_finite,
@@ -41,12 +41,15 @@ from mvision.weights.stored import (
     stored,
 )
 from mvision.weights.transfer import transfer
+from mvision.weights.zoo import could_be_name, suggestion
 
-PUBLISHED = "model.safetensors"
 PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
 EXPORTS = {".onnx", ".xml"}
 SUFFIXES = {".safetensors", *PICKLES, *EXPORTS}
-FORMS = "a run's folder, a .safetensors file, a folder with config.json and model.safetensors, or a Hub id"
+FORMS = (
+    "a run's folder, a .safetensors file, a folder with config.json and model.safetensors, a name from "
+    "'mvision models', or a Hub id"
+)
 
 
 @dataclass
@@ -133,7 +136,7 @@ def init_from(model: Model, source: str | Path, parts: Collection[str] | None = 
         raise UserError(
             f"weights {source}: fused for inference, so that no training can start from them; use the unfused weights"
         )
-    return f"weights {source}: {transfer(model, weights.config, weights.tensors, str(source), parts)}"
+    return f"weights {described(str(source))}: {transfer(model, weights.config, weights.tensors, str(source), parts)}"
 
 
 def read_weights(source: str | Path) -> Weights:
@@ -187,15 +190,22 @@ def resolve_weights(source: str | Path) -> Path:
     except (OSError, ValueError) as error:  # a folder without permission, a name too long or with a zero byte
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"weights {_one_line(source)}: cannot be opened ({reason}); give {FORMS}") from error
+    if kind:
+        tell_of_shadow(str(source))
     if kind == stat.S_IFDIR:
         return _in_folder(path)
     if kind == stat.S_IFREG:
         return _own_file(path)
     if kind:
         raise UserError(f"weights {path}: not a file but a device, pipe or socket; give {FORMS}")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)) and path.suffix.lower() not in SUFFIXES:
-        return _in_folder(_from_hub(str(source)))
-    raise UserError(f"weights {_one_line(source)}: no such file or folder; give {FORMS}")
+    if "://" in str(source) or path.suffix.lower() not in SUFFIXES:
+        fetched = fetch(str(source))
+        if fetched is not None:
+            return _in_folder(fetched) if fetched.is_dir() else _own_file(fetched)
+    unknown = "no such file or folder"
+    if could_be_name(str(source)):
+        unknown += f", and no published model has this name; {suggestion(str(source))}"
+    raise UserError(f"weights {_one_line(source)}: {unknown}; give {FORMS}")
 
 
 def _own_file(path: Path) -> Path:
@@ -238,21 +248,6 @@ def _is_published(folder: Path) -> bool:
     """Whether a folder is in Hugging Face's format: ``model.safetensors``, not by mvision, and ``config.json``."""
     file = folder / PUBLISHED
     return (folder / "config.json").is_file() and file.is_file() and "mvision" not in read_header(file).metadata
-
-
-def _from_hub(name: str) -> Path:
-    """Download a repository of the Hub, or take it from the local cache; the path of its folder."""
-    from huggingface_hub import snapshot_download
-
-    files = ["config.json", "preprocessor_config.json", PUBLISHED, BEST]
-    try:
-        with cache_only_if_unreachable():
-            return Path(snapshot_download(name, allow_patterns=files))
-    except Exception as error:  # errors of network, host, cache and disk have no common base class
-        raise UserError(
-            f"weights {name}: no such file or folder here, and no download ({download_problem(error)}); on a machine "
-            f"with network, download config.json and {PUBLISHED} of {name} into a folder, and give that folder's path"
-        ) from error
 
 
 def _description(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
