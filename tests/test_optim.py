@@ -41,6 +41,35 @@ def test_other_schedules(schedule, expected):
     assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * expected[-1])
 
 
+@pytest.mark.parametrize("warmup", [0, 40])
+@pytest.mark.parametrize(("flat", "last"), [(0.5, 100), (0.5, 0), (0.0, 30), (1.0, 100), (0.95, 100), (0.5, 1000)])
+def test_the_flat_cosine_is_flat_then_falls_and_stays(warmup, flat, last):
+    """Every step against DEIM's formula (RTMDet's), with the warm-up of all schedules."""
+    config = TrainConfig(schedule="flat_cosine", flat=flat, warmup_steps=warmup, final_lr=0.4)
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "peak_lr": 2.0}])
+    begin = max(warmup, int(flat * 1000))
+    for step in range(1000):
+        if step < warmup:
+            expected = (step + 1) / (warmup + 1)
+        elif step < begin:
+            expected = 1.0
+        elif step >= 1000 - last:
+            expected = 0.4
+        else:
+            expected = 0.4 + 0.6 * 0.5 * (1 + math.cos(math.pi * (step - begin) / (1000 - begin - last)))
+        assert set_learning_rate(optimizer, config, step, 1000, last) == pytest.approx(expected, abs=1e-12), step
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(2 * expected)
+
+
+def test_other_schedules_know_no_last_steps():
+    optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "peak_lr": 1.0}])
+    for schedule in ("cosine", "linear", "constant"):
+        config = TrainConfig(schedule=schedule, warmup_steps=3, flat=0.7)
+        for step in range(20):
+            plain = set_learning_rate(optimizer, config, step, 20)
+            assert set_learning_rate(optimizer, config, step, 20, last=10) == plain
+
+
 def test_norms_biases_and_embeddings_are_not_decayed():
     model = create_model("tiny", num_classes=2)
     optimizer = build_optimizer(model, TrainConfig(weight_decay=0.05))

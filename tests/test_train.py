@@ -175,16 +175,22 @@ def test_the_schedule_is_over_the_steps_that_are_taken(squares, tmp_path, monkey
     """Four images, one a batch, three batches a step: two steps an epoch."""
     seen = []
 
-    def record(optimizer, config, step, total):
-        seen.append((step, total))
-        return set_learning_rate(optimizer, config, step, total)
+    def record(optimizer, config, step, total, last):
+        seen.append((step, total, last))
+        return set_learning_rate(optimizer, config, step, total, last)
 
     monkeypatch.setattr("mvision.engine.epoch.set_learning_rate", record)
     scripted_evaluation(monkeypatch, [0.5, 0.5, 0.5])
     run = run_in_process(
-        squares, tmp_path / "run", train__epochs=2, train__batch_size=1, train__accumulate=3, data__augment__crop=0
+        squares,
+        tmp_path / "run",
+        train__epochs=2,
+        train__batch_size=1,
+        train__accumulate=3,
+        data__augment__crop=0,
+        data__augment__last_epochs=0.4,
     )
-    assert seen == [(0, 4), (1, 4), (2, 4), (3, 4)]
+    assert seen == [(0, 4, 2), (1, 4, 2), (2, 4, 2), (3, 4, 2)]  # the second epoch is of the last ones
     assert [record["step"] for record in records_of(run)] == [2, 4]
 
 

@@ -148,7 +148,12 @@ class AugmentConfig(Settings):
         flip: left-right.
         vertical_flip: up-down; for images without a natural "up" such as microscopy.
         mosaic: four images in one.
-        mixup: blend of two images.
+        mosaic_form: ``filled``: parts of the four, each enlarged until it fills its tile, on average with as many
+            objects as two images; ``whole``: all of the four, which are turned, shifted and scaled together, with as
+            many objects as three images (DEIM's dense one-to-one matching).
+        mixup: blend of two images, with the objects of both.
+        mixing_start, mixing_stop: the shares of the run's epochs, 0..1, between which there are mosaics and mixups (and
+            never in ``last_epochs``). DEIM has them from its fifth epoch to the middle of the run.
         multi_scale: batches at random sizes within this fraction of ``image_size`` (0 switches it off).
         last_epochs: share of the run's epochs, 0..1, at its end that are trained without mosaic, mixup and zoom-out.
         extra: further transforms of albumentations, in this order, after all of the above::
@@ -171,10 +176,28 @@ class AugmentConfig(Settings):
     flip: float = Field(0.5, ge=0, le=1)
     vertical_flip: float = Field(0.0, ge=0, le=1)
     mosaic: float = Field(0.0, ge=0, le=1)
+    mosaic_form: Literal["filled", "whole"] = "filled"
     mixup: float = Field(0.0, ge=0, le=1)
+    mixing_start: float = Field(0.0, ge=0, le=1)
+    mixing_stop: float = Field(1.0, ge=0, le=1)
     multi_scale: float = Field(0.0, ge=0, lt=1)
     last_epochs: float = Field(0.1, ge=0, le=1)
     extra: list[TransformConfig] = []
+
+    @model_validator(mode="after")
+    def _mixing_in_order(self) -> AugmentConfig:
+        if self.mixing_start > self.mixing_stop:
+            raise ValueError(f"mixing_start {self.mixing_start:g} is after mixing_stop {self.mixing_stop:g}")
+        return self
+
+    def count_last(self, epochs: int) -> int:
+        """How many of a run's epochs are ``last_epochs``."""
+        return round(epochs * self.last_epochs)
+
+    def mixing(self, epochs: int) -> range:
+        """The epochs of a run, counted from 0, that have mosaics and mixups if their probabilities are above 0."""
+        stop = min(round(epochs * self.mixing_stop), epochs - self.count_last(epochs))
+        return range(min(round(epochs * self.mixing_start), stop), stop)
 
 
 class MoreDataConfig(Settings):
@@ -238,7 +261,10 @@ class TrainConfig(Settings):
         weight_decay: on weights of convolutions and linear layers; norms, biases and embeddings have none.
         beta2: decay of the second moment in AdamW.
         warmup_steps: linear warm-up, in optimiser steps.
-        schedule: after the warm-up: ``cosine`` to ``final_lr``, ``linear`` to it, or ``constant``.
+        schedule: after the warm-up: ``cosine`` to ``final_lr``, ``linear`` to it, ``constant``, or ``flat_cosine``: the
+            peak until the share ``flat`` of the run, then a cosine to ``final_lr``, which it reaches where
+            ``data.augment.last_epochs`` begin and keeps in them (RTMDet, DEIM).
+        flat: share of the run's steps, 0..1, warm-up among them, at which the cosine of ``flat_cosine`` begins.
         final_lr: fraction of the peak that the schedule ends at.
         accumulate: batches per optimiser step, which uses the mean of their losses.
         clip_norm: largest gradient norm; 0 switches clipping off.
@@ -266,7 +292,8 @@ class TrainConfig(Settings):
     weight_decay: float = Field(1e-4, ge=0, le=100)
     beta2: float = Field(0.999, gt=0, lt=1)
     warmup_steps: int = Field(1000, ge=0, le=MOST_STEPS)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "flat_cosine"] = "cosine"
+    flat: float = Field(0.5, ge=0, le=1)
     final_lr: float = Field(0.01, ge=0, le=1)
     accumulate: int = Field(1, ge=1, le=MOST_STEPS)
     clip_norm: float = Field(0.1, ge=0, le=1e12)

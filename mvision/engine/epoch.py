@@ -123,7 +123,7 @@ def _optimize(trainer: Trainer, guard: BufferGuard) -> torch.Tensor:
         () float32: 1 if the gradient was not finite.
     """
     config, progress, scaler = trainer.config.train, trainer.progress, trainer.accelerator.scaler
-    set_learning_rate(trainer.optimizer, config, progress.step, trainer.total_steps)
+    set_learning_rate(trainer.optimizer, config, progress.step, trainer.total_steps, trainer.last_steps)
     # The gradient is the average over all processes, so all of them decide alike.
     norm = trainer.accelerator.clip_grad_norm_(trainer.parameters, config.clip_norm or float("inf"))
     found_inf = norm.isfinite().logical_not().float()

@@ -43,22 +43,43 @@ def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(settings, betas=betas, fused=True)
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int) -> float:
+def set_learning_rate(
+    optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int, last: int = 0
+) -> float:
     """Set every group's learning rate for optimiser step ``step`` of ``total``; returns it as a fraction of the peak.
 
     The rate depends on the step alone, so a resumed run needs no scheduler state.
+
+    Args:
+        last: number of steps at the end of the run in which ``flat_cosine`` stays at its lowest rate.
     """
-    factor = _factor(config, step, total)
+    factor = _factor(config, step, total, last)
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     return factor
 
 
-def _factor(config: TrainConfig, step: int, total: int) -> float:
+def falling_part(config: TrainConfig, total: int, last: int) -> tuple[int, int]:
+    """The first step at which the learning rate falls, and the first one at the end of the fall.
+
+    A warm-up is never cut short; the fall has no step where nothing is left for it.
+    """
+    if config.schedule != "flat_cosine":
+        return config.warmup_steps, total
+    begin = max(config.warmup_steps, round(config.flat * total))
+    return begin, max(begin, total - last)
+
+
+def _factor(config: TrainConfig, step: int, total: int, last: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
-    progress = min(1.0, (step - config.warmup_steps) / max(1, total - config.warmup_steps))
-    shapes = {"cosine": 0.5 * (1 + math.cos(math.pi * progress)), "linear": 1 - progress, "constant": 1.0}
+    begin, end = falling_part(config, total, last)
+    if step < begin:
+        progress = 0.0
+    else:
+        progress = (step - begin) / (end - begin) if step < end else 1.0
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
+    shapes = {"cosine": cosine, "flat_cosine": cosine, "linear": 1 - progress, "constant": 1.0}
     return config.final_lr + (1 - config.final_lr) * shapes[config.schedule]
 
 

@@ -47,6 +47,7 @@ from mvision.engine.checks import (
 from mvision.engine.epoch import train_epoch
 from mvision.engine.graphs import can_record, record_features
 from mvision.engine.optim import Ema, build_optimizer
+from mvision.engine.plan import describe_plan
 from mvision.engine.report import write_prediction_grid
 from mvision.engine.state import SavedState, read_state, run_facts
 from mvision.engine.stopping import StopRequest, lost_processes_in_one_line
@@ -113,6 +114,7 @@ def train(
             _claim(run, accelerator, stack)
         start(trainer, run, saved)
         log(f"run {run.path}: {_describe(trainer, sources)}")
+        log(describe_plan(config, trainer.total_steps, trainer.last_steps))
         warn_of_nothing_to_measure(model, sources, log)
         accelerator.init_trackers("mvision", config=flat(config.model_dump(mode="json")))
         _train_to_the_end(trainer, run, train_loader, validation)
@@ -307,7 +309,8 @@ def _trainer(config: Config, model: Model, accelerator: Accelerator, batches: in
     ema = Ema(model, config.train.ema_decay, config.train.ema_warmup) if config.train.ema_decay else None
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, config.train))
     total_steps = math.ceil(batches / config.train.accumulate) * config.train.epochs
-    trainer = Trainer(config, accelerator, wrapped, optimizer, ema, total_steps)
+    last_steps = total_steps // config.train.epochs * config.data.augment.count_last(config.train.epochs)
+    trainer = Trainer(config, accelerator, wrapped, optimizer, ema, total_steps, last_steps)
     if config.train.cuda_graphs and not config.train.compile and can_record(accelerator, config.train.accumulate):
         record_features(trainer.bare_model)
     return trainer

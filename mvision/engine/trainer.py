@@ -48,6 +48,7 @@ class Trainer:
         model: wrapped for several processes where there are some, else the model itself.
         ema: the moving average of the weights; None where it is switched off.
         total_steps: optimiser steps of the whole run.
+        last_steps: those of its ``data.augment.last_epochs``.
         stop: whether the run has been asked to stop.
         facts: what has to be the same when the run is resumed, see ``state.run_facts``.
         compiles: backbone and neck will be compiled in the first batch.
@@ -60,6 +61,7 @@ class Trainer:
     optimizer: Any
     ema: Ema | None
     total_steps: int
+    last_steps: int = 0
     progress: Progress = field(default_factory=Progress)
     stop: StopRequest = field(default_factory=StopRequest)
     facts: dict[str, Any] = field(default_factory=dict)
