@@ -83,6 +83,21 @@ def test_light_samples_are_without_mosaic(tmp_path: Path) -> None:
     assert not same(Dataset(split, augment)[SampleKey(0, 2, SIZE)], light)
 
 
+def test_unmixed_samples_are_those_of_a_run_without_mosaic_and_mixup(tmp_path: Path) -> None:
+    """But for these two, all that is drawn stays as it was."""
+    split = boxes_only(tmp_path)
+    plain = STRONG.model_copy(update={"mosaic": 0.0, "mixup": 0.0})
+    mixed, alone = Dataset(split, STRONG, seed=3), Dataset(split, plain, seed=3)
+    different = 0
+    for epoch in range(3):
+        for index in range(4):
+            sample = alone[SampleKey(epoch, index, SIZE)]
+            assert same(mixed[SampleKey(epoch, index, SIZE, mixing=False)], sample)
+            assert same(alone[SampleKey(epoch, index, SIZE, mixing=False)], sample)
+            different += not same(mixed[SampleKey(epoch, index, SIZE)], sample)
+    assert different > 5
+
+
 def test_masks_are_drawn_at_the_stride_asked_for(tmp_path: Path) -> None:
     split = split_of(tmp_path, coco([annotation(segmentation=SQUARE)]), "masks")
     for stride, shape in ((1, (64, 96)), (2, (32, 48)), (4, (16, 24))):

@@ -111,9 +111,10 @@ def test_epochs_are_shuffled_and_repeatable() -> None:
 
 @pytest.mark.parametrize(("images", "batch_size", "world"), [(20, 6, 2), (20, 6, 3), (20, 5, 2), (3, 8, 2), (2, 8, 4)])
 def test_processes_share_the_batches_of_one(images: int, batch_size: int, world: int) -> None:
-    alone = list(TrainBatches(images, batch_size, SIZE, multi_scale=0.4))
+    scales = AugmentConfig(multi_scale=0.4)
+    alone = list(TrainBatches(images, batch_size, SIZE, augment=scales))
     ranks = [
-        list(TrainBatches(images, batch_size, SIZE, multi_scale=0.4, rank=r, world_size=world)) for r in range(world)
+        list(TrainBatches(images, batch_size, SIZE, augment=scales, rank=r, world_size=world)) for r in range(world)
     ]
     assert {len(batches) for batches in ranks} == {len(alone)}
     for number, keys in enumerate(alone):
@@ -132,7 +133,7 @@ def test_a_data_set_smaller_than_a_batch_makes_one_batch() -> None:
 
 
 def test_multi_scale_sizes_are_multiples_of_32_in_proportion() -> None:
-    batches = TrainBatches(400, 2, (320, 640), multi_scale=0.25)
+    batches = TrainBatches(400, 2, (320, 640), augment=AugmentConfig(multi_scale=0.25))
     sizes = {keys[0].image_size for keys in batches}
     assert len(sizes) > 4
     for height, width in sizes:
@@ -143,11 +144,41 @@ def test_multi_scale_sizes_are_multiples_of_32_in_proportion() -> None:
 
 
 def test_augmentation_is_light_at_the_end_of_the_run() -> None:
-    batches = TrainBatches(4, 4, SIZE, epochs=10, last_epochs=0.2)
-    light = []
+    batches = TrainBatches(4, 4, SIZE, epochs=10, augment=AugmentConfig(last_epochs=0.2))
+    light, mixing = [], []
     for batches.epoch in range(10):
         light.append(next(iter(batches))[0].light)
+        mixing.append(next(iter(batches))[0].mixing)
     assert light == [False] * 8 + [True] * 2
+    assert mixing == [True] * 8 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("epochs", "start", "stop", "expected"),
+    [
+        (58, 0.069, 0.5, range(4, 29)),  # DEIM-D-FINE-L
+        (10, 0.0, 1.0, range(8)),  # never in the last epochs
+        (10, 0.9, 1.0, range(0)),
+        (10, 0.3, 0.3, range(0)),
+        (1, 0.0, 1.0, range(1)),
+    ],
+)
+def test_mosaic_and_mixup_have_their_share_of_the_run(epochs: int, start: float, stop: float, expected: range) -> None:
+    augment = AugmentConfig(mosaic=0.5, mixing_start=start, mixing_stop=stop, last_epochs=0.2)
+    batches = TrainBatches(4, 4, SIZE, epochs=epochs, augment=augment)
+    mixed = []
+    for batches.epoch in range(epochs):
+        (keys,) = batches
+        assert len({key.mixing for key in keys}) == 1
+        if keys[0].mixing:
+            mixed.append(batches.epoch)
+    assert mixed == list(expected)
+
+
+def test_shares_of_the_run_are_in_order() -> None:
+    AugmentConfig(mixing_start=0.5, mixing_stop=0.5)
+    with pytest.raises(ValueError, match=r"mixing_start 0\.6 is after mixing_stop 0\.5"):
+        AugmentConfig(mixing_start=0.6, mixing_stop=0.5)
 
 
 def test_evaluation_sees_every_image_once(tmp_path: Path) -> None:

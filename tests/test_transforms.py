@@ -66,7 +66,7 @@ class Scene:
         ).picture(slice(None))
 
 
-def sample(seed: int, size: tuple[int, int] = SIZE, scene: Scene | None = None, **augment: float) -> Any:
+def sample(seed: int, size: tuple[int, int] = SIZE, scene: Scene | None = None, **augment: Any) -> Any:
     transform = TrainTransform(AugmentConfig(**{**OFF, **augment}), SWAP)
     return transform(scene or Scene(), seed % 5, size, np.random.default_rng(seed))
 
@@ -115,10 +115,12 @@ def check_labels(image: np.ndarray, labels: PictureLabels, size: tuple[int, int]
         {"zoom_out": 1.0, "crop": 1.0, "flip": 0.5, "vertical_flip": 0.5},
         {"mosaic": 1.0},
         {"mosaic": 1.0, "flip": 0.5, "vertical_flip": 0.5},
+        {"mosaic": 1.0, "mosaic_form": "whole"},
+        {"mosaic": 1.0, "mosaic_form": "whole", "flip": 0.5, "vertical_flip": 0.5},
     ],
     ids=str,
 )
-def test_labels_follow_the_pixels(augment: dict[str, float]) -> None:
+def test_labels_follow_the_pixels(augment: dict[str, Any]) -> None:
     for seed in range(25):
         image, labels = sample(seed, **augment)
         assert image.shape == (*SIZE, 3)

@@ -15,6 +15,7 @@ from mvision.compat import albumentations_alone
 from mvision.config import AugmentConfig
 from mvision.data.augment.extra import ExtraTransforms
 from mvision.data.augment.geometry import FILL, PixelRect, Placement, Rect, fit, flip, paint, place, tighten
+from mvision.data.augment.mosaic import Turn, mosaic_of_whole
 from mvision.data.formats.labels import WHOLE, PictureLabels, join_labels
 
 with albumentations_alone():
@@ -85,6 +86,10 @@ class TrainTransform:
         self.photometric = A.ColorJitter(**factors, hue=(-hue, hue), p=1.0)
         self.extra = ExtraTransforms(config.extra, swap) if config.extra else None
 
+    def unmixed(self) -> TrainTransform:
+        """The same without mosaic and mixup."""
+        return TrainTransform(self.config.model_copy(update={"mosaic": 0.0, "mixup": 0.0}), self.swap)
+
     def light(self) -> TrainTransform:
         """The same without mosaic, mixup and zoom-out, for the end of a run."""
         config = self.config.model_copy(update={"mosaic": 0.0, "mixup": 0.0, "zoom_out": 0.0})
@@ -99,7 +104,7 @@ class TrainTransform:
         """
         image, labels = self._picture(source, index, size, rng)
         if rng.random() < self.config.mixup:
-            other, more = self._picture(source, int(rng.integers(len(source))), size, rng)
+            other, more = self._picture(source, _another(source, index, rng), size, rng)
             image = _blend(image, other, rng.uniform(*MIXUP_WEIGHTS))
             labels = join_labels((labels, more))
         if rng.random() < self.config.flip:
@@ -119,7 +124,8 @@ class TrainTransform:
         self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
     ) -> tuple[np.ndarray, PictureLabels]:
         if rng.random() < self.config.mosaic:
-            return _mosaic(source, index, size, rng)
+            mosaic = _mosaic if self.config.mosaic_form == "filled" else _mosaic_of_whole
+            return mosaic(source, index, size, rng)
         view = WHOLE
         if rng.random() < self.config.zoom_out:
             view = zoom_out(rng)
@@ -204,6 +210,22 @@ def _mosaic(
             canvas = paint(image, placement, canvas)
             tile_labels.append(place(source.labels(member), placement, window))
     return canvas, join_labels(tile_labels)
+
+
+def _mosaic_of_whole(
+    source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
+) -> tuple[np.ndarray, PictureLabels]:
+    """See ``mosaic_of_whole``; the image of the sample is any of the four."""
+    turn = Turn.draw(rng)
+    members = rng.permutation([index, *rng.integers(len(source), size=3)]).tolist()
+    pictures = [(source.image(member, turn.quarter(size)), source.labels(member)) for member in members]
+    return mosaic_of_whole(pictures, turn, size, source.aspect(index))
+
+
+def _another(source: Source, index: int, rng: np.random.Generator) -> int:
+    """A random image to blend with, not the same one if there are others: its objects would be there twice."""
+    other = int(rng.integers(len(source)))
+    return (other + 1) % len(source) if other == index else other
 
 
 def _placed(

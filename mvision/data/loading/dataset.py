@@ -41,6 +41,7 @@ class SampleKey:
         image_size: (height, width) of the sample in pixels.
         light: without mosaic, mixup and zoom-out (the end of a run).
         repeat: how often the epoch showed the image before.
+        mixing: mosaic and mixup are allowed.
     """
 
     epoch: int
@@ -48,6 +49,7 @@ class SampleKey:
     image_size: tuple[int, int]
     light: bool = False
     repeat: int = 0
+    mixing: bool = True
 
 
 @dataclass
@@ -123,12 +125,13 @@ class Dataset(data.Dataset[Sample]):
         self.pixel_range = pixel_range
         self.augmented = augment is not None
         self.transform: Transform
+        self.unmixed: Transform
         self.light: Transform
         if augment is None:
-            self.transform = self.light = EvalTransform()
+            self.transform = self.unmixed = self.light = EvalTransform()
         else:
             train = TrainTransform(augment, mirror_keypoints(split.categories))
-            self.transform, self.light = train, train.light()
+            self.transform, self.unmixed, self.light = train, train.unmixed(), train.light()
 
     def __len__(self) -> int:
         return len(self.records)
@@ -139,7 +142,8 @@ class Dataset(data.Dataset[Sample]):
         index = key.index
         for attempt in range(ATTEMPTS if self.augmented else 1):
             # Where many files are damaged, a mosaic of four is unlikely to succeed: the later attempts are without.
-            transform = self.light if key.light or attempt >= ATTEMPTS // 2 else self.transform
+            transform = self.transform if key.mixing else self.unmixed
+            transform = self.light if key.light or attempt >= ATTEMPTS // 2 else transform
             more = (key.repeat,) if key.repeat else ()
             rng = np.random.default_rng((self.seed, key.epoch, key.index, attempt, *more))
             try:

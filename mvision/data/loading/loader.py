@@ -186,17 +186,7 @@ def build_train_loader(
         ]
         dataset = MixedDataset(datasets)
         images = [(len(one), source.weight) for one, source in zip(datasets, split)]
-    batches = TrainBatches(
-        images,
-        batch_size,
-        image_size,
-        seed,
-        epochs,
-        config.augment.last_epochs,
-        config.augment.multi_scale,
-        rank,
-        world_size,
-    )
+    batches = TrainBatches(images, batch_size, image_size, seed, epochs, config.augment, rank, world_size)
     on_cuda = torch.device(device).type == "cuda"
     return Loader(dataset, batches, pick_workers(config.workers, on_cuda, world_size), pin_memory=on_cuda)
 

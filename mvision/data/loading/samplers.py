@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from mvision.config import AugmentConfig
 from mvision.data.loading.dataset import SampleKey
 
 SHUFFLE, SCALE = 1, 2  # so that shuffling, image sizes and samples do not draw the same numbers from (seed, epoch)
@@ -29,8 +30,7 @@ class TrainBatches:
         image_size: tuple[int, int],
         seed: int = 0,
         epochs: int | None = None,
-        last_epochs: float = 0.0,
-        multi_scale: float = 0.0,
+        augment: AugmentConfig | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -41,17 +41,19 @@ class TrainBatches:
             batch_size: total over processes.
             image_size: (height, width) in pixels.
             seed: of shuffling and sizes.
-            epochs: of the run; None: unknown, and ``last_epochs`` is ignored.
-            last_epochs: share of the epochs at the end with light augmentation, 0..1.
-            multi_scale: sizes differ by up to this fraction of ``image_size``.
+            epochs: of the run; None: unknown, and all of them are augmented alike.
+            augment: which epochs have which augmentation, and how far sizes differ; None: all of it, and one size.
             rank, world_size: this process among all.
         """
         self.sources = [(num_images, 1.0)] if isinstance(num_images, int) else list(num_images)
         self.drawn = [max(1, round(count * weight)) for count, weight in self.sources]
         self.num_images, self.batch_size, self.image_size = sum(self.drawn), batch_size, image_size
-        self.seed, self.multi_scale = seed, multi_scale
+        self.seed, self.multi_scale = seed, 0.0 if augment is None else augment.multi_scale
         self.rank, self.world_size = rank, world_size
-        self.light_from = math.inf if epochs is None else epochs - round(epochs * last_epochs)
+        self.light_from: float = math.inf
+        self.mixing: range | None = None
+        if epochs is not None and augment is not None:
+            self.light_from, self.mixing = epochs - augment.count_last(epochs), augment.mixing(epochs)
         self.epoch = self.start = 0
 
     def __len__(self) -> int:
@@ -60,12 +62,13 @@ class TrainBatches:
     def __iter__(self) -> Iterator[list[SampleKey]]:
         order = self._order()
         light = self.epoch >= self.light_from
+        mixing = not light and (self.mixing is None or self.epoch in self.mixing)
         for number in range(self.start, len(self)):
             members = order[number * self.batch_size : (number + 1) * self.batch_size]
             members = members[np.arange(max(len(members), self.world_size)) % len(members)]
             size = self._size(number)
             own = members[self.rank :: self.world_size].tolist()
-            yield [SampleKey(self.epoch, index, size, light, repeat) for index, repeat in own]
+            yield [SampleKey(self.epoch, index, size, light, repeat, mixing) for index, repeat in own]
 
     def _order(self) -> np.ndarray:
         """(n, 2) indices of this epoch's images, and how often each occurs in it before.
