@@ -16,7 +16,7 @@ Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 EXISTING_FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 OUTPUT_FOLDER = click.Path(path_type=Path, file_okay=False)
-WEIGHTS = "a run folder, .safetensors file, Hugging Face folder or Hub id"
+WEIGHTS = "a run folder, .safetensors file, Hugging Face folder, Hub id or name from mvision models"
 
 
 def echo(text: object) -> None:

@@ -204,8 +204,9 @@ def resolve_weights(source: str | Path) -> Path:
             return _in_folder(fetched) if fetched.is_dir() else _own_file(fetched)
     unknown = "no such file or folder"
     if could_be_name(str(source)):
-        unknown += f", and no published model has this name; {suggestion(str(source))}"
-    raise UserError(f"weights {_one_line(source)}: {unknown}; give {FORMS}")
+        unknown += ", and no published model has this name"
+    near = f"{suggestion(str(source))} Else " if suggestion(str(source)) else ""
+    raise UserError(f"weights {_one_line(source)}: {unknown}; {near}give {FORMS}")
 
 
 def _own_file(path: Path) -> Path:

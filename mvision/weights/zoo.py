@@ -291,14 +291,15 @@ _NAME = re.compile(r"[a-zA-Z][\w.]*(-[\w.]+)*")
 def get(name: str) -> ZooModel:
     """The model with this short name; a UserError suggests the nearest name for one that is unknown."""
     if name not in MODELS:
-        raise UserError(f"model {name[:100]}: no published model has this name; {suggestion(name)}")
+        end = suggestion(name) or "'mvision models' lists their names"
+        raise UserError(f"model {name[:100]}: no published model has this name; {end}")
     return MODELS[name]
 
 
 def suggestion(name: str) -> str:
-    """The end of an error line about an unknown short name."""
+    """The nearest short name as the end of an error line, ``did you mean 'X'?``; empty if no name is like it."""
     near = difflib.get_close_matches(name.replace("_", "-")[:100].lower(), MODELS, n=1)
-    return f"did you mean '{near[0]}'? ('mvision models' lists all)" if near else "'mvision models' lists all"
+    return f"did you mean '{near[0]}'?" if near else ""
 
 
 def could_be_name(source: str) -> bool:
@@ -307,9 +308,12 @@ def could_be_name(source: str) -> bool:
 
 
 def of_file(name: str) -> ZooModel | None:
-    """The model whose authors' file has this name, also where a browser has added `` (1)`` to it; None if unknown."""
+    """The model whose authors' file has this name, or which is saved under its short name; None if unknown.
+
+    A browser adds `` (1)`` to the name of a second download, which does not count.
+    """
     plain = re.sub(r"( ?\(\d+\))(?=\.\w+$)", "", name)
-    return next((model for model in MODELS.values() if model.file is not None and model.file == plain), None)
+    return next((model for model in MODELS.values() if plain in (model.file, f"{model.name}.pth")), None)
 
 
 def of_config(config: str, models: Iterable[ZooModel] = _MODELS) -> list[ZooModel]:
