@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from mvision.heads.query import anchors as anchors_module
 from mvision.heads.query import decoder as decoder_module
-from mvision.heads.query.decoder import DecoderConfig, QueryDecoder, make_anchors
+from mvision.heads.query.anchors import make_anchors
+from mvision.heads.query.decoder import QueryDecoder
 from mvision.heads.query.denoising import make_denoising
 from mvision.heads.query.matching import pad_targets
+from mvision.heads.query.settings import DecoderConfig
 from mvision.structures.boxes import inverse_sigmoid
 from tests.test_matching import make_targets
 
@@ -44,7 +47,7 @@ def test_tokens_at_the_border_have_no_anchor():
 
 def test_anchors_are_computed_once_for_a_shape(monkeypatch):
     calls = []
-    monkeypatch.setattr(decoder_module, "make_anchors", lambda *args: calls.append(args) or make_anchors(*args))
+    monkeypatch.setattr(anchors_module, "make_anchors", lambda *args: calls.append(args) or make_anchors(*args))
     decoder = _decoder()
     with torch.inference_mode():
         first = decoder(_maps()).boxes

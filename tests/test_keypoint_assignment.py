@@ -8,7 +8,7 @@ from scipy.optimize import linear_sum_assignment
 
 from mvision.heads.keypoints.assignment import assign_one2many, candidates, compute_alignment, start_one2one
 from mvision.heads.keypoints.targets import ClassTables, KeypointTargets, keypoint_targets
-from mvision.heads.query.decoder import grid_centres
+from mvision.heads.query.anchors import grid_centres
 from mvision.structures import Category, Targets
 
 SHAPES = [(8, 8), (4, 4)]

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mvision.heads.query.decoder import grid_centres
+from mvision.heads.query.anchors import grid_centres
 from mvision.structures.boxes import xyxy_to_cxcywh
 
 # Side of a grid point's reference box as a fraction of the image: on the finest of several levels (it doubles from

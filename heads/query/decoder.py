@@ -1,58 +1,31 @@
-"""The RT-DETR query decoder: the best-scored tokens of the feature maps become queries, which layers refine into boxes.
+"""The query decoder: the best-scored tokens of the feature maps become queries, which layers refine into boxes.
 
 A token is one position of one of the neck's maps; the memory is the sequence of all tokens, the finest map first.
-Detection and instance segmentation share the decoder. Source: Zhao et al., "DETRs Beat YOLOs on Real-time Object
-Detection", CVPR 2024, sections 4.3 and 4.4; iterative box refinement and two-stage query selection come from Deformable
-DETR.
+Detection and instance segmentation share the decoder. With the default settings it is RT-DETR's (Zhao et al., "DETRs
+Beat YOLOs on Real-time Object Detection", CVPR 2024, sections 4.3 and 4.4; iterative box refinement and two-stage query
+selection come from Deformable DETR). Other settings make it D-FINE's, DEIM's or EdgeCrafter's, see ``DecoderConfig``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from mvision.heads.query.deformable import DeformableAttention, Shapes
+from mvision.heads.query.anchors import anchors_and_border, box_dtype, make_anchors
 from mvision.heads.query.denoising import Denoising
+from mvision.heads.query.distribution import STATISTICS, BoxDistribution, statistics
+from mvision.heads.query.layers import DecoderLayer, zero
+from mvision.heads.query.sampling import Shapes
+from mvision.heads.query.settings import DecoderConfig
 from mvision.neck.cached import ShapeCache, in_graph
-from mvision.neck.layers import MLP, ConvNorm, SelfAttention
-from mvision.settings import MAX_LAYERS, MAX_OBJECTS, MAX_WIDTH, Replacement, Settings
+from mvision.neck.layers import MLP, ConvNorm
 from mvision.structures.boxes import inverse_sigmoid
-
-
-class DecoderConfig(Settings):
-    """Settings of the query decoder.
-
-    Attributes:
-        embed_dim: width of queries and memory.
-        num_queries: largest number of objects that can be predicted in an image; may be changed after training.
-        num_layers: decoder layers.
-        num_heads, ffn_dim, dropout: of every decoder layer.
-        num_points: sampled points per attention head and level.
-        sampling, offset_scale: see ``DeformableAttention``.
-        shared_class_head: one classifier for the tokens and for all layers, and layers that start as the identity, so
-            that in the first step the decoder classifies its queries as the tokens were classified. Trains faster from
-            random weights; published weights have one classifier per layer.
-    """
-
-    embed_dim: int = Field(256, gt=0, le=MAX_WIDTH)
-    num_queries: int = Field(300, gt=0, le=MAX_OBJECTS)
-    num_layers: int = Field(6, ge=1, le=MAX_LAYERS)
-    num_heads: int = Field(8, gt=0, le=MAX_WIDTH)
-    ffn_dim: int = Field(1024, gt=0, le=8 * MAX_WIDTH)
-    num_points: int = Field(4, gt=0, le=1024)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    sampling: Literal["default", "discrete"] = "default"
-    offset_scale: float = Field(0.5, gt=0)
-    shared_class_head: bool = False
-
-    retired = {"learned_queries": [Replacement(False)]}
 
 
 class DenseOutputs(NamedTuple):
@@ -78,6 +51,12 @@ class Decoded:
         encoder_logits, encoder_boxes: (B, Q, C) and (B, Q, 4) of the selected tokens.
         encoder_queries: (B, Q, embed_dim), the features of the selected tokens.
         dense: of all tokens, in training and where the decoder was built with ``dense``; else None.
+        corners: (L, B, D + Q, 4 * (num_bins + 1)), of all layers the logits of the distributions of the left, upper,
+            right and lower sides, relative to ``initial``, in float32 or better. This and the next three are None
+            unless the boxes are distributions and all layers were asked for.
+        initial: (B, D + Q, 4) cxcywh, without gradient: ``pre_boxes``.
+        pre_logits, pre_boxes: (B, D + Q, C) and (B, D + Q, 4), what the first layer predicts on its own: classes
+            without the estimate of the location's quality, and the boxes that all layers refine.
     """
 
     logits: Tensor
@@ -87,6 +66,21 @@ class Decoded:
     encoder_boxes: Tensor
     encoder_queries: Tensor
     dense: DenseOutputs | None
+    corners: Tensor | None = None
+    initial: Tensor | None = None
+    pre_logits: Tensor | None = None
+    pre_boxes: Tensor | None = None
+
+
+@dataclass
+class _Refined:
+    """What the layers give, in the order of the layers; ``pre_boxes`` and ``corners`` are those of ``Decoded``."""
+
+    boxes: list[Tensor] = field(default_factory=list)
+    queries: list[Tensor] = field(default_factory=list)
+    corners: list[Tensor] = field(default_factory=list)
+    qualities: list[Tensor] = field(default_factory=list)
+    pre_boxes: Tensor | None = None
 
 
 class QueryDecoder(nn.Module):
@@ -109,22 +103,37 @@ class QueryDecoder(nn.Module):
         dense: bool = False,
     ) -> None:
         super().__init__()
-        dim = config.embed_dim
+        dim, act = config.embed_dim, config.act
         self.config = config
         self.num_classes = num_classes
-        self.input_proj = nn.ModuleList(ConvNorm(channels, dim, 1, act=None) for channels in in_channels)
-        self.memory_proj = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
+        as_it_is = dim if config.input_projection == "if_needed" else None
+        self.input_proj = nn.ModuleList(
+            nn.Identity() if channels == as_it_is else ConvNorm(channels, dim, 1, act=None) for channels in in_channels
+        )
+        self.memory_proj: nn.Module = (
+            nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim)) if config.memory_projection else nn.Identity()
+        )
         self.memory_class = nn.Linear(dim, num_classes)
-        self.memory_box = MLP(dim, dim, 4, 3)
+        self.memory_box = MLP(dim, dim, 4, 3, act=act)
         # Not the heads above: one-to-many supervision makes the scores of many tokens of an object high, and selecting
         # by such scores would turn all of them into queries.
         self.dense_class = nn.Linear(dim, num_classes) if dense else None
-        self.dense_box = MLP(dim, dim, 4, 3) if dense else None
-        self.position = MLP(4, 2 * dim, dim, 2)
+        self.dense_box = MLP(dim, dim, 4, 3, act=act) if dense else None
+        deep = config.position_mlp == "deep"
+        self.position = MLP(4, dim, dim, 3, act=act) if deep else MLP(4, 2 * dim, dim, 2, act=act)
         self.layers = nn.ModuleList(DecoderLayer(config, len(in_channels)) for _ in range(config.num_layers))
         own_heads = 0 if config.shared_class_head else config.num_layers
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(own_heads))
-        self.box_heads = nn.ModuleList(MLP(dim, dim, 4, 3) for _ in range(config.num_layers))
+        self.distribution = (
+            BoxDistribution(config.num_bins, config.bin_scale, config.bin_reach)
+            if config.box_refinement == "distribution"
+            else None
+        )
+        sides = 4 if self.distribution is None else 4 * (config.num_bins + 1)
+        self.pre_box = None if self.distribution is None else MLP(dim, dim, 4, 3, act=act)
+        self.box_heads = nn.ModuleList(MLP(dim, dim, sides, 3, act=act) for _ in range(config.num_layers))
+        own_heads = config.num_layers if config.location_quality else 0
+        self.quality_heads = nn.ModuleList(MLP(STATISTICS, 64, 1, 2, act=act) for _ in range(own_heads))
         # The additional row, zeros, is for padding.
         self.label_embed = nn.Embedding(num_classes + 1, dim, padding_idx=num_classes) if num_denoising else None
         self._anchors = ShapeCache()
@@ -135,16 +144,16 @@ class QueryDecoder(nn.Module):
         for head in (self.memory_class, self.dense_class, *self.class_heads):
             if isinstance(head, nn.Linear):
                 nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
-        for mlp in (self.memory_box, self.dense_box, *self.box_heads):
+        for mlp in (self.memory_box, self.dense_box, self.pre_box, *self.box_heads, *self.quality_heads):
             if isinstance(mlp, MLP):
-                _zero(mlp.layers[-1])
+                zero(mlp.layers[-1])
         if self.config.shared_class_head:
             for layer in self.layers:
                 assert isinstance(layer, DecoderLayer)
                 layer.start_as_identity()
-        for linear in (self.memory_proj[0], *self.position.layers):
-            assert isinstance(linear, nn.Linear)
-            nn.init.xavier_uniform_(linear.weight)
+        for linear in (*self.memory_proj.children(), *self.position.layers):
+            if isinstance(linear, nn.Linear):
+                nn.init.xavier_uniform_(linear.weight)
 
     def forward(self, maps: list[Tensor], denoising: Denoising | None = None, *, every_layer: bool = False) -> Decoded:
         """Select queries and refine them.
@@ -177,30 +186,41 @@ class QueryDecoder(nn.Module):
         encoder_logits = self.memory_class(selected) if every_layer else scores.gather(1, index.expand(-1, -1, classes))
         encoder_boxes = (self.memory_box(selected).to(anchors.dtype) + selected_anchors).sigmoid()
 
-        queries = selected.detach()
-        references = encoder_boxes.detach()
-        mask = None
-        if denoising is None and every_layer and self.label_embed is not None:
-            # A batch without objects has no denoising queries, but distributed training needs a gradient for every
-            # parameter.
-            queries = queries + 0 * self.label_embed.weight.sum()
-        if denoising is not None:
-            if self.label_embed is None:
-                raise ValueError("denoising queries need a decoder built with num_denoising > 0")
-            queries = torch.cat((self.label_embed(denoising.labels).to(queries.dtype), queries), 1)
-            noisy = inverse_sigmoid(denoising.boxes.to(references.dtype)).sigmoid()
-            references = torch.cat((noisy, references), 1)
-            mask = _additive(denoising.mask, queries)
-        logits, boxes, contents = self._refine(queries, references, memory, shapes, mask, every_layer)
+        queries, references, mask = self._start(selected, encoder_boxes, denoising, every_layer)
+        refined = self._refine(queries, references, memory, shapes, mask, every_layer)
+        contents = _stack(refined.queries)
+        logits = self._classify(refined.queries, contents)
+        first = refined.pre_boxes
         return Decoded(
-            logits=logits,
-            boxes=boxes,
+            logits=logits + _stack(refined.qualities) if refined.qualities else logits,
+            boxes=_stack(refined.boxes),
             queries=contents,
+            corners=_stack(refined.corners) if refined.corners else None,
+            initial=None if first is None else first.detach(),
+            pre_logits=None if first is None else logits[0],
+            pre_boxes=first,
             encoder_logits=encoder_logits,
             encoder_boxes=encoder_boxes,
             encoder_queries=selected,
             dense=self._dense(features, anchors) if every_layer else None,
         )
+
+    def _start(
+        self, selected: Tensor, boxes: Tensor, denoising: Denoising | None, every_layer: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Queries, reference boxes and attention mask of the first layer, those of denoising before the selected."""
+        queries, references = selected.detach(), boxes.detach()
+        if denoising is None:
+            if every_layer and self.label_embed is not None:
+                # A batch without objects has no denoising queries, but distributed training needs a gradient for every
+                # parameter.
+                queries = queries + 0 * self.label_embed.weight.sum()
+            return queries, references, None
+        if self.label_embed is None:
+            raise ValueError("denoising queries need a decoder built with num_denoising > 0")
+        queries = torch.cat((self.label_embed(denoising.labels).to(queries.dtype), queries), 1)
+        noisy = inverse_sigmoid(denoising.boxes.to(references.dtype)).sigmoid()
+        return queries, torch.cat((noisy, references), 1), _additive(denoising.mask, queries)
 
     def _tokens(self, memory: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
         """The tokens' anchors, (1, S, 4) logits, and their features for the selection, (B, S, embed_dim)."""
@@ -209,7 +229,9 @@ class QueryDecoder(nn.Module):
             anchors, valid = make_anchors(shapes, memory.device, dtype)
             return anchors, self.memory_proj(memory * valid.to(memory.dtype))
         key = (tuple(shapes), dtype, memory.device)
-        anchors, border = self._anchors.get(key, partial(_anchors_and_border, shapes, dtype, memory.device))
+        anchors, border = self._anchors.get(key, partial(anchors_and_border, shapes, dtype, memory.device))
+        if not isinstance(self.memory_proj, nn.Sequential):
+            return anchors, memory.index_fill(1, border, 0) if len(border) else memory
         linear, norm = self.memory_proj
         features = linear(memory)
         if len(border):
@@ -231,61 +253,52 @@ class QueryDecoder(nn.Module):
         shapes: Shapes,
         mask: Tensor | None,
         every_layer: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits, boxes and queries, each (L, B, Q, ...), of all layers or of the last one alone (L = 1)."""
-        boxes, contents = [], []
-        last = len(self.layers) - 1
+    ) -> _Refined:
+        """Run the layers; without ``every_layer`` keep what the last one gives alone."""
+        found = _Refined()
+        initial = position = corners = probabilities = previous = None
         for index, layer in enumerate(self.layers):
-            position = self.position(references.to(queries.dtype))
+            if position is None or not self.config.position_once:
+                position = self._position(references, queries.dtype)
             queries = layer(queries, position, references, memory, shapes, mask)
-            refined = (self.box_heads[index](queries).to(references.dtype) + inverse_sigmoid(references)).sigmoid()
-            if every_layer or index == last:
-                boxes.append(refined)
-                contents.append(queries)
-            references = refined.detach()
-        every = _stack(contents)
+            if self.distribution is None or self.pre_box is None:
+                boxes = _moved(references, self.box_heads[index](queries))
+            else:
+                if initial is None:
+                    first = _moved(references, self.pre_box(queries))
+                    initial, found.pre_boxes = first.detach(), first if every_layer else None
+                change = self.box_heads[index](queries if previous is None else queries + previous)
+                change = change.to(references.dtype)
+                corners, previous = change if corners is None else corners + change, queries.detach()
+                probabilities = self.distribution.probabilities(corners)
+                boxes = self.distribution.boxes(probabilities, initial)
+                if every_layer:
+                    found.corners.append(corners)
+            references = boxes.detach()
+            if every_layer or index == len(self.layers) - 1:
+                found.boxes.append(boxes)
+                found.queries.append(queries)
+                if self.quality_heads and probabilities is not None:
+                    of_sides = statistics(probabilities).to(queries.dtype)
+                    found.qualities.append(self.quality_heads[index](of_sides))
+        return found
+
+    def _position(self, references: Tensor, dtype: torch.dtype) -> Tensor:
+        """(B, Q, embed_dim) the embedding of the reference boxes (B, Q, 4)."""
+        position, limit = self.position(references.to(dtype)), self.config.position_limit
+        return position if limit is None else position.clamp(-limit, limit)
+
+    def _classify(self, of_layers: list[Tensor], stacked: Tensor) -> Tensor:
+        """(L, B, Q, C) logits of the queries of the last L layers, which are given one by one and together."""
         if not self.class_heads:
-            return self.memory_class(every), _stack(boxes), every
-        heads = list(self.class_heads)[-len(contents) :]
-        return _stack([head(of_layer) for head, of_layer in zip(heads, contents)]), _stack(boxes), every
+            return self.memory_class(stacked)
+        heads = list(self.class_heads)[-len(of_layers) :]
+        return _stack([head(queries) for head, queries in zip(heads, of_layers)])
 
 
-class DecoderLayer(nn.Module):
-    """Self-attention between queries, deformable attention to the memory, feed-forward network; a norm after each."""
-
-    def __init__(self, config: DecoderConfig, num_levels: int) -> None:
-        super().__init__()
-        dim = config.embed_dim
-        self.self_attention = SelfAttention(dim, config.num_heads, config.dropout)
-        self.norm1 = nn.LayerNorm(dim)
-        self.cross_attention = DeformableAttention(
-            dim, config.num_heads, num_levels, config.num_points, config.sampling, config.offset_scale
-        )
-        self.norm2 = nn.LayerNorm(dim)
-        self.ffn = MLP(dim, config.ffn_dim, dim, 2, act="relu", dropout=config.dropout)
-        self.norm3 = nn.LayerNorm(dim)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(
-        self, queries: Tensor, position: Tensor, references: Tensor, memory: Tensor, shapes: Shapes, mask: Tensor | None
-    ) -> Tensor:
-        """Refine queries (B, Q, D).
-
-        Args:
-            position: (B, Q, D), embeddings of the reference boxes.
-            references: (B, Q, 4) cxcywh in 0..1.
-            memory, shapes: see ``DeformableAttention.forward``.
-            mask: (Q, Q) bool, True where the query of a row may attend to that of a column; None: everywhere.
-        """
-        queries = self.norm1(queries + self.dropout(self.self_attention(queries, position, mask)))
-        attended = self.cross_attention(queries + position, references, memory, shapes)
-        queries = self.norm2(queries + self.dropout(attended))
-        return self.norm3(queries + self.dropout(self.ffn(queries)))
-
-    def start_as_identity(self) -> None:
-        """Zero the last linear layer of every branch: apart from its norms the layer returns its queries unchanged."""
-        for branch in (self.self_attention.out_proj, self.cross_attention.output_proj, self.ffn.layers[-1]):
-            _zero(branch)
+def _moved(references: Tensor, change: Tensor) -> Tensor:
+    """Boxes (..., 4) in 0..1, from reference boxes and what is added to their logits."""
+    return (change.to(references.dtype) + inverse_sigmoid(references)).sigmoid()
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
@@ -302,48 +315,3 @@ def _additive(mask: Tensor, queries: Tensor) -> Tensor:
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
     bias = torch.zeros(size, math.ceil(size / 16) * 16, dtype=dtype, device=mask.device)[:, :size]
     return bias.masked_fill_(~mask, -torch.inf)
-
-
-def _anchors_and_border(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``make_anchors``, and the indices (int64) of the tokens whose features are set to zero."""
-    anchors, valid = make_anchors(shapes, torch.device("cpu"), dtype)
-    return anchors.to(device), (~valid.flatten()).nonzero().flatten().to(device)
-
-
-def make_anchors(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits of one square box per token, centred on it: 0.05 wide on the finest level, twice as wide on each next one.
-
-    Returns:
-        (1, S, 4) logits of cxcywh in 0..1, and (1, S, 1) bool: False where a coordinate lies outside 0.01..0.99. The
-        features of such tokens are set to zero, and their logits here are the largest finite number (the convention
-        of the reference implementation). At 640 x 640 these are the 316 tokens at the border of the finest level.
-    """
-    boxes = []
-    for level, (height, width) in enumerate(shapes):
-        centres = grid_centres([(height, width)], device, dtype)
-        boxes.append(torch.cat((centres, torch.full_like(centres, 0.05 * 2.0**level)), -1))
-    anchors = torch.cat(boxes).unsqueeze(0)
-    valid = ((anchors > 0.01) & (anchors < 0.99)).all(-1, keepdim=True)
-    return torch.where(valid, torch.log(anchors / (1 - anchors)), torch.finfo(dtype).max), valid
-
-
-def grid_centres(shapes: Shapes, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """(S, 2) x, y in 0..1 of the centre of every position of maps of these (height, width), map by map, row by row."""
-    centres = []
-    for height, width in shapes:
-        y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height
-        x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width
-        grid_y, grid_x = torch.meshgrid(y, x, indexing="ij")
-        centres.append(torch.stack((grid_x, grid_y), -1).flatten(0, 1))
-    return torch.cat(centres)
-
-
-def box_dtype(memory: Tensor) -> torch.dtype:
-    """Boxes are kept in float32 or better: neighbouring bf16 numbers are up to two pixels apart at 640."""
-    return torch.promote_types(memory.dtype, torch.float32)
-
-
-def _zero(linear: nn.Module) -> None:
-    assert isinstance(linear, nn.Linear)
-    nn.init.zeros_(linear.weight)
-    nn.init.zeros_(linear.bias)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvision.heads.query.decoder import grid_centres
+from mvision.heads.query.anchors import grid_centres
 from mvision.heads.query.deformable import DeformableAttention
 from mvision.neck.aifi import SincosPosition
 
