@@ -124,7 +124,8 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
         """The same outputs without the classes that are not the best of their query, as ``postprocess`` needs them.
 
         For prediction, where an object is not to be reported twice under two names; metrics take all classes. A head
-        whose objects have one class each already need not override it.
+        whose objects have one class each already need not override it: the outputs themselves say that nothing is left
+        out.
         """
         return outputs
 

@@ -34,24 +34,27 @@ def link_poses(objects: Instances, poses: Instances, threshold: float, new: Inst
         Sorted by falling score.
     """
     assert poses.keypoints is not None
-    box_iou = _iou_within_classes(objects, poses)
+    if new is None:
+        new = poses.filter(poses.scores >= threshold)
+    box_iou, iou_of_new = _iou_within_classes(objects, poses, new)
     value = np.where(box_iou >= MIN_IOU, box_iou * poses.scores, 0)
     rows, columns = linear_sum_assignment(value, maximize=True)
     linked = value[rows, columns] > 0
     keypoints = np.zeros((len(objects), *poses.keypoints.shape[1:]), dtype=np.float32)
     keypoints[rows[linked]] = poses.keypoints[columns[linked]]
     with_poses = replace(objects, keypoints=keypoints)
-    if new is None:
-        new = poses.filter(poses.scores >= threshold)
-    alone = np.asarray((_iou_within_classes(objects, new) < MIN_IOU).all(axis=0))
+    alone = np.asarray((iou_of_new < MIN_IOU).all(axis=0))
     return _concatenated(with_poses, new.filter(alone)) if alone.any() else with_poses
 
 
-def _iou_within_classes(objects: Instances, poses: Instances) -> np.ndarray:
-    """(objects, poses) IoU of the boxes, 0 where the classes differ."""
-    first, second = (torch.from_numpy(instances.boxes).double() for instances in (objects, poses))
+def _iou_within_classes(objects: Instances, *poses: Instances) -> list[np.ndarray]:
+    """For each of several sets of poses (objects, poses) IoU of the boxes, 0 where the classes differ."""
+    boxes = np.concatenate([part.boxes for part in poses])
+    labels = np.concatenate([part.labels for part in poses])
+    first, second = (torch.from_numpy(corners).double() for corners in (objects.boxes, boxes))
     box_iou = iou(first[:, None], second[None])[0].numpy()
-    return box_iou * (objects.labels[:, None] == poses.labels)
+    box_iou = box_iou * (objects.labels[:, None] == labels)
+    return np.split(box_iou, np.cumsum([len(part) for part in poses])[:-1], axis=1)
 
 
 def _concatenated(objects: Instances, poses: Instances) -> Instances:

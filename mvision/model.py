@@ -110,7 +110,7 @@ class Model(nn.Module):
 
     def head(self, task: str) -> Head:
         """The head that serves a task."""
-        head = self.heads[serving_task(task, self.tasks)]
+        head = self.heads[task if task in self.heads else serving_task(task, self.tasks)]
         assert isinstance(head, Head)
         return head
 
@@ -202,10 +202,7 @@ class Model(nn.Module):
         for task in tasks[1:]:
             head = self.head(task)
             if head.kind == "poses":
-                new = self._chosen(task, outputs, sizes, chosen)
-                # Poses of any score and class: an object above the threshold gets its pose even where that one's score
-                # is lower, or is higher for another class.
-                poses = head.postprocess(outputs[task], sizes, 0.0)
+                poses, new = self._poses(task, outputs, sizes, chosen)
                 linked = [link_poses(found, of, chosen.lowest, alone) for found, of, alone in zip(merged, poses, new)]
                 merged = [chosen.without_overlaps(found) for found in linked]
             elif head.kind == "regions":
@@ -220,6 +217,23 @@ class Model(nn.Module):
         head = self.head(task)
         raw = outputs[task] if chosen.multi_label else head.best_class_only(outputs[task])
         return [chosen.above(found) for found in head.postprocess(raw, sizes, chosen.lowest)]
+
+    def _poses(
+        self, task: str, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], chosen: Selection
+    ) -> tuple[list[Instances], list[Instances]]:
+        """The poses of every image that objects may get, and those of them that a selection takes.
+
+        The former have any score and class: an object above the threshold gets its pose even where that one's score is
+        lower, or is higher for another class. Both come from one call of the head, whose results are copied once.
+        """
+        head, raw = self.head(task), outputs[task]
+        best = raw if chosen.multi_label else head.best_class_only(raw)
+        if best is raw:
+            poses = of_best = head.postprocess(raw, sizes, 0.0)
+        else:
+            both = head.postprocess({name: torch.cat((raw[name], best[name])) for name in raw}, [*sizes, *sizes], 0.0)
+            poses, of_best = both[: len(sizes)], both[len(sizes) :]
+        return poses, [chosen.above(found.filter(found.scores >= chosen.lowest)) for found in of_best]
 
     def results(
         self, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], threshold: float = 0.0

@@ -44,6 +44,48 @@ def model() -> Model:
     return detector()
 
 
+@pytest.mark.parametrize("with_points", [1, 2])
+@pytest.mark.parametrize("options", [{"threshold": 0.5}, {"threshold": {"a": 0.6, "*": 0.4}}, {"multi_label": True}])
+def test_poses_of_a_joint_model_are_selected_once(
+    with_points: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the results of two selections: the poses that may become objects, and those of any score to be linked."""
+    categories = [
+        Category(id=i, name=n, keypoints=["p", "q"][: 2 * (i <= with_points)]) for i, n in ((1, "a"), (2, "b"))
+    ]
+    torch.manual_seed(0)
+    model = create_model(
+        "tiny", ["detection", "keypoints"], categories=categories, image_size=64, neck__embed_dim=32
+    ).eval()
+    with torch.no_grad():
+        outputs = model(torch.rand(3, 3, 64, 64))
+    for of_head in outputs.values():  # scores on both sides of the thresholds, boxes that meet
+        of_head["logits"] = torch.randn_like(of_head["logits"])
+        of_head["boxes"] = torch.rand_like(of_head["boxes"]) * torch.tensor([0.6, 0.6, 0.2, 0.2]) + 0.2
+    outputs["keypoints"]["similarity"].fill_(1.0)
+    outputs["detection"] = {name: value[:, :12] for name, value in outputs["detection"].items()}
+    sizes = [(100, 80), (50, 60), (64, 64)]
+    chosen = Selection(options.get("threshold", 0.5), options.get("multi_label", False))
+    head = model.head("keypoints")
+    best = outputs["keypoints"] if chosen.multi_label else head.best_class_only(outputs["keypoints"])
+    new = [chosen.above(found) for found in head.postprocess(best, sizes, chosen.lowest)]
+    poses = head.postprocess(outputs["keypoints"], sizes, 0.0)
+    model.heads.pop("keypoints")
+    objects = model.postprocess(outputs, sizes, chosen.threshold, multi_label=chosen.multi_label)
+    model.heads["keypoints"] = head
+    expected = [link_poses(of, pose, chosen.lowest, own) for of, pose, own in zip(objects, poses, new)]
+    calls: list[int] = []
+    postprocess = head.postprocess
+    monkeypatch.setattr(head, "postprocess", lambda *given: calls.append(1) or postprocess(*given))
+    found = model.postprocess(outputs, sizes, **options)
+    assert calls == [1]
+    assert max(len(one) - len(of) for one, of in zip(found, objects)) > 0  # poses that became objects
+    for one, wanted in zip(found, expected, strict=True):
+        assert np.array_equal(one.labels, wanted.labels)
+        for name in ("boxes", "scores", "keypoints"):
+            np.testing.assert_allclose(getattr(one, name), getattr(wanted, name), atol=1e-4)
+
+
 def test_a_query_has_one_class_unless_several_are_asked_for(model: Model) -> None:
     logits = logits_of([0.8, 0.7, 0.1], [0.2, 0.3, 0.6])
     assert found_by(model, logits) == [("cat", 0.8), ("a=b", 0.6)]

@@ -268,6 +268,8 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
 
     def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``Head.best_class_only``."""
+        if len(self.classes) == 1:
+            return outputs
         return {name: only_best_class(value) if name == "logits" else value for name, value in outputs.items()}
 
     def scores(self, outputs: dict[str, Tensor]) -> Tensor:
