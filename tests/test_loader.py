@@ -143,44 +143,6 @@ def test_multi_scale_sizes_are_multiples_of_32_in_proportion() -> None:
     assert {keys[0].image_size for keys in TrainBatches(40, 2, (320, 640))} == {(320, 640)}
 
 
-def test_augmentation_is_light_at_the_end_of_the_run() -> None:
-    batches = TrainBatches(4, 4, SIZE, epochs=10, augment=AugmentConfig(last_epochs=0.2))
-    light, mixing = [], []
-    for batches.epoch in range(10):
-        light.append(next(iter(batches))[0].light)
-        mixing.append(next(iter(batches))[0].mixing)
-    assert light == [False] * 8 + [True] * 2
-    assert mixing == [True] * 8 + [False] * 2
-
-
-@pytest.mark.parametrize(
-    ("epochs", "start", "stop", "expected"),
-    [
-        (58, 0.069, 0.5, range(4, 29)),  # DEIM-D-FINE-L
-        (10, 0.0, 1.0, range(8)),  # never in the last epochs
-        (10, 0.9, 1.0, range(0)),
-        (10, 0.3, 0.3, range(0)),
-        (1, 0.0, 1.0, range(1)),
-    ],
-)
-def test_mosaic_and_mixup_have_their_share_of_the_run(epochs: int, start: float, stop: float, expected: range) -> None:
-    augment = AugmentConfig(mosaic=0.5, mixing_start=start, mixing_stop=stop, last_epochs=0.2)
-    batches = TrainBatches(4, 4, SIZE, epochs=epochs, augment=augment)
-    mixed = []
-    for batches.epoch in range(epochs):
-        (keys,) = batches
-        assert len({key.mixing for key in keys}) == 1
-        if keys[0].mixing:
-            mixed.append(batches.epoch)
-    assert mixed == list(expected)
-
-
-def test_shares_of_the_run_are_in_order() -> None:
-    AugmentConfig(mixing_start=0.5, mixing_stop=0.5)
-    with pytest.raises(ValueError, match=r"mixing_start 0\.6 is after mixing_stop 0\.5"):
-        AugmentConfig(mixing_start=0.6, mixing_stop=0.5)
-
-
 def test_evaluation_sees_every_image_once(tmp_path: Path) -> None:
     split = split_of(tmp_path)
     config = DataConfig(workers=0)

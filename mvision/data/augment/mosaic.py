@@ -145,10 +145,10 @@ def _turn_outlines(
     whole: tuple[int, int],
     size: tuple[int, int],
 ) -> tuple[np.ndarray | None, np.ndarray]:
-    """The outlines in fractions of the picture, and the boxes of polygons, (N, 4) xyxy, NaN for all other objects.
+    """The outlines in fractions of the picture, and the boxes around them, (N, 4) xyxy, NaN for objects without one.
 
     Run lengths are drawn and turned as pixels, and so are the polygons that reach over the border of their own image:
-    they would lie on the image beside it.
+    they would lie on the image beside it. Their boxes are those around the turned ones, for ``tighten`` to measure.
     """
     extents = np.full((len(labels), 4), np.nan)
     if labels.outlines is None:
@@ -162,9 +162,10 @@ def _turn_outlines(
             window = (labels.windows[index] * (*whole[::-1], *whole[::-1])).round().astype(int).tolist()
             mask = rasterise(outline, scale, offset, tuple(window), whole)
             outlines[index] = encode_mask(_warp(mask, matrix, size, 0))
-            continue
-        outlines[index] = [(part * scale + offset) @ turn.T + shift for part in outline]
-        points = np.concatenate(outlines[index])
+            points = labels.boxes[index][[[0, 1], [2, 1], [0, 3], [2, 3]]] @ turn.T + shift
+        else:
+            outlines[index] = [(part * scale + offset) @ turn.T + shift for part in outline]
+            points = np.concatenate(outlines[index])
         extents[index] = (*points.min(axis=0), *points.max(axis=0))
     return outlines, extents
 
