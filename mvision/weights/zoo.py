@@ -78,15 +78,15 @@ class Size:
 
 
 SIZES = {
-    "rtdetr_r18": Size(20.1, 60.5, counted=True),
-    "rtdetr_r34": Size(31.3, 92.4, counted=True),
-    "rtdetr_r50": Size(42.8, 136.2, counted=True),
-    "rtdetr_r101": Size(76.4, 258.8, counted=True),
-    "dfine_n": Size(3.7, 7.1, counted=True),
-    "dfine_s": Size(10.2, 25.0, counted=True),
-    "dfine_m": Size(19.2, 56.4, counted=True),
-    "dfine_l": Size(30.7, 90.7, counted=True),
-    "dfine_x": Size(61.7, 202.0, counted=True),
+    "rtdetr_r18": Size(20.0, 58.4, counted=True),
+    "rtdetr_r34": Size(31.2, 90.5, counted=True),
+    "rtdetr_r50": Size(42.1, 131.7, counted=True),
+    "rtdetr_r101": Size(74.8, 249.6, counted=True),
+    "dfine_n": Size(3.8, 7.3, counted=True),
+    "dfine_s": Size(10.3, 25.5, counted=True),
+    "dfine_m": Size(19.3, 57.0, counted=True),
+    "dfine_l": Size(30.9, 91.6, counted=True),
+    "dfine_x": Size(61.8, 203.1, counted=True),
 }
 """Shipped config -> what a model of its architecture costs."""
 
