@@ -72,7 +72,7 @@ def make_trainer(**settings: Any) -> Trainer:
     model = Noisy()
     ema = Ema(model, config.train.ema_decay, config.train.ema_warmup) if config.train.ema_decay else None
     wrapped, optimizer = accelerator.prepare(model, build_optimizer(model, config.train))  # type: ignore[arg-type]
-    return Trainer(config, accelerator, wrapped, optimizer, ema, 9, facts=run_facts(config, [(20, 4)], 5))
+    return Trainer(config, accelerator, wrapped, optimizer, ema, 9, 3, facts=run_facts(config, [(20, 4)], 5))
 
 
 @pytest.fixture(autouse=True)

@@ -7,13 +7,22 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from mvision import UserError
 from mvision.commands.val import validate
-from mvision.config import DataConfig, load_config
-from mvision.data import CocoSplit, build_train_loader, find_layout, read_data_sources, read_validation
+from mvision.config import AugmentConfig, DataConfig, load_config
+from mvision.data import (
+    CocoSplit,
+    Dataset,
+    SampleKey,
+    build_train_loader,
+    find_layout,
+    read_data_sources,
+    read_validation,
+)
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import merge_categories
 from mvision.engine.train import train
@@ -149,6 +158,38 @@ def test_samples_say_what_is_known(boxes: Path, poses: Path) -> None:
             assert image.shape == (3, 64, 64)
     pairs = [key for keys in loader.batches for key in keys if key.index >= 4]
     assert sorted(key.repeat for key in pairs) == [0] * 6 + [1] * 6
+
+
+@pytest.mark.parametrize("form", ["filled", "whole"])
+def test_mosaic_and_mixup_never_join_data_sets(
+    boxes: Path, poses: Path, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An image of a data set without a class, beside one of another that has it, would teach that it is not there."""
+    config = data(boxes, poses)
+    config.augment = AugmentConfig.model_validate({"mosaic": 0.7, "mixup": 0.7, "mosaic_form": form})
+    parts = read_data_sources(config, TASKS, 0, silent)
+    dataset = build_train_loader(parts, config, batch_size=10, image_size=(64, 64)).dataset
+    shown: list[tuple[Path, int]] = []
+    image = Dataset.image
+
+    def record(self: Dataset, index: int, at_least: tuple[int, int] | None = None) -> np.ndarray:
+        shown.append((self.folder.parent, self.records[index].id))
+        return image(self, index, at_least)
+
+    monkeypatch.setattr(Dataset, "image", record)
+    several = 0
+    for number, index in enumerate([*range(10)] * 3):
+        shown.clear()
+        targets = dataset[SampleKey(number, index, (64, 64))].targets
+        assert targets is not None
+        assert targets.labelled_classes is not None
+        root = boxes if index < 4 else poses
+        assert {folder for folder, _ in shown} == {root}
+        assert targets.tasks == frozenset(TASKS if index >= 4 else ["detection"])
+        assert targets.labelled_classes.tolist() == ([False, True, True] if index >= 4 else [True, True, False])
+        assert targets.labelled_classes[targets.labels].all()
+        several += len({identity for _, identity in shown}) > 1
+    assert several > 15
 
 
 def test_shares() -> None:

@@ -69,7 +69,16 @@ def test_a_run_broken_off_before_an_operation_on_files_goes_on_as_if_nothing_had
     assert error is Killed or all("no space left" in message.lower() for message in messages)
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "muon", "accumulate": 1}, {"ema_decay": 0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer": "muon", "accumulate": 1},
+        {"ema_decay": 0},
+        {"schedule": "flat_cosine", "flat": 0.5, "final_lr": 0.3},  # flat up to step 4 of 9, falling up to step 6
+    ],
+    ids=str,
+)
 def test_a_run_stopped_after_any_step_goes_on_there(
     settings: dict[str, Any], tmp_path: Path, whole: dict[str, Path]
 ) -> None:

@@ -41,6 +41,7 @@ EVERYTHING = AugmentConfig.model_validate(
         "flip": 0.5,
         "vertical_flip": 0.3,
         "mosaic": 0.4,
+        "mosaic_form": "whole",
         "mixup": 0.4,
         "multi_scale": 0.4,
         "last_epochs": 0.34,
@@ -197,7 +198,8 @@ def records_of(run: Path) -> list[dict[str, Any]]:
 
 
 def settings(workers: int) -> dict[str, Any]:
-    augment = EVERYTHING.model_dump() | {"multi_scale": 0.0, "extra": [{"name": "GaussNoise"}]}
+    shares = {"mixing_start": 0.3, "mixing_stop": 0.6}  # the second epoch
+    augment = EVERYTHING.model_dump() | shares | {"multi_scale": 0.0, "extra": [{"name": "GaussNoise"}]}
     return {"train__epochs": 3, "data__workers": workers, "data__augment": augment}
 
 
