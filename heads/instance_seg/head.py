@@ -56,9 +56,9 @@ class MaskConfig(QueryConfig):
 class MaskOutputs(NamedTuple):
     """Training outputs, d being ``mask_dim``.
 
-    ``queries``: of classes and boxes; ``pixels`` (B, d, h, w), the pixel features; ``embeddings`` (L + 1, B, Q, d + 1)
-    of the queries of L layers, then of the selected tokens; ``denoising_embeddings`` (L, B, D, d + 1) of the denoising
-    queries, or None. The last number of an embedding is the prior's weight before the softplus.
+    ``queries``: of classes and boxes; ``pixels`` (B, d, h, w), the pixel features; ``embeddings`` (E, B, Q, d + 1) and
+    ``denoising_embeddings`` (.., B, D, d + 1) or None, of the queries of the layers that ``queries`` has. The last
+    number of an embedding is the prior's weight before the softplus.
     """
 
     queries: QueryOutputs
@@ -112,19 +112,21 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
             embeddings, boxes = self.mask_embed(decoded.queries[-1]), decoded.boxes[-1]
             return {"logits": decoded.logits[-1], "boxes": boxes, "masks": mask_grid(embeddings, pixels, boxes)}
         split = decoded.queries.shape[2] - decoded.encoder_queries.shape[1]
-        every_layer = torch.cat((decoded.queries[:, :, split:], decoded.encoder_queries[None]))
-        return MaskOutputs(
-            queries=self.training_outputs(decoded, denoising, padded),
-            pixels=pixels,
-            embeddings=self.mask_embed(every_layer),
-            denoising_embeddings=self.mask_embed(decoded.queries[:, :, :split]) if denoising else None,
-        )
+        embeddings = self.mask_embed(torch.cat((decoded.queries[:, :, split:], decoded.encoder_queries[None])))
+        noisy = self.mask_embed(decoded.queries[:, :, :split]) if denoising else None
+        if decoded.pre_boxes is not None:
+            # "Pre" has boxes of its own; its queries, and so its embeddings, are those of the first layer.
+            layers = len(decoded.queries)
+            embeddings = torch.cat((embeddings[:layers], embeddings[:1], embeddings[layers:]))
+            noisy = None if noisy is None else torch.cat((noisy, noisy[:1]))
+        queries = self.training_outputs(decoded, denoising, padded)
+        return MaskOutputs(queries, pixels, embeddings, noisy)
 
     def loss(self, outputs: MaskOutputs, targets: list[Targets]) -> dict[str, Tensor]:
         """The terms of ``QueryHead``, and ``mask`` and ``dice`` with the same suffixes but ``_dense``.
 
-        The mask terms are divided by the number of all objects, those without a mask included, so that the weight of a
-        mask does not depend on how many others are missing.
+        The mask terms are of each layer's own matches. They are divided by the number of all objects, those without a
+        mask included, so that the weight of a mask does not depend on how many others are missing.
         """
         queries, count = outputs.queries, self.config.mask_points
         padded = queries.targets
@@ -137,7 +139,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         if denoising is not None and embeddings is not None:
             sums = matched_losses(embeddings, denoising.boxes, padded.denoising.host, pixels, samples, count)
             losses = {term: values / (padded.total * padded.groups) for term, values in sums.items()}
-            masks = self.named(losses, [f"_denoising_{index}" for index in range(len(embeddings))])
+            masks = self.named(losses, self.denoising_names(denoising))
         matches = matching()
         sums = matched_losses(outputs.embeddings, queries.boxes, matches.host, pixels, samples, count)
         losses = {term: values / padded.total for term, values in sums.items()}
@@ -178,7 +180,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
 
     @torch.no_grad()
     def _mask_costs(self, embeddings: Tensor, boxes: Tensor, pixels: Tensor, samples: MaskPoints) -> Tensor:
-        """(L + 1, B, Q, T) weighted costs on the first ``mask_points`` of the points; 0 for objects without a mask."""
+        """(E, B, Q, T) weighted costs on the first ``mask_points`` of the points; 0 for objects without a mask."""
         count = self.config.mask_points
         layers, batch, queries = embeddings.shape[:3]
         if not samples.known.any():

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mvision.heads.query.distribution import BoxDistribution
 from mvision.heads.query.losses import LossSet
 from mvision.heads.query.matching import PaddedTargets, mean_count
 from mvision.structures.boxes import cxcywh_to_xyxy, plain_iou
@@ -79,17 +80,17 @@ def join_distributions(sets: Sequence[LossSet], targets: PaddedTargets) -> Distr
     )
 
 
-def localization_losses(found: Distributions, totals: Sequence[float | Tensor], values: Tensor, scale: float) -> Tensor:
+def localization_losses(found: Distributions, totals: Sequence[float | Tensor], bins: BoxDistribution) -> Tensor:
     """FGL of every layer of every set, (sets * L,), weighted by the IoU of the boxes.
 
     Args:
         totals: number that the sums of each set are divided by.
-        values, scale: of the bins, see distribution.py.
+        bins: those of the distributions.
     """
-    left, share = nearest_bins(found.gt_boxes, found.initial, values, scale)
+    lower, share = bins.bins_of(found.gt_boxes, found.initial)
     log_prob = found.corners.flatten(0, 2).index_select(0, found.row).log_softmax(-1)
-    of_left, of_right = log_prob.gather(-1, torch.stack((left, left + 1), -1)).unbind(-1)
-    losses = -torch.lerp(of_left, of_right, share).sum(-1) * found.overlap
+    of_lower, of_upper = log_prob.gather(-1, torch.stack((lower, lower + 1), -1)).unbind(-1)
+    losses = -torch.lerp(of_lower, of_upper, share).sum(-1) * found.overlap
     layers = len(found.corners)
     sums = losses.new_zeros(layers * len(totals)).index_add(0, found.term, losses)
     return torch.cat([part / total for part, total in zip(sums.split(layers), totals)])
@@ -137,23 +138,3 @@ def _mean_weights(found: Distributions) -> list[tuple[float | Tensor, float | Te
         for root, of_sets in zip(roots, zip(first, *counts[1:]))
     )
     return list(zip(matched, other))
-
-
-def nearest_bins(boxes: Tensor, initial: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """The bins that the sides of boxes lie between, as seen from initial boxes.
-
-    Args:
-        boxes, initial: (..., 4) cxcywh in 0..1.
-        values, scale: of the bins.
-
-    Returns:
-        (..., 4) int64, the bin left of each side (left, top, right, bottom), and (..., 4) in 0..1, how far it is from
-        there to the next bin. Sides beyond the first or the last bin are put on it.
-    """
-    centre, size = initial.split(2, -1)
-    low, high = cxcywh_to_xyxy(boxes).split(2, -1)
-    unit = (size / scale).clamp(min=torch.finfo(size.dtype).tiny)
-    distance = torch.cat(((centre - low) / unit, (high - centre) / unit), -1) - scale / 2
-    left = (torch.bucketize(distance, values, right=True) - 1).clamp(0, len(values) - 2)
-    start, end = values.take(left), values.take(left + 1)
-    return left, ((distance - start) / (end - start)).clamp(0, 1)

@@ -12,7 +12,8 @@ from torch import Tensor
 from torchvision.ops import batched_nms
 
 from mvision.heads.base import Head, OutputsT, only_best_class
-from mvision.heads.query.decoder import Decoded, DecoderConfig, DenseOutputs, QueryDecoder, box_dtype
+from mvision.heads.query.anchors import box_dtype
+from mvision.heads.query.decoder import Decoded, DenseOutputs, QueryDecoder
 from mvision.heads.query.denoising import Denoising, make_denoising
 from mvision.heads.query.fine_grained import distillation_losses, join_distributions, localization_losses
 from mvision.heads.query.losses import LossSet, set_losses
@@ -25,6 +26,7 @@ from mvision.heads.query.matching import (
     pad_targets,
     start_matching,
 )
+from mvision.heads.query.settings import DecoderConfig
 from mvision.settings import MAX_OBJECTS
 from mvision.structures import Instances, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
@@ -137,7 +139,8 @@ class QueryHead(Head[ConfigT, OutputsT]):
         """The labels of a batch on the device of its maps, with what denoising takes of them."""
         config = self.config
         dtype = box_dtype(maps[0])
-        return pad_targets(targets, maps[0].device, dtype, config.num_denoising, config.num_layers)
+        layers = config.num_layers + (self.decoder.distribution is not None)  # that of "pre"
+        return pad_targets(targets, maps[0].device, dtype, config.num_denoising, layers)
 
     def decode(self, maps: list[Tensor], targets: PaddedTargets | None) -> tuple[Decoded, Denoising | None]:
         """Run the decoder; with ``targets`` (training) add denoising queries and return the outputs of all layers."""
@@ -194,11 +197,10 @@ class QueryHead(Head[ConfigT, OutputsT]):
         return terms | self._distribution_terms(sets, targets) if sets else terms
 
     def _distribution_terms(self, sets: Sequence[LossSet], targets: PaddedTargets) -> dict[str, Tensor]:
+        assert self.decoder.distribution is not None
         found = join_distributions(sets, targets)
         layers = len(found.corners)
-        fgl = localization_losses(
-            found, [one.of_boxes[1] for one in sets], self.decoder.bin_values, self.config.bin_scale
-        )
+        fgl = localization_losses(found, [one.of_boxes[1] for one in sets], self.decoder.distribution)
         terms = self.named({"fgl": fgl}, [suffix for one in sets for suffix in one.suffixes[:layers]])
         if layers > 1 and self.config.ddf_weight > 0:
             logits = torch.cat([one.logits[layers - 1] for one in sets], 1)
@@ -213,6 +215,11 @@ class QueryHead(Head[ConfigT, OutputsT]):
         """
         others = ["_encoder"] if outputs.corners is None else ["_pre", "_encoder"]
         return [*(f"_{index}" for index in range(len(outputs.logits) - 1 - len(others))), "", *others]
+
+    def denoising_names(self, outputs: DenoisingOutputs) -> list[str]:
+        """The suffixes of the terms of the denoising queries, see ``unmatched_sets``."""
+        names = [f"_denoising_{index}" for index in range(len(outputs.logits))]
+        return names if outputs.corners is None else [*names[:-1], "_denoising_pre"]
 
     def term_weights(self) -> dict[str, float]:
         """Weights of the loss terms by their names without suffix."""
@@ -263,28 +270,32 @@ class QueryHead(Head[ConfigT, OutputsT]):
 
     def training_outputs(self, decoded: Decoded, denoising: Denoising | None, targets: PaddedTargets) -> QueryOutputs:
         """The decoder's outputs with those of the denoising queries separated from the others."""
-        logits, boxes, noisy = decoded.logits, decoded.boxes, None
+        logits, boxes, corners, initial = decoded.logits, decoded.boxes, decoded.corners, decoded.initial
+        if decoded.pre_logits is not None and decoded.pre_boxes is not None:
+            logits = torch.cat((logits, decoded.pre_logits[None]))
+            boxes = torch.cat((boxes, decoded.pre_boxes[None]))
+        noisy = None
         if denoising is not None:
             # The gradient of one split takes fewer operators than those of two slices.
             sizes = [denoising.labels.shape[1], decoded.encoder_logits.shape[1]]
             (noisy_logits, logits), (noisy_boxes, boxes) = logits.split(sizes, 2), boxes.split(sizes, 2)
             noisy = DenoisingOutputs(noisy_logits, noisy_boxes)
+            if corners is not None and initial is not None:
+                (noisy_corners, corners), (noisy_initial, initial) = corners.split(sizes, 2), initial.split(sizes, 1)
+                noisy = DenoisingOutputs(noisy_logits, noisy_boxes, noisy_corners, noisy_initial)
         return QueryOutputs(
             logits=torch.cat((logits, decoded.encoder_logits[None])),
             boxes=torch.cat((boxes, decoded.encoder_boxes[None])),
             dense=decoded.dense,
             denoising=noisy,
             targets=targets,
+            corners=corners,
+            initial=initial,
         )
 
     def _denoising_set(self, outputs: DenoisingOutputs, targets: PaddedTargets) -> LossSet:
         total = targets.total * targets.groups
-        names = [str(index) for index in range(len(outputs.logits))]
-        if outputs.corners is not None:
-            names[-1] = "pre"
-        found = LossSet(
-            outputs.logits, outputs.boxes, targets.denoising, total, [f"_denoising_{name}" for name in names]
-        )
+        found = LossSet(outputs.logits, outputs.boxes, targets.denoising, total, self.denoising_names(outputs))
         found.corners, found.initial = outputs.corners, outputs.initial
         return found
 
