@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 
 from mvision.config import AugmentConfig, Config
+from mvision.data import CocoSplit, Dataset, SampleKey, find_layout, read_data_sources
+from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.samplers import TrainBatches
+from mvision.engine.checks import warn_of_crowded_pictures
 from mvision.engine.plan import describe_plan
+from tests.coco_files import annotation, coco, write_set
 
 SIZE = (48, 64)
 
@@ -71,3 +79,57 @@ def test_a_run_says_what_it_will_do_when(augment: dict[str, float], train: dict[
     line = describe_plan(Config.model_validate(settings), 900, 90)
     assert line.startswith("schedule: 900 steps, ")
     assert line.endswith(expected)
+
+
+def crowded(folder: Path) -> Path:
+    """Twelve images of 48 x 64 pixels, image n with n - 1 small objects all over it."""
+    rng = np.random.default_rng(0)
+    entries = []
+    for image in range(1, 13):
+        for x, y in rng.uniform((0, 0), (60, 44), size=(image - 1, 2)).round().tolist():
+            entries.append(annotation(image, [x, y, 4, 4]))
+    for split in ("train", "val"):
+        write_set(folder, coco(entries, images=12), split)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "mixed",
+    [
+        {"mosaic": 1.0},
+        {"mosaic": 1.0, "mosaic_form": "whole"},
+        {"mixup": 1.0},
+        {"mosaic": 0.5, "mixup": 0.5, "mosaic_form": "whole"},
+    ],
+    ids=str,
+)
+def test_the_number_of_objects_in_mixed_pictures_is_foreseen(mixed: dict[str, Any], tmp_path: Path) -> None:
+    split = CocoSplit(find_layout(crowded(tmp_path)).split("train"))
+    augment = AugmentConfig.model_validate({"crop": 0, "zoom_out": 0, "photometric": 0, **mixed})
+    dataset = Dataset(split, augment)
+    found = [len(dataset[SampleKey(n, n % 12, (96, 128))].targets or ()) for n in range(360)]
+    foreseen = objects_of_mixed(split, augment)
+    assert np.mean(foreseen) == pytest.approx(np.mean(found), rel=0.12)
+    assert np.quantile(foreseen, 0.9) == pytest.approx(np.quantile(found, 0.9), rel=0.12)
+
+
+def test_more_objects_than_queries_are_foreseen_before_the_first_step(tmp_path: Path) -> None:
+    mosaic = {"mosaic": 1.0, "mosaic_form": "whole"}
+
+    def warnings(queries: int, augment: dict[str, Any], **train: int) -> list[str]:
+        settings = {
+            "model": {"heads": {"detection": {"num_queries": queries}}},
+            "data": {"root": str(root), "augment": augment},
+            "train": train,
+        }
+        config, lines = Config.model_validate(settings), list[str]()
+        warn_of_crowded_pictures(config, read_data_sources(config.data, ["detection"], 0, lambda _: None), lines.append)
+        return lines
+
+    root = crowded(tmp_path / "cells")
+    (line,) = warnings(20, mosaic)
+    assert "of the training pictures of cells have more objects than the 20 that detection can find" in line
+    assert "about 3" in line  # about a third
+    assert "-o model.heads.detection.num_queries=50" in line
+    assert warnings(50, mosaic) == warnings(20, {}) == []
+    assert warnings(20, {**mosaic, "mixing_stop": 0.1}, epochs=2) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 
 from mvision.config import Config
 from mvision.data import Loader
+from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.engine.trainer import Trainer
@@ -19,6 +21,7 @@ from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
 from mvision.model import Model
 
+CROWDED = 0.01  # share of the pictures with more objects than queries from which on a run warns
 NAMED = 3  # differing classes that are named
 
 
@@ -56,6 +59,27 @@ def warn_of_nothing_to_measure(model: Model, sources: Sequence[DataSource], log:
         f"warning: the {_count(sum(len(source.val) for source in sources), 'validation image')} have no object to "
         f"measure {', '.join(empty)} with: the best weights are {choice}"
     )
+
+
+def warn_of_crowded_pictures(config: Config, sources: Sequence[DataSource], log: Callable[[str], None]) -> None:
+    """Mosaic and mixup can put more objects into a picture than there are queries: those beyond are not learned."""
+    augment = config.data.augment
+    if not (augment.mosaic or augment.mixup) or not augment.mixing(config.train.epochs):
+        return
+    for source in sources:
+        for task in source.tasks:
+            queries = getattr(config.model.heads[task], "num_queries", None)
+            if queries is None or serving_task(task, config.model.heads) != task:
+                continue
+            objects = objects_of_mixed(source.train, augment)
+            share = float(np.mean(objects > queries))
+            if share >= CROWDED:
+                enough = math.ceil(float(np.quantile(objects, 1 - CROWDED)) / 50) * 50
+                log(
+                    f"warning: with mosaic and mixup about {share:.0%} of the training pictures of {source.name} have "
+                    f"more objects than the {queries} that {task} can find; the others are not learned: "
+                    f"-o model.heads.{task}.num_queries={enough}, or a lower data.augment.mosaic or mixup"
+                )
 
 
 def _can_measure(model: Model, source: DataSource, task: str) -> bool:

@@ -41,6 +41,7 @@ from mvision.engine.checks import (
     check_batches,
     check_same_run,
     check_task_weights,
+    warn_of_crowded_pictures,
     warn_of_nothing_to_measure,
     warn_of_slow_backbone,
 )
@@ -116,6 +117,7 @@ def train(
         log(f"run {run.path}: {_describe(trainer, sources)}")
         log(describe_plan(config, trainer.total_steps, trainer.last_steps))
         warn_of_nothing_to_measure(model, sources, log)
+        warn_of_crowded_pictures(config, sources, log)
         accelerator.init_trackers("mvision", config=flat(config.model_dump(mode="json")))
         _train_to_the_end(trainer, run, train_loader, validation)
         accelerator.end_training()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from mvision.config import AugmentConfig
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.formats.layouts import Layout
 from mvision.data.formats.problems import Problems
@@ -11,6 +12,9 @@ from mvision.data.loading.dataset import Dataset
 from mvision.errors import UserError
 from mvision.settings import Settings
 from mvision.structures.images import BadImage
+
+MOSAIC_SHARE = {"filled": 0.5, "whole": 0.8}
+"""The mean share of the objects of four images that is visible in a mosaic of them."""
 
 
 def refuse_unreadable(split: CocoSplit) -> None:
@@ -43,6 +47,20 @@ def count_above_queries(split: CocoSplit, task: str, settings: Settings | None) 
     )
     for index in np.flatnonzero(objects > queries):
         split.problems.add(kind, f"{split.records[index].file}: {objects[index]}")
+
+
+def objects_of_mixed(split: CocoSplit, augment: AugmentConfig, samples: int = 4000) -> np.ndarray:
+    """(samples,) float, sorted: about how many objects training pictures have while there are mosaics and mixups.
+
+    From the numbers of objects in the images alone, without crops. They are drawn with a seed of their own.
+    """
+    rng = np.random.default_rng(0)
+    objects = np.bincount(_images(split)[~split.labels.crowd], minlength=len(split))
+    drawn = objects[rng.integers(len(objects), size=(samples, 2, 4))]  # two pictures of four images each
+    in_mosaic = MOSAIC_SHARE[augment.mosaic_form] * drawn.sum(axis=-1)
+    pictures = np.where(rng.random((samples, 2)) < augment.mosaic, in_mosaic, drawn[..., 0])
+    second = rng.random(samples) < augment.mixup
+    return np.sort(pictures[:, 0] + second * pictures[:, 1])
 
 
 def compare_splits(train: CocoSplit, other: CocoSplit, name: str) -> Problems:
