@@ -59,6 +59,8 @@ from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_de
 from mvision.model import Model
 from mvision.storage.run_folder import BEST, RunFolder
 from mvision.weights import init_from, load
+from mvision.weights.sources import origin
+from mvision.weights.start import published_start
 
 
 def train(
@@ -102,6 +104,7 @@ def train(
         train_loader, validation = _loaders(config, sources, model, accelerator)
         stack.callback(_close, train_loader, validation)
         facts = run_facts(config, _images(sources), len(train_loader))
+        facts["started_from"] = saved.facts.get("started_from") if saved else origin(init)
         if run is not None and saved is not None:
             check_same_run(run.path, saved.facts, facts, inside_epoch=saved.progress.batch > 0)
         trainer = _trainer(config, model, accelerator, len(train_loader))
@@ -151,6 +154,8 @@ def _build_model(
         log(init_from(model, init, init_parts))
     elif is_new:
         warn_of_slow_backbone(config, log)
+        if line := published_start(config.model):
+            log(line)
     return model
 
 

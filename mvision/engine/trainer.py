@@ -50,7 +50,8 @@ class Trainer:
         total_steps: optimiser steps of the whole run.
         last_steps: those of its ``data.augment.last_epochs``.
         stop: whether the run has been asked to stop.
-        facts: what has to be the same when the run is resumed, see ``state.run_facts``.
+        facts: what has to be the same when the run is resumed, see ``state.run_facts``, and ``started_from``: the
+            published weights that it started from, as text, or None.
         compiles: backbone and neck will be compiled in the first batch.
         random: the random numbers of all processes when the training last paused, see ``state.random_states``.
     """

@@ -106,6 +106,12 @@ def _cached(
     return folder if is_complete(folder) else None
 
 
+def cached_commit(name: str) -> str | None:
+    """The commit of a repository that was downloaded last; None if there is none in the cache."""
+    folder = _cached(name, (), None, lambda folder: True)
+    return folder.name if folder is not None else None
+
+
 @contextmanager
 def cache_only_if_unreachable() -> Iterator[None]:
     """Inside this context the Hub's client reads its local cache only, unless the Hub can be reached.

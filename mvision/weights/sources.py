@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from mvision.errors import UserError
 from mvision.fast.copies import say
 from mvision.storage.download import download_file, sha256_of, shown_url
-from mvision.storage.hub import download_problem, download_repository
+from mvision.storage.hub import cached_commit, download_problem, download_repository
 from mvision.storage.run_folder import BEST
 from mvision.weights import zoo
 
@@ -46,12 +46,21 @@ def tell_of_shadow(source: str) -> None:
 
 
 def described(source: str) -> str:
-    """A source for a message: of a short name also what it stands for."""
+    """A source that has been read, for messages and records: with the repository, the commit and the licence."""
     model = zoo.MODELS.get(source)
-    if model is None or Path(source).exists():
+    if Path(source).exists() or not (model or _HUB_ID.fullmatch(source)):
         return source
-    at = f" at {model.revision[:12]}" if model.revision else ""
-    return f"{source} ({model.place}{at}, {model.licence})"
+    if model is not None and (copy := zoo.own_copy(model)):
+        return f"{source} ({copy}, {model.licence})"
+    repository = model.hub if model is not None and model.hub else source
+    commit = (model and model.revision) or cached_commit(repository)
+    facts = [repository if model else "", f"commit {commit}" if commit else "", model.licence if model else ""]
+    return f"{source} ({', '.join(filter(None, facts))})"
+
+
+def origin(source: str | None) -> str | None:
+    """What the record of a run says about the weights that it started from: None of those that lay on the disk."""
+    return None if source is None or Path(source).exists() else described(source)
 
 
 def _from_zoo(model: zoo.ZooModel) -> Path:

@@ -1,0 +1,57 @@
+"""Which published weights a new training could start from: a line for a user who may not know that there are any."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from mvision.config import ModelConfig, load_config
+from mvision.heads.query.settings import DecoderConfig
+from mvision.weights.zoo import MODELS, ZooModel, of_config
+
+# What may differ in models between which all weights of neck and decoder can move.
+FREE = {"num_queries", "dropout"}
+
+
+def published_start(model: ModelConfig) -> str | None:
+    """A line that names the published weights of this architecture, or, without any, those with its backbone.
+
+    None if there are neither, or if the backbone has pretrained weights anyway and nothing else fits.
+    """
+    alike = list(_with_backbone(model))
+    same = next((found for found, shipped in alike if _same_neck_and_decoder(model, shipped)), None)
+    if same is not None:
+        return f"published weights have this architecture: --init {same.name} starts from them ({_figures(same)})"
+    if not alike or model.backbone.pretrained:
+        return None
+    best = max((found for found, _ in alike), key=lambda found: found.ap)
+    return (
+        f"published weights have this backbone: --init {best.name} takes it from a detector ({_figures(best)}), and "
+        "with neither --model nor --config the whole model"
+    )
+
+
+def _with_backbone(model: ModelConfig) -> Iterator[tuple[ZooModel, ModelConfig]]:
+    """Of every shipped architecture with the backbone of ``model``: its first published model, and its config."""
+    for config in dict.fromkeys(found.config for found in MODELS.values() if found.config is not None):
+        shipped = load_config(config).model
+        own, other = model.backbone, shipped.backbone
+        if (own.name, own.stage1_shortcut) == (other.name, other.stage1_shortcut):
+            yield of_config(config)[0], shipped
+
+
+def _same_neck_and_decoder(model: ModelConfig, shipped: ModelConfig) -> bool:
+    """Whether the neck and at least one head's decoder can take over all weights of the shipped model."""
+    published = [_decoder(settings) for settings in shipped.heads.values() if isinstance(settings, DecoderConfig)]
+    own = [_decoder(settings) for settings in model.heads.values() if isinstance(settings, DecoderConfig)]
+    same_maps = model.backbone.strides == shipped.backbone.strides
+    same_neck = model.neck.model_dump(exclude=FREE) == shipped.neck.model_dump(exclude=FREE)
+    return same_maps and same_neck and any(settings in published for settings in own)
+
+
+def _decoder(settings: DecoderConfig) -> dict[str, Any]:
+    return {name: getattr(settings, name) for name in DecoderConfig.model_fields.keys() - FREE}
+
+
+def _figures(model: ZooModel) -> str:
+    return f"{model.of.title}, {model.ap:.1f} AP on COCO, {model.licence}; 'mvision models' lists more"
