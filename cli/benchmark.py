@@ -29,23 +29,36 @@ def benchmark() -> None:
     help="Image side.  [default: 320 to 1536]",
 )
 @click.option(
+    "--encoder",
+    "names",
+    multiple=True,
+    metavar="NAME",
+    help="Beside the hybrid encoder, as in the table.  [default: all]",
+)
+@click.option(
     "--embed-dim", type=click.IntRange(8, 8192), default=256, show_default=True, metavar="N", help="Channels."
 )
 @click.option("--repeats", type=ROUNDS, default=10, show_default=True, metavar="N", help="Most rounds.")
 @output_option
 @device_option
-def encoder(sizes: tuple[int, ...], embed_dim: int, repeats: int, output: Path, device: str | None) -> None:
-    """Compare the encoder with plain and deformable Transformer encoders: time, peak memory, parameters and FLOPs.
+def encoder(
+    sizes: tuple[int, ...], names: tuple[str, ...], embed_dim: int, repeats: int, output: Path, device: str | None
+) -> None:
+    """Compare the encoder with others: time, peak memory, parameters and FLOPs.
+
+    Others are plain and deformable Transformer encoders, and hybrid encoders with other attention or fusion blocks.
 
     Writes encoder.md, encoder.png and encoder.json.
 
     \b
     Example:
-      mvision benchmark encoder --size 640
+      mvision benchmark encoder --size 640 --encoder "hybrid, elan blocks"
     """
     from mvision.commands.benchmark_encoder import benchmark_encoder
 
-    text = benchmark_encoder(sizes=sizes, embed_dim=embed_dim, repeats=repeats, device=device, output=output, log=echo)
+    text = benchmark_encoder(
+        sizes=sizes, names=names, embed_dim=embed_dim, repeats=repeats, device=device, output=output, log=echo
+    )
     echo(text)
 
 

@@ -13,6 +13,7 @@ import torch
 from mvision import UserError
 from mvision.commands import benchmark_encoder as encoder_module
 from mvision.commands import benchmark_model as model_module
+from mvision.commands import equal_flops
 from mvision.commands.benchmark_baselines import DeformableEncoder, PlainEncoder
 from mvision.commands.benchmark_encoder import benchmark_encoder
 from mvision.commands.benchmark_model import benchmark_model
@@ -124,6 +125,33 @@ def test_encoder_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     hybrid = [r for r in records if r["encoder"] == "hybrid"]
     assert hybrid[1]["flops"] / hybrid[0]["flops"] == pytest.approx(4, rel=0.02)  # attention on few tokens is little
     assert (tmp_path / "encoder.png").stat().st_size > 10000
+
+
+@pytest.mark.parametrize("name", ["hybrid, elan blocks", "hybrid, sums", "hybrid, as EdgeCrafter"])
+def test_encoders_with_other_blocks_have_equal_flops(name: str) -> None:
+    known = encoder_module.encoders(128)
+    base, other = (encoder_module._build(known[which], torch.device("cpu")) for which in ("hybrid", name))
+    counts = [
+        encoder_module._flops(encoder, encoder_module._maps(640, torch.device("meta"))) for encoder in (base, other)
+    ]
+    assert counts[1] / counts[0] == pytest.approx(1, abs=equal_flops.TOLERANCE)
+    assert list(base.state_dict()) != list(other.state_dict()) or name == "hybrid, sums"
+
+
+def test_flops_of_a_neck_are_counted_after_fusing() -> None:
+    settings = {"embed_dim": 16, "attention_levels": [], "depth": 1}
+    counted = equal_flops.neck_flops([8], [16], 64, settings), equal_flops.neck_flops([8, 8], [16, 32], 64, settings)
+    assert counted[0] == 2 * 4**2 * 8 * 16
+    lateral, down, point = 2**2 * 16 * 16, 2**2 * 9 * 16 * 16, 2 * 32 * 16 + 9 * 16 * 16  # of one block per pixel
+    assert counted[1] == counted[0] + 2 * (2**2 * 8 * 16 + lateral + down + (4**2 + 2**2) * point)
+
+
+def test_encoders_are_chosen_by_name(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--encoder hybrid, elans: did you mean 'hybrid, elan blocks'"):
+        benchmark_encoder(names=["hybrid, elans"], output=tmp_path)
+    with pytest.raises(UserError, match="--embed-dim 100: .* choose a multiple of 8"):
+        benchmark_encoder(embed_dim=100, output=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sizes_that_take_too_long_or_too_much_memory_are_left_out(

@@ -1,6 +1,7 @@
 """``mvision benchmark encoder``: time, memory, parameters and FLOPs of the hybrid encoder and of other encoders.
 
-All work on maps with the channels and strides of a ResNet-50.
+All work on maps with the channels and strides of a ResNet-50. Hybrid encoders with other fusion blocks have as many
+FLOPs as the one with the default blocks.
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import json
 import multiprocessing
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 from mvision.commands.benchmark_baselines import DeformableEncoder, PlainEncoder
 from mvision.commands.benchmark_timing import alternate, median_ratio, peak_memory
+from mvision.commands.equal_flops import count_flops, expansion_for, neck_flops
+from mvision.errors import UserError, did_you_mean
 from mvision.evaluation.tables import markdown_table
 from mvision.machine import device_name, keep_freed_memory, resolve_device
 from mvision.neck import HybridEncoder
@@ -29,6 +30,19 @@ from mvision.storage.atomic import whole_file, write_text
 CHANNELS, STRIDES = (512, 1024, 2048), (8, 16, 32)
 SIZES = (320, 640, 800, 1280, 1536)
 REFERENCE = "hybrid"
+EQUAL_AT = 640  # side of the image for which blocks of other kinds get the FLOPs of the reference
+BLOCKS: dict[str, dict[str, Any]] = {
+    "hybrid, elan blocks": {"fusion_block": "elan"},
+    "hybrid, elan blocks without 3x3": {"fusion_block": "elan", "elan_conv": False},
+    "hybrid, split elan blocks": {"fusion_block": "elan", "elan_split": True},
+    "hybrid, sums": {"fusion": "sum"},
+    "hybrid, as D-FINE": {"fusion_block": "elan", "downsample": "separable", "lateral_act": False},
+    "hybrid, as EdgeCrafter": {
+        "fusion_block": "elan", "elan_conv": False, "elan_split": True, "fusion": "sum", "downsample": "separable",
+        "lateral_act": False, "attention_act": "silu",
+    },
+}  # fmt: skip
+"""Settings of the encoders with other fusion blocks; their ``expansion`` follows from the FLOPs."""
 SLOWEST = 30.0  # seconds of one call: a size that is expected to take longer is left out
 LARGEST = 12 * 2**30  # bytes of one matrix of attention weights: a size that needs a larger one is left out
 
@@ -45,6 +59,8 @@ def encoders(embed_dim: int) -> dict[str, Callable[[], nn.Module]]:
         "hybrid, windows": partial(hybrid, attention="window"),
         "hybrid, attention on all scales": partial(hybrid, attention_levels="all"),
         "hybrid, windows on all scales": partial(hybrid, attention_levels="all", attention="window"),
+        "hybrid, separable downsampling": partial(hybrid, downsample="separable"),
+        **{name: partial(_with_blocks, name, embed_dim) for name in BLOCKS},
         "plain, 1 layer, fused": partial(plain, num_layers=1),
         "plain, 1 layer": partial(plain, num_layers=1, fused=False),
         "plain, 6 layers, fused": plain,
@@ -54,6 +70,17 @@ def encoders(embed_dim: int) -> dict[str, Callable[[], nn.Module]]:
     }
 
 
+def _with_blocks(name: str, embed_dim: int) -> HybridEncoder:
+    return HybridEncoder(CHANNELS, STRIDES, embed_dim, expansion=_expansion(name, embed_dim), **BLOCKS[name])
+
+
+@cache
+def _expansion(name: str, embed_dim: int) -> float:
+    """With which the fused encoder has the FLOPs of the reference."""
+    flops = neck_flops(CHANNELS, STRIDES, EQUAL_AT, {"embed_dim": embed_dim})
+    return expansion_for(flops, CHANNELS, STRIDES, EQUAL_AT, {"embed_dim": embed_dim, **BLOCKS[name]})
+
+
 def benchmark_encoder(
     *,
     sizes: Sequence[int] = (),
@@ -61,7 +88,7 @@ def benchmark_encoder(
     repeats: int = 10,
     device: str | None = None,
     output: Path = Path("benchmark"),
-    names: Sequence[str] | None = None,
+    names: Sequence[str] = (),
     log: Callable[[str], None] = print,
 ) -> str:
     """Measure, write ``encoder.json``, ``encoder.png`` and ``encoder.md`` into ``output``, return the tables.
@@ -71,12 +98,21 @@ def benchmark_encoder(
         embed_dim: width of all encoders.
         repeats: most rounds; large sizes get fewer.
         device: None: the first GPU, else the CPU.
-        names: which of ``encoders``; None: all. The hybrid encoder is always among them.
+        names: which of ``encoders``; empty: all. The hybrid encoder is always among them.
         log: is called with a line per size.
+
+    Raises:
+        UserError: an unknown name, or a width that the encoders cannot have.
     """
+    if embed_dim % 8:
+        raise UserError(f"--embed-dim {embed_dim}: the encoders have 8 attention heads; choose a multiple of 8")
+    known = list(encoders(embed_dim))
+    for name in names:
+        if name not in known:
+            raise UserError(f"--encoder {name}: {did_you_mean(name, known)}")
     keep_freed_memory()
     chosen = resolve_device(device)
-    wanted = [name for name in encoders(embed_dim) if names is None or name in (*names, REFERENCE)]
+    wanted = [name for name in known if not names or name in (*names, REFERENCE)]
     records: list[Record] = []
     for size in sorted(sizes or SIZES):
         possible = [name for name in wanted if not _is_too_much(name, size, records)]
@@ -151,12 +187,9 @@ def _is_too_much(name: str, size: int, records: Sequence[Record]) -> bool:
 
 def _flops(module: nn.Module, maps: list[Tensor]) -> int:
     """Counted on the meta device where that works: nothing is computed, however large the matrices are."""
-    counter = FlopCounterMode(display=False)
     if not isinstance(module, DeformableEncoder):  # its sampling does not run on the meta device
         module, maps = copy.deepcopy(module).to("meta"), [x.to("meta") for x in maps]
-    with sdpa_kernel(SDPBackend.MATH), counter, torch.no_grad():
-        module(maps)
-    return counter.get_total_flops()
+    return count_flops(module, maps)
 
 
 def _memory(name: str, embed_dim: int, size: int, device: torch.device) -> int | None:
@@ -194,6 +227,7 @@ def _page(records: Sequence[Record], names: Sequence[str], embed_dim: int, machi
         "",
         f"Maps of a ResNet-50 (strides 8, 16, 32), {embed_dim} channels, fp32, one image. Everything takes turns in "
         f"one run; medians. {machine}.",
+        *_about_blocks(names, embed_dim),
         "",
         "Time, and its ratio to the hybrid encoder's:",
         "",
@@ -211,6 +245,13 @@ def _page(records: Sequence[Record], names: Sequence[str], embed_dim: int, machi
         "",
     ]
     return "\n".join(lines)
+
+
+def _about_blocks(names: Sequence[str], embed_dim: int) -> list[str]:
+    chosen = [f"{name.partition(', ')[2]} {_expansion(name, embed_dim):.3f}" for name in names if name in BLOCKS]
+    if not chosen:
+        return []
+    return [f"For equal FLOPs at {EQUAL_AT}, the blocks of other kinds have this expansion: {', '.join(chosen)}."]
 
 
 def _time_cell(record: Record, base: Record) -> str:
@@ -253,7 +294,7 @@ def _plot(records: Sequence[Record], names: Sequence[str], path: Path) -> None:
         for index, name in enumerate(names):
             points = [(r["size"], factor * r[key]) for r in records if r["encoder"] == name and r.get(key)]
             if points:
-                style = "o-" if name.startswith("hybrid") else "s--"
+                style = "^:" if name in BLOCKS else "o-" if name.startswith("hybrid") else "s--"
                 axes.plot(*zip(*points), style, color=f"C{index}", label=name, ms=3)
         axes.set(xlabel="side of the image", ylabel=label, yscale="log", xscale="log")
         sizes = sorted({r["size"] for r in records})
