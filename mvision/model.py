@@ -77,9 +77,11 @@ class Model(nn.Module):
     def new_head(self, task: str, categories: list[Category]) -> Head:
         """A head with random weights for this model's maps and these classes."""
         lateral = self.backbone.laterals.get(self._lateral_stride(task))
-        return self._class(task)(
-            self.config.heads[task], self.neck.out_channels, self.neck.strides, categories, lateral
-        )
+        head, neck = self._class(task), self.neck
+        try:
+            return head(self.config.heads[task], neck.out_channels, neck.strides, categories, lateral)
+        except ValueError as error:
+            raise UserError(f"model.heads.{task}: {error}") from error
 
     def _class(self, task: str) -> type[Head]:
         return head_class(task, self.config.heads[task])
