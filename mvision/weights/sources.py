@@ -55,7 +55,8 @@ def described(source: str) -> str:
     repository = model.hub if model is not None and model.hub else source
     commit = (model and model.revision) or cached_commit(repository)
     facts = [repository if model else "", f"commit {commit}" if commit else "", model.licence if model else ""]
-    return f"{source} ({', '.join(filter(None, facts))})"
+    known = ", ".join(filter(None, facts))
+    return f"{source} ({known})" if known else source
 
 
 def origin(source: str | None) -> str | None:
