@@ -23,8 +23,13 @@ from mvision.structures import Category, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
 from tests.pretend_gpu import OnDevice, PretendedGpu, on_device
 
+DISTRIBUTIONS = {"box_refinement": "distribution", "location_quality": True, "gate": True, "shared_matches": True}
 HEADS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "detection": (["detection"], {}),
+    "detection as in D-FINE": (
+        ["detection"],
+        {f"heads__detection__{key}": value for key, value in DISTRIBUTIONS.items()},
+    ),
     "instance-seg": (["instance-seg"], {}),
     "keypoints": (["keypoints"], {}),
     "keypoints minimal": (["keypoints"], {"heads": {"keypoints": {"kind": "minimal"}}}),

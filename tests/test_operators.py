@@ -21,6 +21,7 @@ from tests.pretend_gpu import OnDevice, PretendedGpu, on_device
 # change that needs more says in its commit message what for, and changes the number here.
 OPERATORS = {
     "detection": (288, 1365, 1202),
+    "detection as in D-FINE": (339, 1721, 1546),
     "instance-seg": (343, 1818, 1438),
     "keypoints": (303, 1368, 1227),
     "keypoints minimal": (205, 974, 973),
@@ -31,6 +32,7 @@ GROWTH = 1.03
 # Copies to the GPU and back: of a prediction, and of a training step with and without objects.
 COPIES = {
     "detection": ((0, 1), (2, 1), (2, 0)),
+    "detection as in D-FINE": ((0, 1), (2, 1), (2, 0)),
     "instance-seg": ((1, 2), (5, 1), (3, 0)),
     "keypoints": ((0, 1), (2, 1), (1, 0)),
     "keypoints minimal": ((0, 1), (2, 1), (1, 0)),

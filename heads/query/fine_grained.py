@@ -109,7 +109,7 @@ def distillation_losses(found: Distributions, logits: Tensor) -> Tensor:
     with torch.no_grad():
         teacher = corners[-1].log_softmax(-1)
         weights = _mean_weights(found)
-        scores = logits.sigmoid().amax(-1).to(teacher.dtype).split(found.sizes, 1)
+        scores = logits.amax(-1).to(teacher.dtype).sigmoid().split(found.sizes, 1)
         weight = torch.cat([score * other for score, (_, other) in zip(scores, weights)], 1).repeat(len(corners), 1, 1)
         overlaps = found.overlap.split(found.numbers)
         matched = torch.cat([overlap * matched for overlap, (matched, _) in zip(overlaps, weights)])
