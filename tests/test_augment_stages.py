@@ -7,12 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from mvision.config import AugmentConfig, Config
 from mvision.data import CocoSplit, Dataset, SampleKey, find_layout, read_data_sources
 from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.samplers import TrainBatches
 from mvision.engine.checks import warn_of_crowded_pictures
+from mvision.engine.optim import falling_part
 from mvision.engine.plan import describe_plan
 from tests.coco_files import annotation, coco, write_set
 
@@ -133,3 +135,15 @@ def test_more_objects_than_queries_are_foreseen_before_the_first_step(tmp_path: 
     assert "-o model.heads.detection.num_queries=50" in line
     assert warnings(50, mosaic) == warnings(20, {}) == []
     assert warnings(20, {**mosaic, "mixing_stop": 0.1}, epochs=2) == []
+
+
+def test_the_recipe_in_the_readme_is_deims() -> None:
+    """DEIM-D-FINE-L: 58 epochs; mosaic and mixup in [4, 29), flat until 29, the last 8 plain and at the lowest rate."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (block,) = (block for block in text.split("```")[1::2] if "flat_cosine" in block)
+    config = Config.model_validate(yaml.safe_load(block.removeprefix("yaml")))
+    augment = config.data.augment
+    assert augment.mixing(58) == range(4, 29)
+    assert augment.count_last(58) == 8
+    assert falling_part(config.train, 58 * 100, 8 * 100) == (29 * 100, 50 * 100)
+    assert (augment.mosaic, augment.mixup, augment.mosaic_form) == (0.5, 0.5, "whole")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mvision.data.augment.geometry import draw_masks, tighten
+from mvision.data.augment.geometry import FILL, draw_masks, tighten
 from mvision.data.augment.mosaic import ANGLE, SCALES, SHIFT, Turn, mosaic_of_whole
 from mvision.data.formats.labels import Labels, PictureLabels
 from mvision.structures.masks import encode_mask
@@ -67,6 +67,16 @@ def test_an_angle_is_an_angle_before_the_picture_is_stretched() -> None:
     assert math.atan2(across[1], across[0]) == pytest.approx(math.radians(9))
     assert across @ down == pytest.approx(0, abs=1e-12)
     np.testing.assert_allclose(matrix @ (150, 100, 1), (150, 100))
+
+
+def test_pixels_are_moved_exactly() -> None:
+    """A mosaic half as large, shifted by whole pixels, on grey, without any interpolation."""
+    image = np.random.default_rng(0).integers(0, 255, (50, 75, 3), dtype=np.uint8)
+    result, _ = mosaic(image, EMPTY, Turn(0.5, 0.0, (0.1, -0.1)))
+    x, y = 75 + 30, 50 - 20
+    np.testing.assert_array_equal(result[y : y + 50, x : x + 75], image)
+    assert (result[y - 1, :] == FILL).all()
+    assert (result[:, x - 1] == FILL).all()
 
 
 @pytest.mark.parametrize("turn", [OBLIQUE, Turn(0.5, -ANGLE, (-0.1, 0.1)), Turn(1.5, ANGLE, (0.1, 0.1))], ids=str)
