@@ -61,7 +61,7 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
     """Random weights, biases and norms."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if not tensor.is_floating_point() or name.endswith("n_points_scale"):
+        if not tensor.is_floating_point() or name.endswith("_points_scale"):
             continue
         is_scale = name.endswith("weight") and ("norm" in name.lower() or name.endswith("proj.1.weight"))
         if tensor.ndim == 1 and is_scale:

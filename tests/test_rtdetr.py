@@ -63,10 +63,10 @@ def test_coco_classes_get_coco_ids_in_any_spelling() -> None:
 
 
 def test_names_and_ids_of_a_published_model(reference: nn.Module, folder: Path) -> None:
-    config, _ = read_published(folder)
+    config = read_published(folder).config
     assert [(category.id, category.name) for category in config.categories] == [(0, "cat"), (1, "dog"), (2, "bird")]
     change(folder, id2label={"0": "cat"})
-    config, _ = read_published(folder)
+    config = read_published(folder).config
     assert [category.name for category in config.categories] == ["cat", "LABEL_1", "LABEL_2"]
 
 
@@ -81,7 +81,7 @@ def test_shipped_configs_describe_the_published_models(name: str, tmp_path: Path
     described.id2label = {index: VOC.get(category.name, category.name) for index, category in enumerate(COCO)}
     described.save_pretrained(tmp_path)
     save_file({"model.decoder.class_embed.0.bias": torch.zeros(80)}, tmp_path / "model.safetensors")
-    published, _ = read_published(tmp_path)
+    published = read_published(tmp_path).config
     shipped = load_config(f"rtdetr_{name}", tasks=["detection"]).model
     shipped.categories = COCO
     assert published == shipped
@@ -128,7 +128,7 @@ def test_image_size_and_normalisation_of_the_processor(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "detr"}, "model_type is 'detr'; rt_detr and rt_detr_v2 can be read"),
+        ({"model_type": "detr"}, "model_type is 'detr'; rt_detr, rt_detr_v2, d_fine can be read"),
         ({"normalize_before": True}, "normalize_before is True, and only False can be read"),
         ({"learn_initial_query": True}, "learn_initial_query is True"),
         ({"feat_strides": [4, 8, 16]}, r"feat_strides is \[4, 8, 16\], and only \[8, 16, 32\]"),

@@ -26,7 +26,7 @@ COCO = [
     if name != "-"
 ]
 
-# Pascal VOC's names of the same classes, which the published detectors use.
+# Names of the same classes in Pascal VOC, which the published detectors use, and in Objects365.
 _SYNONYMS = {
     "aeroplane": "airplane",
     "motorbike": "motorcycle",
@@ -35,6 +35,9 @@ _SYNONYMS = {
     "diningtable": "dining table",
     "tvmonitor": "tv",
     "hair dryer": "hair drier",
+    "wild bird": "bird",
+    "stuffed toy": "teddy bear",
+    "luggage": "suitcase",
 }
 
 

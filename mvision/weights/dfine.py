@@ -130,7 +130,7 @@ def read_dfine(folder: Path) -> Published:
     check(get(published, "backbone_config", {}, dict, path), _FIXED_BACKBONE, path, "backbone_config.")
     read_header(folder / "model.safetensors")  # checks its size before it is read
     loaded = read_tensors(folder / "model.safetensors")
-    points = points_of_levels(loaded) or _points(published, path)
+    points = points_of_levels(loaded, folder) or _points(published, path)
     tensors = {mvision_name(name): tensor for name, tensor in loaded.items() if not _COMPUTED.search(name)}
     bins, notes = read_bins(tensors, {"bin_scale": published.get("reg_scale"), "bin_reach": published.get("up")})
     structure = Structure(tensors, folder)

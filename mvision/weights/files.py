@@ -1,9 +1,9 @@
 """Saving a model in one file, loading it, and initialising a model from the weights of another one.
 
 A weights file is a safetensors file whose header holds the whole ``ModelConfig``. A source of weights is one of these:
-a run's folder, a ``.safetensors`` file that mvision wrote, a folder with a published RT-DETR in Hugging Face's format,
-the id of such a folder or file on the Hugging Face Hub, its address, or the short name of a published model (``zoo``).
-Formats that can run code when opened are never read.
+a run's folder, a ``.safetensors`` file that mvision wrote, a folder with a published model in Hugging Face's format,
+the id of such a folder or file on the Hugging Face Hub, its address, the short name of a published model (``zoo``), or
+the authors' own file of one of these (``originals``). No code in a file is ever run.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ from torch import Tensor, nn
 import mvision
 from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
+from mvision.fast.copies import say
 from mvision.heads import serving_task
 from mvision.model import Model
 from mvision.neck.layers import ConvNorm
 from mvision.storage.atomic import whole_file
 from mvision.storage.run_folder import BEST
-from mvision.weights.rtdetr import read_published
+from mvision.weights.readers import read_any, refuse_family
 from mvision.weights.sources import PUBLISHED, described, fetch, tell_of_shadow
 from mvision.weights.stored import (
     Stored,
@@ -43,12 +44,13 @@ from mvision.weights.stored import (
 from mvision.weights.transfer import transfer
 from mvision.weights.zoo import could_be_name, suggestion
 
-PICKLES = {".pt", ".pth", ".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
+ORIGINALS = {".pth", ".pt"}
+PICKLES = {".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
 EXPORTS = {".onnx", ".xml"}
-SUFFIXES = {".safetensors", *PICKLES, *EXPORTS}
+SUFFIXES = {".safetensors", *ORIGINALS, *PICKLES, *EXPORTS}
 FORMS = (
     "a run's folder, a .safetensors file, a folder with config.json and model.safetensors, a name from "
-    "'mvision models', or a Hub id"
+    "'mvision models', its authors' .pth file, or a Hub id"
 )
 
 
@@ -59,11 +61,13 @@ class Weights:
     Attributes:
         tensors: by mvision's names, as in ``Model.state_dict()``.
         fused: whether the model was fused for inference (``Model.fuse``).
+        notes: what a reader chose or left out, for the user to know; each is a part of a line.
     """
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     fused: bool = False
+    notes: list[str] = field(default_factory=list)
 
 
 def save_weights(model: Model, path: str | Path, extra: dict[str, Any] | None = None) -> None:
@@ -95,17 +99,26 @@ def save_weights(model: Model, path: str | Path, extra: dict[str, Any] | None = 
         raise UserError(f"weights {path}: cannot be written ({error}); nothing was changed there") from error
 
 
-def load(source: str | Path, tasks: Sequence[str] | None = None, device: str | torch.device = "cpu") -> Model:
-    """Build a model from a source of weights, in eval mode.
+def load(
+    source: str | Path,
+    tasks: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    family: str | None = None,
+) -> Model:
+    """Build a model from a source of weights, in eval mode, and say what a reader chose or left out.
 
     Args:
-        source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, or a Hub id.
+        source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, a short name of the zoo, a
+            Hub id, or a ``.pth`` file of the authors.
         tasks: the tasks that the model keeps; None keeps all.
+        family: of a ``.pth`` file, see ``read_original``.
 
     Raises:
         UserError: no such source, no weights in it, damaged, or without one of the tasks.
     """
-    weights = read_weights(source)
+    weights = read_weights(source, family)
+    if weights.notes:
+        say(f"weights {source}: {'; '.join(weights.notes)}")
     if tasks is not None:
         weights = _keep_tasks(weights, tasks, source)
     model = Model(weights.config)
@@ -119,11 +132,12 @@ def load(source: str | Path, tasks: Sequence[str] | None = None, device: str | t
     return model.to(device).eval()
 
 
-def init_from(model: Model, source: str | Path, parts: Collection[str] | None = None) -> str:
+def init_from(model: Model, source: str | Path, parts: Collection[str] | None = None, family: str | None = None) -> str:
     """Copy into a model all weights of a source that fit it, see ``mvision.weights.transfer``.
 
     Args:
         parts: only these parts of the model, ``backbone`` and ``neck``; None: all.
+        family: of a ``.pth`` file, see ``read_original``.
 
     Returns:
         A text in one line: which parts were loaded, and which keep the weights that they had.
@@ -131,26 +145,32 @@ def init_from(model: Model, source: str | Path, parts: Collection[str] | None = 
     Raises:
         UserError: no such source, nothing in it fits, or it was fused for inference.
     """
-    weights = read_weights(source)
+    weights = read_weights(source, family)
     if weights.fused:
         raise UserError(
             f"weights {source}: fused for inference, so that no training can start from them; use the unfused weights"
         )
-    return f"weights {described(str(source))}: {transfer(model, weights.config, weights.tensors, str(source), parts)}"
+    done = transfer(model, weights.config, weights.tensors, str(source), parts)
+    return f"weights {described(str(source))}: {'; '.join([*weights.notes, done])}"
 
 
-def read_weights(source: str | Path) -> Weights:
+def read_weights(source: str | Path, family: str | None = None) -> Weights:
     """Config and tensors of any source.
+
+    Args:
+        family: of a ``.pth`` file, see ``read_original``.
 
     Raises:
         UserError: as ``load``: also where the tensors are not those of the model that the config describes, or have NaN
             or infinity in them.
     """
     path = resolve_weights(source)
-    if path.is_dir():
-        weights = Weights(*read_published(path))
+    if _is_foreign(path):
+        published = read_any(path, family)
+        weights = Weights(published.config, published.tensors, notes=published.notes)
         check_fit(weights.config, False, {name: stored(tensor) for name, tensor in weights.tensors.items()}, path)
     else:
+        refuse_family(path, family)
         config, fused, tensors = _describe(path)
         check_fit(config, fused, tensors, path)
         weights = Weights(config, read_tensors(path), fused)
@@ -158,10 +178,18 @@ def read_weights(source: str | Path) -> Weights:
     return weights
 
 
-def read_config(source: str | Path) -> ModelConfig:
-    """The config of any source; of a file only the header is read. Raises UserError as ``load``."""
+def read_config(source: str | Path, family: str | None = None) -> ModelConfig:
+    """The config of any source; of a file of mvision only the header is read. Raises UserError as ``load``."""
     path = resolve_weights(source)
-    return read_published(path)[0] if path.is_dir() else _describe(path)[0]
+    if _is_foreign(path):
+        return read_any(path, family).config
+    refuse_family(path, family)
+    return _describe(path)[0]
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a resolved source was not written by mvision."""
+    return path.is_dir() or path.suffix.lower() in ORIGINALS
 
 
 def _describe(path: Path) -> tuple[ModelConfig, bool, dict[str, Stored]]:
@@ -177,7 +205,7 @@ def _describe(path: Path) -> tuple[ModelConfig, bool, dict[str, Stored]]:
 
 
 def resolve_weights(source: str | Path) -> Path:
-    """The path of a source: mvision's own weights file, or a folder in Hugging Face's format.
+    """The path of a source: mvision's own weights file, the authors' ``.pth``, or a folder in Hugging Face's format.
 
     Raises:
         UserError: neither can be found, or the file's format can run code when it is opened.

@@ -138,7 +138,7 @@ def read_original(path: Path, family: str | None = None) -> Published:
     if teacher:
         numbers = sum(loaded[tensor].numel() for tensor in teacher)
         notes.append(f"left out: {len(teacher)} tensors ({numbers:,} numbers) that only learn from a teacher")
-    points = points_of_levels(loaded)
+    points = points_of_levels(loaded, path)
     size = _image_size(loaded.get("decoder.anchors"))
     tensors = _renamed({key: value for key, value in loaded.items() if key not in teacher}, path)
     bins, _ = read_bins(tensors)

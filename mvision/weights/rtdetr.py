@@ -12,25 +12,31 @@ import reprlib
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from mvision.config import ModelConfig, parse_model_config
+from mvision.config import ModelConfig
 from mvision.errors import UserError
-from mvision.structures.coco_names import coco_categories
-from mvision.weights.stored import read_header, read_json, read_tensors
+from mvision.weights.published import (
+    DECODER,
+    TASK,
+    Published,
+    categories,
+    check,
+    get,
+    image_size,
+    label_names,
+    normalise,
+    parse,
+    read_object,
+    read_processor,
+)
+from mvision.weights.stored import read_header, read_tensors
+from mvision.weights.structure import RESNETS
 
-TASK, EXAMPLE = "detection", "PekingU/rtdetr_r18vd"
-"""What the published models do, and one of them."""
+__all__ = ["EXAMPLE", "TASK", "mvision_name", "read_published"]
 
-MAX_JSON = 2**24  # bytes
-_KINDS: dict[type, str] = {dict: "JSON object", list: "list", str: "text"}
-_RESNETS = {
-    ("basic", (2, 2, 2, 2)): "resnet18d",
-    ("basic", (3, 4, 6, 3)): "resnet34d",
-    ("bottleneck", (3, 4, 6, 3)): "resnet50d",
-    ("bottleneck", (3, 4, 23, 3)): "resnet101d",
-}
+EXAMPLE = "PekingU/rtdetr_r18vd"
+"""One of the published models."""
 
 # Settings that mvision's model does not have, because every published model has the same value. A key that is absent
 # from config.json has this value too.
@@ -101,59 +107,27 @@ _RENAMED = [
     (r"\.o_proj\.", ".out_proj."),
     (r"\.(?:mlp\.)?fc1\.", ".ffn.layers.0."),
     (r"\.(?:mlp\.)?fc2\.", ".ffn.layers.1."),
-    (r"^head\.", f"heads.{TASK}.decoder."),
+    (r"^head\.", DECODER),
 ]
 _STAGE = re.compile(
     r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers\.(\d+)\.(.*)\.(convolution|normalization)\."
 )
 
 
-def read_published(folder: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """The config and state dict of a folder with ``config.json`` and ``model.safetensors``.
-
-    The state dict can lack ``num_batches_tracked`` of norms: the published models freeze those of the backbone.
+def read_published(folder: Path) -> Published:
+    """The model of a folder with ``config.json`` and ``model.safetensors``.
 
     Raises:
         UserError: a file cannot be read, or it is not an RT-DETR model, or one with a part that mvision does not have.
     """
-    published = _json(folder / "config.json")
+    path = folder / "config.json"
+    published, processor = read_object(path), read_processor(folder)
     read_header(folder / "model.safetensors")  # checks its size before it is read
     loaded = read_tensors(folder / "model.safetensors")
     tensors = {mvision_name(name): tensor for name, tensor in loaded.items() if not _COMPUTED.search(name)}
-    file = folder / "preprocessor_config.json"
-    processor = _json(file) if file.is_file() else {}
-    config = _model_config(published, processor, tensors, folder / "config.json")
-    if processor.get("do_normalize", False):
-        config.backbone.normalize = "auto"
-        for name, key in (("mean", "image_mean"), ("std", "image_std")):
-            numbers = _get(processor, key, [], list, file)
-            if len(numbers) != 3 or not all(isinstance(number, int | float) for number in numbers):
-                raise UserError(f"{file}: {key} is {numbers!r}, and has to be three numbers")
-            tensors[f"backbone.{name}"] = torch.tensor(numbers, dtype=torch.float32).view(3, 1, 1)
-    return config, tensors
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_JSON:
-            raise UserError(f"{path}: is larger than {MAX_JSON:,} bytes, which no description of a model is")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-    content = read_json(text, f"{path}: cannot be read")
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return content
-
-
-def _get(section: dict[str, Any], key: str, default: Any, kind: type, path: Path) -> Any:
-    """A value of a section that has to be of one type; null stands for the default."""
-    value = section.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, kind):
-        raise UserError(f"{path}: {key} is {reprlib.repr(value)}, and has to be a {_KINDS[kind]}")
-    return value
+    config = _model_config(published, processor, tensors, path)
+    normalise(config, tensors, processor, folder)
+    return Published(config, tensors)
 
 
 def mvision_name(name: str) -> str:
@@ -175,40 +149,34 @@ def mvision_name(name: str) -> str:
 def _model_config(
     published: dict[str, Any], processor: dict[str, Any], tensors: dict[str, Tensor], path: Path
 ) -> ModelConfig:
-    if published.get("model_type") not in ("rt_detr", "rt_detr_v2"):
-        raise UserError(f"{path}: model_type is {published.get('model_type')!r}; rt_detr and rt_detr_v2 can be read")
-    _check(published, _FIXED, path)
-    size = _get(processor, "size", {}, dict, path.with_name("preprocessor_config.json"))
+    check(published, _FIXED, path)
     sections = {
-        "backbone": _backbone(_get(published, "backbone_config", {}, dict, path), path),
+        "backbone": _backbone(get(published, "backbone_config", {}, dict, path), path),
         "neck": _neck(published, path),
         "heads": {TASK: _head(published)},
-        "categories": _categories(_get(published, "id2label", {}, dict, path), tensors, path),
-        "image_size": [size.get("height", 640), size.get("width", 640)],
+        "categories": categories(label_names(get(published, "id2label", {}, dict, path), tensors, path)),
+        "image_size": image_size(processor, path.parent),
     }
-    try:
-        return parse_model_config(sections)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+    return parse(sections, path)
 
 
 def _backbone(published: dict[str, Any], path: Path) -> dict[str, Any]:
     if not published:
         raise UserError(f"{path}: has no backbone_config; only RT-DETR's own ResNets can be read")
-    _check(published, _FIXED_BACKBONE, path, "backbone_config.")
-    kind = _get(published, "layer_type", "bottleneck", str, path)
-    depths = _get(published, "depths", [3, 4, 6, 3], list, path)
+    check(published, _FIXED_BACKBONE, path, "backbone_config.")
+    kind = get(published, "layer_type", "bottleneck", str, path)
+    depths = get(published, "depths", [3, 4, 6, 3], list, path)
     widths = [64, 128, 256, 512] if kind == "basic" else [256, 512, 1024, 2048]
-    _check(published, {"hidden_sizes": widths}, path, "backbone_config.")
-    name = next((name for known, name in _RESNETS.items() if known == (kind, tuple(depths))), None)
+    check(published, {"hidden_sizes": widths}, path, "backbone_config.")
+    name = next((name for known, name in RESNETS.items() if known == (kind, tuple(depths))), None)
     if name is None:
         shown = f"{kind[:40]} ResNet of depths {reprlib.repr(tuple(depths))}"
-        raise UserError(f"{path}: backbone_config: a {shown} is not one of {_RESNETS}")
+        raise UserError(f"{path}: backbone_config: a {shown} is not one of {RESNETS}")
     return {"name": name, "normalize": "none", "stage1_shortcut": kind == "basic"}
 
 
 def _neck(published: dict[str, Any], path: Path) -> dict[str, Any]:
-    levels = _get(published, "encode_proj_layers", [2], list, path)
+    levels = get(published, "encode_proj_layers", [2], list, path)
     return {
         "embed_dim": published.get("encoder_hidden_dim", 256),
         "attention_levels": "coarsest" if levels == [2] else levels,
@@ -243,23 +211,3 @@ def _head(published: dict[str, Any]) -> dict[str, Any]:
         "giou_weight": ("weight_loss_giou", 2.0),
     }
     return {name: published.get(key, default) for name, (key, default) in keys.items()}
-
-
-def _categories(labels: dict[str, str], tensors: dict[str, Tensor], path: Path) -> list[dict[str, Any]]:
-    """The classes: with COCO's ids and names if they are COCO's 80 (in any spelling), else numbered from 0."""
-    bias = tensors.get(f"heads.{TASK}.decoder.class_heads.0.bias")
-    if bias is None or bias.ndim != 1:
-        raise UserError(f"{path.parent}: the weights have no classifier: not a model for object detection")
-    names = [_get(labels, str(index), f"LABEL_{index}", str, path) for index in range(len(bias))]
-    coco = coco_categories(names)
-    if coco is not None:
-        return [category.model_dump() for category in coco]
-    return [{"id": index, "name": name} for index, name in enumerate(names)]
-
-
-def _check(published: dict[str, Any], expected: dict[str, Any], path: Path, prefix: str = "") -> None:
-    """Raise UserError if a setting has another value than the expected one; one that is absent has the expected."""
-    for key, value in expected.items():
-        given = published.get(key, value)
-        if given != value:
-            raise UserError(f"{path}: {prefix}{key} is {reprlib.repr(given)}, and only {value!r} can be read")

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mvision.errors import UserError
@@ -159,26 +158,27 @@ class Structure:
         return any(name.startswith(prefix) for name in self.tensors)
 
 
-def points_of_levels(tensors: Mapping[str, Tensor]) -> list[int] | None:
+def points_of_levels(tensors: Mapping[str, Tensor], source: Path) -> list[int] | None:
     """Sampled points of every level, from the buffer with one over this number for each point; None without one."""
-    scale = next((tensor for name, tensor in tensors.items() if re.search(r"\.n(um)?_points_scale$", name)), None)
-    if scale is None or scale.ndim != 1:
+    found = ((name, tensor) for name, tensor in tensors.items() if re.search(r"\.n(um)?_points_scale$", name))
+    name, scale = next(found, ("", None))
+    if scale is None:
         return None
     points: list[int] = []
-    values = scale.tolist()
+    values = scale.flatten().tolist()
     while sum(points) < len(values):
         value = values[sum(points)]
-        if not 1 / 1024 <= value <= 1:
-            return None
-        points.append(round(1 / value))
+        count = round(1 / value) if 1e-3 < value <= 1 else 0
+        of_level = values[sum(points) : sum(points) + count]
+        if len(of_level) != max(1, count) or any(abs(count * other - 1) > 1e-2 for other in of_level):
+            raise UserError(f"weights {source}: {name} has to be one over the number of points of each level")
+        points.append(count)
     return points
 
 
 def scalar(tensor: Tensor | None) -> float | None:
-    """The number in a tensor of one element, rounded to the digits of float32; None for any other."""
-    if tensor is None or tensor.numel() != 1:
-        return None
-    return float(f"{tensor.to(torch.float64).item():.7g}")
+    """The number in a tensor of one element; None for any other."""
+    return float(tensor.item()) if tensor is not None and tensor.numel() == 1 else None
 
 
 def _expansion(hidden: int, whole: int, given: object) -> float:
