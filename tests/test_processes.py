@@ -26,6 +26,7 @@ from tests.small_runs import FAST, add_corners, fast_config
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
 
 HEAD = FAST["model.heads.detection"]
+UNION = {"box_refinement": "distribution", "shared_matches": True}
 HEADS: dict[str, dict[str, Any]] = {
     "detection": HEAD,
     "instance-seg": {**HEAD, "pixel_dim": 16, "mask_dim": 8, "mask_points": 64},
@@ -157,13 +158,15 @@ def test_all_tasks_with_images_and_objects_for_one_process_only(tmp_path: Path) 
 def test_two_processes_train_as_one(tmp_path: Path) -> None:
     """The same weights after four steps, and so the same figures: losses are divided by the objects of all processes.
 
+    Box losses of the union of the matches and of distributions have divisors of their own.
+
     Batch norms are frozen, which on CPUs each process has for itself; the denoising noise is off, which each process
     draws for its own images; and so is Adam, which makes a whole step of a gradient that is only rounding.
     """
     data = write_squares(tmp_path / "data", objects=3)
     leave(data, "train", images=4, labelled=3)
     settings = {"train__epochs": 2, "train__ema_decay": 0, "train__lr": 0.05}
-    config = fast_config(data, **settings, model__heads__detection={**HEAD, "num_denoising": 0})
+    config = fast_config(data, **settings, model__heads__detection={**HEAD, **UNION, "num_denoising": 0})
     weights, figures = [], []
     for size in (1, 2):
         codes, printed = launch(tmp_path / str(size), config, size, "plain descent")
