@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
             write_text(options.output, "\n".join(lines) + "\n")
     bad = [found.name for found in checked if not found.good]
     print(
-        f"{len(checked) - len(bad)} of {len(checked)} models as published" + (f"; not {', '.join(bad)}" if bad else "")
+        f"{len(checked) - len(bad)} of {len(checked)} models are good" + (f"; not {', '.join(bad)}" if bad else "")
     )
     return 1 if bad else 0
 

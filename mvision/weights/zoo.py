@@ -285,7 +285,7 @@ _MODELS = (
 MODELS: Mapping[str, ZooModel] = {model.name: model for model in _MODELS}
 """By short name, in the order in which they are listed."""
 
-_NAME = re.compile(r"[a-zA-Z][\w.]*(-[\w.]+)*")
+_NAME = re.compile(r"[a-zA-Z]\w*(-\w+)*")
 
 
 def get(name: str) -> ZooModel:
