@@ -8,11 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from mvision.cli.main import run
+from mvision.commands import train
 from mvision.commands.info import count_parts
 from mvision.commands.models import models_json, models_text
 from mvision.config import load_config, shipped_configs
@@ -189,6 +190,14 @@ def test_what_is_said_depends_on_neck_decoder_and_pretrained_weights() -> None:
     assert "have this architecture" in str(published_start(config))
     config = load_config("dfine_s", assignments=["model.heads.detection.act=silu"]).model
     assert "have this backbone" in str(published_start(config))
+
+
+@pytest.mark.parametrize("name", ["dfine_s", "dfine_n", "rtdetr_r18", "rtdetr_r50"])
+def test_weights_bring_the_training_settings_of_their_architecture(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """small has the backbone of dfine_s, and rtmaskformer_r50 that of rtdetr_r50."""
+    published = load_config(name)
+    monkeypatch.setattr(train, "read_weights", lambda *source: SimpleNamespace(config=published.model))
+    assert train.run_config(init=name.replace("_", "-")) == published
 
 
 def test_get_names_the_unknown() -> None:

@@ -11,6 +11,7 @@ from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.settings import Settings
 from mvision.weights import read_weights
+from mvision.weights.start import shipped_architecture
 
 __all__ = ["run_config", "train"]
 
@@ -21,6 +22,7 @@ def run_config(
     model: str | None = None,
     file: Path | None = None,
     init: str | None = None,
+    family: str | None = None,
     resume: Path | None = None,
     options: dict[str, Any] | None = None,
     assignments: list[str] | None = None,
@@ -31,6 +33,7 @@ def run_config(
         tasks: each gets a head; empty: the tasks of the initial weights or of the config.
         model, file, options, assignments: see ``mvision.config.load_config``.
         init: weights to start from. Without ``model`` and ``file`` the run has their architecture.
+        family: of a ``.pth`` file of the authors given as ``init``, where its name does not tell it.
         resume: a run to continue with its own config, which ``options`` and ``assignments`` can change.
 
     Raises:
@@ -45,7 +48,7 @@ def run_config(
         return load_config(file=resume / RUN_CONFIG, overrides=options, assignments=assignments)
     of_weights: dict[str, Any] = {}
     if init is not None and model is None and file is None:
-        weights = read_weights(init).config
+        weights = read_weights(init, family).config
         tasks = tasks or list(weights.heads)
         model, of_weights = _architecture(weights)
         of_weights |= _heads_like(weights, tasks)
@@ -53,14 +56,17 @@ def run_config(
 
 
 def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:
-    """A shipped model with the backbone of these weights (for its training settings), and their backbone and neck."""
+    """A shipped model (for its training settings), and the backbone and neck of these weights.
+
+    It is the published model of this architecture; else one with the same backbone, else ``base``.
+    """
     backbones = {load_config(name).model.backbone.name: name for name in shipped_configs()}
     sections = {
         "model.backbone": config.backbone.model_dump(),
         "model.neck": config.neck.model_dump(),
         "model.image_size": config.image_size,
     }
-    return backbones.get(config.backbone.name, "base"), sections
+    return shipped_architecture(config) or backbones.get(config.backbone.name, "base"), sections
 
 
 def _heads_like(config: ModelConfig, tasks: list[str]) -> dict[str, Any]:

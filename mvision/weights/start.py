@@ -18,26 +18,32 @@ def published_start(model: ModelConfig) -> str | None:
 
     None if there are neither, or if the backbone has pretrained weights anyway and nothing else fits.
     """
-    alike = list(_with_backbone(model))
-    same = next((found for found, shipped in alike if _same_neck_and_decoder(model, shipped)), None)
-    if same is not None:
+    name = shipped_architecture(model)
+    if name is not None:
+        same = of_config(name)[0]
         return f"published weights have this architecture: --init {same.name} starts from them ({_figures(same)})"
+    alike = [of_config(config)[0] for config, _ in _with_backbone(model)]
     if not alike or model.backbone.pretrained:
         return None
-    best = max((found for found, _ in alike), key=lambda found: found.ap)
+    best = max(alike, key=lambda found: found.ap)
     return (
         f"published weights have this backbone: --init {best.name} takes it from a detector ({_figures(best)}), and "
         "with neither --model nor --config the whole model"
     )
 
 
-def _with_backbone(model: ModelConfig) -> Iterator[tuple[ZooModel, ModelConfig]]:
-    """Of every shipped architecture with the backbone of ``model``: its first published model, and its config."""
+def shipped_architecture(model: ModelConfig) -> str | None:
+    """The shipped config of a published model from which all weights fit ``model``; None if there is none."""
+    return next((config for config, shipped in _with_backbone(model) if _same_neck_and_decoder(model, shipped)), None)
+
+
+def _with_backbone(model: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
+    """The shipped configs of published models that have the backbone of ``model``."""
     for config in dict.fromkeys(found.config for found in MODELS.values() if found.config is not None):
         shipped = load_config(config).model
         own, other = model.backbone, shipped.backbone
         if (own.name, own.stage1_shortcut) == (other.name, other.stage1_shortcut):
-            yield of_config(config)[0], shipped
+            yield config, shipped
 
 
 def _same_neck_and_decoder(model: ModelConfig, shipped: ModelConfig) -> bool:
