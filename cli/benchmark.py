@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, SuggestingGroup, device_option, echo
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, SuggestingGroup, device_option, echo, family_option
 
 ROUNDS = click.IntRange(3, 10_000)
 output_option = click.option(
@@ -65,6 +65,7 @@ def encoder(
 @benchmark.command(short_help="Time of every part of a model, and of the model in every runtime.")
 @click.option("--model", metavar="NAME", help="A shipped model or any timm backbone.  [default: base]")
 @click.option("--weights", metavar="W", help=f"Instead of --model: {WEIGHTS}.")
+@family_option
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: detection, or all of the weights]")
 @click.option(
     "--batch",
@@ -84,6 +85,7 @@ def encoder(
 def model(
     model: str | None,
     weights: str | None,
+    family: str | None,
     tasks: tuple[str, ...],
     batches: tuple[int, ...],
     precisions: tuple[str, ...],
@@ -105,6 +107,7 @@ def model(
     text = benchmark_model(
         model=model,
         weights=weights,
+        family=family,
         tasks=tasks,
         batches=batches,
         precisions=precisions,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mvision.cli.options import WEIGHTS, ImageSize, OneOf, echo
+from mvision.cli.options import WEIGHTS, ImageSize, OneOf, echo, family_option
 
 
 @click.command(short_help="Write a model for ONNX Runtime or OpenVINO.")
@@ -19,6 +19,7 @@ from mvision.cli.options import WEIGHTS, ImageSize, OneOf, echo
     metavar="F",
     help="onnx or openvino.",
 )
+@family_option
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: all of the weights]")
 @click.option("--image-size", type=ImageSize(), metavar="N|HxW", help="Multiples of 32.  [default: the model's]")
 @click.option("--dynamic-size", is_flag=True, help="Accept images of any size in multiples of 32.")
@@ -33,6 +34,7 @@ from mvision.cli.options import WEIGHTS, ImageSize, OneOf, echo
 )
 def export(
     weights: str,
+    family: str | None,
     format: str,
     tasks: tuple[str, ...],
     image_size: tuple[int, int] | None,
@@ -57,6 +59,7 @@ def export(
         weights,
         format=format,
         tasks=tasks,
+        family=family,
         image_size=image_size,
         dynamic_size=dynamic_size,
         opset=opset,

@@ -84,6 +84,16 @@ def device_option(command: Decorated) -> Decorated:
     )(command)
 
 
+def family_option(command: Decorated) -> Decorated:
+    """``--family``, the same in every command that takes weights."""
+    return click.option(
+        "--family",
+        metavar="F",
+        help="Of an authors' .pth file whose name does not tell it: dfine, deim, rtdetrv4, deim-rtdetrv2, rtdetr, "
+        "rtdetrv2.",
+    )(command)
+
+
 def assignments_option(command: Decorated) -> Decorated:
     """``-o key.sub=value``, any number of times."""
     return click.option(

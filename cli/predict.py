@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option
 from mvision.machine import PrecisionOption
 
 EVERY = "*"  # stands for all classes without a threshold of their own
@@ -35,6 +35,7 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
 @click.argument("sources", nargs=-1, metavar="[SOURCE]...")
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: all of the weights]")
 @click.option("--weights", metavar="W", help=f"The model: {WEIGHTS}.  [default: the newest run of the task]")
+@family_option
 @click.option("--data", metavar="DIR", help="A COCO, Roboflow or YOLO folder in place of SOURCE.")
 @click.option("--split", metavar="NAME", help="Which split of it.  [default: val]")
 @click.option(
@@ -62,6 +63,7 @@ def predict(
     sources: tuple[str, ...],
     tasks: tuple[str, ...],
     weights: str | None,
+    family: str | None,
     data: str | None,
     split: str | None,
     thresholds: Any,
@@ -88,6 +90,7 @@ def predict(
         sources,
         tasks=tasks,
         weights=weights,
+        family=family,
         data=data,
         split=split,
         threshold=thresholds,

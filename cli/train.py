@@ -16,6 +16,7 @@ from mvision.cli.options import (
     OneOf,
     assignments_option,
     device_option,
+    family_option,
 )
 from mvision.heads import known_tasks
 from mvision.machine import PrecisionOption
@@ -41,6 +42,7 @@ TASKS = known_tasks()
 @click.option("--batch-size", type=int, metavar="N", help="Images per step, over all devices.  [default: the config's]")
 @click.option("--image-size", type=ImageSize(), metavar="N|HxW", help="Multiples of 32.  [default: the config's]")
 @click.option("--init", metavar="WEIGHTS", help=f"Start from {WEIGHTS}.")
+@family_option
 @click.option(
     "--freeze", multiple=True, type=OneOf(["backbone", "neck"]), metavar="PART", help="Keep backbone or neck as it is."
 )
@@ -65,6 +67,7 @@ def train(
     batch_size: int | None,
     image_size: tuple[int, int] | None,
     init: str | None,
+    family: str | None,
     freeze: tuple[str, ...],
     resume: Path | None,
     output: Path | None,
@@ -102,8 +105,9 @@ def train(
         model=model,
         file=file,
         init=init,
+        family=family,
         resume=resume,
         options={key: value for key, value in options.items() if value is not None},
         assignments=list(assignments),
     )
-    train_model(config, output=output, init=init, resume=resume, device=device)
+    train_model(config, output=output, init=init, init_family=family, resume=resume, device=device)

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, device_option, echo
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, device_option, echo, family_option
 
 
 @click.command(short_help="Measure how much trained weights help other tasks.")
 @click.option("--init", "weights", required=True, metavar="WEIGHTS", help=f"Source of backbone and neck: {WEIGHTS}.")
+@family_option
 @click.option(
     "--task",
     "tasks",
@@ -54,6 +55,7 @@ from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, assignments_option, devi
 @device_option
 def transfer(
     weights: str,
+    family: str | None,
     tasks: tuple[str, ...],
     fractions: tuple[float, ...],
     seeds: int,
@@ -77,6 +79,7 @@ def transfer(
 
     text = transfer_matrix(
         weights,
+        family=family,
         tasks=tasks,
         fractions=fractions,
         seeds=seeds,

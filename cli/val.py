@@ -7,12 +7,13 @@ from typing import get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option
 from mvision.machine import PrecisionOption
 
 
 @click.command(short_help="Evaluate weights: the COCO table and AP by class.")
 @click.option("--weights", required=True, metavar="W", help=f"What to evaluate: {WEIGHTS}.")
+@family_option
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: all of the weights]")
 @click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: as in training]")
 @click.option("--split", metavar="NAME", help="Which split of the data.  [default: val]")
@@ -33,6 +34,7 @@ from mvision.machine import PrecisionOption
 @device_option
 def val(
     weights: str,
+    family: str | None,
     tasks: tuple[str, ...],
     data: str | None,
     split: str | None,
@@ -56,6 +58,7 @@ def val(
     tables = validate(
         weights,
         tasks=tasks,
+        family=family,
         data=data,
         split=split,
         output=output,

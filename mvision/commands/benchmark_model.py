@@ -48,6 +48,7 @@ def benchmark_model(
     *,
     model: str | None = None,
     weights: str | None = None,
+    family: str | None = None,
     tasks: Sequence[str] = (),
     batches: Sequence[int] = (),
     precisions: Sequence[str] = (),
@@ -62,6 +63,7 @@ def benchmark_model(
     Args:
         model: a shipped model or timm backbone, with random weights and COCO's 80 classes; or give ``weights``.
         weights: any source that ``mvision.load`` takes.
+        family: of a ``.pth`` file of the authors, where its name does not tell it.
         tasks: of the model; empty: detection, or all that the weights have.
         batches: images per call; empty: ``BATCHES``.
         precisions: ``fp32`` or ``bf16``; empty: both.
@@ -80,7 +82,7 @@ def benchmark_model(
     keep_freed_memory()
     chosen = resolve_device(device)
     name = weights or model or "base"
-    plain = load(weights, list(tasks) or None) if weights is not None else _random_model(name, tasks)
+    plain = load(weights, list(tasks) or None, family=family) if weights is not None else _random_model(name, tasks)
     height, width = plain.config.image_size
     log(f"{', '.join(plain.tasks)} of {name} at {width} x {height}")
     asked = [precision for precision in PRECISIONS if precision in (precisions or PRECISIONS)]

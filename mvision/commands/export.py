@@ -23,6 +23,7 @@ def export(
     *,
     format: str = "onnx",
     tasks: Sequence[str] = (),
+    family: str | None = None,
     image_size: tuple[int, int] | None = None,
     dynamic_size: bool = False,
     opset: int | None = None,
@@ -37,6 +38,7 @@ def export(
         weights: any source that ``mvision.load`` takes, but an exported model.
         format: ``onnx``, a file, or ``openvino``, a folder.
         tasks: the tasks to export; empty: all that the weights have.
+        family: of a ``.pth`` file of the authors, where its name does not tell it.
         image_size: (height, width); None is the model's own.
         dynamic_size: accept images of any size in multiples of 32, not of one size only.
         opset: version of ONNX's operators, 17 or higher; None: torch's choice.
@@ -62,7 +64,7 @@ def export(
     with writing(target):
         check_target(target, format)  # also before the model is loaded and converted, which takes long
     made_from = digest(source)
-    model = _load(weights, tasks, image_size)
+    model = _load(weights, tasks, family, image_size)
     quantised = None
     with scratch(target) as folder:
         path = folder / target.name
@@ -80,9 +82,9 @@ def export(
     return quantised
 
 
-def _load(weights: str, tasks: Sequence[str], image_size: tuple[int, int] | None) -> Model:
+def _load(weights: str, tasks: Sequence[str], family: str | None, image_size: tuple[int, int] | None) -> Model:
     """The fused model, for images of this size."""
-    model = load(weights, tasks=list(tasks) or None)
+    model = load(weights, list(tasks) or None, family=family)
     if image_size is not None:
         described = {**model.config.model_dump(), "image_size": image_size}
         model.config.image_size = parse_model_config(described).image_size

@@ -35,12 +35,13 @@ class Part:
     flops: int
 
 
-def info_text(model: str | None = None, weights: str | None = None) -> str:
+def info_text(model: str | None = None, weights: str | None = None, family: str | None = None) -> str:
     """The parts of a model, what is in an export, or machine and versions if neither a model nor weights are given.
 
     Args:
         model: a shipped model or a timm backbone.
         weights: any source that ``mvision.load`` takes, exported models too.
+        family: of a ``.pth`` file of the authors, where its name does not tell it.
 
     Raises:
         UserError: both are given, or one is unknown.
@@ -50,7 +51,7 @@ def info_text(model: str | None = None, weights: str | None = None) -> str:
     if weights is not None and is_exported(weights):
         return exported_text(ExportedModel(weights))
     if weights is not None:
-        return model_text(load(weights), weights)
+        return model_text(load(weights, family=family), weights)
     if model is not None:
         config = load_config(model).model
         config.categories = config.categories or coco_with_keypoints()

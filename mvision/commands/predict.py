@@ -32,6 +32,7 @@ def predict_job(
     *,
     tasks: Sequence[str] = (),
     weights: str | None = None,
+    family: str | None = None,
     data: str | None = None,
     split: str | None = None,
     threshold: Threshold | None = None,
@@ -50,6 +51,7 @@ def predict_job(
             the built-in data set.
         tasks: the tasks to run; empty: all that the weights have.
         weights: any source that ``mvision.load`` takes, or an exported model; None: the newest run with these tasks.
+        family: of a ``.pth`` file of the authors, where its name does not tell it.
         data: a data set to predict on in place of ``sources``, see ``images_of_split``; None with ``split``: that of
             the run.
         split: the name of its split; None: the one that a run evaluates on.
@@ -75,7 +77,7 @@ def predict_job(
     source = weights if weights is not None else str(newest_run(tasks))
     of_split = _folder_of(source, data) if data is not None or split is not None else None
     keep_freed_memory()
-    model, runtime = open_fastest(source, tasks, resolve_device(device), precision)
+    model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
     log("\n".join([runtime, *_left_out_of_pictures(model.tasks)]))
     for_metrics = None
     if of_split is not None:

@@ -77,6 +77,7 @@ class _Finished(BaseModel):
 def transfer_matrix(
     weights: str,
     *,
+    family: str | None = None,
     tasks: Sequence[str],
     fractions: Sequence[float] = (1.0, 0.25),
     seeds: int = 3,
@@ -91,6 +92,7 @@ def transfer_matrix(
 
     Args:
         weights: source of the backbone and neck; all models have its architecture.
+        family: of a ``.pth`` file of the authors, where its name does not tell it.
         tasks: target tasks. Their heads always start from random weights.
         fractions: shares of the training images. The epochs are divided by the share, so that every training has about
             the same number of steps.
@@ -109,7 +111,7 @@ def transfer_matrix(
         UserError: the weights, data or options cannot be used, or ``output`` has cells of other options.
     """
     _check(tasks, fractions, epochs)
-    setup = _setup(weights, tasks, epochs, data, assignments)
+    setup = _setup(weights, family, tasks, epochs, data, assignments)
     file = output / CELLS
     records = read_cells(file)
     done = _finished(file, records, setup)
@@ -120,7 +122,11 @@ def transfer_matrix(
     missing = [cell for cell in cells if cell not in done]
     log(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished: {file}")
     for number, cell in enumerate(missing, start=1):
-        record = {**asdict(cell), **_run(cell, weights, epochs, data, output, device, assignments), "setup": setup}
+        record = {
+            **asdict(cell),
+            **_run(cell, weights, family, epochs, data, output, device, assignments),
+            "setup": setup,
+        }
         records.append(record)
         output.mkdir(parents=True, exist_ok=True)
         write_text(file, "".join(f"{json.dumps(record)}\n" for record in records))
@@ -150,6 +156,7 @@ def _check(tasks: Sequence[str], fractions: Sequence[float], epochs: int) -> Non
 def _run(
     cell: Cell,
     weights: str,
+    family: str | None,
     epochs: int,
     data: str | None,
     output: Path,
@@ -158,7 +165,7 @@ def _run(
 ) -> dict[str, Any]:
     """Train one cell; returns its curve and its final metrics."""
     parts, frozen = STARTS[cell.start]
-    config = _config(cell.task, weights, data, assignments)
+    config = _config(cell.task, weights, family, data, assignments)
     config.data.fraction, config.train.seed = cell.fraction, cell.seed
     config.train.epochs = max(1, round(epochs / cell.fraction))
     config.train.val_interval = math.ceil(config.train.epochs / EVALUATIONS)
@@ -168,7 +175,8 @@ def _run(
     shutil.rmtree(folder, ignore_errors=True)  # left by a training that was stopped
     folder.parent.mkdir(parents=True, exist_ok=True)
     with (folder.parent / f"{name}.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
-        train(config, output=folder, init=weights if parts else None, init_parts=parts or None, device=device)
+        source = {"init": weights, "init_family": family} if parts else {"init": None}
+        train(config, output=folder, init_parts=parts or None, device=device, **source)
     metric = head_class(cell.task).primary_metric
     curve = [
         {"epoch": r["epoch"] + 1, "step": r["step"], "seconds": r["seconds"], "score": r["metrics"][cell.task][metric]}
@@ -181,17 +189,22 @@ def _run(
     return {"figure": metric, "curve": curve, "best": best, "machine": f"{machine}, {date.today().isoformat()}"}
 
 
-def _config(task: str, weights: str, data: str | None, assignments: Sequence[str]) -> Config:
+def _config(task: str, weights: str, family: str | None, data: str | None, assignments: Sequence[str]) -> Config:
     options = {} if data is None else {"data.root": data}
-    return run_config(tasks=[task], init=weights, options=options, assignments=list(assignments))
+    return run_config(tasks=[task], init=weights, family=family, options=options, assignments=list(assignments))
 
 
 def _setup(
-    weights: str, tasks: Sequence[str], epochs: int, data: str | None, assignments: Sequence[str]
+    weights: str,
+    family: str | None,
+    tasks: Sequence[str],
+    epochs: int,
+    data: str | None,
+    assignments: Sequence[str],
 ) -> dict[str, Any]:
     """What all cells of a matrix have in common. Wrong options are refused here, before the first training."""
-    source = read_weights(weights)
-    configs = [_config(task, weights, data, assignments) for task in tasks]
+    source = read_weights(weights, family)
+    configs = [_config(task, weights, family, data, assignments) for task in tasks]
     path = resolve_weights(weights)
     file = path if path.is_file() else path / "model.safetensors"
     return {

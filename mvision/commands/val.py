@@ -29,6 +29,7 @@ def validate(
     weights: str,
     *,
     tasks: Sequence[str] = (),
+    family: str | None = None,
     data: str | None = None,
     split: str | None = None,
     output: Path | None = None,
@@ -42,6 +43,7 @@ def validate(
     Args:
         weights: any source that ``mvision.load`` takes, or an exported model.
         tasks: the tasks to evaluate; empty: all that the weights have.
+        family: of a ``.pth`` file of the authors, where its name does not tell it.
         data: data folder; None: the one of the weights' run if they lie in one, else the built-in data set.
         split: name of the split; None: the validation split of the run, else ``val``.
         output: folder for ``metrics.json`` and ``predictions.json``, a COCO results list of what was evaluated: with
@@ -59,7 +61,7 @@ def validate(
     _make_folder(output)  # fail before the evaluation, not after it
     keep_freed_memory()
     chosen, run = resolve_device(device), config_of_run(weights)
-    model, runtime = _open(weights, tasks, chosen, precision)
+    model, runtime = _open(weights, tasks, chosen, precision, family)
     config = DataConfig(root=data) if run is None or data is not None else run.data
     if run is not None:
         config.ignore_iscrowd = run.data.ignore_iscrowd  # what an object is has to mean the same as in training
@@ -117,12 +119,12 @@ def _left_out(results: dict[tuple[int, str], ResultsFile]) -> list[str]:
 
 
 def _open(
-    weights: str, tasks: Sequence[str], device: torch.device, precision: PrecisionOption | None
+    weights: str, tasks: Sequence[str], device: torch.device, precision: PrecisionOption | None, family: str | None
 ) -> tuple[Evaluated, str | None]:
     """The model, and its runtime where ``open_fastest`` chose one."""
     if precision is not None or is_exported(weights):
-        return open_fastest(weights, tasks, device, precision or "auto")
-    return load(weights, tasks=list(tasks) or None).to(device), None
+        return open_fastest(weights, tasks, device, precision or "auto", family)
+    return load(weights, list(tasks) or None, family=family).to(device), None
 
 
 def _make_folder(folder: Path | None) -> None:

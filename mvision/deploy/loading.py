@@ -13,7 +13,12 @@ from mvision.model import Model
 from mvision.weights import load as load_weights
 
 
-def load(source: str | Path, tasks: Sequence[str] | None = None, device: str | torch.device = "cpu") -> Model:
+def load(
+    source: str | Path,
+    tasks: Sequence[str] | None = None,
+    device: str | torch.device = "cpu",
+    family: str | None = None,
+) -> Model:
     """The model of a source of weights, in eval mode.
 
     Args:
@@ -21,12 +26,14 @@ def load(source: str | Path, tasks: Sequence[str] | None = None, device: str | t
             model: an ``.onnx`` file or a folder of OpenVINO. An exported model predicts, and refuses everything else.
         tasks: the tasks that the model keeps; None keeps all.
         device: exported models run on the CPU.
+        family: of a ``.pth`` file of the authors: ``dfine``, ``deim``, ``rtdetrv4``, ``deim-rtdetrv2``, ``rtdetr`` or
+            ``rtdetrv2``. Needed where neither its tensors nor its name tell it: they differ in an activation.
 
     Raises:
         UserError: no such source, no weights in it, damaged, not finite, or without one of the tasks.
     """
     if not is_exported(source):
-        return load_weights(source, tasks, device)
+        return load_weights(source, tasks, device, family)
     if torch.device(device).type != "cpu":
         raise UserError(
             f"weights {source}: an exported model runs on the CPU, not on {device}; load its weights instead"

@@ -19,7 +19,11 @@ from mvision.weights.stored import digest
 
 
 def open_fastest(
-    source: str, tasks: Sequence[str], device: torch.device, precision: PrecisionOption = "auto"
+    source: str,
+    tasks: Sequence[str],
+    device: torch.device,
+    precision: PrecisionOption = "auto",
+    family: str | None = None,
 ) -> tuple[Evaluated, str]:
     """A model that is ready to predict, and a line that names its runtime, device, precision and image size.
 
@@ -34,6 +38,7 @@ def open_fastest(
         precision: ``auto`` is the fastest one of the device, see ``mvision.machine.resolve_precision``; what it
             measured in PyTorch decides for OpenVINO too, which has the same kernels. The difference in AP is in
             docs/measurements.md; coordinates stay in float32 in every runtime.
+        family: of a ``.pth`` file of the authors, where its name does not tell it.
 
     Raises:
         UserError: the weights cannot be used, or their runtime does not have this precision.
@@ -49,7 +54,7 @@ def open_fastest(
         not_used = f"; {exported.name} is not used: {obstacle}" if obstacle else ""
         hint = f"{not_used}; faster after mvision export --weights {source} --format openvino"
     chosen = inference_precision(precision, device)
-    model = prepare(load(source, tasks=list(tasks) or None).to(device), chosen)
+    model = prepare(load(source, list(tasks) or None, family=family).to(device), chosen)
     return model, f"PyTorch on {device.type} in {chosen}, {_size(model)}{hint}"
 
 

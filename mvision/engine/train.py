@@ -8,7 +8,8 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ def train(
     output: Path | None = None,
     init: str | None = None,
     init_parts: Collection[str] | None = None,
+    init_family: str | None = None,
     resume: Path | None = None,
     device: str | None = None,
 ) -> Path:
@@ -77,13 +79,12 @@ def train(
     Args:
         config: everything that is configured; categories come from the data set.
         output: the run's folder; None takes the next number under ``runs/TASK``.
-        init: weights to start from, see ``mvision.weights.init_from``.
-        init_parts: of these weights, ``backbone`` and ``neck``; None takes all that fits.
+        init, init_parts, init_family: weights to start from, see ``mvision.weights.init_from``.
         resume: a run folder to continue; ``config`` is then the run's own.
 
     Raises:
         UserError: anything wrong with data, weights, device or folder.
-        Stopped: it was asked to, by Ctrl-C or SIGTERM; its state is saved after the step that it was in.
+        Stopped: by Ctrl-C or SIGTERM; its state is saved after the step that it was in.
     """
     if resume is not None and output is not None:
         raise UserError(f"--output {output}: a resumed run stays in its folder, {resume}; leave --output out")
@@ -100,7 +101,8 @@ def train(
             return run.path
         sources = _read_data(config, saved is None, log)
         set_seed(config.train.seed)
-        model = _build_model(config, init, init_parts, saved is None, log)
+        begin = partial(init_from, source=init, parts=init_parts, family=init_family)
+        model = _build_model(config, begin if init is not None else None, saved is None, log)
         train_loader, validation = _loaders(config, sources, model, accelerator)
         stack.callback(_close, train_loader, validation)
         facts = run_facts(config, _images(sources), len(train_loader))
@@ -110,21 +112,27 @@ def train(
         trainer = _trainer(config, model, accelerator, len(train_loader))
         trainer.stop, trainer.facts = stop, facts
         check_batches(trainer, train_loader)
-        if config.train.compile:
-            assert isinstance(train_loader.batches, TrainBatches)
-            stack.enter_context(compiled(trainer, train_loader.batches.sizes()))
+        stack.enter_context(_compiled(trainer, train_loader))
         if run is None:
             run = new_folder(trainer, output)
             _claim(run, accelerator, stack)
         start(trainer, run, saved)
-        log(f"run {run.path}: {_describe(trainer, sources)}")
-        log(describe_plan(config, trainer.total_steps, trainer.last_steps))
+        plan = describe_plan(config, trainer.total_steps, trainer.last_steps)
+        log(f"run {run.path}: {_describe(trainer, sources)}\n{plan}")
         warn_of_nothing_to_measure(model, sources, log)
         warn_of_crowded_pictures(config, sources, log)
         accelerator.init_trackers("mvision", config=flat(config.model_dump(mode="json")))
         _train_to_the_end(trainer, run, train_loader, validation)
         accelerator.end_training()
         return run.path
+
+
+def _compiled(trainer: Trainer, loader: Loader) -> AbstractContextManager[None]:
+    """Backbone and neck compiled for every size of the run's batches, where the config wants it."""
+    if not trainer.config.train.compile:
+        return nullcontext()
+    assert isinstance(loader.batches, TrainBatches)
+    return compiled(trainer, loader.batches.sizes())
 
 
 def _read_data(config: Config, is_new: bool, log: Callable[[str], None]) -> list[DataSource]:
@@ -141,17 +149,21 @@ def _read_data(config: Config, is_new: bool, log: Callable[[str], None]) -> list
 
 
 def _build_model(
-    config: Config, init: str | None, init_parts: Collection[str] | None, is_new: bool, log: Callable[[str], None]
+    config: Config, begin: Callable[[Model], str] | None, is_new: bool, log: Callable[[str], None]
 ) -> Model:
-    """The model with the weights that a new run starts from; those of another run come with its state."""
+    """The model with the weights that a new run starts from; those of another run come with its state.
+
+    Args:
+        begin: loads initial weights, and returns a line that says which.
+    """
     backbone = config.model.backbone
     pretrained, backbone.pretrained = backbone.pretrained, backbone.pretrained and is_new
     try:
         model = Model(config.model)
     finally:
         backbone.pretrained = pretrained
-    if init is not None:
-        log(init_from(model, init, init_parts))
+    if begin is not None:
+        log(begin(model))
     elif is_new:
         warn_of_slow_backbone(config, log)
         if line := published_start(config.model):
