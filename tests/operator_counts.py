@@ -21,14 +21,14 @@ from mvision import Model, create_model
 from mvision.fast.biases import join_biases
 from mvision.structures import Category, Targets
 from mvision.structures.boxes import cxcywh_to_xyxy
+from tests.decoder_inputs import DFINE
 from tests.pretend_gpu import OnDevice, PretendedGpu, on_device
 
-DISTRIBUTIONS = {"box_refinement": "distribution", "location_quality": True, "gate": True, "shared_matches": True}
 HEADS: dict[str, tuple[list[str], dict[str, Any]]] = {
     "detection": (["detection"], {}),
     "detection as in D-FINE": (
         ["detection"],
-        {f"heads__detection__{key}": value for key, value in DISTRIBUTIONS.items()},
+        {f"heads__detection__{key}": value for key, value in {**DFINE, "shared_matches": True}.items()},
     ),
     "instance-seg": (["instance-seg"], {}),
     "keypoints": (["keypoints"], {}),
