@@ -118,16 +118,18 @@ def test_val_with_a_precision_opens_the_model_as_predict_does(
     run = make_run(tmp_path / "run", squares, train__precision="bf16")
     opened = []
 
-    def open_fastest(source: str, tasks: Any, device: torch.device, precision: str) -> tuple[Any, str]:
-        opened.append((source, tuple(tasks), device, precision))
+    def open_fastest(
+        source: str, tasks: Any, device: torch.device, precision: str, family: str | None
+    ) -> tuple[Any, str]:
+        opened.append((source, tuple(tasks), device, precision, family))
         return val.load(str(run)), "the runtime"
 
     monkeypatch.setattr(val, "open_fastest", open_fastest)
-    text = validate(str(run), tasks=["detection"], data=str(squares), precision="fp32", device="cpu")
+    text = validate(str(run), tasks=["detection"], family="deim", data=str(squares), precision="fp32", device="cpu")
     assert "the runtime" in text.splitlines()
     assert seen["dtype"] == torch.float32  # no autocast around a model that was prepared
     validate("model.onnx", data=str(squares), device="cpu")
-    assert opened == [(str(run), ("detection",), CPU, "fp32"), ("model.onnx", (), CPU, "auto")]
+    assert opened == [(str(run), ("detection",), CPU, "fp32", "deim"), ("model.onnx", (), CPU, "auto", None)]
 
 
 def test_val_refuses_a_folder_that_cannot_be_written_before_it_evaluates(
@@ -197,7 +199,9 @@ def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     photo, output = str(tmp_path / "a.jpg"), tmp_path / "found"
     Path(photo).touch()
     choices: dict[str, Any] = {"multi_label": False, "nms": None, "for_metrics": None, "pictures": True}
-    assert predict_job([photo], weights="w", threshold=0.3, output=output, precision="fp32", **options) == (
+    assert predict_job(
+        [photo], weights="w", family="deim", threshold=0.3, output=output, precision="fp32", **options
+    ) == (
         (model, [Source("image", photo, "a.jpg")], output, 0.3),
         choices,
     )
@@ -207,7 +211,7 @@ def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         (model, samples, Path("predictions"), 0.5),
         {**choices, "multi_label": True, "nms": 0.4, "pictures": False},
     )
-    assert calls == [("w", ["detection"], CPU, "fp32"), ("runs/newest", ["detection"], CPU, "auto")]
+    assert calls == [("w", ["detection"], CPU, "fp32", "deim"), ("runs/newest", ["detection"], CPU, "auto", None)]
     with pytest.raises(UserError, match=r"missing\.jpg: no such file"):
         predict_job([str(tmp_path / "missing.jpg")], weights="w", **options)
     assert messages == ["runtime", "runtime"]  # a missing file is reported before any model is opened

@@ -62,8 +62,7 @@ def benchmark_model(
 
     Args:
         model: a shipped model or timm backbone, with random weights and COCO's 80 classes; or give ``weights``.
-        weights: any source that ``mvision.load`` takes.
-        family: of a ``.pth`` file of the authors, where its name does not tell it.
+        weights, family: any source that ``mvision.load`` takes.
         tasks: of the model; empty: detection, or all that the weights have.
         batches: images per call; empty: ``BATCHES``.
         precisions: ``fp32`` or ``bf16``; empty: both.
@@ -80,8 +79,7 @@ def benchmark_model(
     if model is not None and weights is not None:
         raise UserError("--model and --weights: give one of them")
     keep_freed_memory()
-    chosen = resolve_device(device)
-    name = weights or model or "base"
+    chosen, name = resolve_device(device), weights or model or "base"
     plain = load(weights, list(tasks) or None, family=family) if weights is not None else _random_model(name, tasks)
     height, width = plain.config.image_size
     log(f"{', '.join(plain.tasks)} of {name} at {width} x {height}")

@@ -35,12 +35,11 @@ def export(
     """Write a model for another runtime and compare it with PyTorch; nothing is left of an export that differs.
 
     Args:
-        weights: any source that ``mvision.load`` takes, but an exported model.
+        weights, family: any source that ``mvision.load`` takes, but an exported model.
         format: ``onnx``, a file, or ``openvino``, a folder.
         tasks: the tasks to export; empty: all that the weights have.
-        family: of a ``.pth`` file of the authors, where its name does not tell it.
         image_size: (height, width); None is the model's own.
-        dynamic_size: accept images of any size in multiples of 32, not of one size only.
+        dynamic_size: accept images of any size in multiples of 32.
         opset: version of ONNX's operators, 17 or higher; None: torch's choice.
         int8: quantise the OpenVINO model, and measure the loss of AP.
         data: data folder to calibrate and measure INT8 with; None: the built-in data set.
@@ -65,9 +64,8 @@ def export(
         check_target(target, format)  # also before the model is loaded and converted, which takes long
     made_from = digest(source)
     model = _load(weights, tasks, family, image_size)
-    quantised = None
     with scratch(target) as folder:
-        path = folder / target.name
+        path, quantised = folder / target.name, None
         with writing(target):
             write_export(model, path, format, dynamic_size, made_from, opset)
         for line in compare_with_pytorch(model, path, dynamic_size):

@@ -50,10 +50,8 @@ def predict_job(
         sources: see ``find_sources``; empty: the first validation images of the run that the weights lie in, else of
             the built-in data set.
         tasks: the tasks to run; empty: all that the weights have.
-        weights: any source that ``mvision.load`` takes, or an exported model; None: the newest run with these tasks.
-        family: of a ``.pth`` file of the authors, where its name does not tell it.
-        data: a data set to predict on in place of ``sources``, see ``images_of_split``; None with ``split``: that of
-            the run.
+        weights, family: any source that ``mvision.load`` takes; None: the newest run with these tasks.
+        data: a data set in place of ``sources``, see ``images_of_split``; None with ``split``: that of the run.
         split: the name of its split; None: the one that a run evaluates on.
         threshold: the lowest score that is kept, 0..1, or one for each class, see ``predict_images``; None: 0.5. For a
             data set ``predictions.json`` has results of every score unless a threshold is given.
@@ -74,7 +72,7 @@ def predict_job(
     chosen = Selection(DEFAULT_THRESHOLD if threshold is None else threshold, multi_label, nms)
     folder = output or Path("predictions")
     found = find_sources(sources, leave_out=folder) if sources else None  # what is missing is said before loading
-    source = weights if weights is not None else str(newest_run(tasks))
+    source = str(newest_run(tasks)) if weights is None else weights
     of_split = _folder_of(source, data) if data is not None or split is not None else None
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)

@@ -91,11 +91,9 @@ def transfer_matrix(
     """Train the missing cells, seed after seed, and update the page and its plot after each of them.
 
     Args:
-        weights: source of the backbone and neck; all models have its architecture.
-        family: of a ``.pth`` file of the authors, where its name does not tell it.
+        weights, family: source of the backbone and neck; all models have its architecture.
         tasks: target tasks. Their heads always start from random weights.
-        fractions: shares of the training images. The epochs are divided by the share, so that every training has about
-            the same number of steps.
+        fractions: shares of the training images. The epochs are divided by the share, so that all have as many steps.
         seeds: the seeds 0..seeds - 1 are used; a seed also decides which images are in the share.
         epochs: of a training on all images.
         output: folder for ``cells.jsonl``, ``curves.png``, ``README.md`` (the page) and the logs of the trainings.
@@ -122,12 +120,8 @@ def transfer_matrix(
     missing = [cell for cell in cells if cell not in done]
     log(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished: {file}")
     for number, cell in enumerate(missing, start=1):
-        record = {
-            **asdict(cell),
-            **_run(cell, weights, family, epochs, data, output, device, assignments),
-            "setup": setup,
-        }
-        records.append(record)
+        found = _run(cell, weights, family, epochs, data, output, device, assignments)
+        records.append(record := {**asdict(cell), **found, "setup": setup})
         output.mkdir(parents=True, exist_ok=True)
         write_text(file, "".join(f"{json.dumps(record)}\n" for record in records))
         log(

@@ -41,14 +41,12 @@ def validate(
     """Evaluate weights; returns what to print: the data, the COCO table and AP by class of every task.
 
     Args:
-        weights: any source that ``mvision.load`` takes, or an exported model.
+        weights, family: any source that ``mvision.load`` takes.
         tasks: the tasks to evaluate; empty: all that the weights have.
-        family: of a ``.pth`` file of the authors, where its name does not tell it.
         data: data folder; None: the one of the weights' run if they lie in one, else the built-in data set.
         split: name of the split; None: the validation split of the run, else ``val``.
-        output: folder for ``metrics.json`` and ``predictions.json``, a COCO results list of what was evaluated: with
-            the data set's numbers, every score, and nothing rounded. With several tasks or data sets there is one list
-            for each, and its name has theirs in it: ``predictions-keypoints.json``.
+        output: folder for ``metrics.json`` and ``predictions.json``, a COCO results list of what was evaluated: every
+            score, not rounded. Several tasks or data sets have a list each, such as ``predictions-keypoints.json``.
         batch_size: images per step; None: 16.
         workers: loading processes; None: chosen by the number of cores.
         precision: None: the precision of the run, so that the metrics are those at the end of training. Otherwise, and

@@ -84,11 +84,9 @@ def train(
 
     Raises:
         UserError: anything wrong with data, weights, device or folder.
-        Stopped: by Ctrl-C or SIGTERM; its state is saved after the step that it was in.
+        Stopped: it was asked to, by Ctrl-C or SIGTERM; its state is saved after the step that it was in.
     """
-    if resume is not None and output is not None:
-        raise UserError(f"--output {output}: a resumed run stays in its folder, {resume}; leave --output out")
-    check_task_weights(config)
+    _check_options(config, output, resume)
     keep_freed_memory()
     accelerator = _accelerator(config, device)
     log = _printer(accelerator)
@@ -101,12 +99,12 @@ def train(
             return run.path
         sources = _read_data(config, saved is None, log)
         set_seed(config.train.seed)
-        begin = partial(init_from, source=init, parts=init_parts, family=init_family)
-        model = _build_model(config, begin if init is not None else None, saved is None, log)
+        begin = None if init is None else partial(init_from, source=init, parts=init_parts, family=init_family)
+        model = _build_model(config, begin, saved is None, log)
         train_loader, validation = _loaders(config, sources, model, accelerator)
         stack.callback(_close, train_loader, validation)
-        facts = run_facts(config, _images(sources), len(train_loader))
-        facts["started_from"] = saved.facts.get("started_from") if saved else origin(init)
+        started_from = saved.facts.get("started_from") if saved else origin(init)
+        facts = run_facts(config, _images(sources), len(train_loader)) | {"started_from": started_from}
         if run is not None and saved is not None:
             check_same_run(run.path, saved.facts, facts, inside_epoch=saved.progress.batch > 0)
         trainer = _trainer(config, model, accelerator, len(train_loader))
@@ -117,14 +115,20 @@ def train(
             run = new_folder(trainer, output)
             _claim(run, accelerator, stack)
         start(trainer, run, saved)
-        plan = describe_plan(config, trainer.total_steps, trainer.last_steps)
-        log(f"run {run.path}: {_describe(trainer, sources)}\n{plan}")
+        log(f"run {run.path}: {_describe(trainer, sources)}")
+        log(describe_plan(config, trainer.total_steps, trainer.last_steps))
         warn_of_nothing_to_measure(model, sources, log)
         warn_of_crowded_pictures(config, sources, log)
         accelerator.init_trackers("mvision", config=flat(config.model_dump(mode="json")))
         _train_to_the_end(trainer, run, train_loader, validation)
         accelerator.end_training()
         return run.path
+
+
+def _check_options(config: Config, output: Path | None, resume: Path | None) -> None:
+    if resume is not None and output is not None:
+        raise UserError(f"--output {output}: a resumed run stays in its folder, {resume}; leave --output out")
+    check_task_weights(config)
 
 
 def _compiled(trainer: Trainer, loader: Loader) -> AbstractContextManager[None]:
