@@ -162,6 +162,34 @@ def test_masks_train_beside_distributions(counts):
     check_terms("instance-seg", OPTIONS["both"], counts)
 
 
+@pytest.mark.parametrize("task", ["detection", "instance-seg"])
+def test_outputs_of_training_are_those_of_the_decoder(task):
+    """Of its layers, of "pre" and of the selected tokens, in this order; those of denoising queries by themselves."""
+    head, targets = randomised(make_head(task, **DISTRIBUTION)).eval(), make_targets(3, 1)
+    torch.manual_seed(0)
+    outputs = head(make_features(), targets=targets)
+    padded = head.pad(targets, make_features())
+    torch.manual_seed(0)
+    decoded, noise = head.decode(make_features(), padded)
+    if task == "instance-seg":
+        embeddings, noisy = outputs.embeddings, outputs.denoising_embeddings
+        outputs = outputs.queries
+        last = head.mask_embed(decoded.encoder_queries)
+        assert len(embeddings) == len(outputs.logits)
+        torch.testing.assert_close(embeddings[-2:], torch.stack((embeddings[0], last)))
+        torch.testing.assert_close(noisy[-1], noisy[0])
+        assert len(noisy) == len(outputs.denoising.logits)
+    split = noise.labels.shape[1]
+    for name in ("logits", "boxes"):
+        every = torch.cat((getattr(decoded, name), getattr(decoded, f"pre_{name}")[None]))
+        selected = getattr(decoded, f"encoder_{name}")
+        assert getattr(outputs, name).equal(torch.cat((every[:, :, split:], selected[None])))
+        assert getattr(outputs.denoising, name).equal(every[:, :, :split])
+    for found, part in ((outputs, slice(split, None)), (outputs.denoising, slice(split))):
+        assert found.corners.equal(decoded.corners[:, :, part])
+        assert found.initial.equal(decoded.initial[:, part])
+
+
 def check_terms(task, settings, counts):
     """The names of the terms, and that they train every parameter."""
     head, targets = make_head(task, **settings), make_targets(*counts)
