@@ -101,9 +101,13 @@ def test_what_needs_no_matching_is_queued_while_its_costs_travel(monkeypatch):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("num_denoising", [0, 100])
-def test_on_a_gpu_the_cpu_waits_for_the_matching_and_the_results_alone(num_denoising):
-    head = make_head("detection", dense_weight=1.0, num_denoising=num_denoising)
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_denoising": 0}, {}, {"box_refinement": "distribution", "location_quality": True, "shared_matches": True}],
+    ids=str,
+)
+def test_on_a_gpu_the_cpu_waits_for_the_matching_and_the_results_alone(settings):
+    head = make_head("detection", dense_weight=1.0, **settings)
     targets, features = make_targets(2, 0, 5), make_features(3)
     expected = head.loss(head(features, targets=targets), targets)
     head, features = head.cuda(), [x.cuda() for x in features]
