@@ -52,7 +52,7 @@ def encoder(
 
     \b
     Example:
-      mvision benchmark encoder --size 640 --encoder "hybrid, elan blocks"
+      mvision benchmark encoder --size 640
     """
     from mvision.commands.benchmark_encoder import benchmark_encoder
 

@@ -22,12 +22,18 @@ BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), fl
 
 
 def test_every_recipe_is_tried() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 def test_the_neck_on_a_bare_timm_model() -> None:
     names: dict = {}
     exec(BLOCKS[0], names)
+    assert [tuple(names[p].shape) for p in ("p3", "p4", "p5")] == [(1, 192, 32, 40), (1, 192, 16, 20), (1, 192, 8, 10)]
+
+
+def test_the_neck_with_other_settings() -> None:
+    names: dict = {}
+    exec(BLOCKS[3], names)
     assert [tuple(names[p].shape) for p in ("p3", "p4", "p5")] == [(1, 192, 32, 40), (1, 192, 16, 20), (1, 192, 8, 10)]
 
 
