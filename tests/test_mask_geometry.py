@@ -163,12 +163,14 @@ def test_evaluation(tmp_path: Path) -> None:
     assert figures["bbox/AP"] == 0  # the oracle's boxes are the whole image
 
 
+@pytest.mark.parametrize("form", ["filled", "whole"])
 @pytest.mark.parametrize("epoch", range(6))
-def test_training_masks_follow_every_augmentation(tmp_path: Path, epoch: int) -> None:
+def test_training_masks_follow_every_augmentation(tmp_path: Path, epoch: int, form: str) -> None:
     """On the picture that training sees, the colours and the masks drawn for it are the same shapes."""
     split = annotated(tmp_path / "data")
-    everything = AugmentConfig(
-        photometric=0, zoom_out=0.6, crop=0.7, flip=0.5, vertical_flip=0.5, mosaic=0.5, mixup=0, last_epochs=0
+    everything = AugmentConfig.model_validate(
+        {"photometric": 0, "zoom_out": 0.6, "crop": 0.7, "flip": 0.5, "vertical_flip": 0.5}
+        | {"mosaic": 0.5, "mosaic_form": form, "mixup": 0, "last_epochs": 0}
     )
     dataset = Dataset(split, everything, seed=1)
     for index in range(len(dataset)):
@@ -182,4 +184,6 @@ def test_training_masks_follow_every_augmentation(tmp_path: Path, epoch: int) ->
             if drawn.sum() > 1500:
                 # What is cut to nearly nothing stays painted and is not labelled.
                 near = cv2.dilate(drawn.astype(np.uint8), np.ones((9, 9), np.uint8)).astype(bool)
-                assert overlap(drawn, painted & near) >= 0.95 if drawn.sum() < 6000 else 0.98
+                # The narrow rings are run lengths, which a turn samples twice.
+                least = 0.95 if drawn.sum() < 6000 else 0.98 if form == "filled" else 0.96
+                assert overlap(drawn, painted & near) >= least

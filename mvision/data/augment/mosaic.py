@@ -96,11 +96,10 @@ def mosaic_of_whole(
 
 
 def _warp(image: np.ndarray, matrix: np.ndarray, size: tuple[int, int], fill: int) -> np.ndarray:
-    """An image, or a mask (which stays one), at its new place."""
+    """An image, or the (H, W) of a mask, at its new place."""
     middle = np.full(2, 0.5)  # OpenCV has the middles of pixels at whole numbers
     moved = np.column_stack((matrix[:, :2], matrix[:, :2] @ middle + matrix[:, 2] - middle))
-    flags = cv2.INTER_NEAREST if image.ndim == 2 else cv2.INTER_LINEAR
-    return cv2.warpAffine(image, moved, size[::-1], flags=flags, borderValue=(fill,) * 3)
+    return cv2.warpAffine(image, moved, size[::-1], flags=cv2.INTER_LINEAR, borderValue=(fill,) * 3)
 
 
 def _turn_labels(
@@ -161,7 +160,7 @@ def _turn_outlines(
         if isinstance(outline, dict) or any(part.min() < -OUTSIDE or part.max() > 1 + OUTSIDE for part in outline):
             window = (labels.windows[index] * (*whole[::-1], *whole[::-1])).round().astype(int).tolist()
             mask = rasterise(outline, scale, offset, tuple(window), whole)
-            outlines[index] = encode_mask(_warp(mask, matrix, size, 0))
+            outlines[index] = encode_mask(_warp(mask * np.uint8(255), matrix, size, 0) > 127)
             points = labels.boxes[index][[[0, 1], [2, 1], [0, 3], [2, 3]]] @ turn.T + shift
         else:
             outlines[index] = [(part * scale + offset) @ turn.T + shift for part in outline]
