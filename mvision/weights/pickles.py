@@ -8,6 +8,7 @@ more numbers than the file has.
 
 from __future__ import annotations
 
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,13 +75,9 @@ def _check_archive(path: Path) -> None:
 
 def _refused(error: Exception) -> str:
     """Why ``torch.load`` refused a pickle, in one line: its own message is a page on how to load it nevertheless."""
-    text = str(error)
-    _, found, rest = text.partition("Unsupported global: GLOBAL ")
-    if found:
-        return (
-            f"it would run code when opened ({rest.split()[0][:100]}), so it is not read; it may be no file of weights "
-            "alone, or made to do harm"
-        )
+    called = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S{1,100})", str(error))
+    if called:
+        return f"it would run code when opened ({called[1]}), so it is not read"
     return "its pickle has more in it than tensors, or is damaged, so it is not read"
 
 

@@ -36,8 +36,9 @@ def transfer(
     """Copy every tensor that fits into ``model``, in place.
 
     A head whose task is not in ``tensors`` gets the tensors with the same name inside a head and the same shape from
-    the heads of other tasks. In layers with one row per class, the rows of classes with the same name are copied and
-    the other rows keep their values. The mean and std of the images go with the weights of the backbone.
+    the heads of other tasks. In layers with one row per class, the rows of classes with the same name are copied, and
+    the other rows become the mean of all rows of the other model: what its classes have in common, among it how rare
+    objects are. The mean and std of the images go with the weights of the backbone.
 
     Args:
         config, tensors: the description and the state dict of the other model.
@@ -55,7 +56,8 @@ def transfer(
     loaded: Counter[Place] = Counter()
     total: Counter[Place] = Counter()
     for layer, targets in _by_layer(model.state_dict()).items():
-        part = ".".join(layer.split(".")[: 2 if layer.startswith("heads.") else 1])
+        place = _place(layer)
+        part = place[0]
         pairs = {name: (target, _counterpart(name, tensors)) for name, target in targets.items()}
         # A layer is copied as a whole or not at all: a bias is of no use without its weights. Published weights with
         # frozen norms have no counters of batches.
@@ -64,7 +66,6 @@ def transfer(
             for name, pair in pairs.items()
             if not name.endswith("num_batches_tracked")
         )
-        place = part, layer.removeprefix(f"{part}.").partition(".")[0]
         total[place] += 1
         loaded[place] += fits
         for name, (target, other) in pairs.items() if fits else ():
@@ -77,7 +78,8 @@ def transfer(
         )
     if any(loaded[place] for place in total if place[0] == "backbone"):
         model.backbone.set_normalization(tensors.get("backbone.mean"), tensors.get("backbone.std"))
-    return _describe(loaded, total, model.categories, matches)
+    has_mean = any(loaded[_place(name)] for name in class_rows)
+    return _describe(loaded, total, model.categories, matches, len(config.categories) if has_mean else 0)
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,11 @@ class _ClassRows:
     other_count: int
 
 
+def _place(name: str) -> Place:
+    part = ".".join(name.split(".")[: 2 if name.startswith("heads.") else 1])
+    return part, name.removeprefix(f"{part}.").partition(".")[0]
+
+
 def _fits(target: Tensor, other: Tensor | None, rows: _ClassRows | None) -> bool:
     """Whether ``other`` can be copied into ``target``; ``rows`` is None for tensors without rows per class."""
     if other is None:
@@ -101,7 +108,7 @@ def _fits(target: Tensor, other: Tensor | None, rows: _ClassRows | None) -> bool
     if rows is None:
         return target.shape == other.shape
     same_padding = len(target) - rows.count == len(other) - rows.other_count
-    return target.shape[1:] == other.shape[1:] and same_padding and bool(rows.matches)
+    return target.shape[1:] == other.shape[1:] and same_padding and rows.other_count > 0
 
 
 def _copy(target: Tensor, other: Tensor, rows: _ClassRows | None) -> None:
@@ -109,6 +116,8 @@ def _copy(target: Tensor, other: Tensor, rows: _ClassRows | None) -> None:
     if rows is None:
         target.copy_(other)
         return
+    if len(rows.matches) < rows.count:
+        target[: rows.count] = other[: rows.other_count].to(torch.float64).mean(0).to(target)
     for row, other_row in rows.matches.items():
         target[row] = other[other_row]
     target[rows.count :] = other[rows.other_count :].to(target)
@@ -168,9 +177,13 @@ def _class_rows(model: Model, others: list[Category]) -> dict[str, _ClassRows]:
 
 
 def _describe(
-    loaded: Counter[Place], total: Counter[Place], categories: list[Category], matches: dict[int, int]
+    loaded: Counter[Place], total: Counter[Place], categories: list[Category], matches: dict[int, int], averaged: int
 ) -> str:
-    """What was loaded of every part, and, if that is a head, for which classes."""
+    """What was loaded of every part, and, if that is a head, for which classes.
+
+    Args:
+        averaged: of how many classes new ones got the mean; 0: of none.
+    """
     texts, any_head = [], False
     for part in dict.fromkeys(part for part, _ in total):
         modules = {place[1]: (loaded[place], total[place]) for place in total if place[0] == part}
@@ -188,4 +201,6 @@ def _describe(
         names = ", ".join(unmatched[:5]) + (", ..." if len(unmatched) > 5 else "")
         detail = f" (not in these weights: {names})" if unmatched else ""
         texts.append(f"{len(matches)} of {len(categories)} classes matched by name{detail}")
+        if unmatched and averaged:
+            texts.append(f"{len(unmatched)} start from the mean of the {averaged} classes of these weights")
     return "; ".join(texts)

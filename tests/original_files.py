@@ -1,0 +1,81 @@
+"""Files as the authors of D-FINE, DEIM and others write them: weights that follow from the names in the authors' code.
+
+``docs/scripts/golden_originals.py`` gives the same weights to the original code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tests.drawn_weights import drawn
+from tests.reference import random_images
+
+GOLDEN = Path(__file__).with_name("golden_originals.npz")
+CLASSES = 3
+KEPT = slice(0, 300, 20)
+"""The queries whose outputs are kept."""
+
+# Family -> settings of the original code, narrow and shallow, on backbones as published; ``size``: (height, width).
+CASES: dict[str, dict[str, Any]] = {
+    "dfine": {
+        "size": (320, 320), "backbone": "B0", "levels": 2, "neck": 32, "ffn": 48, "expansion": 0.34, "depth": 0.5,
+        "dim": 32, "layers": 2, "points": [6, 6], "act": "relu", "reg_scale": 4.0,
+    },
+    "deim": {
+        "size": (128, 128), "backbone": "B0", "levels": 3, "neck": 32, "ffn": 40, "expansion": 0.5, "depth": 0.34,
+        "dim": 32, "layers": 2, "points": [3, 6, 3], "act": "silu", "reg_scale": 4.0,
+    },
+    "rtdetrv4": {
+        "size": (160, 160), "backbone": "B2", "levels": 3, "neck": 48, "ffn": 40, "expansion": 1.0, "depth": 0.67,
+        "dim": 32, "layers": 3, "points": [3, 6, 3], "act": "silu", "reg_scale": 8.0, "teacher": 24,
+    },
+    "deim-rtdetrv2": {
+        "size": (128, 128), "backbone": 18, "levels": 3, "neck": 32, "ffn": 40, "expansion": 0.5, "depth": 1.0,
+        "dim": 32, "layers": 2, "points": [4, 4, 4], "act": "silu",
+    },
+}  # fmt: skip
+
+
+def make_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
+    """By the name in the original code, numbers of float32 in float64; scales are around 1, convolutions keep sizes."""
+    if name.endswith("num_batches_tracked"):
+        return torch.tensor(0)
+    if re.search(r"(bn|norm\d?)\.weight$|lab\.scale$", name):
+        values = drawn(f"{name} as norm.weight", shape)
+    else:
+        values = drawn(name, shape) * (1.7 if len(shape) == 4 else 1.0)
+    return values.float().double()
+
+
+def make_images(case: str) -> Tensor:
+    """Two images."""
+    return random_images(2, *CASES[case]["size"], dtype=torch.float64)
+
+
+def golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """All tensors of the original model, and what it gave: ``logits`` and ``boxes`` (2, N, ..) of ``KEPT``."""
+    with np.load(GOLDEN) as file:
+        shapes: Mapping[str, list[int]] = json.loads(str(file["shapes"]))[case]
+        given = {key: file[key] for key in file.files if key.startswith(f"{case} ")}
+    tensors = {name: make_tensor(name, tuple(shape)) for name, shape in shapes.items()}
+    for key, array in given.items():
+        kind, _, name = key.removeprefix(f"{case} ").partition(" ")
+        if kind == "tensor":
+            tensors[name] = torch.from_numpy(array)
+    return tensors, {kind: given[f"{case} {kind}"] for kind in ("logits", "boxes")}
+
+
+def write_original(path: Path, case: str, **parts: Any) -> Path:
+    """A file with the averaged weights of a case, beside what a checkpoint of a training has."""
+    tensors, _ = golden(case)
+    content = {"date": "2024-12-01T12:00:00", "last_epoch": 3, "ema": {"module": tensors, "updates": 5}, **parts}
+    torch.save(content, path)
+    return path
