@@ -57,6 +57,8 @@ class DeformableAttention(nn.Module):
         if len(points) != num_levels:
             raise ValueError(f"num_points {points} has to be one number, or one for each of the {num_levels} levels")
         self.num_heads, self.points = num_heads, points
+        # Published models with a number for each level hold the reciprocals in float32, those with one number divide.
+        self.rounded = not isinstance(num_points, int)
         self.sampling, self.offset_scale = sampling, offset_scale
         self.sampling_offsets = nn.Linear(embed_dim, num_heads * sum(points) * 2)
         self.attention_weights = nn.Linear(embed_dim, num_heads * sum(points))
@@ -121,7 +123,8 @@ class DeformableAttention(nn.Module):
 
     def _offset_scale(self, references: Tensor) -> float | Tensor:
         """What a predicted offset of 1 is, in widths and heights: one number, or (P, 1) where levels differ."""
-        # The reciprocals are those of published models, which hold them in float32.
+        if not self.rounded:
+            return self.offset_scale / self.points[0]
         scales = [self.offset_scale * float(np.float32(1 / count)) for count in self.points]
         if len(set(scales)) == 1:
             return scales[0]
