@@ -17,7 +17,7 @@ from mvision.fast.biases import join_biases
 from mvision.fast.prepare import prepare
 from mvision.neck.fusion import ELANBlock, SplitCSPRepLayer
 from mvision.neck.hybrid_encoder import HybridEncoder
-from mvision.neck.layers import CSPRepLayer, RepBlock
+from mvision.neck.layers import CSPRepLayer, RepBlock, fuse_modules
 from tests.test_neck import CHANNELS, SMALL, STRIDES, make_maps, make_neck, max_difference, randomise_norms
 
 ELAN: dict[str, Any] = {"fusion_block": "elan"}
@@ -115,10 +115,28 @@ def test_the_second_branch_takes_what_the_first_gives() -> None:
     block = ELANBlock(6, 8, depth=1).eval()
     randomise_norms(block)
     x = torch.randn(2, 6, 5, 7)
-    kept, changed = block.conv1(x).chunk(2, 1)
+    kept, changed = block.conv1(x)
     first = block.branch1.conv(block.branch1.csp(changed))
     second = block.branch2.conv(block.branch2.csp(first))
     torch.testing.assert_close(block(x), block.conv2(torch.cat([kept, changed, first, second], 1)))
+
+
+@pytest.mark.parametrize("block", [ELANBlock(6, 8, depth=1, split=True), SplitCSPRepLayer(6, 8, depth=1)])
+@torch.no_grad()
+def test_no_convolution_of_a_fused_block_takes_a_part_of_a_map(block: nn.Module) -> None:
+    """It would copy the part first."""
+    block = fuse_modules(copy.deepcopy(block).eval())
+    taken: list[Tensor] = []
+    for module in block.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda _, inputs: taken.append(inputs[0]))
+    block(torch.randn(2, 6, 5, 7))
+    assert taken
+    assert all(x.is_contiguous() for x in taken)
+    state = copy.deepcopy(block.state_dict())
+    assert list(fuse_modules(block).state_dict()) == list(state)
+    other = fuse_modules(copy.deepcopy(block))
+    other.load_state_dict(state)
 
 
 def test_separable_downsampling_by_four_uses_every_pixel() -> None:

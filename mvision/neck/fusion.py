@@ -10,6 +10,7 @@ Needs torch alone.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -22,10 +23,40 @@ FUSION_BLOCKS = ("csp", "elan")
 DOWNSAMPLING = ("conv", "separable")
 
 
+class HalvedConvNorm(ConvNorm):
+    """A 1x1 ConvNorm whose output goes two ways: (B, in, H, W) -> two maps (B, half, H, W).
+
+    `fuse` makes it two convolutions. A convolution first copies an input that is a part of another map: with the copies
+    the necks of D-FINE S and ECDet S take 1.04 and 1.08 times as long in bf16 on a CPU, and equally long in fp32.
+    """
+
+    def __init__(self, in_channels: int, half: int, *, act: str | None = "silu", eps: float = 1e-5) -> None:
+        super().__init__(in_channels, 2 * half, act=act, eps=eps)
+        self.second: ConvNorm | None = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if self.second is not None:
+            return self.act(self.conv(x)), self.second(x)
+        first, second = self.act(self.norm(self.conv(x))).chunk(2, 1)
+        return first, second
+
+    def fuse(self) -> HalvedConvNorm:
+        """Fold the norm and divide the convolution, once; the outputs in eval mode stay the same."""
+        if self.second is None:
+            super().fuse()
+            half = self.conv.out_channels // 2
+            with torch.device("meta"):  # its own weights are not used
+                second = ConvNorm(self.conv.in_channels, half)
+            second.norm, second.act = nn.Identity(), copy.deepcopy(self.act)
+            self.conv, second.conv = _part(self.conv, 0, half), _part(self.conv, half, 2 * half)
+            self.second = second.train(self.training)
+        return self
+
+
 class SplitCSPRepLayer(nn.Module):
     """One 1x1 convolution, whose first half of the channels is added to the second after `depth` RepBlocks.
 
-    (B, in, H, W) -> (B, out, H, W). A `CSPRepLayer` of expansion 1 whose two 1x1 convolutions are one.
+    (B, in, H, W) -> (B, out, H, W). A `CSPRepLayer` of expansion 1 whose two 1x1 convolutions are one in training.
 
     Args:
         depth: number of RepBlocks, >= 0.
@@ -45,13 +76,13 @@ class SplitCSPRepLayer(nn.Module):
         super().__init__()
         if depth < 0:
             raise ValueError(f"depth={depth} must be >= 0")
-        self.conv1 = ConvNorm(in_channels, 2 * out_channels, act=act, eps=eps)
+        self.conv1 = HalvedConvNorm(in_channels, out_channels, act=act, eps=eps)
         self.blocks = nn.Sequential(
             *(RepBlock(out_channels, out_channels, identity=identity, act=act, eps=eps) for _ in range(depth))
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        kept, changed = self.conv1(x).chunk(2, 1)
+        kept, changed = self.conv1(x)
         return kept + self.blocks(changed)
 
 
@@ -102,8 +133,7 @@ class ELANBlock(nn.Module):
                 f"has expansion * {out_channels} / 2"
             )
         csp = partial(SplitCSPRepLayer if split else CSPRepLayer, depth=depth, identity=identity, act=act, eps=eps)
-        self.out_channels = out_channels
-        self.conv1 = ConvNorm(in_channels, 2 * out_channels, act=act, eps=eps)
+        self.conv1 = HalvedConvNorm(in_channels, out_channels, act=act, eps=eps)
         self.branch1, self.branch2 = (
             ELANBranch(csp(channels, hidden), ConvNorm(hidden, hidden, 3, act=act, eps=eps) if conv else nn.Identity())
             for channels in (out_channels, hidden)
@@ -111,9 +141,9 @@ class ELANBlock(nn.Module):
         self.conv2 = ConvNorm(2 * (out_channels + hidden), out_channels, act=act, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv1(x)
-        first = self.branch1(x[:, self.out_channels :])
-        return self.conv2(torch.cat([x, first, self.branch2(first)], dim=1))
+        kept, changed = self.conv1(x)
+        first = self.branch1(changed)
+        return self.conv2(torch.cat([kept, changed, first, self.branch2(first)], dim=1))
 
 
 class SeparableDown(nn.Module):
@@ -185,3 +215,14 @@ def downsampling_maker(kind: str, channels: int, *, act: str, eps: float) -> Cal
 def _down_kernel(step: int) -> int:
     """Kernel of the downsampling by `step`: 3 for 2 (as in RT-DETR), 7 for 4; neighbouring windows overlap."""
     return max(3, 2 * step - 1)
+
+
+@torch.no_grad()
+def _part(conv: nn.Conv2d, begin: int, end: int) -> nn.Conv2d:
+    """A convolution that computes these output channels of `conv` alone."""
+    part = copy.deepcopy(conv)
+    part.out_channels = end - begin
+    part.weight = nn.Parameter(conv.weight[begin:end].clone(), conv.weight.requires_grad)
+    if conv.bias is not None:
+        part.bias = nn.Parameter(conv.bias[begin:end].clone(), conv.bias.requires_grad)
+    return part
