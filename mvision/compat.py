@@ -161,6 +161,25 @@ def packed_convolution(
     return torch.ops.mkldnn._convolution_pointwise(x, weight, bias, *settings, activation, list(limits), "")
 
 
+def pack_linear_weight(weight: Tensor, rows: int) -> Tensor:
+    """A linear layer's weight (out, in) in the memory order that oneDNN prefers for inputs of so many rows (2.14.1)."""
+    import torch
+
+    return torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+
+
+def packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """A linear layer with a weight of ``pack_linear_weight``, and the activation after it (torch 2.14.1).
+
+    Args:
+        x: (..., in).
+        activation: ``none``, ``relu``, ``swish``, ``hardswish`` or ``gelu``.
+    """
+    import torch
+
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], "none")
+
+
 def end_failed_capture(device: torch.device, pool: Any) -> None:
     """Make a GPU usable again after the capture of a CUDA graph has failed (torch 2.11.0 on an H100).
 

@@ -86,6 +86,22 @@ def test_has_packed_convolutions_pack_convolution_weight_and_packed_convolution(
             assert torch.allclose(found, function(conv(x)), atol=1e-5)
 
 
+@pytest.mark.skipif(not compat.has_packed_convolutions(), reason="a build of torch without oneDNN, or not on x86")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pack_linear_weight_and_packed_linear(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    linear, tolerance = nn.Linear(32, 48).to(dtype), 1e-5 if dtype == torch.float32 else 0.03
+    functions = {"none": nn.Identity(), "relu": F.relu, "swish": F.silu, "hardswish": F.hardswish, "gelu": F.gelu}
+    with torch.no_grad():
+        weight = compat.pack_linear_weight(linear.weight, 300)
+        for shape in ((32,), (5, 32), (2, 0, 32), (1, 300, 32), (2, 3, 4, 32)):
+            x = torch.randn(shape).to(dtype)
+            for activation, function in functions.items():
+                found = compat.packed_linear(x, weight, linear.bias, activation)
+                torch.testing.assert_close(found, function(linear(x)), atol=tolerance, rtol=0.02)
+        torch.testing.assert_close(compat.packed_linear(x, weight, None, "none"), F.linear(x, linear.weight))
+
+
 def test_onnx_name_scopes(tmp_path: Path) -> None:
     pytest.importorskip("onnxscript")
     net = nn.Sequential(nn.Sequential(nn.Conv2d(1, 1, 1)))

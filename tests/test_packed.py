@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from timm.models.hgnet import LearnableAffineBlock
-from torch import nn
+from torch import Tensor, nn
 
 from mvision import create_model
 from mvision.backbone.affine import Floor
 from mvision.compat import has_packed_convolutions
 from mvision.deploy.compare import difference
 from mvision.fast.biases import join_biases
-from mvision.fast.packed import ACTIVATIONS, PackedConv2d
+from mvision.fast.packed import ACTIVATIONS, FEWEST_WEIGHTS, MLP_ACTIVATIONS, PackedConv2d, PackedLinear, pack
 from mvision.fast.prepare import prepare
 from mvision.model import Model
+from mvision.neck.layers import ACTIVATIONS as BY_NAME
+from mvision.neck.layers import MLP
 from tests.test_joint import TASKS, make_model
 
 pytestmark = pytest.mark.skipif(not has_packed_convolutions(), reason="not a build of PyTorch with oneDNN's operators")
@@ -88,3 +91,40 @@ def test_packed_convolutions_end_at_a_floor() -> None:
     assert not any(isinstance(module, Floor) for both in (ready, joined) for module in both.modules())
     limited = [module for module in ready.modules() if getattr(module, "activation", "") == "hardtanh"]
     assert {module.limits[0] for module in limited} == {-0.25}
+
+
+class _Net(nn.Module):
+    """A model's config and one MLP, a layer whose weight is used otherwise, and one that is too small."""
+
+    def __init__(self, act: str) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(image_size=(8, 8))
+        self.mlp = MLP(24, 96, 40, 3, act=act)
+        self.other, self.small = nn.Linear(24, 96), nn.Linear(24, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = images.flatten(2).transpose(1, 2).flatten(1).unflatten(1, (-1, 24))
+        return torch.cat((self.mlp(x), self.other(x) * self.other.weight.sum(), self.small(x)), -1)
+
+
+@pytest.mark.parametrize("act", list(BY_NAME))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_linear_layers_are_packed_with_their_activation(act: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    net, images = _Net(act).to(dtype).eval(), torch.randn(2, 3, 8, 8).to(dtype)
+    expected = net(images)
+    ready = pack(copy.deepcopy(net))
+    found = ready(images)
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=1e-4 if dtype == torch.float32 else 0.02)
+    packed = {name: part.activation for name, part in ready.named_modules() if isinstance(part, PackedLinear)}
+    kind = MLP_ACTIVATIONS[BY_NAME[act]]
+    both = {"mlp.layers.0": kind, "mlp.layers.1": kind, "mlp.layers.2": "none"}
+    assert packed == (both if dtype == torch.float32 else {**both, "small": "none"})
+    assert type(ready.other) is nn.Linear  # its weight is used by more than its calls
+
+
+def test_no_large_linear_layer_is_left(model: Model) -> None:
+    ready = prepare(copy.deepcopy(model))
+    left = {name: part for name, part in ready.named_modules() if isinstance(part, nn.Linear)}
+    assert all(part.weight.numel() < FEWEST_WEIGHTS for part in left.values()), list(left)

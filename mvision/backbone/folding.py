@@ -6,6 +6,7 @@ Needs torch alone.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ def fold_norms(net: nn.Module, call: Callable[[nn.Module], Any]) -> nn.Module:
 
 @dataclass
 class Observed:
-    """What was observed of a network's convolutions in one call, by their names.
+    """What was observed of a network's convolutions and linear layers in one call, by their names.
 
     Attributes:
         followers: the name of the only module that uses a convolution's output. Contained are convolutions where both
@@ -49,12 +50,15 @@ class Observed:
         after_sums: the name of the module that alone uses the sum of a convolution's output and another tensor of its
             shape, where nothing else uses that output. The convolution's bias can be added there as well.
         first: the name of the convolution that alone uses the network's input; empty if there is none.
+        rows: by the name of a linear layer, how many rows its first input has. Contained are the layers whose weight is
+            used by their own calls alone.
     """
 
     followers: dict[str, str] = field(default_factory=dict)
     shapes: dict[str, list[int]] = field(default_factory=dict)
     after_sums: dict[str, str] = field(default_factory=dict)
     first: str = ""
+    rows: dict[str, int] = field(default_factory=dict)
 
 
 def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
@@ -77,6 +81,8 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
                 readers_of.setdefault(id(tensor), []).append(name)
                 if isinstance(module, nn.Conv2d):
                     observed.shapes[name] = list(tensor.shape)
+                elif type(module) is nn.Linear:
+                    observed.rows.setdefault(name, math.prod(tensor.shape[:-1]))
 
         return hook
 
@@ -102,6 +108,9 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
     first = next(iter(inputs_of), "")
     if runs[first] == 1 and _takes_images(watched.get_submodule(first), inputs_of[first], uses, returned):
         observed.first = first
+    for name in list(observed.rows):
+        if uses.of(id(leaves[name].weight)) != ["linear"] * runs[name]:
+            del observed.rows[name]
     for name, module in leaves.items():
         output = output_of.get(name, 0)
         if not isinstance(module, nn.Conv2d) or runs[name] != 1 or uses.of(id(module.weight)) != ["conv2d"]:

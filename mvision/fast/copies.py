@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from mvision.fast.packed import PackedConv2d
+from mvision.fast.packed import PackedConv2d, PackedLinear
 from mvision.fast.prepare import prepare
 from mvision.inference.predict import Predictor
 from mvision.machine import Precision
@@ -143,7 +143,8 @@ def _make(model: nn.Module, choice: Choice) -> nn.Module:
 def _description(made: nn.Module, choice: Choice) -> str:
     device, precision = choice
     height, width = cast(Predictor, made).config.image_size
-    packed = [part.weight for part in made.modules() if isinstance(part, PackedConv2d)]  # not among the parameters
+    # Not among the parameters.
+    packed = [part.weight for part in made.modules() if isinstance(part, PackedConv2d | PackedLinear)]
     size = sum(tensor.numel() * tensor.element_size() for tensor in (*_tensors(made), *packed))
     place = f"PyTorch on {device.type} in {precision}, image size {height}x{width}"
     return f"Model.predict: {place}, by a prepared copy of the weights ({size / 1e6:.0f} MB)"

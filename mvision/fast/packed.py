@@ -1,7 +1,8 @@
-"""Convolutions for prediction on x86 CPUs: weights in oneDNN's own order, and the activation inside the convolution.
+"""Layers for prediction on x86 CPUs: weights in oneDNN's own order, and the activation inside the layer.
 
 An ordinary convolution of PyTorch reorders its weights in every call, and the activation after it reads and writes the
-whole map once more. ``torch.compile`` uses the same two operators.
+whole map once more. ``torch.compile`` uses the same two operators. Linear layers in fp32 are products of MKL there,
+which takes twice as long as oneDNN on processors that are not Intel's.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from torch import Tensor, nn
 
 from mvision.backbone.affine import Floor
 from mvision.backbone.folding import observe
-from mvision.compat import pack_convolution_weight, packed_convolution
+from mvision.compat import pack_convolution_weight, pack_linear_weight, packed_convolution, packed_linear
 from mvision.inference.predict import Predictor
+from mvision.neck.layers import MLP
 
 ACTIVATIONS: dict[type[nn.Module], str] = {nn.ReLU: "relu", nn.SiLU: "swish", nn.Hardswish: "hardswish"}
-
+MLP_ACTIVATIONS = ACTIVATIONS | {nn.GELU: "gelu"}
+FEWEST_WEIGHTS = 2048
+"""Of a linear layer in fp32 that is packed: the call of the packed operator takes longer, which smaller ones feel."""
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,8 +50,29 @@ class PackedConv2d(nn.Module):
         return packed_convolution(x, self.weight, self.bias, self.settings, self.activation, self.limits)
 
 
+class PackedLinear(nn.Module):
+    """A linear layer for prediction only, (..., in) -> (..., out), with the activation that follows it.
+
+    Args:
+        rows: of the inputs that the weights are ordered for; others give the same results.
+        activation: see ``mvision.compat.packed_linear``.
+    """
+
+    def __init__(self, linear: nn.Linear, rows: int, activation: str = "none") -> None:
+        super().__init__()
+        self.activation = activation
+        self.weight = pack_linear_weight(linear.weight.detach(), rows)
+        self.bias = None if linear.bias is None else nn.Parameter(linear.bias.detach(), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return packed_linear(x, self.weight, self.bias, self.activation)
+
+
 def pack(model: M) -> M:
-    """Replace the convolutions of a fused model on a CPU, in place; outputs stay the same except for rounding."""
+    """Replace the convolutions and linear layers of a fused model on a CPU, in place.
+
+    Outputs stay the same except for rounding.
+    """
     size, dtype = (1, 3, *cast(Predictor, model).config.image_size), next(model.parameters()).dtype
     seen = observe(model, lambda watched: watched(torch.empty(size, dtype=dtype, device="meta")))
     for name, shape in seen.shapes.items():
@@ -63,4 +88,23 @@ def pack(model: M) -> M:
         if activation != "none":
             model.set_submodule(seen.followers[name], nn.Identity())
         model.set_submodule(name, PackedConv2d(conv, shape, activation, limits))
+    _pack_linears(model, seen.rows)
     return model
+
+
+def _pack_linears(model: nn.Module, rows: dict[str, int]) -> None:
+    """Replace the linear layers with these names, each for inputs of so many rows."""
+    activations: dict[str, str] = {}  # by the name of the layer that is followed by it
+    for name, mlp in model.named_modules():
+        if not isinstance(mlp, MLP) or type(mlp.act) not in MLP_ACTIVATIONS:
+            continue
+        hidden = [f"{name}.layers.{index}" for index in range(len(mlp.layers) - 1)]
+        if all(layer in rows for layer in hidden):
+            activations |= dict.fromkeys(hidden, MLP_ACTIVATIONS[type(mlp.act)])
+            mlp.act = nn.Identity()
+    for name, count in rows.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        large = linear.weight.dtype != torch.float32 or linear.weight.numel() >= FEWEST_WEIGHTS
+        if large or name in activations:
+            model.set_submodule(name, PackedLinear(linear, count, activations.get(name, "none")))
