@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
+from mvision.heads.query import distribution
 from mvision.heads.query.decoder import QueryDecoder
 from mvision.heads.query.denoising import make_denoising
 from mvision.heads.query.distribution import STATISTICS, BoxDistribution, bin_values, statistics
@@ -46,6 +47,13 @@ def test_bins_are_close_around_zero_and_reach_as_far_as_said() -> None:
     assert (steps > 0).all()
     assert (steps[16:].diff() > 0).all()
     assert bin_values(4, 1.0, 3.0) == [-6.0, -3.0, 0.0, 3.0, 6.0]
+
+
+@pytest.mark.parametrize("settings", [(32, 4.0, 0.5), (4, 1.0, 3.0), (16, 8.0, 0.5)])
+def test_bins_in_a_graph_are_the_same(settings: tuple[int, float, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distribution, "in_graph", lambda: True)
+    found = BoxDistribution(*settings).values(torch.float64, torch.device("cpu"))
+    torch.testing.assert_close(found, torch.tensor(bin_values(*settings), dtype=torch.float64))
 
 
 def test_the_mean_of_a_side_moves_it() -> None:

@@ -247,10 +247,10 @@ def test_when_the_kernel_serves(monkeypatch: pytest.MonkeyPatch) -> None:
 SHAPES = [(20, 20), (10, 10), (5, 5)]
 
 
-def _attention() -> tuple[DeformableAttention, tuple[Tensor, ...]]:
+def _attention(points: int | list[int] = 4) -> tuple[DeformableAttention, tuple[Tensor, ...]]:
     """Deformable attention as in r18 with places that depend on the queries, and (queries, references, memory)."""
     torch.manual_seed(0)
-    attention = DeformableAttention(256, 8, 3, 4).to(DEVICE)
+    attention = DeformableAttention(256, 8, 3, points).to(DEVICE)
     torch.nn.init.normal_(attention.sampling_offsets.weight, std=0.02)
     torch.nn.init.normal_(attention.attention_weights.weight, std=0.02)
     inputs = (torch.randn(2, 50, 256), torch.rand(2, 50, 4), torch.randn(2, 525, 256))
@@ -283,8 +283,9 @@ def _graph(out: Tensor) -> str:
 
 
 @needs_gpu
-def test_attention_in_a_cuda_graph() -> None:
-    attention, inputs = _attention()
+@pytest.mark.parametrize("points", [4, [3, 6, 3]])
+def test_attention_in_a_cuda_graph(points: int | list[int]) -> None:
+    attention, inputs = _attention(points)
     attention.bfloat16()
     queries, references, memory = inputs[0].bfloat16(), inputs[1], inputs[2].bfloat16()
     with torch.inference_mode():

@@ -128,9 +128,12 @@ class DeformableAttention(nn.Module):
         scales = [self.offset_scale * float(np.float32(1 / count)) for count in self.points]
         if len(set(scales)) == 1:
             return scales[0]
-        dtype, device = references.dtype, references.device
-        of_points = [[scale] for scale, count in zip(scales, self.points) for _ in range(count)]
-        return self._scales.get((dtype, device), lambda: torch.tensor(of_points, dtype=dtype).to(device))
+        options = {"dtype": references.dtype, "device": references.device}
+        of_levels = zip(scales, self.points)
+        return self._scales.get(
+            (references.dtype, references.device),
+            lambda: torch.cat([torch.full((count, 1), scale, **options) for scale, count in of_levels]),
+        )
 
 
 def _matrix_is_faster(value: Tensor, locations: Tensor) -> bool:

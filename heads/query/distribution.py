@@ -12,10 +12,12 @@ V2", CVPR 2021.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from mvision.neck.cached import ShapeCache
+from mvision.neck.cached import ShapeCache, in_graph
 from mvision.neck.layers import without_autocast
 from mvision.structures.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 
@@ -49,12 +51,23 @@ class BoxDistribution(nn.Module):
 
     def __init__(self, num_bins: int, bin_scale: float, bin_reach: float) -> None:
         super().__init__()
-        self.scale, self.bins = bin_scale, bin_values(num_bins, bin_scale, bin_reach)
+        self.scale, self.reach = bin_scale, bin_reach
+        self.bins = bin_values(num_bins, bin_scale, bin_reach)
         self._values = ShapeCache()
 
     def values(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """(``num_bins`` + 1,) the bin values; not to be changed in place."""
+        if in_graph():
+            return self._computed_values(dtype, device)
         return self._values.get((dtype, device), lambda: torch.tensor(self.bins, dtype=dtype).to(device))
+
+    def _computed_values(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The same made on the device: a compiled model would copy a list to a GPU in every pass."""
+        half, last = len(self.bins) // 2, 2 * self.reach * self.scale
+        index = torch.arange(-half, half + 1, dtype=dtype, device=device)
+        exponent = math.log(self.reach * self.scale + 1) / (half - 1)
+        size = torch.where(index.abs() < half, (index.abs() * exponent).expm1(), last)
+        return index.sign() * size
 
     def probabilities(self, corners: Tensor) -> Tensor:
         """(..., 4 * (num_bins + 1)) logits to (..., 4, num_bins + 1); they should be float32 or better."""
