@@ -128,12 +128,13 @@ class DeformableAttention(nn.Module):
         scales = [self.offset_scale * float(np.float32(1 / count)) for count in self.points]
         if len(set(scales)) == 1:
             return scales[0]
-        options = {"dtype": references.dtype, "device": references.device}
-        of_levels = zip(scales, self.points)
-        return self._scales.get(
-            (references.dtype, references.device),
-            lambda: torch.cat([torch.full((count, 1), scale, **options) for scale, count in of_levels]),
-        )
+        dtype, device = references.dtype, references.device
+        of_levels = list(zip(scales, self.points))
+
+        def of_points() -> Tensor:
+            return torch.cat([torch.full((count, 1), scale, dtype=dtype, device=device) for scale, count in of_levels])
+
+        return self._scales.get((dtype, device), of_points)
 
 
 def _matrix_is_faster(value: Tensor, locations: Tensor) -> bool:
