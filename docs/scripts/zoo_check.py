@@ -119,9 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
             lines = markdown_table(HEADER, [found.row() for found in checked])
             write_text(options.output, "\n".join(lines) + "\n")
     bad = [found.name for found in checked if not found.good]
-    print(
-        f"{len(checked) - len(bad)} of {len(checked)} models are good" + (f"; not {', '.join(bad)}" if bad else "")
-    )
+    print(f"{len(checked) - len(bad)} of {len(checked)} models are good" + (f"; not {', '.join(bad)}" if bad else ""))
     return 1 if bad else 0
 
 
