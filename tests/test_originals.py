@@ -64,7 +64,7 @@ def test_what_the_tensors_say(files: dict[str, Path]) -> None:
     assert (nano.neck.expansion, nano.neck.depth, small.neck.depth, medium.neck.depth) == (0.34, 2, 1, 2)
     assert (medium.neck.embed_dim, medium.neck.ffn_dim, medium.neck.fusion_block) == (48, 40, "elan")
     heads = {case: config.heads["detection"].model_dump() for case, config in read.items()}
-    assert heads["dfine"]["num_points"] == 6
+    assert (heads["dfine"]["num_points"], heads["deim-rtdetrv2"]["num_points"]) == ([6, 6], 4)
     assert heads["deim"]["num_points"] == [3, 6, 3]
     assert (heads["deim"]["bin_scale"], heads["rtdetrv4"]["bin_scale"]) == (4.0, 8.0)
     assert (heads["rtdetrv4"]["embed_dim"], heads["rtdetrv4"]["num_layers"], heads["rtdetrv4"]["ffn_dim"]) == (

@@ -122,7 +122,8 @@ class Structure:
             "num_layers": self.count(f"{DECODER}layers."),
             "num_heads": max(1, samples // sum(points)),
             "ffn_dim": self.rows(f"{layer}ffn.layers.0.weight"),
-            "num_points": points[0] if len(set(points)) == 1 else list(points),
+            # One number divides exactly, and a list by float32's 1 / number, as the buffer of these models does.
+            "num_points": points[0] if set(points) <= {1, 2, 4, 8} and len(set(points)) == 1 else list(points),
             "num_denoising": 100 if self.has(f"{DECODER}label_embed.") else 0,
             "position_mlp": "wide" if self.count(f"{DECODER}position.layers.") == 2 else "deep",
         }
