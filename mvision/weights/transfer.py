@@ -146,10 +146,22 @@ def _counterpart(name: str, tensors: dict[str, Tensor]) -> Tensor | None:
 
 
 def _match_classes(categories: list[Category], others: list[Category]) -> dict[int, int]:
-    """Index in ``categories`` -> index in ``others``, for classes that both have (in any spelling)."""
-    indices = {canonical(category.name): index for index, category in enumerate(others)}
-    names = [canonical(category.name) for category in categories]
-    return {index: indices[name] for index, name in enumerate(names) if name in indices}
+    """Index in ``categories`` -> index in ``others``, for classes that both have (in any spelling).
+
+    A class with several names, as Objects365's "monitor/tv", is the class of each of them, unless there is another one
+    with just that name.
+    """
+    found: dict[int, int] = {}
+    by_name = {canonical(category.name): index for index, category in enumerate(others)}
+    of_several = {
+        canonical(name): index for index, category in enumerate(others) for name in category.name.split("/")
+    } | by_name
+    for index, category in enumerate(categories):
+        names = [canonical(category.name), *map(canonical, category.name.split("/"))]
+        match = next((of_several[name] for name in names if name in of_several), None)
+        if match is not None:
+            found[index] = match
+    return found
 
 
 def _class_rows(model: Model, others: list[Category]) -> dict[str, _ClassRows]:
