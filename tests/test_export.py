@@ -28,6 +28,7 @@ from mvision.deploy.opset import set_opset
 from mvision.deploy.runtimes import open_fastest
 from mvision.inference.predict import predict_images
 from mvision.weights import save_weights
+from tests.decoder_inputs import DFINE
 from tests.test_joint import TASKS, make_model
 
 pytest.importorskip("onnxscript")
@@ -36,8 +37,9 @@ pytest.importorskip("onnxruntime")
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A joint model whose norms have statistics."""
-    model = make_model([*TASKS, "semantic-seg"], **{"semantic-seg": {"pyramid_dim": 16, "embed_dim": 32}})
+    """A joint model with D-FINE's decoder, whose norms have statistics."""
+    more = {"semantic-seg": {"pyramid_dim": 16, "embed_dim": 32}, "instance-seg": DFINE}
+    model = make_model([*TASKS, "semantic-seg"], **more)
     with torch.no_grad():
         model.train()(torch.rand(4, 3, 64, 96))
     path = tmp_path_factory.mktemp("weights") / "best.safetensors"

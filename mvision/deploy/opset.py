@@ -67,6 +67,8 @@ def _to_17(node: Any) -> None:
         node.attributes["axes"] = onnx_ir.AttrInt64s("axes", [int(axis) for axis in axes.numpy().ravel()])
         node.replace_input_with(1, None)
         node.resize_inputs(1)
+    if node.op_type == "Split" and "num_outputs" in node.attributes and _splits_evenly(node):
+        del node.attributes["num_outputs"]  # without sizes, opset 17 makes equal parts; in 18 the last can be smaller
     # New attributes, with the values that mean what opset 17 does.
     for operator, name, value in (
         *((kind, "noop_with_empty_axes", 0) for kind in _REDUCE),
@@ -75,6 +77,12 @@ def _to_17(node: Any) -> None:
     ):
         if node.op_type == operator and name in node.attributes and node.attributes[name].value == value:
             del node.attributes[name]
+
+
+def _splits_evenly(node: Any) -> bool:
+    axis, shape = node.attributes["axis"].value if "axis" in node.attributes else 0, node.inputs[0].shape
+    length = None if shape is None else shape[axis]
+    return isinstance(length, int) and length % len(node.outputs) == 0
 
 
 def _refusal(opset: int, reason: str) -> UserError:
