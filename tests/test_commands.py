@@ -159,7 +159,7 @@ def test_the_newest_run_that_has_the_tasks(tmp_path: Path) -> None:
     ]
     with pytest.raises(UserError, match=r"no run to predict with .*'mvision train --task semantic-seg', or give"):
         newest_run(["semantic-seg"], tmp_path)
-    with pytest.raises(UserError, match="mvision train --task detection.*PekingU"):
+    with pytest.raises(UserError, match="mvision train --task detection.*published model dfine-s"):
         newest_run([], tmp_path / "nothing")
 
 

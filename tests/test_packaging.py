@@ -101,7 +101,7 @@ def test_yaml_of_the_readme_is_a_config(tmp_path: Path) -> None:
     for block in _blocks("yaml"):
         (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
         configs.append(load_config(file=tmp_path / "my.yaml", tasks=["detection"]))
-    augmented, mixed, own = configs
+    augmented, _dense, mixed, own = configs
     assert [(extra.name, extra.args["p"]) for extra in augmented.data.augment.extra] == [
         *(("GaussianBlur", 0.3), ("Rotate", 0.5))
     ]

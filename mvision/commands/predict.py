@@ -21,7 +21,7 @@ from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 from mvision.structures import Category
 from mvision.structures.messages import decoder_messages_hidden
-from mvision.weights import rtdetr
+from mvision.weights import zoo
 
 SAMPLES = 8
 RUNS = Path("runs")
@@ -124,7 +124,7 @@ def newest_run(tasks: Sequence[str] = (), runs: Path = RUNS) -> Path:
     weights = [best for best in runs.glob(f"*/*/{BEST}") if set(tasks) <= set(best.parent.parent.name.split("+"))]
     if not weights:
         wanted = " ".join(f"--task {task}" for task in tasks or known_tasks()[:1])
-        published = f" or {rtdetr.EXAMPLE}" if set(tasks) <= {rtdetr.TASK} else ""
+        published = " or the published model dfine-s" if set(tasks) <= {zoo.MODELS["dfine-s"].task} else ""
         raise UserError(
             f"no run to predict with in {runs.resolve()}: train one with 'mvision train {wanted}', or give --weights, "
             f"such as a .safetensors file{published}"

@@ -33,10 +33,7 @@ from mvision.weights.published import (
 from mvision.weights.stored import read_header, read_tensors
 from mvision.weights.structure import RESNETS
 
-__all__ = ["EXAMPLE", "TASK", "mvision_name", "read_published"]
-
-EXAMPLE = "PekingU/rtdetr_r18vd"
-"""One of the published models."""
+__all__ = ["TASK", "mvision_name", "read_published"]
 
 # Settings that mvision's model does not have, because every published model has the same value. A key that is absent
 # from config.json has this value too.
