@@ -129,12 +129,12 @@ def test_encoder_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 @pytest.mark.parametrize("name", ["hybrid, elan blocks", "hybrid, sums", "hybrid, as EdgeCrafter"])
 def test_encoders_with_other_blocks_have_equal_flops(name: str) -> None:
-    known = encoder_module.encoders(128)
+    known = encoder_module.encoders(256)
     base, other = (encoder_module._build(known[which], torch.device("cpu")) for which in ("hybrid", name))
     counts = [
         encoder_module._flops(encoder, encoder_module._maps(640, torch.device("meta"))) for encoder in (base, other)
     ]
-    assert counts[1] / counts[0] == pytest.approx(1, abs=equal_flops.TOLERANCE)
+    assert counts[1] / counts[0] == pytest.approx(1, abs=0.04)
     assert list(base.state_dict()) != list(other.state_dict()) or name == "hybrid, sums"
 
 

@@ -13,7 +13,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mvision.neck import HybridEncoder
 
-TOLERANCE = 0.02  # relative
 WIDEST = 4  # channels inside a block, relative to embed_dim
 
 
@@ -38,15 +37,21 @@ def neck_flops(in_channels: Sequence[int], strides: Sequence[int], size: int, se
 
 
 def expansion_for(
-    flops: int, in_channels: Sequence[int], strides: Sequence[int], size: int, settings: dict[str, Any]
+    flops: int,
+    in_channels: Sequence[int],
+    strides: Sequence[int],
+    size: int,
+    settings: dict[str, Any],
+    multiple: int = 1,
 ) -> float:
     """The ``expansion`` with which ``neck_flops`` is nearest to ``flops``.
 
-    If a multiple of 8 channels comes within ``TOLERANCE`` it is preferred, as vector units like it. Narrow necks have
-    large steps, and what is outside of the blocks can already take more FLOPs: check the result where that matters.
+    Narrow necks have large steps, and what is outside of the blocks can already take more FLOPs: check the result where
+    that matters.
 
     Args:
         settings: of the neck, ``embed_dim`` among them; its ``expansion`` is ignored.
+        multiple: the blocks have a multiple of so many channels inside.
     """
     whole = settings["embed_dim"] // (2 if settings.get("fusion_block") == "elan" else 1)
 
@@ -60,11 +65,6 @@ def expansion_for(
     dim = settings["embed_dim"]
     known, widths = [dim // 4, dim + 1, 2 * dim], np.arange(1, WIDEST * dim)
     curve = np.polyval(np.polyfit(known, [counted(width) for width in known], 2), widths)
-    nearest = int(widths[np.abs(curve - flops).argmin()])
-    errors = {
-        width: abs(counted(width) / flops - 1)
-        for width in (nearest, nearest // 8 * 8, nearest // 8 * 8 + 8)
-        if width > 0
-    }
-    even = [width for width, error in errors.items() if width % 8 == 0 and error <= TOLERANCE]
-    return expansion(min(even or errors, key=errors.__getitem__))
+    nearest = int(widths[np.abs(curve - flops).argmin()]) // multiple * multiple
+    candidates = [width for width in (nearest, nearest + multiple) if width > 0]
+    return expansion(min(candidates, key=lambda width: abs(counted(width) - flops)))
