@@ -37,7 +37,7 @@ def test_new_classes_start_from_the_mean(
     line = init_from(model, tmp_path / "a.safetensors")
     new = len(names) - len(matched)
     assert f"head detection loaded; {len(matched)} of {len(names)} classes matched by name" in line
-    assert line.endswith(f"; {new} start from the mean of the 3 classes of these weights")
+    assert line.endswith(f"; {new} start from the mean of the classes of these weights")
     own, other = model.heads["detection"].decoder.state_dict(), source.heads["detection"].decoder.state_dict()
     for layer in LAYERS:
         for name in (f"{layer}.weight", f"{layer}.bias"):

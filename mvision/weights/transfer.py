@@ -79,7 +79,7 @@ def transfer(
     if any(loaded[place] for place in total if place[0] == "backbone"):
         model.backbone.set_normalization(tensors.get("backbone.mean"), tensors.get("backbone.std"))
     has_mean = any(loaded[_place(name)] for name in class_rows)
-    return _describe(loaded, total, model.categories, matches, len(config.categories) if has_mean else 0)
+    return _describe(loaded, total, model.categories, matches, has_mean)
 
 
 @dataclass(frozen=True)
@@ -189,12 +189,12 @@ def _class_rows(model: Model, others: list[Category]) -> dict[str, _ClassRows]:
 
 
 def _describe(
-    loaded: Counter[Place], total: Counter[Place], categories: list[Category], matches: dict[int, int], averaged: int
+    loaded: Counter[Place], total: Counter[Place], categories: list[Category], matches: dict[int, int], has_mean: bool
 ) -> str:
     """What was loaded of every part, and, if that is a head, for which classes.
 
     Args:
-        averaged: of how many classes new ones got the mean; 0: of none.
+        has_mean: classes without a match got the mean of the others.
     """
     texts, any_head = [], False
     for part in dict.fromkeys(part for part, _ in total):
@@ -213,6 +213,6 @@ def _describe(
         names = ", ".join(unmatched[:5]) + (", ..." if len(unmatched) > 5 else "")
         detail = f" (not in these weights: {names})" if unmatched else ""
         texts.append(f"{len(matches)} of {len(categories)} classes matched by name{detail}")
-        if unmatched and averaged:
-            texts.append(f"{len(unmatched)} start from the mean of the {averaged} classes of these weights")
+        if unmatched and has_mean:
+            texts.append(f"{len(unmatched)} start from the mean of the classes of these weights")
     return "; ".join(texts)
