@@ -25,6 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "position once": {"position_once": True},
     "points for each level": {"num_points": [3, 6, 1]},
     "no attention projections": {"attention_projections": False},
+    "discrete": {"sampling": "discrete"},
     "gate": {"gate": True},
     "distribution": DISTRIBUTION,
     "other bins": {**DISTRIBUTION, "num_bins": 8, "bin_scale": 2, "bin_reach": 1},
@@ -62,8 +63,11 @@ def test_every_parameter_gets_a_finite_gradient(settings: dict[str, Any], object
     terms = head.loss(outputs, targets)
     assert all(value.isfinite() for value in terms.values())
     total(terms).backward()
-    assert not [name for name, parameter in head.named_parameters() if parameter.grad is None]
-    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+    trained = {name: parameter for name, parameter in head.named_parameters() if parameter.requires_grad}
+    assert not [name for name, parameter in trained.items() if parameter.grad is None]
+    assert all(parameter.grad.isfinite().all() for parameter in trained.values())
+    frozen = {name for name, _ in head.named_parameters()} - set(trained)
+    assert {name.split(".")[-2] for name in frozen} == ({"sampling_offsets"} if "sampling" in settings else set())
 
 
 @option

@@ -66,6 +66,9 @@ class DeformableAttention(nn.Module):
         self.output_proj: nn.Module = nn.Linear(embed_dim, embed_dim) if projections else nn.Identity()
         self._scales = ShapeCache()
         self.reset_parameters()
+        if sampling == "discrete":
+            # They get no gradient, and distributed training needs one for every trainable parameter.
+            self.sampling_offsets.requires_grad_(False)
 
     def reset_parameters(self) -> None:
         """Initial offsets: a direction per attention head, further out with each point (Deformable DETR, A.4)."""
