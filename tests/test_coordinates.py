@@ -14,6 +14,7 @@ from mvision.compat import OPENVINO_KEEP_FLOAT32
 from mvision.deploy.coordinates import coordinate_operators, mark
 from mvision.deploy.sessions import openvino_core
 from mvision.heads.query.deformable import DeformableAttention
+from mvision.heads.query.distribution import BoxDistribution
 from mvision.machine import cpu_has_bf16
 
 
@@ -62,6 +63,60 @@ def test_the_mark_is_in_the_saved_model(sampler: Any, tmp_path: Path) -> None:
     assert {name for name, attributes in marked.items() if attributes} == {"sum", "floor"}
     assert [entry["name"] for entry in marked["sum"]] == [entry["name"] for entry in OPENVINO_KEEP_FLOAT32]
     assert openvino_core().read_model(path).get_friendly_name() == "sampler"
+
+
+@pytest.fixture(scope="module")
+def integral() -> Any:
+    """Boxes that are the mean of a distribution which two layers add up, and a mixture of features."""
+    pytest.importorskip("openvino")
+    import numpy as np
+    from openvino import Model, Type
+    from openvino import opset13 as ops
+
+    def named(node: Any, name: str) -> Any:
+        node.set_friendly_name(name)
+        return node
+
+    corners, changes, features = (ops.parameter([64, 33], Type.f32) for _ in range(3))
+    distances = np.linspace(-4, 4, 33, dtype=np.float32)[None]
+    total = named(ops.add(corners, changes), "total")
+    probabilities = named(ops.softmax(total, -1), "probabilities")
+    mean = named(ops.reduce_sum(named(ops.multiply(probabilities, distances), "parts"), 1, True), "mean")
+    shares = named(ops.softmax(ops.matmul(features, features, False, True), -1), "shares")
+    mixed = named(ops.matmul(shares, features, False, False), "mixed")
+    outputs = [named(ops.multiply(mean, np.float32(1)), "scaled"), ops.multiply(mixed, np.float32(1))]
+    for output, name in zip(outputs, ("detection.boxes", "detection.logits")):
+        output.output(0).get_tensor().set_names({name})
+    return Model(outputs, [corners, changes, features], "integral")
+
+
+def test_boxes_are_coordinates_back_to_the_corrections_of_their_distribution(integral: Any) -> None:
+    operators = coordinate_operators(integral)
+    assert {"scaled", "mean", "parts", "probabilities", "total"} <= operators
+    assert not operators & {"shares", "mixed"}
+
+
+@pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16")
+def test_openvino_takes_the_mean_of_a_distribution_in_float32(tmp_path: Path) -> None:
+    openvino = pytest.importorskip("openvino")
+    distribution = BoxDistribution(32, 4.0, 0.5)
+
+    class Boxes(nn.Module):
+        def forward(self, corners: Tensor, initial: Tensor) -> Tensor:
+            return distribution.boxes(distribution.probabilities(corners), initial)
+
+    generator = torch.Generator().manual_seed(0)
+    corners = torch.randn(2, 64, 132, generator=generator).mul(4).bfloat16().float()  # as a product in bf16 gives them
+    inputs = (corners, torch.rand(2, 64, 4, generator=generator).bfloat16().float())
+    program = torch.onnx.export(Boxes(), inputs, dynamo=True, output_names=["detection.boxes"], verbose=False)
+    assert program is not None
+    program.save(str(tmp_path / "model.onnx"))
+    model = openvino.convert_model(str(tmp_path / "model.onnx"))
+    openvino.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)
+    mark(tmp_path / "model.xml", coordinate_operators(model))
+    compiled = openvino_core().compile_model(tmp_path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "bf16"})
+    found = torch.from_numpy(compiled([x.numpy() for x in inputs])["detection.boxes"])
+    torch.testing.assert_close(found, Boxes()(*inputs), rtol=0, atol=1e-5)
 
 
 class _Attention(nn.Module):

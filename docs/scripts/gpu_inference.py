@@ -1,6 +1,6 @@
-"""Prediction on a GPU: RT-DETR beside ``transformers`` with the same weights, and a model's tasks beside each other.
+"""Prediction on a GPU: models beside ``transformers`` with the same weights, and a model's tasks beside each other.
 
-    python docs/scripts/gpu_inference.py [--models r18 r50] [--batches 1 8 32] [--device cuda]
+    python docs/scripts/gpu_inference.py [--models r18 r50 dfine_s dfine_m] [--batches 1 8 32] [--device cuda]
 
 Random weights. All forms of a model take turns in one process; medians, and medians of the ratios. The reference is
 eager ``transformers`` in bf16, its weights converted. ``prepared`` is what ``mvision predict`` and ``Model.predict``
@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from gpu_lab import describe, milliseconds
 from torch import Tensor
-from transformers import RTDetrForObjectDetection
+from transformers import AutoModelForObjectDetection
 from transformers.utils import logging
 
 from mvision import Model, create_model, load
@@ -31,6 +31,7 @@ from mvision.deploy.compare import difference
 from mvision.fast.prepare import prepare
 from mvision.structures import Category
 from mvision.structures.oks import COCO_SIGMAS
+from tests.dfine_reference import as_published
 from tests.reference import build_reference, random_images, save_reference
 
 TASKS = ("detection", "instance-seg", "keypoints")
@@ -43,7 +44,7 @@ CATEGORIES = [
 def main() -> None:
     """Print a table per architecture, and one of the tasks."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=["r18", "r50"])
+    parser.add_argument("--models", nargs="*", default=["r18", "r50", "dfine_s", "dfine_m"])
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
     parser.add_argument("--size", type=int, default=640)
     parser.add_argument("--repeats", type=int, default=30)
@@ -64,8 +65,10 @@ def main() -> None:
 def against_reference(name: str, batches: list[int], size: int, repeats: int, device: torch.device) -> None:
     """The forward pass of every form at every batch size."""
     with tempfile.TemporaryDirectory() as folder:
-        saved = save_reference(build_reference(name), Path(folder) / "reference")
-        reference = RTDetrForObjectDetection.from_pretrained(saved).eval().to(device, torch.bfloat16)
+        size_of = name.removeprefix("dfine_")
+        made = as_published(size_of) if size_of != name else build_reference(name)
+        saved = save_reference(made, Path(folder) / "reference")
+        reference = AutoModelForObjectDetection.from_pretrained(saved).eval().to(device, torch.bfloat16)
         plain = load(saved).to(device)
     half = copy.deepcopy(plain).to(torch.bfloat16)
     precisions = ("fp32", "bf16", "fp16") if device.type == "cuda" else ("fp32", "bf16")

@@ -1,6 +1,8 @@
-"""RT-DETR in every runtime compared with ``transformers``: the same weights and images, taking turns.
+"""RT-DETR and D-FINE in every runtime compared with ``transformers``: the same weights and images, taking turns.
 
-    python docs/scripts/reference_speed.py [--models r18 r50] [--batches 1 8] [--training] [--our-allocator]
+    python docs/scripts/reference_speed.py [--models r18 dfine_s] [--batches 1 8] [--training] [--our-allocator]
+
+Models are r18, r34, r50 and r101, with v2_ in front in their second version, and dfine_n, _s, _m, _l and _x.
 
 The weights are random, saved by the reference and read by ``mvision.load``. Needs transformers, openvino and
 onnxruntime. ``mvision predict`` uses PyTorch in bf16, or openvino in bf16 where there is an export. The last column is
@@ -25,7 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import RTDetrForObjectDetection
+from transformers import AutoModelForObjectDetection
 from transformers.utils import logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -37,6 +39,7 @@ from mvision.deploy.compare import difference
 from mvision.deploy.exported import ExportedModel
 from mvision.fast.prepare import PRECISIONS, prepare
 from mvision.machine import keep_freed_memory
+from tests.dfine_reference import as_published
 from tests.reference import as_labels, build_reference, random_images, random_targets, save_reference
 
 CPU = torch.device("cpu")
@@ -60,7 +63,9 @@ def main() -> None:
     for name in options.models:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            saved = save_reference(build_reference(name), folder / "reference")
+            size = name.removeprefix("dfine_")
+            made = as_published(size) if size != name else build_reference(name)
+            saved = save_reference(made, folder / "reference")
             with Reference(saved, options.our_allocator) as reference:
                 if options.training:
                     training(name, reference, load(saved), options.repeats)
@@ -99,7 +104,7 @@ def _serve(connection: Connection, saved: Path, threads: int, our_allocator: boo
     logging.set_verbosity_error()
     if our_allocator:
         keep_freed_memory()
-    model = RTDetrForObjectDetection.from_pretrained(saved).eval()
+    model = AutoModelForObjectDetection.from_pretrained(saved).eval()
     step: Callable[[], float] | None = None
     images = torch.empty(0)
     while True:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from mvision.neck.cached import ShapeCache, in_graph
-from mvision.neck.layers import without_autocast
 from mvision.structures.boxes import cxcywh_to_xyxy, xyxy_to_cxcywh
 
 TOP = 4
@@ -80,8 +79,8 @@ class BoxDistribution(nn.Module):
             probabilities: (..., 4, num_bins + 1) of the left, upper, right and lower side.
             initial: (..., 4) cxcywh in 0..1, the first box.
         """
-        with without_autocast(probabilities):  # it would compute the product in reduced precision
-            distances = probabilities @ self.values(probabilities.dtype, probabilities.device)
+        # Not as a matrix product, which autocast, and OpenVINO whatever it is told, would compute in bf16.
+        distances = (probabilities * self.values(probabilities.dtype, probabilities.device)).sum(-1)
         centre, size = initial.split(2, -1)
         low, high = ((0.5 * self.scale + part) * (size / self.scale) for part in distances.split(2, -1))
         return xyxy_to_cxcywh(torch.cat((centre - low, centre + high), -1))

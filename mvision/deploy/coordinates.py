@@ -16,13 +16,17 @@ from mvision.compat import OPENVINO_KEEP_FLOAT32
 # The search for coordinates ends at these operators: their inputs and results are features, not coordinates.
 FEATURE_OPERATORS = frozenset({"MatMul", "Convolution", "GroupConvolution", "ScaledDotProductAttention", "Interpolate"})
 
+OUTPUTS = frozenset({"boxes", "keypoints"})
+"""The outputs of tasks that are coordinates; an output is called ``TASK.OUTPUT``."""
+
 
 def coordinate_operators(model: Any) -> set[str]:
     """Names of the operators that compute with coordinates in an ``openvino.Model``.
 
-    A real number that is converted to an integer is a position from which an index is made. Everything that this number
-    is computed from is a coordinate, back to the matrix product or convolution that predicts a correction of it; so is
-    what uses these results next, such as the distance of a sampling point from its pixel.
+    A real number that is converted to an integer is a position from which an index is made; others are outputs, see
+    ``OUTPUTS``. Everything that these numbers are computed from is a coordinate, back to the matrix product or
+    convolution that predicts a correction of it (of a box, or of the distribution that it is the mean of); so is what
+    uses these results next, such as the distance of a sampling point from its pixel.
     """
     conversions = [
         operator
@@ -32,7 +36,8 @@ def coordinate_operators(model: Any) -> set[str]:
         and operator.get_output_element_type(0).is_integral_number()
     ]
     coordinates: dict[str, Any] = {}
-    queue = [operator.input_value(0).get_node() for operator in conversions]
+    results = [output.get_node() for output in model.outputs if _names_coordinates(output)]
+    queue = [operator.input_value(0).get_node() for operator in (*conversions, *results)]
     while queue:
         operator = queue.pop()
         name = operator.get_friendly_name()
@@ -50,6 +55,10 @@ def coordinate_operators(model: Any) -> set[str]:
                 if not is_feature and node.get_output_element_type(0).is_real():
                     coordinates[node.get_friendly_name()] = node
     return set(coordinates) | {operator.get_friendly_name() for operator in conversions}
+
+
+def _names_coordinates(output: Any) -> bool:
+    return any(name.rpartition(".")[2] in OUTPUTS for name in output.get_names())
 
 
 def mark(xml: Path, operators: set[str]) -> None:
