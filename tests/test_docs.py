@@ -14,7 +14,7 @@ from mvision.storage import yaml_files
 from mvision.structures import decoding
 from mvision.structures.images import MAX_SCANS
 from mvision.weights import save_weights, stored
-from mvision.weights.files import PICKLES
+from mvision.weights.files import ORIGINALS, PICKLES
 from tests.test_weights import make_model
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "neck.md"
@@ -68,6 +68,7 @@ def test_the_limits_on_the_security_page() -> None:
         f"| {decoding.DEFAULT_LIMIT >> 30} GiB: about 19,000 x 19,000 pixels | the environment variable "
         f"`{decoding.LIMIT_VARIABLE}`",
         f"may have {MAX_SCANS} passes",
+        f"whose pickle takes {pickles.MAX_PICKLE >> 20} MiB at most",
         f"| header of weights | {stored.MAX_HEADER >> 20} MiB |",
         f"| {schema.MAX_CLASSES:,}; {schema.MAX_SIDE:,} pixels |",
         f"| a web picture | {streams.MAX_DOWNLOAD >> 20} MB, {streams.MAX_SECONDS:.0f} s |",
@@ -77,4 +78,4 @@ def test_the_limits_on_the_security_page() -> None:
     assert pytest.approx(decoding.DEFAULT_LIMIT, rel=0.02) == 19_000**2 * decoding.BYTES_PER_PIXEL
     for name in (*decoding.FORMATS, *streams.PROTOCOLS):
         assert name in page, name
-    assert set(re.findall(r"`(\.\w+)`", page)) == PICKLES - {".pickle"}
+    assert set(re.findall(r"`(\.\w+)`", page)) == PICKLES - {".pickle"} | ORIGINALS

@@ -135,7 +135,7 @@ def read_dfine(folder: Path) -> Published:
     bins, notes = read_bins(tensors, {"bin_scale": published.get("reg_scale"), "bin_reach": published.get("up")})
     structure = Structure(tensors, folder)
     names = label_names(get(published, "id2label", {}, dict, path), tensors, path)
-    sections = {
+    sections: dict[str, Any] = {
         "backbone": structure.backbone(),
         "neck": structure.neck(published.get("hidden_expansion"), published.get("encoder_attention_heads", HEADS)),
         "heads": {TASK: structure.decoder(points) | bins},

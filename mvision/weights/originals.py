@@ -267,12 +267,14 @@ def _image_size(anchors: Tensor | None) -> list[int]:
     if len(boxes) < 2:
         return [640, 640]
     finest = boxes[(boxes[:, 2] - boxes[:, 2].min()).abs() < 1e-3]
-    sides = []
-    for axis in (1, 0):
-        steps = finest[:, axis].unique().diff()
-        steps = steps[steps > 1e-5]
-        sides.append(len(steps) and round(1 / float(steps.min())))
-    return _size_of_map(*sides, count=anchors.shape[1])
+    return _size_of_map(_count(finest[:, 1]), _count(finest[:, 0]), anchors.shape[1])
+
+
+def _count(centres: Tensor) -> int:
+    """How many positions a map has along an axis, by the smallest distance between two of them; 0 if there is none."""
+    steps = centres.unique().diff()
+    steps = steps[steps > 1e-5]
+    return round(1 / float(steps.min())) if len(steps) else 0
 
 
 def _size_of_map(height: int, width: int, count: int) -> list[int]:

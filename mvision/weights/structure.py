@@ -23,7 +23,7 @@ EXPANSIONS = (0.34, 0.5, 0.75, 1.0, 1.5)
 """Of the published models; several numbers can give the same width."""
 
 # Channels of the first and the last convolution of the stem, layers of a block, and blocks of the stages -> network.
-_HGNETS = {
+_HGNETS: dict[tuple[int, int, int, tuple[int, ...]], str] = {
     (16, 16, 3, (1, 1, 2, 1)): "hgnetv2_b0",
     (24, 32, 3, (1, 1, 2, 1)): "hgnetv2_b1",
     (24, 32, 4, (1, 1, 3, 1)): "hgnetv2_b2",
@@ -33,7 +33,7 @@ _HGNETS = {
     (48, 96, 6, (2, 3, 6, 3)): "hgnetv2_b6",
 }
 _AFFINE = {"hgnetv2_b0", "hgnetv2_b1", "hgnetv2_b2", "hgnetv2_b3"}
-RESNETS = {
+RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
     ("basic", (2, 2, 2, 2)): "resnet18d",
     ("basic", (3, 4, 6, 3)): "resnet34d",
     ("bottleneck", (3, 4, 6, 3)): "resnet50d",
