@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,12 @@ def make_images(case: str) -> Tensor:
 
 def golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """All tensors of the original model, and what it gave: ``logits`` and ``boxes`` (2, N, ..) of ``KEPT``."""
+    tensors, outputs = _golden(case)
+    return dict(tensors), outputs
+
+
+@cache
+def _golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     with np.load(GOLDEN) as file:
         shapes: Mapping[str, list[int]] = json.loads(str(file["shapes"]))[case]
         given = {key: file[key] for key in file.files if key.startswith(f"{case} ")}

@@ -99,7 +99,7 @@ def test_other_forms_of_a_file(files: dict[str, Path], tmp_path: Path) -> None:
 
 
 def test_round_trip(files: dict[str, Path], tmp_path: Path) -> None:
-    model = load(files["rtdetrv4"])
+    model = load(files["dfine"], family="dfine")
     save_weights(model, tmp_path / "a.safetensors")
     again = load(tmp_path / "a.safetensors")
     assert again.config == model.config
