@@ -5,22 +5,15 @@
 
 Trains a small model with every kind of block, downsampling and depth (RepBlocks per CSP layer), on each of the data
 sets, with several seeds. All necks have the FLOPs, to 2 %, of RT-DETR's blocks with three RepBlocks and the expansion
-of the model's config: the expansion of each follows from that. Everything else is the config's.
-
-Each training adds a line to OUT/rows.jsonl as it ends. The same command continues what was stopped, inside a training
-too; another one adds to the rows, if models, epochs and settings are the same. OUT/table.md has the last epoch's AP:
-mean, lowest and highest over the seeds.
+of the model's config: the expansion of each follows from that. Everything else is the config's. See ablation.py for
+what OUT has in the end.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
-import shutil
-import statistics
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,27 +23,21 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from ablation import Row, Trial, places, run_trials, tables, task_and_folder
+
 from mvision.backbone import Backbone
 from mvision.commands.equal_flops import expansion_for, neck_flops
 from mvision.config import Config, load_config
-from mvision.engine.train import train
 from mvision.errors import Stopped
-from mvision.evaluation.tables import markdown_table
-from mvision.heads import head_class
 from mvision.neck import HybridEncoder
-from mvision.storage.atomic import write_text
-from mvision.storage.run_folder import RunFolder
 
 BLOCKS: dict[str, dict[str, Any]] = {
     "csp": {"fusion_block": "csp"},
     "elan": {"fusion_block": "elan"},
     "elan_split": {"fusion_block": "elan", "elan_split": True},
 }
-TASKS = ("detection", "instance-seg", "keypoints")
 TOLERANCE = 0.02  # of FLOPs, relative
 BASE_DEPTH = 3  # of the block whose FLOPs all others get
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -80,31 +67,8 @@ class Cost:
 def main() -> None:
     """Train what has no row yet, and write the table."""
     options = parse()
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "rows.jsonl"
     recipe = {"model": options.model, "epochs": options.epochs, "settings": options.set}
-    rows = read_rows(file, recipe)
-    variants = [Variant(*names) for names in itertools.product(options.blocks, options.downsample, options.depths)]
-    places = [(task, folder) for task, folder in options.data if task in options.tasks]
-    configs = {task: config_of(task, options) for task, _ in places}
-    costs = {(task, variant): cost(config, variant) for task, config in configs.items() for variant in variants}
-    done = {key_of(row) for row in rows}
-    # Seeds come last, so that a table of what is there compares all variants.
-    for seed, (task, folder), variant in itertools.product(range(options.seeds), places, variants):
-        row = {"task": task, "data": name_of(folder), **asdict(variant), "seed": seed}
-        if key_of(row) in done:
-            continue
-        begin = time.monotonic()
-        run = options.out / "runs" / "-".join(str(part) for part in key_of(row))
-        of_neck = costs[task, variant]
-        row |= {**asdict(of_neck), "ap": train_one(configs[task], folder, variant, of_neck, seed, run, options.device)}
-        row |= {"seconds": round(time.monotonic() - begin, 1), "torch": torch.__version__, **recipe}
-        rows.append(row)
-        write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
-        shutil.rmtree(run)
-        (options.out / "table.md").write_text(table(rows), encoding="utf-8")
-    (options.out / "table.md").write_text(table(rows), encoding="utf-8")
-    print(table(rows))
+    run_trials(options.out, trials(options), recipe, options.device, table)
 
 
 def parse() -> argparse.Namespace:
@@ -114,7 +78,6 @@ def parse() -> argparse.Namespace:
         "--data", action="append", default=[], type=task_and_folder, metavar="TASK=FOLDER",
         help="a data set to train TASK on; may be repeated.  [default: the built-in set, for all tasks]",
     )  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, help="leave the others of --data out")
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     parser.add_argument("--downsample", nargs="+", choices=("conv", "separable"), default=["conv", "separable"])
     parser.add_argument("--depths", nargs="+", type=int, default=[BASE_DEPTH], metavar="N")
@@ -123,38 +86,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, metavar="N", help="instead of the config's")
     parser.add_argument("--set", "-o", action="append", default=[], metavar="KEY=VALUE", help="as in mvision train")
     parser.add_argument("--device", default=None)
-    options = parser.parse_args()
-    options.data = options.data or [(task, None) for task in TASKS]
-    names = [(task, name_of(folder)) for task, folder in options.data]
-    if len(set(names)) < len(names):
-        parser.error("--data: two folders of one name for one task, which rows could not tell apart")
-    return options
+    return parser.parse_args()
 
 
-def task_and_folder(text: str) -> tuple[str, str]:
-    task, equals, folder = text.partition("=")
-    if not equals or task not in TASKS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not TASK=FOLDER with a task of {', '.join(TASKS)}")
-    return task, folder
-
-
-def name_of(folder: str | None) -> str:
-    return Path(folder).resolve().name if folder else "built-in"
-
-
-def key_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("task", "data", "block", "downsample", "depth", "seed"))
-
-
-def read_rows(file: Path, recipe: Row) -> list[Row]:
-    """The rows of earlier commands, which must have the same recipe: a table has one."""
-    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-    rows = [json.loads(line) for line in lines]
-    for row in rows:
-        if any(row[name] != value for name, value in recipe.items()):
-            other = {name: row[name] for name in recipe}
-            raise SystemExit(f"{file} has rows of {other}, not of {recipe}: choose another folder")
-    return rows
+def trials(options: argparse.Namespace) -> Iterator[Trial]:
+    """Seeds come last, so that a table of what is there compares all variants."""
+    variants = [Variant(*names) for names in itertools.product(options.blocks, options.downsample, options.depths)]
+    where = places(options.data)
+    configs = {task: config_of(task, options) for task, _ in where}
+    costs = {(task, variant): cost(config, variant) for task, config in configs.items() for variant in variants}
+    for seed, (task, folder), variant in itertools.product(range(options.seeds), where, variants):
+        config = Config.model_validate(configs[task].model_dump())
+        of_neck = costs[task, variant]
+        config.model.neck = config.model.neck.model_copy(update={**variant.settings, "expansion": of_neck.expansion})
+        config.data.root, config.train.seed, config.train.val_interval = folder, seed, config.train.epochs
+        yield Trial(asdict(variant), config, asdict(of_neck))
 
 
 def config_of(task: str, options: argparse.Namespace) -> Config:
@@ -182,53 +128,14 @@ def cost(config: Config, variant: Variant) -> Cost:
     return Cost(settings["expansion"], flops, round(flops / reference, 4), parameters)
 
 
-def train_one(
-    config: Config, folder: str | None, variant: Variant, cost: Cost, seed: int, run: Path, device: str | None
-) -> float:
-    """The AP of the last epoch; the primary metric of the task."""
-    config = Config.model_validate(config.model_dump())
-    neck = config.model.neck
-    config.model.neck = neck.model_copy(update={**variant.settings, "expansion": cost.expansion})
-    config.data.root = folder
-    config.train.seed, config.train.val_interval = seed, config.train.epochs
-    print(f"--- {run.name}: expansion {cost.expansion:.3f}, {cost.flops / 1e9:.3f} GFLOPs", flush=True)
-    if RunFolder(run).state.exists():
-        train(load_config(file=run / "config.yaml"), resume=run, device=device)
-    else:
-        shutil.rmtree(run, ignore_errors=True)  # stopped before there was anything to continue
-        train(config, output=run, device=device)
-    (task,) = config.model.heads
-    last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-    return last["metrics"][task][head_class(task, config.model.heads[task]).primary_metric]
-
-
 def table(rows: list[Row]) -> str:
-    """Markdown: one table for each task and data set."""
-    pages = []
-    by_place = itertools.groupby(sorted(rows, key=lambda row: (row["task"], row["data"])), place_of)
-    for (task, data), group in by_place:
-        cells = [cells_of(list(same)) for same in by_variant(list(group))]
-        best = max(cells, key=lambda line: line[-3])[-3]
-        shown = [[*line[:-3], f"**{line[-3]}**" if line[-3] == best else line[-3], *line[-2:]] for line in cells]
-        header = ["block", "downsampling", "RepBlocks", "expansion", "GFLOPs", "parameters", "AP", "range", "seeds"]
-        pages.append("\n".join([f"{task} on {data}:", "", *markdown_table(header, shown)]))
-    return "\n\n".join(pages) + "\n"
+    """Markdown, see ``tables``."""
+    header = ["block", "downsampling", "RepBlocks", "expansion", "GFLOPs", "parameters"]
+    ordered = sorted(rows, key=lambda row: (row["block"], row["downsample"], row["depth"]))
+    return tables(ordered, ["block", "downsample", "depth"], header, cells)
 
 
-def place_of(row: Row) -> tuple[str, str]:
-    return row["task"], row["data"]
-
-
-def by_variant(rows: list[Row]) -> Iterator[list[Row]]:
-    def key(row: Row) -> tuple[Any, ...]:
-        return row["block"], row["downsample"], row["depth"]
-
-    for _, group in itertools.groupby(sorted(rows, key=key), key):
-        yield list(group)
-
-
-def cells_of(rows: list[Row]) -> list[str]:
-    row, found = rows[0], [row["ap"] for row in rows]
+def cells(row: Row) -> list[str]:
     return [
         row["block"],
         row["downsample"],
@@ -236,9 +143,6 @@ def cells_of(rows: list[Row]) -> list[str]:
         f"{row['expansion']:.3f}",
         f"{row['flops'] / 1e9:.3f}",
         f"{row['parameters'] / 1e6:.2f} M",
-        f"{statistics.mean(found):.3f}",
-        f"{min(found):.3f} to {max(found):.3f}",
-        str(len(found)),
     ]
 
 

@@ -1,0 +1,163 @@
+"""What the scripts that compare trainings share: rows that are kept as trainings end, and tables over seeds.
+
+A folder of results has rows.jsonl, one line for each training, and table.md. The command that wrote it continues what
+was stopped, inside a training too; another one adds to the rows, if the recipe is the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from mvision.config import Config, load_config
+from mvision.engine.train import train
+from mvision.evaluation.tables import markdown_table
+from mvision.heads import head_class
+from mvision.storage.atomic import write_text
+from mvision.storage.run_folder import RunFolder
+
+TASKS = ("detection", "instance-seg", "keypoints")
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One training.
+
+    Attributes:
+        variant: the columns that name what is compared, such as ``{"block": "elan", "depth": 3}``.
+        config: with the task, the data set's folder and the seed.
+        facts: further columns of the row.
+    """
+
+    variant: dict[str, Any]
+    config: Config
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def task(self) -> str:
+        (task,) = self.config.model.heads
+        return task
+
+    @property
+    def key(self) -> Row:
+        """The columns that tell the row of this training from all others."""
+        place = {"task": self.task, "data": name_of(self.config.data.root)}
+        return {**place, **self.variant, "seed": self.config.train.seed}
+
+
+def run_trials(
+    out: Path, trials: Iterable[Trial], recipe: Row, device: str | None, table: Callable[[list[Row]], str]
+) -> None:
+    """Train what has no row yet, and write ``table.md`` after each training.
+
+    Args:
+        recipe: what all rows of the folder have to have in common.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    rows = _read_rows(out / "rows.jsonl", recipe)
+    for trial in trials:
+        if any(all(row.get(name) == value for name, value in trial.key.items()) for row in rows):
+            continue
+        begin = time.monotonic()
+        run = out / "runs" / "-".join(str(part) for part in trial.key.values())
+        print(f"--- {run.name}: {trial.facts}", flush=True)
+        curve = _train(trial, run, device)
+        rows.append({
+            **trial.key, **trial.facts, "ap": curve[-1][1], "curve": curve,
+            "seconds": round(time.monotonic() - begin, 1), "torch": torch.__version__, **recipe,
+        })  # fmt: skip
+        write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        shutil.rmtree(run)
+        write_text(out / "table.md", table(rows))
+    print(table(rows))
+
+
+def _train(trial: Trial, run: Path, device: str | None) -> list[tuple[int, float]]:
+    """(epoch, AP) of every evaluation, by the primary metric of the task."""
+    if RunFolder(run).state.exists():
+        train(load_config(file=run / "config.yaml"), resume=run, device=device)
+    else:
+        shutil.rmtree(run, ignore_errors=True)  # stopped before there was anything to continue
+        train(trial.config, output=run, device=device)
+    metric = head_class(trial.task, trial.config.model.heads[trial.task]).primary_metric
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [
+        (record["epoch"], record["metrics"][trial.task][metric])
+        for record in records
+        if trial.task in record.get("metrics", {})
+    ]
+
+
+def _read_rows(file: Path, recipe: Row) -> list[Row]:
+    """The rows of earlier commands, which must have the same recipe: a table has one."""
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        if any(row[name] != value for name, value in recipe.items()):
+            other = {name: row[name] for name in recipe}
+            raise SystemExit(f"{file} has rows of {other}, not of {recipe}: choose another folder")
+    return rows
+
+
+def tables(rows: list[Row], names: list[str], header: list[str], cells: Callable[[Row], list[str]]) -> str:
+    """Markdown: for each task and data set a table of the last AP over the seeds, the best one in bold.
+
+    Args:
+        names: the columns of a variant.
+        header: of the columns that ``cells`` gives, from the first row of a variant.
+    """
+    pages = []
+    for (task, data), group in _grouped(rows, ["task", "data"]):
+        lines = []
+        for _, same in _grouped(group, names):
+            found = [row["ap"] for row in same]
+            spread = f"{min(found):.3f} to {max(found):.3f}"
+            lines.append([*cells(same[0]), f"{statistics.mean(found):.3f}", spread, str(len(found))])
+        best = max(line[-3] for line in lines)
+        shown = [[*line[:-3], f"**{line[-3]}**" if line[-3] == best else line[-3], *line[-2:]] for line in lines]
+        pages.append("\n".join([f"{task} on {data}:", "", *markdown_table([*header, "AP", "range", "seeds"], shown)]))
+    return "\n\n".join(pages) + "\n"
+
+
+def _grouped(rows: list[Row], names: list[str]) -> Iterator[tuple[tuple[Any, ...], list[Row]]]:
+    """Rows that agree in these columns, in the order in which they came first."""
+    order: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        order.setdefault(tuple(row[name] for name in names), []).append(row)
+    yield from order.items()
+
+
+def places(data: list[tuple[str, str]]) -> list[tuple[str, str | None]]:
+    """(task, folder) of ``--data``; none stands for all tasks on the built-in set."""
+    found: list[tuple[str, str | None]] = [*data] or [(task, None) for task in TASKS]
+    for (task, one), (other_task, other) in itertools.combinations(found, 2):
+        if (task, name_of(one)) == (other_task, name_of(other)):
+            raise SystemExit(f"--data: {one} and {other} have one name, so that rows could not tell them apart")
+    return found
+
+
+def task_and_folder(text: str) -> tuple[str, str]:
+    """``TASK=FOLDER`` of ``--data``."""
+    task, equals, folder = text.partition("=")
+    if not equals or task not in TASKS:
+        raise SystemExit(f"--data: {text!r} is not TASK=FOLDER with a task of {', '.join(TASKS)}")
+    return task, folder
+
+
+def name_of(folder: str | None) -> str:
+    """A data set's name in the rows."""
+    return Path(folder).resolve().name if folder else "built-in"
