@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from mvision import UserError, load
+from mvision.commands.train import run_config
 from mvision.heads.query.anchors import make_anchors
 from mvision.structures.coco_names import COCO
 from mvision.structures.objects365_names import OBJECTS365, UNUSED
 from mvision.weights import init_from, read_weights, save_weights
-from mvision.weights.originals import FAMILIES, _image_size, mvision_name
+from mvision.weights.originals import FAMILIES, _drop_layers_of_training, _image_size, mvision_name
+from mvision.weights.published import DECODER
 from tests.original_files import CASES, KEPT, golden, make_images, write_original
 from tests.test_weights import make_model
 
@@ -140,6 +142,30 @@ def test_the_image_size_is_that_of_the_anchors(size: tuple[int, int], levels: in
     shapes = [(size[0] // stride, size[1] // stride) for stride in (8, 16, 32)[-levels:]]
     anchors, valid = make_anchors(shapes, torch.device("cpu"), torch.float32)
     assert _image_size(torch.where(valid, anchors, torch.inf)) == list(size)
+
+
+@pytest.mark.parametrize(("family", "layers"), [("rtdetrv2", 3), ("deim-rtdetrv2", 6)])
+def test_layers_that_only_train_are_left_out(family: str, layers: int) -> None:
+    """The authors' RT-DETR-R50-m predicts from the third of six; DEIM's has three."""
+    head: dict[str, Any] = {"num_layers": 6}
+    sections = {"backbone": {"name": "resnet50d"}, "neck": {"expansion": 0.5}, "heads": {"detection": head}}
+    tensors = {
+        f"{DECODER}{part}.{number}.weight": torch.zeros(1)
+        for part in ("layers", "class_heads", "box_heads", "input_proj")
+        for number in range(6)
+    }
+    notes = _drop_layers_of_training(sections, tensors, family)
+    assert head["num_layers"] == layers
+    assert len(tensors) == 6 + 3 * layers
+    assert len(notes) == (layers == 3)
+
+
+def test_the_run_has_the_architecture_of_the_file(files: dict[str, Path]) -> None:
+    config = run_config(init=str(files["deim"]), family="deim", tasks=["detection"])
+    assert config.model.heads["detection"].act == "silu"
+    assert config.model.neck.fusion_block == "elan"
+    with pytest.raises(UserError, match="say it with --family"):
+        run_config(init=str(files["deim"]))
 
 
 def test_names_of_every_kind_of_block() -> None:
