@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from mvision import UserError
+from mvision import Model, UserError
 from mvision.commands.export import export
+from mvision.config import parse_model_config
 from mvision.deploy import quantise as module
 from mvision.deploy.exported import ExportedModel
 from mvision.deploy.quantise import CANDIDATES, Quantised, quantise
 from mvision.weights import save_weights
+from tests.decoder_inputs import DFINE
 from tests.test_joint import make_model
 
 NAMES = list(CANDIDATES)
@@ -79,12 +81,15 @@ def test_a_loss_is_relative_and_the_worst_task_counts() -> None:
 
 
 def test_heads_and_coordinates_stay_in_floating_point(squares: Path, tmp_path: Path) -> None:
-    """The real thing: the joint model's detection head, calibrated on eight images."""
+    """The real thing: a small model with D-FINE's neck and decoder, calibrated on eight images."""
     for package in ("onnxscript", "openvino", "nncf"):
         pytest.importorskip(package)
     for file in (squares / "annotations").iterdir():  # the classes of the model
         file.write_text(file.read_text().replace('"blue"', '"dog"'))
-    model = make_model(["detection"])
+    described = make_model(["detection"]).config.model_dump(mode="json")
+    described["neck"] |= {"fusion_block": "elan", "downsample": "separable", "lateral_act": False}
+    described["heads"]["detection"] |= DFINE
+    model = Model(parse_model_config(described))
     with torch.no_grad():
         model.train()(torch.rand(4, 3, 64, 96))
     save_weights(model.eval(), tmp_path / "best.safetensors")
