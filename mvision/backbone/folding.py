@@ -64,14 +64,12 @@ class Observed:
 def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
     """Call a copy of the network on the meta device; nothing is observed if it cannot run there."""
     watched = copy.deepcopy(net).to("meta").eval()
-    # timm's norms contain an activation; such a module counts as one.
-    leaves = {n: m for n, m in watched.named_modules() if isinstance(m, nn.BatchNorm2d) or not any(m.children())}
+    leaves = _leaves(watched)
     runs: Counter[str] = Counter()  # calls of each module
     output_of: dict[str, int] = {}  # module -> id of its output
     inputs_of: dict[str, int] = {}  # module -> id of its first input
     readers_of: dict[int, list[str]] = {}  # id of a tensor -> modules that get it as input
-    uses = _Uses()
-    observed = Observed()
+    uses, observed = _Uses(), Observed()
 
     def before(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -94,8 +92,6 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
         return hook
 
     for name, module in leaves.items():
-        if getattr(module, "inplace", False):
-            module.inplace = False  # type: ignore[assignment]  # an output with the id of the input hides its readers
         if not isinstance(module, nn.Identity):
             module.register_forward_pre_hook(before(name))
             module.register_forward_hook(after(name))
@@ -104,8 +100,7 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
             results = call(watched)
     except (NotImplementedError, RuntimeError):
         return Observed()
-    returned = {id(tensor) for tensor in _tensors([results])}
-    first = next(iter(inputs_of), "")
+    returned, first = {id(tensor) for tensor in _tensors([results])}, next(iter(inputs_of), "")
     if runs[first] == 1 and _takes_images(watched.get_submodule(first), inputs_of[first], uses, returned):
         observed.first = first
     for name in list(observed.rows):
@@ -126,6 +121,15 @@ def observe(net: nn.Module, call: Callable[[nn.Module], Any]) -> Observed:
         elif total and len(uses.of(output)) == 1 + in_place and len(uses.of(total)) == 1 + uses.in_place(total):
             observed.after_sums[name] = readers[0]
     return observed
+
+
+def _leaves(net: nn.Module) -> dict[str, nn.Module]:
+    """The modules that contain no other; timm's norms contain an activation, and such a module counts as one."""
+    leaves = {n: m for n, m in net.named_modules() if isinstance(m, nn.BatchNorm2d) or not any(m.children())}
+    for module in leaves.values():
+        if getattr(module, "inplace", False):
+            module.inplace = False  # type: ignore[assignment]  # an output with the id of the input hides its readers
+    return leaves
 
 
 def _takes_images(module: nn.Module, image: int, uses: _Uses, returned: set[int]) -> bool:
