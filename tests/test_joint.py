@@ -37,7 +37,7 @@ CATEGORIES = [
 def make_model(tasks: list[str], **more: dict) -> Model:
     heads = {task: {**HEADS.get(task, {}), **more.get(task, {})} for task in tasks}
     if "instance-seg" not in tasks and "detection" in tasks:
-        heads["detection"] = QUERIES
+        heads["detection"] = {**QUERIES, **more.get("detection", {})}
     torch.manual_seed(0)
     return Model(
         parse_model_config(
