@@ -66,6 +66,7 @@ class Oracle(nn.Module):
         self.config = SimpleNamespace(image_size=image_size, categories=[], pixel_range=None)
         self.categories = CATEGORIES
         self.tasks = ["instance-seg"]
+        self.own_threads = False
         small = MaskConfig(embed_dim=8, num_heads=1, num_layers=1, ffn_dim=8, pixel_dim=8, mask_dim=4)
         self.mask_head = MaskHead(small, [8, 8], [8, 16], CATEGORIES)
 

@@ -96,7 +96,7 @@ def _train(trial: Trial, run: Path, device: str | None) -> list[tuple[int, float
     metric = head_class(trial.task, trial.config.model.heads[trial.task]).primary_metric
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return [
-        (record["epoch"], record["metrics"][trial.task][metric])
+        (record["epoch"] + 1, record["metrics"][trial.task][metric])
         for record in records
         if trial.task in record.get("metrics", {})
     ]

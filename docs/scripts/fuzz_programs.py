@@ -283,4 +283,5 @@ def sound_arguments(path: tuple[str, ...], base: Path) -> list[str]:
         ("data", "show"): ["data", "--output", "sheet.png"],
         ("data", "convert"): ["data", "converted"],
         ("info",): [],
+        ("models",): ["dfine-s"],
     }[path]
