@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -38,6 +39,7 @@ def use_times(monkeypatch: pytest.MonkeyPatch, *times: float) -> list[float]:
 
     monkeypatch.setattr(selftest, "seconds", seconds)
     monkeypatch.setattr(selftest, "SECONDS", 60.0)
+    monkeypatch.setattr(selftest, "processor_share", lambda *clocks: 1.0)
     return taken
 
 
@@ -58,6 +60,22 @@ def test_bf16_is_taken_where_it_is_faster_by_a_margin(
 def test_one_disturbed_round_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
     use_times(monkeypatch, *[1.0, 0.5] * 8, 1.0, 50.0)
     assert bf16_is_faster()
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.95, True), (0.5, False)])
+def test_what_a_busy_machine_gave_is_not_kept(
+    share: float, kept: bool, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_times(monkeypatch, 1.0, 1.0)
+    monkeypatch.setattr(selftest, "processor_share", lambda *clocks: share)
+    assert not bf16_is_faster()
+    assert len(list(cache.glob("*.json"))) == kept
+
+
+def test_the_share_of_the_processor() -> None:
+    clocks = time.perf_counter(), time.process_time()
+    time.sleep(0.1)
+    assert selftest.processor_share(*clocks) < 0.5
 
 
 def test_the_ratio_is_measured_once_for_a_machine(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
