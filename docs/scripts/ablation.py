@@ -6,6 +6,7 @@ was stopped, inside a training too; another one adds to the rows, if the recipe 
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 import shutil
@@ -59,14 +60,9 @@ class Trial:
         return {**place, **self.variant, "seed": self.config.train.seed}
 
 
-def run_trials(
-    out: Path, trials: Iterable[Trial], recipe: Row, device: str | None, table: Callable[[list[Row]], str]
-) -> None:
-    """Train what has no row yet, and write ``table.md`` after each training.
-
-    Args:
-        recipe: what all rows of the folder have to have in common.
-    """
+def run_trials(options: argparse.Namespace, trials: Iterable[Trial], table: Callable[[list[Row]], str]) -> None:
+    """Train what has no row yet, and write ``table.md`` after each training."""
+    out, recipe = options.out, recipe_of(options)
     out.mkdir(parents=True, exist_ok=True)
     rows = _read_rows(out / "rows.jsonl", recipe)
     for trial in trials:
@@ -75,7 +71,7 @@ def run_trials(
         begin = time.monotonic()
         run = out / "runs" / "-".join(str(part) for part in trial.key.values())
         print(f"--- {run.name}: {trial.facts}", flush=True)
-        curve = _train(trial, run, device)
+        curve = _train(trial, run, options.device)
         rows.append({
             **trial.key, **trial.facts, "ap": curve[-1][1], "curve": curve,
             "seconds": round(time.monotonic() - begin, 1), "torch": torch.__version__, **recipe,
@@ -139,6 +135,35 @@ def _grouped(rows: list[Row], names: list[str]) -> Iterator[tuple[tuple[Any, ...
     for row in rows:
         order.setdefault(tuple(row[name] for name in names), []).append(row)
     yield from order.items()
+
+
+def parser_of(description: str | None) -> argparse.ArgumentParser:
+    """The options that all of these scripts have."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="folder of the rows and the table")
+    parser.add_argument(
+        "--data", action="append", default=[], type=task_and_folder, metavar="TASK=FOLDER",
+        help="a data set to train TASK on; may be repeated.  [default: the built-in set, for all tasks]",
+    )  # fmt: skip
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds, from 0")
+    parser.add_argument("--model", default="tiny", help="a shipped config")
+    parser.add_argument("--epochs", type=int, metavar="N", help="instead of the config's")
+    parser.add_argument("--set", "-o", action="append", default=[], metavar="KEY=VALUE", help="as in mvision train")
+    parser.add_argument("--device", default=None)
+    return parser
+
+
+def config_of(task: str, options: argparse.Namespace, overrides: dict[str, Any] | None = None) -> Config:
+    """The config of a task, with the settings of the command line; ``overrides`` have dotted keys."""
+    overrides = dict(overrides or {})
+    if options.epochs is not None:
+        overrides["train.epochs"] = options.epochs
+    return load_config(options.model, tasks=[task], overrides=overrides, assignments=options.set)
+
+
+def recipe_of(options: argparse.Namespace) -> Row:
+    """What all rows of a folder have in common."""
+    return {"model": options.model, "epochs": options.epochs, "settings": options.set}
 
 
 def places(data: list[tuple[str, str]]) -> list[tuple[str, str | None]]:

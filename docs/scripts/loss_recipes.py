@@ -16,9 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ablation import Row, Trial, places, run_trials, tables, task_and_folder
+from ablation import Row, Trial, config_of, parser_of, places, run_trials, tables
 
-from mvision.config import load_config
 from mvision.errors import Stopped
 
 EVALUATIONS = 4  # in a training, evenly spaced
@@ -53,22 +52,10 @@ RECIPES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
 
 def main() -> None:
     """Train what has no row yet, and write the table."""
-    options = parse()
-    recipe = {"model": options.model, "epochs": options.epochs, "settings": options.set}
-    run_trials(options.out, trials(options), recipe, options.device, table)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the rows and the table")
-    parser.add_argument("--data", action="append", default=[], type=task_and_folder, metavar="TASK=FOLDER")
+    parser = parser_of(__doc__)
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds, from 0")
-    parser.add_argument("--model", default="tiny", help="a shipped config")
-    parser.add_argument("--epochs", type=int, metavar="N", help="instead of the config's")
-    parser.add_argument("--set", "-o", action="append", default=[], metavar="KEY=VALUE", help="as in mvision train")
-    parser.add_argument("--device", default=None)
-    return parser.parse_args()
+    options = parser.parse_args()
+    run_trials(options, trials(options), table)
 
 
 def trials(options: argparse.Namespace) -> Iterator[Trial]:
@@ -79,9 +66,7 @@ def trials(options: argparse.Namespace) -> Iterator[Trial]:
     for seed, (task, folder), name in itertools.product(range(options.seeds), where, options.recipes):
         of_head, others = RECIPES[name]
         overrides = {f"model.heads.{task}.{key}": value for key, value in of_head.items()} | others
-        if options.epochs is not None:
-            overrides["train.epochs"] = options.epochs
-        config = load_config(options.model, tasks=[task], overrides=overrides, assignments=options.set)
+        config = config_of(task, options, overrides)
         config.data.root, config.train.seed = folder, seed
         config.train.val_interval = max(1, config.train.epochs // EVALUATIONS)
         yield Trial({"recipe": name}, config)

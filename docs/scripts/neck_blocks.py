@@ -23,11 +23,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ablation import Row, Trial, places, run_trials, tables, task_and_folder
+from ablation import Row, Trial, config_of, parser_of, places, run_trials, tables
 
 from mvision.backbone import Backbone
 from mvision.commands.equal_flops import expansion_for, neck_flops
-from mvision.config import Config, load_config
+from mvision.config import Config
 from mvision.errors import Stopped
 from mvision.neck import HybridEncoder
 
@@ -66,27 +66,12 @@ class Cost:
 
 def main() -> None:
     """Train what has no row yet, and write the table."""
-    options = parse()
-    recipe = {"model": options.model, "epochs": options.epochs, "settings": options.set}
-    run_trials(options.out, trials(options), recipe, options.device, table)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="folder of the rows and the table")
-    parser.add_argument(
-        "--data", action="append", default=[], type=task_and_folder, metavar="TASK=FOLDER",
-        help="a data set to train TASK on; may be repeated.  [default: the built-in set, for all tasks]",
-    )  # fmt: skip
+    parser = parser_of(__doc__)
     parser.add_argument("--blocks", nargs="+", choices=BLOCKS, default=list(BLOCKS))
     parser.add_argument("--downsample", nargs="+", choices=("conv", "separable"), default=["conv", "separable"])
     parser.add_argument("--depths", nargs="+", type=int, default=[BASE_DEPTH], metavar="N")
-    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds, from 0")
-    parser.add_argument("--model", default="tiny", help="a shipped config")
-    parser.add_argument("--epochs", type=int, metavar="N", help="instead of the config's")
-    parser.add_argument("--set", "-o", action="append", default=[], metavar="KEY=VALUE", help="as in mvision train")
-    parser.add_argument("--device", default=None)
-    return parser.parse_args()
+    options = parser.parse_args()
+    run_trials(options, trials(options), table)
 
 
 def trials(options: argparse.Namespace) -> Iterator[Trial]:
@@ -101,11 +86,6 @@ def trials(options: argparse.Namespace) -> Iterator[Trial]:
         config.model.neck = config.model.neck.model_copy(update={**variant.settings, "expansion": of_neck.expansion})
         config.data.root, config.train.seed, config.train.val_interval = folder, seed, config.train.epochs
         yield Trial(asdict(variant), config, asdict(of_neck))
-
-
-def config_of(task: str, options: argparse.Namespace) -> Config:
-    overrides = {} if options.epochs is None else {"train.epochs": options.epochs}
-    return load_config(options.model, tasks=[task], overrides=overrides, assignments=options.set)
 
 
 def cost(config: Config, variant: Variant) -> Cost:

@@ -32,6 +32,7 @@ from mvision.weights.published import (
 )
 from mvision.weights.stored import read_header, read_tensors
 from mvision.weights.structure import HEADS, STRIDES, Structure, points_of_levels, scalar
+from mvision.weights.transformers_names import renamed
 
 MODEL_TYPE = "d_fine"
 
@@ -68,52 +69,25 @@ BINS = {f"{DECODER}reg_scale": "bin_scale", f"{DECODER}up": "bin_reach"}
 # Buffers that mvision computes instead of loading them.
 _COMPUTED = re.compile(r"(anchors|valid_mask|num_points_scale)$")
 
-# Name in the file -> name in mvision. Every rule is applied, in this order; (?:a|b) and (?:a)? are the names in older
-# and newer versions of transformers.
-_RENAMED = [
+# Name in the file -> name in mvision, before and after the rules that all models of transformers share.
+_BEFORE = [
     (r"^model\.backbone\.model\.embedder\.", "backbone.net.stem."),
     (r"^model\.backbone\.model\.encoder\.stages\.(\d+)\.", r"backbone.net.stages_\1."),
     (r"^(backbone\..*)\.convolution\.", r"\1.conv."),
     (r"^(backbone\..*)\.normalization\.", r"\1.bn."),
-    (r"^model\.encoder\.(?:encoder|aifi)\.", "neck.aifi."),
-    (r"^model\.encoder\.fpn_blocks\.", "neck.top_down."),
-    (r"^model\.encoder\.pan_blocks\.", "neck.bottom_up."),
     (r"^model\.encoder\.downsample_convs\.(\d+)\.conv1\.", r"neck.downsample_convs.\1.pointwise."),
     (r"^model\.encoder\.downsample_convs\.(\d+)\.conv2\.", r"neck.downsample_convs.\1.depthwise."),
-    (r"^model\.encoder\.", "neck."),
-    (r"^model\.encoder_input_proj\.(\d+)\.0\.", r"neck.projections.\1.conv."),
-    (r"^model\.encoder_input_proj\.(\d+)\.1\.", r"neck.projections.\1.norm."),
-    (r"^(neck\.aifi\.\d+\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.attention_norm."),
-    (r"^(neck\.aifi\.\d+\.layers\.\d+)\.final_layer_norm\.", r"\1.ffn_norm."),
-    (r"^(neck\.aifi\.\d+\.layers\.\d+)\.self_attn\.", r"\1.attention."),
+    (r"^model\.decoder\.(up$|reg_scale$)", r"head.\1"),
+]
+_AFTER = [
     (r"^(neck\.(?:top_down|bottom_up)\.\d+)\.conv2\.", r"\1.branch1.conv."),
     (r"^(neck\.(?:top_down|bottom_up)\.\d+)\.conv3\.", r"\1.branch2.conv."),
     (r"^(neck\.(?:top_down|bottom_up)\.\d+)\.conv4\.", r"\1.conv2."),
     (r"^(neck\.(?:top_down|bottom_up)\.\d+)\.csp_rep([12])\.", r"\1.branch\2.csp."),
-    (r"\.bottlenecks\.(\d+)\.conv1\.", r".blocks.\1.conv3x3."),
-    (r"\.bottlenecks\.(\d+)\.conv2\.", r".blocks.\1.conv1x1."),
-    (r"^model\.decoder_input_proj\.(\d+)\.0\.", r"head.input_proj.\1.conv."),
-    (r"^model\.decoder_input_proj\.(\d+)\.1\.", r"head.input_proj.\1.norm."),
-    (r"^model\.enc_output\.", "head.memory_proj."),
-    (r"^model\.enc_score_head\.", "head.memory_class."),
-    (r"^model\.enc_bbox_head\.", "head.memory_box."),
-    (r"^model\.denoising_class_embed\.", "head.label_embed."),
-    (r"^(?:model\.decoder\.)?class_embed\.", "head.class_heads."),
-    (r"^(?:model\.decoder\.)?bbox_embed\.", "head.box_heads."),
-    (r"^model\.decoder\.query_pos_head\.", "head.position."),
     (r"^model\.decoder\.pre_bbox_head\.", "head.pre_box."),
     (r"^model\.decoder\.lqe_layers\.(\d+)\.reg_conf\.", r"head.quality_heads.\1."),
-    (r"^model\.decoder\.(layers|up$|reg_scale$)", r"head.\1"),
-    (r"^(head\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
-    (r"^(head\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-    (r"^(head\.layers\.\d+)\.self_attn\.", r"\1.self_attention."),
-    (r"^(head\.layers\.\d+)\.encoder_attn\.", r"\1.cross_attention."),
     (r"^(head\.layers\.\d+)\.gateway\.gate\.", r"\1.gate.linear."),
     (r"^(head\.layers\.\d+)\.gateway\.norm\.", r"\1.gate.norm."),
-    (r"\.o_proj\.", ".out_proj."),
-    (r"\.(?:mlp\.layers\.0|fc1)\.", ".ffn.layers.0."),
-    (r"\.(?:mlp\.layers\.1|fc2)\.", ".ffn.layers.1."),
-    (r"^head\.", DECODER),
 ]
 
 
@@ -152,9 +126,7 @@ def read_dfine(folder: Path) -> Published:
 
 def mvision_name(name: str) -> str:
     """mvision's name of a tensor of the file."""
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed(name, _BEFORE, _AFTER)
 
 
 def read_bins(

@@ -17,7 +17,6 @@ from torch import Tensor
 from mvision.config import ModelConfig
 from mvision.errors import UserError
 from mvision.weights.published import (
-    DECODER,
     TASK,
     Published,
     categories,
@@ -32,6 +31,7 @@ from mvision.weights.published import (
 )
 from mvision.weights.stored import read_header, read_tensors
 from mvision.weights.structure import RESNETS
+from mvision.weights.transformers_names import renamed
 
 __all__ = ["TASK", "mvision_name", "read_published"]
 
@@ -66,46 +66,16 @@ _FIXED_BACKBONE = {
 # Buffers that mvision computes instead of loading them.
 _COMPUTED = re.compile(r"(anchors|valid_mask|n_points_scale)$")
 
-# Name in the file -> name in mvision. Every rule is applied, in this order; (?:a|b) and (?:a)? are the names in older
-# and newer versions of transformers.
-_RENAMED = [
+# Name in the file -> name in mvision, before and after the rules that all models of transformers share.
+_BEFORE = [
     (r"^model\.backbone\.model\.embedder\.embedder\.0\.convolution", "backbone.net.conv1.0"),
     (r"^model\.backbone\.model\.embedder\.embedder\.0\.normalization", "backbone.net.conv1.1"),
     (r"^model\.backbone\.model\.embedder\.embedder\.1\.convolution", "backbone.net.conv1.3"),
     (r"^model\.backbone\.model\.embedder\.embedder\.1\.normalization", "backbone.net.conv1.4"),
     (r"^model\.backbone\.model\.embedder\.embedder\.2\.convolution", "backbone.net.conv1.6"),
     (r"^model\.backbone\.model\.embedder\.embedder\.2\.normalization", "backbone.net.bn1"),
-    (r"^model\.encoder\.(?:encoder|aifi)\.", "neck.aifi."),
-    (r"^model\.encoder\.fpn_blocks\.", "neck.top_down."),
-    (r"^model\.encoder\.pan_blocks\.", "neck.bottom_up."),
-    (r"^model\.encoder\.", "neck."),
-    (r"^model\.encoder_input_proj\.(\d)\.0\.", r"neck.projections.\1.conv."),
-    (r"^model\.encoder_input_proj\.(\d)\.1\.", r"neck.projections.\1.norm."),
-    (r"(neck\.aifi\.\d\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.attention_norm."),
-    (r"(neck\.aifi\.\d\.layers\.\d+)\.final_layer_norm\.", r"\1.ffn_norm."),
-    (r"(neck\.aifi\.\d\.layers\.\d+)\.self_attn\.", r"\1.attention."),
-    (r"^(neck\.\w+\.\d)\.bottlenecks\.(\d+)\.conv1\.", r"\1.blocks.\2.conv3x3."),
-    (r"^(neck\.\w+\.\d)\.bottlenecks\.(\d+)\.conv2\.", r"\1.blocks.\2.conv1x1."),
-    (r"^model\.decoder_input_proj\.(\d)\.0\.", r"head.input_proj.\1.conv."),
-    (r"^model\.decoder_input_proj\.(\d)\.1\.", r"head.input_proj.\1.norm."),
-    (r"^model\.enc_output\.", "head.memory_proj."),
-    (r"^model\.enc_score_head\.", "head.memory_class."),
-    (r"^model\.enc_bbox_head\.", "head.memory_box."),
-    (r"^model\.denoising_class_embed\.", "head.label_embed."),
-    (r"^(?:model\.decoder\.)?class_embed\.", "head.class_heads."),
-    (r"^(?:model\.decoder\.)?bbox_embed\.", "head.box_heads."),
-    (r"^model\.decoder\.query_pos_head\.", "head.position."),
-    (r"^model\.decoder\.layers\.", "head.layers."),
-    (r"(head\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1."),
-    (r"(head\.layers\.\d+)\.encoder_attn_layer_norm\.", r"\1.norm2."),
-    (r"(head\.layers\.\d+)\.final_layer_norm\.", r"\1.norm3."),
-    (r"(head\.layers\.\d+)\.self_attn\.", r"\1.self_attention."),
-    (r"(head\.layers\.\d+)\.encoder_attn\.", r"\1.cross_attention."),
-    (r"\.o_proj\.", ".out_proj."),
-    (r"\.(?:mlp\.)?fc1\.", ".ffn.layers.0."),
-    (r"\.(?:mlp\.)?fc2\.", ".ffn.layers.1."),
-    (r"^head\.", DECODER),
 ]
+_AFTER = [(r"^(head\.layers\.\d+)\.encoder_attn_layer_norm\.", r"\1.norm2.")]
 _STAGE = re.compile(
     r"^model\.backbone\.model\.encoder\.stages\.(\d)\.layers\.(\d+)\.(.*)\.(convolution|normalization)\."
 )
@@ -138,9 +108,7 @@ def mvision_name(name: str) -> str:
             number = int(place.removeprefix("layer.")) + 1
             module = f"conv{number}" if kind == "convolution" else f"bn{number}"
         return f"backbone.net.layer{int(stage) + 1}.{layer}.{module}.{name[match.end() :]}"
-    for pattern, replacement in _RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed(name, _BEFORE, _AFTER)
 
 
 def _model_config(
