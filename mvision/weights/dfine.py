@@ -32,7 +32,7 @@ from mvision.weights.published import (
 )
 from mvision.weights.stored import read_header, read_tensors
 from mvision.weights.structure import HEADS, STRIDES, Structure, points_of_levels, scalar
-from mvision.weights.transformers_names import renamed
+from mvision.weights.transformers_names import head_settings, renamed
 
 MODEL_TYPE = "d_fine"
 
@@ -197,23 +197,5 @@ def _of_neck(published: dict[str, Any]) -> dict[str, Any]:
 
 def _of_head(published: dict[str, Any]) -> dict[str, Any]:
     """What no tensor tells of the head and of its training."""
-    # mvision's key -> (key in config.json, value if it is absent there)
-    keys = {
-        "num_queries": ("num_queries", 300),
-        "dropout": ("dropout", 0.0),
-        "sampling": ("decoder_method", "default"),
-        "offset_scale": ("decoder_offset_scale", 0.5),
-        "num_denoising": ("num_denoising", 100),
-        "label_noise": ("label_noise_ratio", 0.5),
-        "box_noise": ("box_noise_scale", 1.0),
-        "alpha": ("focal_loss_alpha", 0.75),
-        "gamma": ("focal_loss_gamma", 2.0),
-        "class_weight": ("weight_loss_vfl", 1.0),
-        "box_weight": ("weight_loss_bbox", 5.0),
-        "giou_weight": ("weight_loss_giou", 2.0),
-        "fgl_weight": ("weight_loss_fgl", 0.15),
-        "ddf_weight": ("weight_loss_ddf", 1.5),
-    }
-    return {"act": "relu", "shared_matches": True} | {
-        name: published.get(key, default) for name, (key, default) in keys.items()
-    }
+    weights = {"fgl_weight": ("weight_loss_fgl", 0.15), "ddf_weight": ("weight_loss_ddf", 1.5)}
+    return {"act": "relu", "shared_matches": True, **head_settings(published, weights)}

@@ -31,7 +31,7 @@ from mvision.weights.published import (
 )
 from mvision.weights.stored import read_header, read_tensors
 from mvision.weights.structure import RESNETS
-from mvision.weights.transformers_names import renamed
+from mvision.weights.transformers_names import head_settings, renamed
 
 __all__ = ["TASK", "mvision_name", "read_published"]
 
@@ -155,24 +155,11 @@ def _neck(published: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _head(published: dict[str, Any]) -> dict[str, Any]:
-    # mvision's key -> (key in config.json, value if it is absent there)
-    keys = {
+    sizes = {
         "embed_dim": ("d_model", 256),
-        "num_queries": ("num_queries", 300),
         "num_layers": ("decoder_layers", 6),
         "num_heads": ("decoder_attention_heads", 8),
         "ffn_dim": ("decoder_ffn_dim", 1024),
         "num_points": ("decoder_n_points", 4),
-        "dropout": ("dropout", 0.0),
-        "sampling": ("decoder_method", "default"),
-        "offset_scale": ("decoder_offset_scale", 0.5),
-        "num_denoising": ("num_denoising", 100),
-        "label_noise": ("label_noise_ratio", 0.5),
-        "box_noise": ("box_noise_scale", 1.0),
-        "alpha": ("focal_loss_alpha", 0.75),
-        "gamma": ("focal_loss_gamma", 2.0),
-        "class_weight": ("weight_loss_vfl", 1.0),
-        "box_weight": ("weight_loss_bbox", 5.0),
-        "giou_weight": ("weight_loss_giou", 2.0),
     }
-    return {name: published.get(key, default) for name, (key, default) in keys.items()}
+    return head_settings(published, sizes)

@@ -1,9 +1,10 @@
-"""Names of tensors that the models of ``transformers`` have in common, and mvision's names for them."""
+"""Names of tensors and settings that the models of ``transformers`` have in common, and mvision's names for them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from mvision.weights.published import DECODER
 
@@ -53,3 +54,29 @@ def renamed(name: str, before: Iterable[Rule], after: Iterable[Rule]) -> str:
     for pattern, replacement in (*before, *_SHARED, *after, (r"^head\.", DECODER)):
         name = re.sub(pattern, replacement, name)
     return name
+
+
+# mvision's key -> (key in config.json, value if it is absent there)
+_OF_HEAD: dict[str, tuple[str, Any]] = {
+    "num_queries": ("num_queries", 300),
+    "dropout": ("dropout", 0.0),
+    "sampling": ("decoder_method", "default"),
+    "offset_scale": ("decoder_offset_scale", 0.5),
+    "num_denoising": ("num_denoising", 100),
+    "label_noise": ("label_noise_ratio", 0.5),
+    "box_noise": ("box_noise_scale", 1.0),
+    "alpha": ("focal_loss_alpha", 0.75),
+    "gamma": ("focal_loss_gamma", 2.0),
+    "class_weight": ("weight_loss_vfl", 1.0),
+    "box_weight": ("weight_loss_bbox", 5.0),
+    "giou_weight": ("weight_loss_giou", 2.0),
+}
+
+
+def head_settings(published: Mapping[str, Any], own: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Settings of the head and of its training, from a description.
+
+    Args:
+        own: those that the family has besides the shared ones: mvision's key -> (key there, value if it is absent).
+    """
+    return {name: published.get(key, default) for name, (key, default) in {**_OF_HEAD, **own}.items()}
