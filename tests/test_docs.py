@@ -10,10 +10,10 @@ import torch
 
 from mvision.config import schema
 from mvision.inference import streams
-from mvision.storage import yaml_files
+from mvision.storage import pickles, yaml_files
 from mvision.structures import decoding
 from mvision.structures.images import MAX_SCANS
-from mvision.weights import pickles, save_weights, stored
+from mvision.weights import save_weights, stored
 from mvision.weights.files import ORIGINALS, PICKLES
 from tests.test_weights import make_model
 

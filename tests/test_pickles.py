@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from mvision import UserError, load
-from mvision.weights import pickles
-from mvision.weights.pickles import load_pickle, state_dict
+from mvision.storage import pickles
+from mvision.storage.pickles import load_pickle, state_dict
 
 
 class Dangerous:

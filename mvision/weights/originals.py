@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from mvision.errors import UserError, did_you_mean
+from mvision.storage.pickles import load_pickle, state_dict
 from mvision.structures.coco_names import COCO
 from mvision.weights import zoo
 from mvision.weights.dfine import read_bins
-from mvision.weights.pickles import load_pickle, state_dict
 from mvision.weights.published import DECODER, TASK, Published, categories, label_names, parse
 from mvision.weights.structure import Structure, points_of_levels
 
