@@ -66,11 +66,11 @@ def make_denoising(
     return Denoising(
         labels=labels.flatten(1),
         boxes=boxes.flatten(1, 3),
-        mask=_attention_mask(groups, 2 * most, num_queries, device),
+        mask=attention_mask(groups, 2 * most, num_queries, device),
     )
 
 
-def _attention_mask(groups: int, size: int, num_queries: int, device: torch.device) -> Tensor:
+def attention_mask(groups: int, size: int, num_queries: int, device: torch.device) -> Tensor:
     """Denoising queries attend to their own group and to the selected queries, selected queries to each other alone."""
     # The number of a query's group; the selected queries have one together, which comes last.
     group = (torch.arange(groups * size + num_queries, device=device) // size).clamp(max=groups)

@@ -26,28 +26,37 @@ TEMPERATURE = 5.0  # of the distributions that DDF compares
 
 @dataclass
 class Distributions:
-    """The box distributions of all sets, in every image the queries of one set after those of another.
+    """The distributions of all sets, in every image the queries of one set after those of another.
 
     Attributes:
-        corners: (L, B, N, 4, bins + 1) logits of the left, top, right and bottom side.
+        corners: (L, B, N, S, bins + 1) logits of the S numbers that a query predicts as distributions.
         sizes, numbers: the queries of each set, and its pairs in all L layers together.
         row: (P,) int64, for every pair, set after set: its place among the L * B * N predictions.
-        term: (P,) int64, the place of its set and layer among all.
-        gt_boxes, initial: (P, 4) cxcywh in 0..1, its object, and the box that its distributions are relative to.
-        overlap: (P,) IoU of its predicted box and its object.
+        overlap: (P,) IoU of its predicted box and its object (of poses their OKS).
     """
 
     corners: Tensor
     sizes: list[int]
     numbers: list[int]
     row: Tensor
-    term: Tensor
-    gt_boxes: Tensor
-    initial: Tensor
     overlap: Tensor
 
 
-def join_distributions(sets: Sequence[LossSet], targets: PaddedTargets) -> Distributions:
+@dataclass
+class BoxDistributions(Distributions):
+    """The distributions of the left, top, right and bottom side of boxes.
+
+    Attributes:
+        term: (P,) int64, the place of every pair's set and layer among all.
+        gt_boxes, initial: (P, 4) cxcywh in 0..1, its object, and the box that its distributions are relative to.
+    """
+
+    term: Tensor
+    gt_boxes: Tensor
+    initial: Tensor
+
+
+def join_distributions(sets: Sequence[LossSet], targets: PaddedTargets) -> BoxDistributions:
     """The distributions of sets that have them, with the pairs of their box terms."""
     corners = torch.cat([one.corners for one in sets if one.corners is not None], 2)
     layers, batch, queries, _ = corners.shape
@@ -68,7 +77,7 @@ def join_distributions(sets: Sequence[LossSet], targets: PaddedTargets) -> Distr
     gt_boxes = targets.boxes.flatten(0, 1).index_select(0, gt_row)
     initial = torch.cat([one.initial for one in sets if one.initial is not None], 1)
     boxes = torch.cat([one.boxes[:layers] for one in sets], 2).detach().flatten(0, 2).index_select(0, row)
-    return Distributions(
+    return BoxDistributions(
         corners=corners.to(boxes.dtype).unflatten(-1, (4, -1)),
         sizes=sizes,
         numbers=numbers,
@@ -80,7 +89,7 @@ def join_distributions(sets: Sequence[LossSet], targets: PaddedTargets) -> Distr
     )
 
 
-def localization_losses(found: Distributions, totals: Sequence[float | Tensor], bins: BoxDistribution) -> Tensor:
+def localization_losses(found: BoxDistributions, totals: Sequence[float | Tensor], bins: BoxDistribution) -> Tensor:
     """FGL of every layer of every set, (sets * L,), weighted by the IoU of the boxes.
 
     Args:

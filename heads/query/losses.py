@@ -69,13 +69,14 @@ def set_losses(
     logits = torch.cat([one.logits.flatten(0, 2) for one in sets])
     boxes = torch.cat([one.boxes.flatten(0, 2) for one in sets])
     most = targets.labels.shape[1]
-    own = of_boxes = _pair_rows(sets, [one.pairs for one in sets], most)
+    shapes = [one.logits.shape for one in sets]
+    own = of_boxes = pair_rows(shapes, [one.pairs for one in sets], most)
     if any(one.box_pairs is not None for one in sets):
-        of_boxes = _pair_rows(sets, [one.of_boxes[0] for one in sets], most)
+        of_boxes = pair_rows(shapes, [one.of_boxes[0] for one in sets], most)
     box_iou, box_sums = _box_sums(boxes, of_boxes, targets.boxes, sum(lengths))
     quality = box_iou if own is of_boxes else _pair_iou(boxes, own, targets.boxes)
     labels = targets.labels.flatten().index_select(0, own.gt_row)
-    labelled = _labelled_rows(sets, targets.labelled_classes)
+    labelled = labelled_rows(shapes, targets.labelled_classes)
     loss = quality_focal(logits, (own.row, labels), quality, kind, alpha, gamma, labelled, own.counted)
     of_sets = loss.split([one.logits[..., 0].numel() for one in sets])
     class_sums = torch.cat([part.view(length, -1).sum(1) for part, length in zip(of_sets, lengths)])
@@ -91,7 +92,7 @@ def _divided(sums: Tensor, one: LossSet) -> Tensor:
     return torch.cat((sums[:1] / one.total, sums[1:] / one.box_total))
 
 
-class _Rows(NamedTuple):
+class PairRows(NamedTuple):
     """The P pairs of all sets: rows among the predictions and among the objects, layers, and which pairs count.
 
     All are int64 (P,) but ``counted``, which is bool, or None if all count.
@@ -103,11 +104,14 @@ class _Rows(NamedTuple):
     counted: Tensor | None
 
 
-def _pair_rows(sets: Sequence[LossSet], pairs_of_sets: Sequence[Pairs], most: int) -> _Rows:
-    """The rows of these pairs of every set; ``most`` is the number of (padded) objects of an image."""
+def pair_rows(shapes: Sequence[torch.Size], pairs_of_sets: Sequence[Pairs], most: int) -> PairRows:
+    """The rows of these pairs of every set; ``most`` is the number of (padded) objects of an image.
+
+    Args:
+        shapes: (L, B, N, ...) of each set's predictions.
+    """
     rows, layers, start, first = [], [], 0, 0
-    for one, pairs in zip(sets, pairs_of_sets):
-        length, batch, number, _ = one.logits.shape
+    for (length, batch, number, *_), pairs in zip(shapes, pairs_of_sets):
         row = torch.add(pairs.query, torch.add(pairs.image, pairs.layer, alpha=batch), alpha=number)
         rows.append(row + start if start else row)
         layers.append(pairs.layer + first if first else pairs.layer)
@@ -118,10 +122,10 @@ def _pair_rows(sets: Sequence[LossSet], pairs_of_sets: Sequence[Pairs], most: in
         all_count = torch.ones(max(map(len, rows)), dtype=torch.bool, device=image.device)
         of_sets = [all_count[: len(pairs.layer)] if pairs.counted is None else pairs.counted for pairs in pairs_of_sets]
         counted = torch.cat(of_sets)
-    return _Rows(torch.cat(rows), torch.cat(layers), torch.add(index, image, alpha=most), counted)
+    return PairRows(torch.cat(rows), torch.cat(layers), torch.add(index, image, alpha=most), counted)
 
 
-def _box_sums(boxes: Tensor, pairs: _Rows, gt_boxes: Tensor, layers: int) -> tuple[Tensor, Tensor]:
+def _box_sums(boxes: Tensor, pairs: PairRows, gt_boxes: Tensor, layers: int) -> tuple[Tensor, Tensor]:
     """The IoU (P,) of the pairs, without a gradient, and the sums (2, layers) of their L1 and GIoU terms."""
     pred_boxes = boxes.index_select(0, pairs.row)
     gt_boxes = gt_boxes.flatten(0, 1).index_select(0, pairs.gt_row)
@@ -133,17 +137,22 @@ def _box_sums(boxes: Tensor, pairs: _Rows, gt_boxes: Tensor, layers: int) -> tup
 
 
 @torch.no_grad()
-def _pair_iou(boxes: Tensor, pairs: _Rows, gt_boxes: Tensor) -> Tensor:
+def _pair_iou(boxes: Tensor, pairs: PairRows, gt_boxes: Tensor) -> Tensor:
     """(P,) of the pairs."""
     gt_boxes = gt_boxes.flatten(0, 1).index_select(0, pairs.gt_row)
     return plain_iou(cxcywh_to_xyxy(boxes.index_select(0, pairs.row)), cxcywh_to_xyxy(gt_boxes))
 
 
-def _labelled_rows(sets: Sequence[LossSet], labelled: Tensor | None) -> Tensor | None:
-    """Which classes are labelled in the image of every prediction of all sets: (rows, C) or (rows, 1) bool."""
+def labelled_rows(shapes: Sequence[torch.Size], labelled: Tensor | None) -> Tensor | None:
+    """Which classes are labelled in the image of every prediction of all sets: (rows, C) or (rows, 1) bool.
+
+    Args:
+        shapes: (L, B, N, ...) of each set's predictions.
+        labelled: see ``PaddedTargets.labelled_classes``.
+    """
     if labelled is None:
         return None
-    return torch.cat([labelled[:, None].expand(*one.logits.shape[:3], -1).flatten(0, 2) for one in sets])
+    return torch.cat([labelled[:, None].expand(*shape[:3], -1).flatten(0, 2) for shape in shapes])
 
 
 def quality_focal(

@@ -115,7 +115,7 @@ def pad_targets(
     for index, (target, count) in enumerate(zip(targets, counts)):
         boxes[index, :count] = target.boxes.to(boxes)
         labels[index, :count] = target.labels.cpu()
-    pairs = _denoising_pairs(counts, groups, num_layers)
+    pairs = denoising_pairs(counts, groups, num_layers)
     packed = {
         "boxes": boxes,
         "labels": labels,
@@ -138,7 +138,7 @@ def pad_targets(
     )
 
 
-def _denoising_pairs(counts: list[int], groups: int, layers: int) -> np.ndarray:
+def denoising_pairs(counts: list[int], groups: int, layers: int) -> np.ndarray:
     """``Matches.host`` of denoising queries: a group has T copies to predict the objects, then T that predict none."""
     most = max(counts, default=0)
     image, group, index = (
@@ -224,15 +224,25 @@ def start_matching(
 
     Source: Carion et al., "End-to-End Object Detection with Transformers", ECCV 2020, section 3.1.
     """
-    device, layers = logits.device, len(logits) if shared else 0
     if not any(targets.counts):
-        return lambda: _on_device(np.empty((0, 4), dtype=np.int64), device, layers)
+        return no_matches(logits, shared)
     costs = _pair_costs(logits, boxes, targets, box_weight, giou_weight)
     if more_costs is not None:
         costs = costs + more_costs
+    return start_assignment(costs, targets.counts, shared)
+
+
+def no_matches(logits: Tensor, shared: bool) -> Callable[[], Matches]:
+    """What ``start_assignment`` returns for a batch without objects."""
+    return lambda: _on_device(np.empty((0, 4), dtype=np.int64), logits.device, len(logits) if shared else 0)
+
+
+def start_assignment(costs: Tensor, counts: Sequence[int], shared: bool) -> Callable[[], Matches]:
+    """``start_matching`` with costs (L, B, Q, T) of any kind, of which an image's first ``counts`` objects exist."""
+    device, layers = costs.device, len(costs) if shared else 0
     # scipy refuses NaN; a huge cost has such pairs matched last.
     wait = start_to_host({"costs": torch.nan_to_num(costs, nan=1e6, posinf=1e6, neginf=1e6)})
-    return lambda: _on_device(_solve(wait()["costs"].numpy(), targets.counts), device, layers)
+    return lambda: _on_device(_solve(wait()["costs"].numpy(), counts), device, layers)
 
 
 def _on_device(host: np.ndarray, device: torch.device, shared_layers: int) -> Matches:
@@ -274,15 +284,20 @@ def _solve(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
 
 def _pair_costs(logits: Tensor, boxes: Tensor, targets: PaddedTargets, box_weight: float, giou_weight: float) -> Tensor:
     """(L, B, Q, T) costs of class and box of all pairs of a query and an object of its image."""
-    layers, _, queries, _ = logits.shape
-    index = targets.labels[None, :, None].expand(layers, -1, queries, -1)
-    prob = logits.gather(-1, index).to(boxes.dtype).sigmoid()
-    negative = (1 - FOCAL_ALPHA) * prob**FOCAL_GAMMA * -(1 - prob + 1e-8).log()
-    positive = FOCAL_ALPHA * (1 - prob) ** FOCAL_GAMMA * -(prob + 1e-8).log()
-    class_cost = positive - negative
+    layers = len(logits)
+    class_cost = class_costs(logits, targets.labels, boxes.dtype)
     l1 = torch.cdist(boxes, targets.boxes[None].expand(layers, -1, -1, -1), p=1)
     _, giou = iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(targets.boxes)[None, :, None])
     return CLASS_COST * class_cost + box_weight * l1 - giou_weight * giou
+
+
+def class_costs(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """(L, B, Q, T) focal costs, without ``CLASS_COST``, of logits (L, B, Q, C) for the classes (B, T) of objects."""
+    index = labels[None, :, None].expand(len(logits), -1, logits.shape[2], -1)
+    prob = logits.gather(-1, index).to(dtype).sigmoid()
+    negative = (1 - FOCAL_ALPHA) * prob**FOCAL_GAMMA * -(1 - prob + 1e-8).log()
+    positive = FOCAL_ALPHA * (1 - prob) ** FOCAL_GAMMA * -(prob + 1e-8).log()
+    return positive - negative
 
 
 @torch.no_grad()
