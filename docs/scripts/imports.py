@@ -23,7 +23,7 @@ LAYERS = {
     ),
     "mvision.data": ("formats", "augment", "loading", "tools"),
     "mvision.heads": (
-        *("base", "pixel_features", "query", "detection", "instance_seg", "keypoints", "semantic", "linking"),
+        *("base", "pixel_features", "query", "detection", "instance_seg", "keypoints", "poses", "semantic", "linking"),
     ),
 }
 
