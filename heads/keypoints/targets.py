@@ -122,7 +122,7 @@ def keypoint_targets(
         shape: height and width of the input, used for images whose original size is not known.
         like: a tensor with the device and the precision of the result.
     """
-    objects = _collect(targets, tables, shape)
+    objects = collect_objects(targets, tables, shape)
     rows, classes = [], []
     for own in predicted:
         place = np.full(len(tables.sigmas), -1)
@@ -157,7 +157,7 @@ def keypoint_targets(
     )
 
 
-def _collect(targets: list[Targets], tables: ClassTables, shape: tuple[int, int]) -> dict[str, np.ndarray]:
+def collect_objects(targets: list[Targets], tables: ClassTables, shape: tuple[int, int]) -> dict[str, np.ndarray]:
     """All objects of a batch, image by image: the fields of ``KeypointTargets`` that do not depend on a set, and
     ``labels``.
     """
@@ -172,20 +172,25 @@ def _collect(targets: list[Targets], tables: ClassTables, shape: tuple[int, int]
             for target in targets
         ]
     )
-    heights, widths = np.array([target.size if all(target.size) else shape for target in targets]).T
-    aspect = np.sqrt(widths / heights)
     return {
         "image": image,
         "labels": labels,
         "boxes": np.concatenate([target.boxes.cpu().numpy() for target in targets]),
         "points": points,
         "areas": np.concatenate([target.areas.cpu().numpy() for target in targets]),
-        "scale": np.stack((aspect, 1 / aspect), -1)[image],
+        "scale": image_scales(targets, shape)[image],
         "sigmas": tables.sigmas[labels],
         "point_exists": tables.point_exists[labels],
         "is_labelled": (points[..., 2] > 0).any(-1),
         "class_has_points": tables.point_exists[labels].any(-1),
     }
+
+
+def image_scales(targets: list[Targets], shape: tuple[int, int]) -> np.ndarray:
+    """(B, 2), ``KeypointTargets.scale`` of every image."""
+    heights, widths = np.array([target.size if all(target.size) else shape for target in targets]).T
+    aspect = np.sqrt(widths / heights)
+    return np.stack((aspect, 1 / aspect), -1)
 
 
 def _poses(objects: dict[str, np.ndarray], batch: int) -> tuple[dict[str, np.ndarray], int]:

@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mvision.heads.poses.matching import start_pose_matching
 from mvision.heads.poses.outputs import Decoded
+from mvision.heads.poses.settings import PoseConfig
 from mvision.heads.poses.targets import PoseTargets
 from mvision.heads.query.fine_grained import Distributions, distillation_losses
 from mvision.heads.query.losses import PairRows, labelled_rows, pair_rows, quality_focal
@@ -71,8 +73,8 @@ class Predictions:
     logits: Tensor
     points: Tensor
     boxes: Tensor
-    visibility: Tensor | None
     corners: Tensor
+    visibility: Tensor | None = None
 
 
 def separated(decoded: Decoded, num_denoising: int) -> tuple[Predictions, Predictions | None]:
@@ -82,21 +84,28 @@ def separated(decoded: Decoded, num_denoising: int) -> tuple[Predictions, Predic
         decoded: of all layers.
         num_denoising: D; 0 if there are none.
     """
-    assert decoded.pre_logits is not None and decoded.pre_points is not None and decoded.corners is not None
-    assert decoded.encoder_logits is not None and decoded.encoder_points is not None
-    logits = torch.cat((decoded.logits, decoded.pre_logits[None]))
-    points = torch.cat((decoded.points, decoded.pre_points[None]))
-    both: list[list[Tensor | None]] = []
-    for values in (logits, points, decoded.boxes, decoded.visibility, decoded.corners):
+    logits = torch.cat((decoded.logits, _given(decoded.pre_logits)[None]))
+    points = torch.cat((decoded.points, _given(decoded.pre_points)[None]))
+    every = {"logits": logits, "points": points, "boxes": decoded.boxes, "corners": _given(decoded.corners)}
+    if decoded.visibility is not None:
+        every["visibility"] = decoded.visibility
+    noisy = None
+    if num_denoising:
         # The gradient of one split takes fewer operators than those of two slices.
         sizes = [num_denoising, logits.shape[2] - num_denoising]
-        both.append(
-            [None, None] if values is None else list(values.split(sizes, 2)) if num_denoising else [None, values]
-        )
-    noisy, (logits, points, *others) = zip(*both)
-    logits = torch.cat((logits, decoded.encoder_logits[None]))
-    points = torch.cat((points, decoded.encoder_points[None]))
-    return Predictions(logits, points, *others), Predictions(*noisy) if num_denoising else None
+        parts = {name: values.split(sizes, 2) for name, values in every.items()}
+        noisy = Predictions(**{name: part[0] for name, part in parts.items()})
+        every = {name: part[1] for name, part in parts.items()}
+    every["logits"] = torch.cat((every["logits"], _given(decoded.encoder_logits)[None]))
+    every["points"] = torch.cat((every["points"], _given(decoded.encoder_points)[None]))
+    return Predictions(**every), noisy
+
+
+def _given(value: Tensor | None) -> Tensor:
+    """An output that the decoder gives in training alone."""
+    if value is None:
+        raise ValueError("the loss needs the outputs of every layer of the decoder")
+    return value
 
 
 def matched_set(found: Predictions, targets: PoseTargets, matches: Matches) -> PoseSet:
@@ -147,42 +156,135 @@ class Objects:
         return oks(points * self.scale, labelled, self.areas, self.sigmas)
 
 
+def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> dict[str, Tensor]:
+    """The weighted terms of ``pose_losses`` and of ``point_distillation``, by their names with the suffix of a layer.
+
+    Args:
+        decoded: outputs of all layers, made with ``targets.denoising``.
+    """
+    count = 0 if targets.denoising is None else targets.denoising.labels.shape[1]
+    found, noisy = separated(decoded, count)
+    matches = start_pose_matching(
+        found.logits.detach(), found.points.detach(), targets, config.point_weight, config.oks_weight,
+        config.shared_matches,
+    )  # fmt: skip
+    sets = [] if noisy is None else [denoising_set(noisy, targets)]
+    sets.insert(0, matched_set(found, targets, matches()))
+    losses = pose_losses(sets, targets, config.class_loss, config.alpha, config.gamma)
+    if config.ddf_weight and config.num_layers > 1:
+        losses["ddf"] = point_distillation(sets, targets)
+    terms = {}
+    for name, of_sets in losses.items():
+        weight = getattr(config, f"{name}_weight")
+        for one, values in zip(sets, of_sets):
+            terms |= {f"{name}{suffix}": weight * value for suffix, value in zip(one.suffixes, values)}
+    return terms
+
+
 def pose_losses(
     sets: Sequence[PoseSet], targets: PoseTargets, kind: Literal["vfl", "mal"], alpha: float, gamma: float
-) -> dict[str, Tensor]:
-    """The unweighted terms of every layer of every set, as one tensor for each term.
+) -> dict[str, list[Tensor]]:
+    """The unweighted terms of every layer of every set.
 
     Args:
         kind, alpha, gamma: of the class term, see ``quality_focal``.
 
     Returns:
-        ``class``, ``point`` (L1, summed over the labelled points) and ``oks`` (one minus the OKS), one number per layer,
-        set after set; ``box`` (L1), ``giou`` and ``visible`` (cross-entropy of "the point is labelled", a mean over the
-        points of the object's class), one per decoder layer.
+        For every set a tensor (L,) of ``class``, ``point`` (L1, summed over the labelled points) and ``oks`` (one minus
+        the OKS), and a tensor (F,) of ``box`` (L1), ``giou`` and ``visible`` (cross-entropy of "the point is labelled",
+        a mean over the points of the object's class).
     """
-    most, dtype = targets.labels.shape[1], targets.points.dtype
     shapes = [one.logits.shape for one in sets]
     logits = torch.cat([one.logits.flatten(0, 2) for one in sets])
-    points = torch.cat([one.points.flatten(0, 2) for one in sets]).to(dtype)
+    points = torch.cat([one.points.flatten(0, 2) for one in sets]).to(targets.points.dtype)
+    most = targets.labels.shape[1]
 
-    rows = pair_rows(shapes, [one.point_pairs for one in sets], most)
+    own = rows = pair_rows(shapes, [one.point_pairs for one in sets], most)
     gt, pred = Objects.at(rows, targets), points.index_select(0, rows.row)
     similarity = gt.oks(pred)
-    labelled = gt.points[..., 2:] > 0
-    distance = torch.where(labelled, (pred - gt.points[..., :2]).abs(), 0).sum((1, 2))
-    terms = dict(
-        zip(("point", "oks"), _sums(torch.stack((distance, 1 - similarity)), rows, sets, lambda one: one.logits))
-    )
+    distance = torch.where(gt.points[..., 2:] > 0, (pred - gt.points[..., :2]).abs(), 0).sum((1, 2))
+    terms = _divided({"point": distance, "oks": 1 - similarity}, rows, sets, [shape[0] for shape in shapes])
 
     quality = similarity.detach()
-    own = rows
     if any(one.pairs is not one.point_pairs for one in sets):
         own = pair_rows(shapes, [one.pairs for one in sets], most)
         with torch.no_grad():
             quality = Objects.at(own, targets).oks(points.index_select(0, own.row))
-    terms["class"] = _class_terms(sets, logits, own, quality, targets, (kind, alpha, gamma))
+    index = (own.row, targets.labels.flatten().index_select(0, own.gt_row))
+    labelled = labelled_rows(shapes, targets.labelled_classes)
+    loss = quality_focal(logits, index, quality, kind, alpha, gamma, labelled)
+    ignored = _ignored_rows(sets, points)
+    if ignored is not None:  # but not where a pose is to be predicted
+        loss = torch.where(ignored.index_fill(0, own.row, False)[:, None], 0, loss)
+    parts = loss.split([one.logits[..., 0].numel() for one in sets])
+    terms["class"] = [part.view(len(one.logits), -1).sum(1) / one.total for part, one in zip(parts, sets)]
     return terms | _decoder_terms(sets, targets)
 
 
-def _sums(values: Tensor, rows: PairRows, sets: Sequence[PoseSet], layered: object) -> Tensor:
-    raise NotImplementedError
+def _decoder_terms(sets: Sequence[PoseSet], targets: PoseTargets) -> dict[str, list[Tensor]]:
+    """``box``, ``giou`` and, where it is predicted, ``visible``."""
+    shapes = [one.boxes.shape for one in sets]
+    rows = pair_rows(shapes, [one.pairs_of_decoder for one in sets], targets.labels.shape[1])
+    gt = Objects.at(rows, targets)
+    boxes = torch.cat([one.boxes.flatten(0, 2) for one in sets]).to(gt.boxes.dtype).index_select(0, rows.row)
+    _, giou = iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt.boxes))
+    losses = {"box": (boxes - gt.boxes).abs().sum(-1), "giou": 1 - giou}
+    logits = [one.visibility.flatten(0, 2) for one in sets if one.visibility is not None]
+    if logits:
+        visibility = torch.cat(logits).to(gt.boxes.dtype).index_select(0, rows.row)
+        is_labelled = (gt.points[..., 2] > 0).to(visibility)
+        entropy = F.binary_cross_entropy_with_logits(visibility, is_labelled, reduction="none")
+        losses["visible"] = labelled_mean(entropy, gt.point_exists)
+    return _divided(losses, rows, sets, [shape[0] for shape in shapes])
+
+
+def _divided(
+    losses: dict[str, Tensor], rows: PairRows, sets: Sequence[PoseSet], lengths: list[int]
+) -> dict[str, list[Tensor]]:
+    """The losses (P,) of all pairs, summed in each layer of each set and divided by the set's ``point_total``."""
+    values = torch.stack(tuple(losses.values()))
+    sums = values.new_zeros(len(values), sum(lengths)).index_add(1, rows.layer, values).split(lengths, 1)
+    return dict(zip(losses, map(list, zip(*((part / one.point_total).unbind() for part, one in zip(sums, sets))))))
+
+
+@torch.no_grad()
+def _ignored_rows(sets: Sequence[PoseSet], points: Tensor) -> Tensor | None:
+    """(rows,) bool: predictions of all sets whose points have their centre in an ignored region; None if there is none.
+
+    COCO's evaluation ignores objects without labelled points, and predictions that match them. An annotator who gave a
+    box alone has seen an object there: as a negative it would contradict the poses that are labelled.
+    """
+    if all(one.ignored is None for one in sets):
+        return None
+    centres = points.mean(1).split([one.logits[..., 0].numel() for one in sets])
+    found = []
+    for one, part in zip(sets, centres):
+        if one.ignored is None:
+            found.append(torch.zeros_like(part[:, 0], dtype=torch.bool))
+            continue
+        low, high = one.ignored[:, None].split(2, -1)  # (B, 1, U, 2)
+        centre = part.view(*one.logits.shape[:3], 1, 2)
+        found.append(((centre > low) & (centre < high)).all(-1).any(-1).flatten())
+    return torch.cat(found)
+
+
+def point_distillation(sets: Sequence[PoseSet], targets: PoseTargets) -> list[Tensor]:
+    """For every set (F - 1,): the distance of each earlier decoder layer's distributions from those of the last one.
+
+    See ``distillation_losses``; in place of the IoU of the boxes it is weighted by the OKS.
+    """
+    corners = torch.cat([one.corners for one in sets], 2)
+    layers, batch, queries = corners.shape[:3]
+    sizes = [one.logits.shape[2] for one in sets]
+    pairs, numbers, rows = [one.pairs_of_decoder for one in sets], [], []
+    for number, found in enumerate(pairs):
+        place = torch.add(found.query + sum(sizes[:number]), found.image, alpha=queries)
+        rows.append(torch.add(place, found.layer, alpha=batch * queries))
+        numbers.append(len(found.layer))
+    points = torch.cat([one.points[:layers] for one in sets], 2).detach().flatten(0, 2).to(targets.points.dtype)
+    row = torch.cat(rows)
+    gt = Objects.at(pair_rows([one.boxes.shape for one in sets], pairs, targets.labels.shape[1]), targets)
+    overlap = gt.oks(points.index_select(0, row))
+    together = Distributions(corners.to(points.dtype).flatten(3, 4), sizes, numbers, row, overlap)
+    logits = torch.cat([one.logits[layers - 1] for one in sets], 1).detach()
+    return list(distillation_losses(together, logits).split(layers - 1))
