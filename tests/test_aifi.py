@@ -9,7 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mvision.neck.aifi import AIFI, LEARNED_GRID, LearnedPosition, SincosPosition, _window_index, _window_length
+from mvision.neck.aifi import (
+    AIFI,
+    LEARNED_GRID,
+    FractionPosition,
+    LearnedPosition,
+    SincosPosition,
+    _window_index,
+    _window_length,
+)
 
 
 def make_aifi(num_layers: int = 2) -> AIFI:
@@ -62,6 +70,15 @@ def test_sincos_in_a_graph_stays_close() -> None:
 def test_sincos_needs_a_multiple_of_four() -> None:
     with pytest.raises(ValueError, match=r"embed_dim=30 is not a multiple of 4.*embed_dim=32"):
         SincosPosition(30)
+
+
+def test_fraction_position_knows_shares_of_the_map() -> None:
+    """DETRPose's: the last row and column are at 2 pi whatever the size, and sines and cosines take turns."""
+    position = FractionPosition(8)(torch.empty(1, 8, 4, 6, dtype=torch.float64))
+    y, x = 2, 5
+    angles = [2 * math.pi * 3 / 4, 2 * math.pi * 3 / 4 / 20**0.5, 2 * math.pi, 2 * math.pi / 20**0.5]
+    expected = [function(angle) for angle in angles for function in (math.sin, math.cos)]
+    torch.testing.assert_close(position[0, y, x], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
 
 
 def test_learned_position_is_a_resized_grid_plus_a_vector_per_scale() -> None:

@@ -285,7 +285,7 @@ def test_importing_the_neck_needs_torch_alone() -> None:
         ({"attention": "windows"}, "attention='windows' is not one of 'global', 'window', 'auto'"),
         ({"attention_levels": "finest"}, "attention_levels='finest' is not one of 'coarsest', 'all'"),
         ({"attention_levels": [3]}, r"attention_levels=\[3\] names map 3, but there are 3 maps"),
-        ({"position": "sine"}, "position='sine' is not one of 'sincos', 'learned'"),
+        ({"position": "sine"}, "position='sine' is not one of 'sincos', 'fraction', 'learned'"),
         ({"window_size": 0}, "window_size=0"),
         ({"num_layers": 0}, "num_layers=0"),
         ({"depth": -1}, "depth=-1"),

@@ -31,7 +31,7 @@ class NeckConfig(Settings):
     num_layers: int = Field(1, ge=1, le=MAX_LAYERS)
     ffn_dim: int = Field(1024, gt=0, le=8 * MAX_WIDTH)
     dropout: float = Field(0.0, ge=0, lt=1)
-    position: Literal["sincos", "learned"] = "sincos"
+    position: Literal["sincos", "fraction", "learned"] = "sincos"
     attention: Literal["global", "window", "auto"] = "global"
     window_size: int = Field(20, gt=0, le=1024)
     window_threshold: int = Field(1600, gt=0)

@@ -6,6 +6,7 @@ CVPR 2024, section 4.2). Needs torch alone.
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -145,12 +146,35 @@ class SincosPosition(nn.Module):
         frequencies = torch.arange(self.dim // 4, dtype=dtype, device=x.device) / (self.dim // 4)
         frequencies = 1.0 / self.temperature**frequencies
         # One table per axis: H + W rows of sines and cosines instead of H x W.
-        rows = torch.arange(height, dtype=dtype, device=x.device).outer(frequencies)
-        columns = torch.arange(width, dtype=dtype, device=x.device).outer(frequencies)
-        rows = torch.cat([rows.sin(), rows.cos()], dim=1).to(x.dtype)
-        columns = torch.cat([columns.sin(), columns.cos()], dim=1).to(x.dtype)
+        rows = self._waves(torch.arange(height, dtype=dtype, device=x.device), height, frequencies).to(x.dtype)
+        columns = self._waves(torch.arange(width, dtype=dtype, device=x.device), width, frequencies).to(x.dtype)
         rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
         return torch.cat([rows, columns], dim=2)[None]
+
+    def _waves(self, places: Tensor, length: int, frequencies: Tensor) -> Tensor:
+        """(length, dim / 2) sines and cosines of the positions 0 to length - 1 on an axis."""
+        angles = places.outer(frequencies)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class FractionPosition(SincosPosition):
+    """DETRPose's fixed 2D position embedding: of positions as shares of the map, whatever its size.
+
+    The i-th of n rows or columns is at 2 pi (i + 1) / n. Channels are as those of `SincosPosition`, but that each
+    cosine follows its sine.
+
+    Source: github.com/SebastianJanampa/DETRPose, hybrid_encoder.py, after DETR (Carion et al., ECCV 2020).
+
+    Raises:
+        ValueError: dim is not a multiple of 4.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, temperature=20.0)
+
+    def _waves(self, places: Tensor, length: int, frequencies: Tensor) -> Tensor:
+        angles = ((places + 1) * (2 * math.pi) / (length + 1e-6)).outer(frequencies)
+        return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
 class LearnedPosition(nn.Module):

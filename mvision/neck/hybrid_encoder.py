@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mvision.neck.aifi import AIFI, LearnedPosition, SincosPosition, is_static
+from mvision.neck.aifi import AIFI, FractionPosition, LearnedPosition, SincosPosition, is_static
 from mvision.neck.fusion import downsampling_maker, fusion_block_maker
 from mvision.neck.layers import ConvNorm, check_choice, check_heads, fuse_modules, get_activation
 
@@ -47,7 +47,8 @@ class HybridEncoder(nn.Module):
         num_heads: attention heads.
         num_layers: Transformer layers per scale.
         ffn_dim, dropout, attention_act: of these layers.
-        position: "sincos" (fixed) or "learned" (a grid resized to the map, plus one vector per scale with attention).
+        position: "sincos" (fixed), "fraction" (fixed, of positions as shares of the map: DETRPose) or "learned" (a grid
+            resized to the map, plus one vector per scale with attention).
         attention: "global", "window" (inside windows of at most window_size x window_size tokens), or "auto": windows
             on maps of more than window_threshold tokens, global on others. The weights are the same, so the attribute
             may be changed later. A graph exported with dynamic sizes holds one form only: global for "auto", and for
@@ -89,7 +90,7 @@ class HybridEncoder(nn.Module):
         ffn_dim: int = 1024,
         dropout: float = 0.0,
         attention_act: str = "gelu",
-        position: Literal["sincos", "learned"] = "sincos",
+        position: Literal["sincos", "fraction", "learned"] = "sincos",
         attention: AttentionMode = "global",
         window_size: int = 20,
         window_threshold: int = 1600,
@@ -262,10 +263,12 @@ def _projections(in_channels: list[int], embed_dim: int, project: bool, eps: flo
 
 
 def _position(position: str, embed_dim: int, num_scales: int) -> nn.Module:
-    check_choice("position", position, ("sincos", "learned"))
+    check_choice("position", position, ("sincos", "fraction", "learned"))
     if num_scales == 0:
         return nn.Identity()
-    return SincosPosition(embed_dim) if position == "sincos" else LearnedPosition(embed_dim, num_scales)
+    if position == "learned":
+        return LearnedPosition(embed_dim, num_scales)
+    return SincosPosition(embed_dim) if position == "sincos" else FractionPosition(embed_dim)
 
 
 def _fit(x: Tensor, like: Tensor) -> Tensor:
