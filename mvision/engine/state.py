@@ -83,9 +83,10 @@ def save_state(trainer: Trainer, path: Path, record: dict[str, Any] | None) -> N
             )
     except (OSError, SafetensorError) as error:
         kept = "the state that was saved before is still there" if path.exists() else "there is no earlier one"
-        reason = "no space left on the disk" if "No space left" in str(error) else error
+        is_full = "No space left" in str(error)
+        reason, cure = ("no space left on the disk", "Make room") if is_full else (error, "Repair that")
         raise UserError(
-            f"{path}: the state of the run cannot be written ({reason}); {kept}. Make room, and go on with --resume "
+            f"{path}: the state of the run cannot be written ({reason}); {kept}. {cure}, and go on with --resume "
             f"{path.parent.parent}"
         ) from error
 
