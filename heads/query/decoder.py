@@ -220,7 +220,7 @@ class QueryDecoder(nn.Module):
             raise ValueError("denoising queries need a decoder built with num_denoising > 0")
         queries = torch.cat((self.label_embed(denoising.labels).to(queries.dtype), queries), 1)
         noisy = inverse_sigmoid(denoising.boxes.to(references.dtype)).sigmoid()
-        return queries, torch.cat((noisy, references), 1), _additive(denoising.mask, queries)
+        return queries, torch.cat((noisy, references), 1), additive_mask(denoising.mask, queries)
 
     def _tokens(self, memory: Tensor, shapes: Shapes) -> tuple[Tensor, Tensor]:
         """The tokens' anchors, (1, S, 4) logits, and their features for the selection, (B, S, embed_dim)."""
@@ -306,7 +306,7 @@ def _stack(tensors: list[Tensor]) -> Tensor:
     return torch.stack(tensors) if len(tensors) > 1 else tensors[0].unsqueeze(0)
 
 
-def _additive(mask: Tensor, queries: Tensor) -> Tensor:
+def additive_mask(mask: Tensor, queries: Tensor) -> Tensor:
     """A bool mask (N, N) as what attention adds to its logits, which every layer would have to compute anew.
 
     Its rows start at multiples of 16 elements, without which GPU kernels of attention take a copy.

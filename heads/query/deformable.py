@@ -24,7 +24,7 @@ MATRIX_ELEMENTS = 2**26
 
 
 class DeformableAttention(nn.Module):
-    """Sample ``num_points`` values per head and level around each reference box, and mix them by learned weights.
+    """Sample ``num_points`` values per head and level around each reference box or point, and mix them by weights.
 
     Args:
         embed_dim: width of queries and memory; a multiple of ``num_heads``.
@@ -92,7 +92,8 @@ class DeformableAttention(nn.Module):
 
         Args:
             queries: (B, Q, D), position embedding added.
-            references: (B, Q, 4) boxes cxcywh in 0..1.
+            references: (B, Q, 4) boxes cxcywh in 0..1, or (B, Q, 2) points, around which the unit of the predicted
+                offsets is a position of the map that is sampled.
             memory: (B, S, D), the tokens of all levels, finest level first; S = sum of h * w over ``shapes``.
             shapes: (h, w) of each level.
 
@@ -105,24 +106,25 @@ class DeformableAttention(nn.Module):
         offsets = self.sampling_offsets(queries).view(batch, count, heads, -1, 2)
         weights = self.attention_weights(queries).view(batch, count, heads, -1).softmax(-1)
         # Coordinates stay in the references' precision: neighbouring bf16 numbers are up to two pixels apart at 640.
-        boxes = references.reshape(batch, count, 1, 1, 2, 2)
-        locations = boxes[..., 0, :] + offsets.to(references.dtype) * (
-            boxes[..., 1, :] * self._offset_scale(references)
-        )
-        if self.sampling == "discrete":
-            sampled = _sample_nearest(value, locations, weights, shapes, points)
-        elif kernel_serves(value, shapes):
-            sampled = sample_levels(value, locations, weights, [size for shape in shapes for size in shape], points)
-        elif value.device.type == "cpu" and not torch.is_grad_enabled():
-            # grid_sample takes 1.3 to 1.6 times as long as the gather in a layer of tiny and small; with gradients the
-            # gather is the slower one. The lookup takes 1.1 to 1.3 times as long, but can be exported.
-            sample = _sample_lookup if torch.compiler.is_compiling() else _sample_gather
-            sampled = sample(value, locations, weights, shapes, points)
-        elif _matrix_is_faster(value, locations):
-            sampled = _sample_matrix(value, locations, weights, shapes, points)
+        offsets = offsets.to(references.dtype)
+        if references.shape[-1] == 2:
+            locations = references[:, :, None, None] + offsets / self._map_sizes(references, shapes)
         else:
-            sampled = sample_grid(value, locations, weights, shapes, points)
-        return self.output_proj(sampled)
+            boxes = references.reshape(batch, count, 1, 1, 2, 2)
+            locations = boxes[..., 0, :] + offsets * (boxes[..., 1, :] * self._offset_scale(references))
+        sample = _sample_nearest if self.sampling == "discrete" else sample_values
+        return self.output_proj(sample(value, locations, weights, shapes, points))
+
+    def _map_sizes(self, references: Tensor, shapes: Shapes) -> Tensor:
+        """(P, 2) width and height of the map that each point is sampled from."""
+        dtype, device = references.dtype, references.device
+
+        def of_points() -> Tensor:
+            sizes = [torch.full((count,), size, dtype=dtype, device=device)
+                     for (height, width), count in zip(shapes, self.points) for size in (width, height)]  # fmt: skip
+            return torch.stack((torch.cat(sizes[::2]), torch.cat(sizes[1::2])), -1)
+
+        return self._scales.get((tuple(shapes), dtype, device), of_points)
 
     def _offset_scale(self, references: Tensor) -> float | Tensor:
         """What a predicted offset of 1 is, in widths and heights: one number, or (P, 1) where levels differ."""
@@ -138,6 +140,30 @@ class DeformableAttention(nn.Module):
             return torch.cat([torch.full((count, 1), scale, dtype=dtype, device=device) for scale, count in of_levels])
 
         return self._scales.get((dtype, device), of_points)
+
+
+def sample_values(value: Tensor, locations: Tensor, weights: Tensor, shapes: Shapes, points: Points) -> Tensor:
+    """Bilinear samples, mixed by weights, in the way that is fastest here; zeros outside of the maps.
+
+    Args:
+        value: (B, S, H, d), the tokens of all levels.
+        locations: (B, Q, H, P, 2), x and y in 0..1.
+        weights: (B, Q, H, P).
+        shapes, points: height and width of each level, and how many of the P points are in it.
+
+    Returns:
+        (B, Q, H * d), of the type of ``value``.
+    """
+    if kernel_serves(value, shapes):
+        return sample_levels(value, locations, weights, [size for shape in shapes for size in shape], list(points))
+    if value.device.type == "cpu" and not torch.is_grad_enabled():
+        # grid_sample takes 1.3 to 1.6 times as long as the gather in a layer of tiny and small; with gradients the
+        # gather is the slower one. The lookup takes 1.1 to 1.3 times as long, but can be exported.
+        sample = _sample_lookup if torch.compiler.is_compiling() else _sample_gather
+        return sample(value, locations, weights, shapes, points)
+    if _matrix_is_faster(value, locations):
+        return _sample_matrix(value, locations, weights, shapes, points)
+    return sample_grid(value, locations, weights, shapes, points)
 
 
 def _matrix_is_faster(value: Tensor, locations: Tensor) -> bool:
