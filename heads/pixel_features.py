@@ -43,14 +43,15 @@ class PixelFeatures(nn.Module):
         """
         x = self.projections[0](maps[0])
         for projection, other in zip(self.projections[1:], maps[1:]):
-            x = x + _resize(projection(other), (x.shape[-2], x.shape[-1]))
+            x = x + resize(projection(other), (x.shape[-2], x.shape[-1]))
         x = self.fuse_scales(x)
         if self.lateral is not None and lateral is not None:
-            x = self.lateral(lateral) + _resize(x, (lateral.shape[-2], lateral.shape[-1]))
+            x = self.lateral(lateral) + resize(x, (lateral.shape[-2], lateral.shape[-1]))
         elif self.scale > 1:
-            x = _resize(x, (x.shape[-2] * self.scale, x.shape[-1] * self.scale))
+            x = resize(x, (x.shape[-2] * self.scale, x.shape[-1] * self.scale))
         return self.out(self.refine(x))
 
 
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """A map (B, C, ..) at another (height, width), bilinear."""
     return F.interpolate(x, size=size, mode="bilinear", align_corners=False)

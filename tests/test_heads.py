@@ -25,9 +25,15 @@ SMALL = {
 }
 
 
+# Other forms of a head -> its task, and the settings in place of those above.
+FORMS = {"instance-seg, refine": ("instance-seg", {"embed_dim": 16, "mask_form": "refine"})}
+
+
 def make_head(task, **settings):
     """A head on maps of the neck alone."""
     torch.manual_seed(0)
+    task, form = FORMS.get(task, (task, {}))
+    settings = {**form, **settings}
     cls = head_class(task)
     return cls(cls.Config(**{**SMALL[task], **settings}), [16, 16, 16], STRIDES, CATEGORIES)
 
@@ -68,7 +74,7 @@ def total(terms):
     return torch.stack(list(terms.values())).sum()
 
 
-@pytest.fixture(params=sorted(HEADS))
+@pytest.fixture(params=sorted([*HEADS, *FORMS]))
 def task(request):
     return request.param
 

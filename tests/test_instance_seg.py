@@ -75,7 +75,7 @@ def test_masks_decide_the_matching_where_boxes_cannot() -> None:
         boxes, logits = target.boxes[None], torch.zeros(1, 2, 3)
         padded = pad_targets([target], torch.device("cpu"))
         queries = QueryOutputs(logits.expand(2, -1, -1, -1), boxes.expand(2, -1, -1, -1), None, None, padded)
-        assert head.loss(MaskOutputs(queries, pixels, embeddings, None), [target])["dice"].item() < 5 * 0.25
+        assert head.loss(MaskOutputs(queries, [pixels], embeddings, None), [target])["dice"].item() < 5 * 0.25
 
 
 def test_the_masks_of_the_loss_are_those_of_the_prediction() -> None:
@@ -166,7 +166,7 @@ def kept_for_backward(head: MaskHead, scale: int) -> int:
     (target,) = make_targets(4)
     target.masks = filled_boxes(target.boxes, 48 * scale, 32 * scale)
     pixels = torch.randn(1, 8, 12 * scale, 8 * scale, requires_grad=True)
-    outputs = head(make_features(1, 96, 64), targets=[target])._replace(pixels=pixels)
+    outputs = head(make_features(1, 96, 64), targets=[target])._replace(pixels=[pixels])
     kept: list[int] = []
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

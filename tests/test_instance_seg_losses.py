@@ -126,7 +126,9 @@ def loop_losses(embeddings, boxes, pairs, pixels, samples, count):  # type: igno
     for layer, image, query, gt_index in pairs.tolist():
         if samples.known[image, gt_index]:
             at = (layer, image, slice(query, query + 1))
-            logits = mask_at_points(embeddings[at], pixels[image], boxes[at], samples.points[image])
+            logits = mask_at_points(
+                embeddings[at], pixels[image], None if boxes is None else boxes[at], samples.points[image]
+            )
             index = uncertain_points(logits, count)
             labels = samples.labels[image, gt_index][None].gather(1, index)
             for name, values in zip(sums, mask_losses(logits.gather(1, index), labels)):

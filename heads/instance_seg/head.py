@@ -1,15 +1,18 @@
 """Instance segmentation: a class, a box and a mask for every query of the decoder.
 
-A query's mask is the product of its embedding and the pixel features (Mask2Former, Mask DINO), plus a prior: an ellipse
-inside the query's own box, whose weight is predicted too. With the prior untrained masks are ellipses in their boxes
-already, and objects that look alike, and so have similar embeddings, still get different masks.
+A query's mask is the product of its embedding and the pixel features (Mask2Former, Mask DINO). There are two forms:
+
+- ``prior``: plus an ellipse inside the query's own box, whose weight is predicted too. With it untrained masks are
+  ellipses in their boxes already, and objects that look alike, and so have similar embeddings, still get different
+  masks. The pixel features come from all maps of the neck and the backbone's of stride 4.
+- ``refine``: ECSeg's, see refine.py, of published weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -18,9 +21,12 @@ from torch import Tensor, nn
 
 from mvision.evaluation import BoxMetric, MaskMetric
 from mvision.heads.instance_seg.logits import PRIOR_WEIGHT, mask_at_points, mask_grid
-from mvision.heads.instance_seg.losses import OVERSAMPLE, mask_costs, matched_losses
+from mvision.heads.instance_seg.losses import OVERSAMPLE, map_of_layer, mask_costs, matched_losses
 from mvision.heads.instance_seg.points import MaskPoints, at_once, read_features, sample_mask_points
+from mvision.heads.instance_seg.refine import RefinedMasks
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
+from mvision.heads.query.decoder import Decoded
+from mvision.heads.query.denoising import Denoising
 from mvision.heads.query.head import QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
 from mvision.settings import MAX_OBJECTS, MAX_WIDTH, Replacement
@@ -35,15 +41,26 @@ class MaskConfig(QueryConfig):
     """The settings of ``QueryConfig`` and those of the masks.
 
     Attributes:
-        pixel_dim: channels of the layers that compute the pixel features.
-        mask_dim: channels of the pixel features, and length of a query's mask embedding.
-        mask_points: number of points at which the mask losses compare a mask.
+        mask_form: ``prior`` (mvision's own) or ``refine`` (ECSeg), see the module's docstring.
+        pixel_dim: channels of the layers that compute the pixel features. For ``prior``.
+        mask_dim: channels of the pixel features, and length of a query's mask embedding. For ``prior``.
+        mask_points: number of points at which the mask losses compare a mask. ECSeg has one for every 16 pixels of its
+            masks: 1600 for images of 640 x 640.
+        mask_blocks: how many of the blocks of ``refine`` a prediction runs: ``all``, as the last decoder layer is
+            trained, or ``first``, as ECSeg's published figures were measured. May be changed after training, which
+            always runs all.
+        lateral: for ``refine``, add the backbone's map of stride 4 to the enlarged map of the neck. Its layer starts
+            at zero, so it can be added to weights that were trained without. (``prior`` takes that map if there is
+            one.)
     """
 
     class_weight: float = Field(2.0, ge=0)
+    mask_form: Literal["prior", "refine"] = "prior"
     pixel_dim: int = Field(128, gt=0, le=MAX_WIDTH)
     mask_dim: int = Field(32, gt=0, le=MAX_WIDTH)
     mask_points: int = Field(12544, gt=0, le=MAX_OBJECTS)
+    mask_blocks: Literal["all", "first"] = "all"
+    lateral: bool = False
 
     retired = {
         "boxes_from_masks": [Replacement(False)],
@@ -54,15 +71,16 @@ class MaskConfig(QueryConfig):
 
 
 class MaskOutputs(NamedTuple):
-    """Training outputs, d being ``mask_dim``.
+    """Training outputs, d being ``mask_dim``, or with ``refine`` ``embed_dim``.
 
-    ``queries``: of classes and boxes; ``pixels`` (B, d, h, w), the pixel features; ``embeddings`` (E, B, Q, d + 1) and
-    ``denoising_embeddings`` (.., B, D, d + 1) or None, of the queries of the layers that ``queries`` has. The last
-    number of an embedding is the prior's weight before the softplus.
+    ``queries``: of classes and boxes; ``pixels``: maps (B, d, h, w) of pixel features, one of them or, with ``refine``,
+    one for every decoder layer; ``embeddings`` (E, B, Q, d + 1) and ``denoising_embeddings`` (.., B, D, d + 1) or None,
+    of the queries of the layers that ``queries`` has, with ``refine`` without those of the encoder. The last number of
+    an embedding is the prior's weight before the softplus, with ``refine`` what is added to the whole mask.
     """
 
     queries: QueryOutputs
-    pixels: Tensor
+    pixels: list[Tensor]
     embeddings: Tensor
     denoising_embeddings: Tensor | None
 
@@ -84,6 +102,13 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         """See ``Head.build``."""
         super().build()
         config = self.config
+        if config.mask_form == "refine":
+            lateral = self.lateral_dim if config.lateral else None
+            if config.lateral and lateral is None:
+                raise ValueError("lateral: the backbone has no map of stride 4; set it to false, or take another one")
+            finest = self.channels[0], self.strides[0]
+            self.refine = RefinedMasks(*finest, config.embed_dim, config.num_layers, lateral)
+            return
         self.pixels = PixelFeatures(self.channels, self.strides, self.lateral_dim, config.pixel_dim, config.mask_dim)
         # The additional number is the weight of the prior, see MaskOutputs.
         self.mask_embed = MLP(config.embed_dim, config.embed_dim, config.mask_dim + 1, 3)
@@ -94,7 +119,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
     @classmethod
     def lateral_stride(cls, config: MaskConfig) -> int | None:
         """The stride of the masks. Not every backbone has such a map: plain ViTs do not."""
-        return STRIDE
+        return STRIDE if config.mask_form == "prior" or config.lateral else None
 
     @classmethod
     def outputs_of(cls, task: str, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -105,43 +130,70 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
     ) -> dict[str, Tensor] | MaskOutputs:
         """See ``Head.forward``."""
-        pixels = self.pixels(maps, lateral)
+        pixels = self._pixels(maps, lateral, every=targets is not None)
         padded = None if targets is None else self.pad(targets, maps)
         decoded, denoising = self.decode(maps, padded)
         if padded is None:
-            embeddings, boxes = self.mask_embed(decoded.queries[-1]), decoded.boxes[-1]
-            return {"logits": decoded.logits[-1], "boxes": boxes, "masks": mask_grid(embeddings, pixels, boxes)}
+            boxes = decoded.boxes[-1]
+            masks = mask_grid(self._embed(decoded.queries[-1]), pixels[-1], self._of_prior(boxes))
+            return {"logits": decoded.logits[-1], "boxes": boxes, "masks": masks}
+        return self._training_outputs(decoded, denoising, self.training_outputs(decoded, denoising, padded), pixels)
+
+    def _pixels(self, maps: list[Tensor], lateral: Tensor | None, every: bool) -> list[Tensor]:
+        """The pixel features: with ``every`` all that training needs, else those of the last decoder layer."""
+        if self.config.mask_form == "prior":
+            return [self.pixels(maps, lateral)]
+        blocks = 1 if self.config.mask_blocks == "first" and not every else len(self.refine.blocks)
+        return self.refine(maps[0], lateral, blocks, every)  # type: ignore[no-any-return]
+
+    def _embed(self, queries: Tensor) -> Tensor:
+        """The embeddings of queries, see ``MaskOutputs``."""
+        return self.mask_embed(queries) if self.config.mask_form == "prior" else self.refine.embed(queries)
+
+    def _of_prior(self, boxes: Tensor) -> Tensor | None:
+        """The boxes, if masks have a prior."""
+        return boxes if self.config.mask_form == "prior" else None
+
+    def _training_outputs(
+        self, decoded: Decoded, denoising: Denoising | None, queries: QueryOutputs, pixels: list[Tensor]
+    ) -> MaskOutputs:
         split = decoded.queries.shape[2] - decoded.encoder_queries.shape[1]
-        embeddings = self.mask_embed(torch.cat((decoded.queries[:, :, split:], decoded.encoder_queries[None])))
-        noisy = self.mask_embed(decoded.queries[:, :, :split]) if denoising else None
+        selected = decoded.queries[:, :, split:]
+        if self.config.mask_form == "prior":
+            selected = torch.cat((selected, decoded.encoder_queries[None]))
+        embeddings = self._embed(selected)
+        noisy = self._embed(decoded.queries[:, :, :split]) if denoising else None
         if decoded.pre_boxes is not None:
             # "Pre" has boxes of its own; its queries, and so its embeddings, are those of the first layer.
             layers = len(decoded.queries)
             embeddings = torch.cat((embeddings[:layers], embeddings[:1], embeddings[layers:]))
             noisy = None if noisy is None else torch.cat((noisy, noisy[:1]))
-        queries = self.training_outputs(decoded, denoising, padded)
         return MaskOutputs(queries, pixels, embeddings, noisy)
 
     def loss(self, outputs: MaskOutputs, targets: list[Targets]) -> dict[str, Tensor]:
         """The terms of ``QueryHead``, and ``mask`` and ``dice`` with the same suffixes but ``_dense``.
 
-        The mask terms are of each layer's own matches. They are divided by the number of all objects, those without a
-        mask included, so that the weight of a mask does not depend on how many others are missing.
+        With ``refine`` also without ``_encoder``: its selected tokens have no masks. The mask terms are of each layer's
+        own matches. They are divided by the number of all objects, those without a mask included, so that the weight of
+        a mask does not depend on how many others are missing.
         """
         queries, count = outputs.queries, self.config.mask_points
         padded = queries.targets
         samples = sample_mask_points(targets, OVERSAMPLE * count, queries.logits.device)
-        pixels = read_features(outputs.pixels, samples.points)
+        read = [read_features(features, samples.points) for features in outputs.pixels]
+        pixels = torch.cat(read) if len(read) > 1 else read[0]
         costs = self._mask_costs(outputs.embeddings, queries.boxes, pixels, samples)
         matching = self.start_matching(queries, costs)
         others, masks = self.unmatched_sets(queries), {}
         denoising, embeddings = queries.denoising, outputs.denoising_embeddings
         if denoising is not None and embeddings is not None:
-            sums = matched_losses(embeddings, denoising.boxes, padded.denoising.host, pixels, samples, count)
+            boxes = self._of_prior(denoising.boxes)
+            sums = matched_losses(embeddings, boxes, padded.denoising.host, pixels, samples, count)
             losses = {term: values / (padded.total * padded.groups) for term, values in sums.items()}
             masks = self.named(losses, self.denoising_names(denoising))
         matches = matching()
-        sums = matched_losses(outputs.embeddings, queries.boxes, matches.host, pixels, samples, count)
+        boxes = self._of_prior(queries.boxes)
+        sums = matched_losses(outputs.embeddings, boxes, matches.host, pixels, samples, count)
         losses = {term: values / padded.total for term, values in sums.items()}
         masks = {**self.named(losses, self.layer_names(queries)), **masks}
         return self.set_terms([self.matched_set(queries, matches), *others], padded) | masks
@@ -180,18 +232,33 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
 
     @torch.no_grad()
     def _mask_costs(self, embeddings: Tensor, boxes: Tensor, pixels: Tensor, samples: MaskPoints) -> Tensor:
-        """(E, B, Q, T) weighted costs on the first ``mask_points`` of the points; 0 for objects without a mask."""
+        """(E, B, Q, T) weighted costs on the first ``mask_points`` of the points.
+
+        They are 0 for objects without a mask, and for all objects in layers without masks.
+        """
+        layers, batch, queries = boxes.shape[:3]
+        costs = pixels.new_zeros(layers, batch, queries, samples.labels.shape[1])
+        if samples.known.any():
+            maps, of_each = pixels.split(batch), len(embeddings)
+            # Layers that read the same map together, else one at a time.
+            for first in range(1 if len(maps) == 1 else of_each):
+                rows = slice(0, of_each) if len(maps) == 1 else slice(first, first + 1)
+                features = maps[map_of_layer(np.array(first), len(maps))]
+                found = self._costs_on_map(embeddings[rows], boxes[rows], features, samples)
+                costs[rows] = torch.where(samples.valid[:, None], found, 0)
+        return costs
+
+    def _costs_on_map(self, embeddings: Tensor, boxes: Tensor, pixels: Tensor, samples: MaskPoints) -> Tensor:
+        """(L, B, Q, T) weighted costs of layers whose masks are read from the same features (B, d, P)."""
         count = self.config.mask_points
-        layers, batch, queries = embeddings.shape[:3]
-        if not samples.known.any():
-            return pixels.new_zeros(layers, batch, queries, samples.labels.shape[1])
+        layers, batch = embeddings.shape[:2]
         pixels, points, labels = pixels[..., :count], samples.points[:, :count], samples.labels[..., :count]
         together = at_once(pixels.device, batch * count)
         # All layers' queries of an image side by side, and as many of them at once as fit.
         by_image = (values.transpose(0, 1).flatten(1, 2).split(together, 1) for values in (embeddings, boxes))
         costs = []
         for embedding, box in zip(*by_image):
-            cross_entropy, dice = mask_costs(mask_at_points(embedding, pixels, box, points), labels)
+            logits = mask_at_points(embedding, pixels, self._of_prior(box), points)
+            cross_entropy, dice = mask_costs(logits, labels)
             costs.append(MASK_WEIGHT * cross_entropy + DICE_WEIGHT * dice)
-        cost = torch.cat(costs, 1).unflatten(1, (layers, -1)).transpose(0, 1)
-        return torch.where(samples.valid[:, None], cost, 0)
+        return torch.cat(costs, 1).unflatten(1, (layers, -1)).transpose(0, 1)

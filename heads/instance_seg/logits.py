@@ -1,8 +1,10 @@
-"""The logits of masks: the product of a query's embedding and the pixel features, plus the prior of the query's box.
+"""The logits of masks: the product of a query's embedding and the pixel features, and what is added to it.
 
-The prior is an ellipse that touches the sides of the box, times a weight that is predicted with the embedding. It falls
-with the squares of the distances along x and y, so on a grid it is the difference of a row and a column, and as few
-passes as possible are made over the large tensors: that is where the time goes, not into arithmetic.
+An embedding that is one number longer than the features says how much: of the prior of the query's box, or, where there
+are no boxes, everywhere the same. The prior is an ellipse that touches the sides of the box, times a weight that is
+predicted with the embedding. It falls with the squares of the distances along x and y, so on a grid it is the
+difference of a row and a column, and as few passes as possible are made over the large tensors: that is where the time
+goes, not into arithmetic.
 """
 
 from __future__ import annotations
@@ -22,15 +24,18 @@ PRIOR_WEIGHT = 2.0  # initially; the prior's logit in the centre of a box
 PRIOR_LOWEST = -3.0
 
 
-def mask_grid(embeddings: Tensor, pixels: Tensor, boxes: Tensor) -> Tensor:
+def mask_grid(embeddings: Tensor, pixels: Tensor, boxes: Tensor | None) -> Tensor:
     """(B, Q, h, w) mask logits on the whole grid, in the pixel features' precision.
 
     Args:
-        embeddings: (B, Q, d + 1), see ``MaskOutputs``.
+        embeddings: (B, Q, d + 1), see ``MaskOutputs``; or (B, Q, d), only without boxes.
         pixels: (B, d, h, w) pixel features.
-        boxes: (B, Q, 4) cxcywh in 0..1; they get no gradient.
+        boxes: (B, Q, 4) cxcywh in 0..1; they get no gradient. None for masks without a prior.
     """
     height, width = pixels.shape[-2:]
+    if boxes is None:
+        with without_autocast(pixels):
+            return _without_prior(embeddings, pixels.flatten(2)).unflatten(2, (height, width))
     y = (torch.arange(height, device=pixels.device, dtype=boxes.dtype) + 0.5) / height
     x = (torch.arange(width, device=pixels.device, dtype=boxes.dtype) + 0.5) / width
     centre, scale = _ellipses(boxes)
@@ -73,15 +78,17 @@ def _add_by_operators(product: Tensor, weight: Tensor, across: Tensor, down: Ten
     return product.addcmul_(weight[..., None], prior.clamp_(min=PRIOR_LOWEST))
 
 
-def mask_at_points(embeddings: Tensor, pixels: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
+def mask_at_points(embeddings: Tensor, pixels: Tensor, boxes: Tensor | None, points: Tensor) -> Tensor:
     """(..., N, P) mask logits at points, in the pixel features' precision; leading dimensions are broadcast.
 
     Args:
-        embeddings: (..., N, d + 1), see ``MaskOutputs``.
+        embeddings: (..., N, d + 1), see ``MaskOutputs``; or (..., N, d), only without boxes.
         pixels: (..., d, P) pixel features at the points.
-        boxes: (..., N, 4) cxcywh in 0..1; they get no gradient.
+        boxes: (..., N, 4) cxcywh in 0..1; they get no gradient. None for masks without a prior.
         points: (..., P, 2) x, y in 0..1.
     """
+    if boxes is None:
+        return _without_prior(embeddings, pixels)
     prior = prior_at_points(boxes, points[..., None, :, 0], points[..., None, :, 1])
     product, weight = _product(embeddings, pixels)
     return product.addcmul_(weight, prior)
@@ -102,6 +109,13 @@ def _product(embeddings: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """(..., N, P) products of embeddings (..., N, d + 1) and features (..., d, P), and (..., N, 1) priors' weights."""
     embeddings = embeddings.to(pixels.dtype)
     return embeddings[..., :-1] @ pixels, F.softplus(embeddings[..., -1:])
+
+
+def _without_prior(embeddings: Tensor, pixels: Tensor) -> Tensor:
+    """(..., N, P) products of embeddings (..., N, d or d + 1) and features (..., d, P), plus the additional number."""
+    embeddings, dim = embeddings.to(pixels.dtype), pixels.shape[-2]
+    product = embeddings[..., :dim] @ pixels
+    return product.add_(embeddings[..., dim:]) if embeddings.shape[-1] > dim else product
 
 
 def _ellipses(boxes: Tensor) -> tuple[Tensor, Tensor]:

@@ -69,45 +69,48 @@ def uncertain_points(logits: Tensor, count: int) -> Tensor:
 
 
 def matched_losses(
-    embeddings: Tensor, boxes: Tensor, pairs: np.ndarray, pixels: Tensor, samples: MaskPoints, count: int
+    embeddings: Tensor, boxes: Tensor | None, pairs: np.ndarray, pixels: Tensor, samples: MaskPoints, count: int
 ) -> dict[str, Tensor]:
     """``mask`` and ``dice``, each (L,): sums over the queries that are matched with an object that has a mask.
 
     The images' queries are padded to one number, so that a batch takes as many operators as an image.
 
     Args:
-        embeddings: (L, B, N, d + 1), see ``MaskOutputs``.
-        boxes: (L, B, N, 4) cxcywh in 0..1.
-        pairs: (M, 4) layer, image, query and object, on the CPU, see ``Matches.host``.
-        pixels: (B, d, P) pixel features at the points of ``samples``.
+        embeddings: (L, B, N, d + 1) or (.., d), see ``MaskOutputs``.
+        boxes: (L, B, N, 4) cxcywh in 0..1; None for masks without a prior.
+        pairs: (M, 4) layer, image, query and object, on the CPU, see ``Matches.host``; those of layers without an
+            embedding, which come after the others, are left out.
+        pixels: (F * B, d, P) pixel features of F maps at the points of ``samples``, see ``map_of_layer``.
         count: number of points at which a mask is compared.
     """
     layers, batch, queries, _ = embeddings.shape
     sums = torch.zeros(2, layers, device=pixels.device, dtype=pixels.dtype)
-    pairs = pairs[samples.known[pairs[:, 1], pairs[:, 3]]]
+    pairs = pairs[samples.known[pairs[:, 1], pairs[:, 3]] & (pairs[:, 0] < layers)]
     if not len(pairs):
         # Distributed training needs a gradient for every parameter, also where nothing is matched.
         sums = sums + (0 * embeddings).sum((1, 2, 3)) + (0 * pixels).sum()
-    every_embedding, every_box = embeddings.flatten(0, 2), boxes.flatten(0, 2)
-    for images, part in _parts(pairs, batch, at_once(pixels.device, samples.points.shape[1])):
-        layer, image, query, gt_index = part.T
-        local = np.searchsorted(images, image)
+    every_embedding, every_box = embeddings.flatten(0, 2), None if boxes is None else boxes.flatten(0, 2)
+    # From here on the features of an image on each of the maps count as images of their own.
+    pairs[:, 1] += batch * map_of_layer(pairs[:, 0], len(pixels) // batch)
+    for maps, part in _parts(pairs, len(pixels), at_once(pixels.device, samples.points.shape[1])):
+        layer, on_map, query, gt_index = part.T
+        images, image, local = maps % batch, on_map % batch, np.searchsorted(maps, on_map)
         numbers = np.bincount(local)
         slots = local * numbers.max() + np.arange(len(part)) - (numbers.cumsum() - numbers)[local]
-        padded = np.zeros(len(images) * numbers.max(), dtype=np.int64)
+        padded = np.zeros(len(maps) * numbers.max(), dtype=np.int64)
         padded[slots] = (layer * batch + image) * queries + query
-        arrays = {"images": images, "padded": padded, "slots": slots, "layer": layer.copy()}
+        arrays = {"maps": maps, "images": images, "padded": padded, "slots": slots, "layer": layer.copy()}
         arrays["object"] = image * samples.labels.shape[1] + gt_index
         on = to_device({name: torch.from_numpy(array) for name, array in arrays.items()}, pixels.device)
 
-        def of_images(values: Tensor, images: Tensor = on["images"]) -> Tensor:
-            return values if len(images) == batch else values.index_select(0, images)
+        def of_queries(values: Tensor, padded: Tensor = on["padded"], count: int = len(maps)) -> Tensor:
+            return values.index_select(0, padded).unflatten(0, (count, -1))
 
         logits = mask_at_points(
-            every_embedding.index_select(0, on["padded"]).unflatten(0, (len(images), -1)),
-            of_images(pixels),
-            every_box.index_select(0, on["padded"]).unflatten(0, (len(images), -1)),
-            of_images(samples.points),
+            of_queries(every_embedding),
+            _rows(pixels, maps, on["maps"]),
+            None if every_box is None else of_queries(every_box),
+            _rows(samples.points, images, on["images"]),
         ).flatten(0, 1)
         logits = logits if len(slots) == len(padded) else logits.index_select(0, on["slots"])
         index = uncertain_points(logits, count)
@@ -115,6 +118,19 @@ def matched_losses(
         values = torch.stack(mask_losses(logits.gather(1, index), labels))
         sums = sums.index_add(1, on["layer"], values)
     return dict(zip(("mask", "dice"), sums))
+
+
+def map_of_layer(layer: np.ndarray, maps: int) -> np.ndarray:
+    """Which of the maps the masks of these layers are read from: layer i from map i, where there are several.
+
+    A layer after those has the queries, and so the map, of the first: it is "pre".
+    """
+    return np.where(layer < maps, layer, 0)
+
+
+def _rows(values: Tensor, rows: np.ndarray, index: Tensor) -> Tensor:
+    """These rows, given on the CPU and on the device of the values; all of them in order are no copy."""
+    return values if np.array_equal(rows, np.arange(len(values))) else values.index_select(0, index)
 
 
 def _parts(pairs: np.ndarray, batch: int, most: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
