@@ -24,6 +24,7 @@ HEADS: dict[str, str | dict[str, str]] = {
     "keypoints": {
         "dense": "mvision.heads.keypoints:KeypointHead",
         "minimal": "mvision.heads.keypoints:MinimalKeypointHead",
+        "query": "mvision.heads.poses:QueryPoseHead",
     },
     "semantic-seg": "mvision.heads.semantic:SemanticHead",
 }

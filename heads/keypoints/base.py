@@ -14,25 +14,21 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mvision.evaluation import BoxMetric, KeypointMetric
-from mvision.heads.base import Head, only_best_class
 from mvision.heads.keypoints.assignment import assign_one2many, candidates, compute_alignment, start_one2one
 from mvision.heads.keypoints.grid import GridPoints, PointLayers, PoseLayers, Raw, decode, make_grid, raw_at
 from mvision.heads.keypoints.heatmaps import Heatmaps, best_places, estimated_similarity_std
 from mvision.heads.keypoints.losses import Candidates, compare, ignored_grid_points, map_term, sums_by_set
-from mvision.heads.keypoints.settings import KeypointSettings, with_sigmas
-from mvision.heads.keypoints.targets import ClassTables, KeypointTargets, keypoint_targets
+from mvision.heads.keypoints.results import PoseResults
+from mvision.heads.keypoints.settings import KeypointSettings
+from mvision.heads.keypoints.targets import KeypointTargets, keypoint_targets
 from mvision.heads.query.losses import quality_focal
 from mvision.heads.query.matching import mean_over_processes
 from mvision.neck.cached import ShapeCache
 from mvision.neck.layers import RepBlock
-from mvision.structures import Category, Instances, Targets
-from mvision.structures.boxes import cxcywh_to_xyxy
-from mvision.structures.transfer import to_host
+from mvision.structures import Targets
 
 Branch = Literal["one2one", "one2many"]
 BRANCHES: tuple[Branch, ...] = ("one2one", "one2many")
@@ -58,11 +54,8 @@ class KeypointOutputs(NamedTuple):
 ConfigT = TypeVar("ConfigT", bound=KeypointSettings)
 
 
-class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
-    """A dense head: every grid point predicts an object with its points.
-
-    K is the largest number of keypoints that a class has; a class with fewer uses the first of them. Classes without
-    keypoints are not predicted.
+class BaseKeypointHead(PoseResults[ConfigT, KeypointOutputs]):
+    """A dense head: every grid point predicts an object with its points. Classes and K: see ``PoseResults``.
 
     Outputs for the N = ``num_instances`` grid points with the best scores: ``logits`` (B, N, C) before the sigmoid, C
     being the number of classes with keypoints; ``boxes`` (B, N, 4) cxcywh in 0..1; ``keypoints`` (B, N, K, 2) x, y in
@@ -73,11 +66,6 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
         UserError: no class has keypoints, or ``sigmas`` do not fit them.
     """
 
-    needs = frozenset({"boxes", "keypoints"})
-    evaluator = KeypointMetric
-    more_evaluators = (BoxMetric,)
-    kind = "poses"
-
     # Non-persistent buffers: they follow from the categories and are not in weights files.
     class_labels: Tensor  # (C,) int64: label of every predicted class
     sigmas: Tensor  # (categories, K)
@@ -85,13 +73,10 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
     def build(self) -> None:
         """See ``Head.build``."""
         config, width = self.config, self.config.embed_dim
-        self.categories = with_sigmas(self.categories, config.sigmas)
-        self.num_points = max(len(category.keypoints) for category in self.classes)
-        self.tables = ClassTables.of(self.categories)
-        labels = [self.categories.index(category) for category in self.classes]
-        self.register_buffer("class_labels", torch.tensor(labels), persistent=False)
+        self.read_classes(config.sigmas)
+        labels = torch.from_numpy(self.labels_of_classes)
+        self.register_buffer("class_labels", labels, persistent=False)
         self.register_buffer("sigmas", torch.from_numpy(self.tables.sigmas.copy()), persistent=False)
-        self.labels_of_classes = np.array(labels)
         levels = 1 if config.levels == "finest" else len(self.channels)
         # ``towers``, ``one`` (one-to-one), ``many`` (one-to-many) and ``maps`` are the names in weights files: they
         # have to stay.
@@ -126,11 +111,6 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
     @abstractmethod
     def score_logits(self, raw: Raw) -> Tensor:
         """(B, S, *) the scores that are learned, before the sigmoid."""
-
-    @classmethod
-    def predicted(cls, categories: list[Category]) -> list[Category]:
-        """The classes with keypoints."""
-        return [category for category in categories if category.keypoints]
 
     def labels_of(self, branch: Branch) -> Sequence[int]:
         """The labels of the C classes that a set of last layers predicts."""
@@ -232,72 +212,6 @@ class BaseKeypointHead(Head[ConfigT, KeypointOutputs]):
             kept = torch.cat((ignored.flatten(), ignored.new_zeros(1))).index_fill(0, place.flatten(), False)
             loss = torch.where(kept[:-1].view(ignored.shape)[..., None], 0, loss)
         return loss.sum() if self.scores_of_object == 1 else loss.sum() / self.scores_of_object
-
-    def postprocess(
-        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
-    ) -> list[Instances]:
-        """The ``num_instances`` best (grid point, class) pairs of every image, in pixels of the original images.
-
-        Points that the class of an instance does not have are zeros.
-        """
-        selected = {name: value.numpy() for name, value in to_host(self.select(outputs)).items()}
-        images = [dict(zip(selected, values)) for values in zip(*selected.values())]
-        return [self._instances(size=size, threshold=threshold, **image) for image, size in zip(images, sizes)]
-
-    def select(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The N best (grid point, class) pairs of every image by falling score, whatever their scores.
-
-        Returns:
-            ``scores`` (B, N) in 0..1, ``classes`` (B, N) int64 among the C classes, ``boxes`` (B, N, 4) xyxy in 0..1,
-            and ``points`` (B, N, K, 3) x, y in 0..1 and score.
-        """
-        all_scores = self.scores(outputs)
-        _, count, classes = all_scores.shape
-        scores, index = all_scores.flatten(1).topk(count, dim=1)
-        row = torch.div(index, classes, rounding_mode="floor")
-        # Labelled points lie in the image, so moving predicted points into it cannot take them further away from these.
-        visibility = outputs["visibility"].float().sigmoid()
-        points = torch.cat((outputs["keypoints"].float().clamp(0, 1), visibility[..., None]), -1)
-        corners = cxcywh_to_xyxy(outputs["boxes"].float()).clamp(0, 1)
-        return {
-            "scores": scores,
-            "classes": index % classes,
-            "boxes": corners.gather(1, row[..., None].expand(-1, -1, 4)),
-            "points": points.gather(1, row[..., None, None].expand(-1, -1, *points.shape[2:])),
-        }
-
-    def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """See ``Head.best_class_only``."""
-        if len(self.classes) == 1:
-            return outputs
-        return {name: only_best_class(value) if name == "logits" else value for name, value in outputs.items()}
-
-    def scores(self, outputs: dict[str, Tensor]) -> Tensor:
-        """(B, N, C) scores of the objects in 0..1."""
-        return outputs["logits"].float().sigmoid()
-
-    def _instances(
-        self,
-        scores: np.ndarray,
-        classes: np.ndarray,
-        boxes: np.ndarray,
-        points: np.ndarray,
-        size: tuple[int, int],
-        threshold: float,
-    ) -> Instances:
-        """One image of ``select``."""
-        keep = scores >= threshold
-        labels = self.labels_of_classes[classes[keep]]
-        height, width = size
-        points = np.where(self.tables.point_exists[labels][..., None], points[keep], np.float32(0))
-        return Instances(
-            boxes=boxes[keep] * np.array([width, height, width, height], np.float32),
-            scores=scores[keep],
-            labels=labels,
-            size=size,
-            categories=self.categories,
-            keypoints=points * np.array([width, height, 1], np.float32),
-        )
 
     def _grid(self, maps: list[Tensor]) -> GridPoints:
         first = maps[0]

@@ -1,1 +1,6 @@
-"""Poses from queries: a head that finds people, animals or parts and their points together, without a dense map."""
+"""Poses from queries: a head that finds people, animals or parts together with their points."""
+
+from mvision.heads.poses.head import QueryPoseHead
+from mvision.heads.poses.settings import PoseConfig
+
+__all__ = ["PoseConfig", "QueryPoseHead"]
