@@ -16,7 +16,7 @@ from mvision.heads.query.anchors import make_anchors
 from mvision.structures.coco_names import COCO
 from mvision.structures.objects365_names import OBJECTS365, UNUSED
 from mvision.weights import init_from, read_weights, save_weights
-from mvision.weights.originals import FAMILIES, _drop_layers_of_training, _image_size, mvision_name
+from mvision.weights.originals import FAMILIES, _drop_layers_of_training, image_size_of, mvision_name
 from mvision.weights.published import DECODER
 from tests.original_files import CASES, KEPT, golden, make_images, write_original
 from tests.test_weights import make_model
@@ -141,7 +141,7 @@ def test_classes_without_names(tmp_path: Path, classes: int, expected: list[Any]
 def test_the_image_size_is_that_of_the_anchors(size: tuple[int, int], levels: int) -> None:
     shapes = [(size[0] // stride, size[1] // stride) for stride in (8, 16, 32)[-levels:]]
     anchors, valid = make_anchors(shapes, torch.device("cpu"), torch.float32)
-    assert _image_size(torch.where(valid, anchors, torch.inf)) == list(size)
+    assert image_size_of(torch.where(valid, anchors, torch.inf)) == list(size)
 
 
 @pytest.mark.parametrize(("family", "layers"), [("rtdetrv2", 3), ("deim-rtdetrv2", 6)])

@@ -34,7 +34,8 @@ def models_text(name: str | None = None, task: str | None = None) -> str:
         rows = [_row(model) for model in chosen if model.task == part]
         lines += [f"{part}", *_aligned([HEADER, *rows]), ""]
     lines += [
-        f"{SHORT}: Objects365. AP: the publishers' figure, on COCO val2017, or of models without COCO on Objects365.",
+        f"{SHORT}: Objects365. AP: the publishers' figure, of boxes, masks or keypoints, on COCO val2017; of models",
+        "without COCO, on Objects365 or CrowdPose.",
         "params in millions, GFLOPs of one image of 640 x 640: counted here, or, with ~, the publishers' figures.",
         "Use:    mvision train --data DIR --init dfine-s    mvision predict photo.jpg --weights dfine-s",
         "More:   mvision models dfine-s",
@@ -60,13 +61,13 @@ def of_task(task: str | None) -> list[ZooModel]:
 def model_text(model: ZooModel) -> str:
     """All about one model, one fact per line."""
     family, size = model.of, model.size
-    measured = "5,000 images of Objects365 val" if model.data == zoo.OBJECTS365 else "COCO val2017"
     terms = "; Objects365's images have terms of their own" if zoo.OBJECTS365 in model.data else ""
     own = zoo.own_copy(model)
     rows = [
         ("model", f"{family.title}, {model.task}, trained on {model.data}"),
-        ("AP", f"{model.ap} on {measured}, published"),
+        ("AP", f"{model.ap} on {model.measured}, published"),
         ("size", f"{size.parameters:g} M parameters, {size.gflops:g} GFLOPs at 640 x 640, {_counted(model)}"),
+        *([("note", family.note)] if family.note else []),
         ("licence", f"code {family.code_licence}, weights {family.weights_licence}, as the authors declare{terms}"),
         ("code", family.page),
         ("paper", family.paper),
@@ -107,6 +108,8 @@ def _counted(model: ZooModel) -> str:
 def _places(model: ZooModel) -> list[tuple[str, str]]:
     """Where the weights are, and by what they are recognised."""
     if model.hub is None:
+        if model.is_download:
+            return [("weights", f"{model.url}, downloaded at first use")]
         return [("weights", f"not downloaded by mvision: {zoo.by_hand(model)}")]
     checksum = f"SHA-256 {model.sha256}" if model.sha256 else "no checksum known but the Hub's own"
     rows = [

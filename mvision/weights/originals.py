@@ -8,6 +8,7 @@ boxes without any complaint. It is told by what only one family has, by the name
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mvision.errors import UserError, did_you_mean
-from mvision.storage.pickles import load_pickle, state_dict
+from mvision.errors import UserError
 from mvision.structures.coco_names import COCO
 from mvision.weights import zoo
 from mvision.weights.dfine import read_bins
@@ -119,19 +119,17 @@ _BLOCK = re.compile(r"^backbone\.res_layers\.(\d+)\.blocks\.(\d+)\.(short|branch
 _BRANCHES = {"branch2a": "1", "branch2b": "2", "branch2c": "3"}
 
 
-def read_original(path: Path, family: str | None = None) -> Published:
+def read_original(loaded: dict[str, Tensor], notes: list[str], path: Path, family: str | None = None) -> Published:
     """The model of a ``.pth`` file.
 
     Args:
+        loaded, notes: what ``state_dict`` gave.
+        path: for messages.
         family: a key of ``FAMILIES``; None: by the tensors, or by the name of the file if it is that of the zoo.
 
     Raises:
-        UserError: the file cannot be read, is of none of these families or of another one than was given, or it cannot
-            be told which.
+        UserError: it is of none of these families or of another one than was given, or it cannot be told which.
     """
-    if family is not None and family not in FAMILIES:
-        raise UserError(f"--family {family}: {did_you_mean(family, FAMILIES)}")
-    loaded, notes = state_dict(load_pickle(path), path)
     teacher = [name for name in loaded if name.startswith(_TEACHER)]
     name, act, reason = _family(path, loaded, family, bool(teacher))
     notes.append(f"read as {name}, {reason}: {_SPELLED[act]} in the decoder")
@@ -139,8 +137,9 @@ def read_original(path: Path, family: str | None = None) -> Published:
         numbers = sum(loaded[tensor].numel() for tensor in teacher)
         notes.append(f"left out: {len(teacher)} tensors ({numbers:,} numbers) that only learn from a teacher")
     points = points_of_levels(loaded, path)
-    size = _image_size(loaded.get("decoder.anchors"))
-    tensors = _renamed({key: value for key, value in loaded.items() if key not in teacher}, path)
+    size = image_size_of(loaded.get("decoder.anchors"))
+    kept = {key: value for key, value in loaded.items() if key not in teacher and not _LEFT_OUT.search(key)}
+    tensors = renamed(kept, mvision_name, path)
     bins, _ = read_bins(tensors)
     structure = Structure(tensors, path)
     names = label_names({}, tensors, path)
@@ -220,13 +219,11 @@ def _by_stem(name: str) -> str | None:
     return next((family for stem, family in _STEMS.items() if re.match(stem, name.lower())), None)
 
 
-def _renamed(loaded: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+def renamed(loaded: Mapping[str, Tensor], name_of: Callable[[str], str], path: Path) -> dict[str, Tensor]:
     """The tensors by mvision's names, fused weights of attention as those of queries, keys and values."""
     tensors = {}
     for name, tensor in loaded.items():
-        if _LEFT_OUT.search(name):
-            continue
-        before, fused, kind = mvision_name(name).partition(".in_proj_")
+        before, fused, kind = name_of(name).partition(".in_proj_")
         if not fused:
             tensors[before] = tensor
             continue
@@ -254,7 +251,7 @@ def _drop_layers_of_training(sections: dict[str, Any], tensors: dict[str, Tensor
     return [f"left out: the last {dropped} decoder layers, as R50-m predicts from the third"]
 
 
-def _image_size(anchors: Tensor | None) -> list[int]:
+def image_size_of(anchors: Tensor | None) -> list[int]:
     """(height, width) of the model's input, by the distances of its anchors; 640 without any.
 
     Args:
@@ -267,7 +264,7 @@ def _image_size(anchors: Tensor | None) -> list[int]:
     if len(boxes) < 2:
         return [640, 640]
     finest = boxes[(boxes[:, 2] - boxes[:, 2].min()).abs() < 1e-3]
-    return _size_of_map(_count(finest[:, 1]), _count(finest[:, 0]), anchors.shape[1])
+    return size_of_map(_count(finest[:, 1]), _count(finest[:, 0]), anchors.shape[1])
 
 
 def _count(centres: Tensor) -> int:
@@ -277,7 +274,7 @@ def _count(centres: Tensor) -> int:
     return round(1 / float(steps.min())) if len(steps) else 0
 
 
-def _size_of_map(height: int, width: int, count: int) -> list[int]:
+def size_of_map(height: int, width: int, count: int) -> list[int]:
     """The size of the image whose finest map is of this size, given the number of positions of all maps."""
     for strides in ((8, 16, 32), (16, 32)):
         factor = strides[0]

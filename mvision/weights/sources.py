@@ -66,6 +66,9 @@ def origin(source: str | None) -> str | None:
 
 def _from_zoo(model: zoo.ZooModel) -> Path:
     path = zoo.own_copy(model)
+    if path is None and model.hub is None and model.is_download:
+        assert model.url is not None
+        return _from_web(model.url)
     if path is None and model.hub is None:
         raise UserError(
             f"weights {model.name}: {model.of.title} is not where mvision could download it; {zoo.by_hand(model)}"

@@ -48,14 +48,16 @@ class Structure:
     Args:
         tensors: by mvision's names.
         source: for messages.
+        levels: number of maps; None: as many as are projected by the neck.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], source: Path) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], source: Path, levels: int | None = None) -> None:
         self.tensors, self.source = tensors, source
+        self.levels = self.count("neck.projections.") if levels is None else levels
 
     def backbone(self) -> dict[str, Any]:
         """The section ``backbone``: an HGNetV2 or a ResNet of timm, for images in 0..1."""
-        strides = list(STRIDES[-self.count("neck.projections.") :])
+        strides = list(STRIDES[-self.levels :])
         if self.has("backbone.net.stem."):
             return {"name": self._hgnet(), "normalize": "none", "strides": strides}
         blocks = tuple(self.count(f"backbone.net.layer{stage}.") for stage in range(1, 5))
@@ -81,12 +83,14 @@ class Structure:
         return name
 
     def neck(self, expansion: object = None, heads: int = HEADS) -> dict[str, Any]:
-        """The section ``neck``: RT-DETR's, or D-FINE's, which has ELAN blocks and no activation after lateral layers.
+        """The section ``neck``: RT-DETR's, or that of D-FINE or EdgeCrafter, which have ELAN blocks.
+
+        No tensor tells that their lateral layers have no activation, as all but DETRPose's.
 
         Args:
             expansion: of a description; used where it gives the width that the tensors have.
         """
-        width = self.rows("neck.projections.0.conv.weight")
+        width = self.rows("neck.lateral_convs.0.conv.weight")
         section: dict[str, Any] = {
             "embed_dim": width,
             "num_heads": heads,
@@ -97,13 +101,27 @@ class Structure:
             raise UserError(f"weights {self.source}: attention on several scales, which only a description could name")
         block = "neck.top_down.0."
         if self.has(f"{block}branch1."):
-            hidden, block = self.rows(f"{block}branch1.csp.conv1.conv.weight"), f"{block}branch1.csp."
             section |= {"fusion_block": "elan", "downsample": "separable", "lateral_act": False}
+            section |= self._elan(block, width)
+            block = f"{block}branch1.csp."
+            hidden = self.rows(f"{block}conv1.conv.weight") // (2 if section.get("elan_split") else 1)
             whole = max(1, width // 2)
         else:
             hidden, whole = self.rows(f"{block}conv1.conv.weight"), width
         section["depth"] = self.count(f"{block}blocks.")
         section["expansion"] = _expansion(hidden, whole, expansion)
+        return section
+
+    def _elan(self, block: str, width: int) -> dict[str, Any]:
+        """What EdgeCrafter's ELAN blocks have otherwise than D-FINE's."""
+        section: dict[str, Any] = {}
+        if not self.has(f"{block}branch1.conv."):
+            section["elan_conv"] = False
+        if not self.has(f"{block}branch1.csp.conv2."):
+            section["elan_split"] = True
+        first = self.tensors.get(f"{block}conv1.conv.weight")
+        if first is not None and first.ndim > 1 and first.shape[1] == width:
+            section["fusion"] = "sum"
         return section
 
     def decoder(self, points: Sequence[int] | None) -> dict[str, Any]:
@@ -113,7 +131,7 @@ class Structure:
             points: sampled points of every level; None: the same on all levels, for ``HEADS`` heads.
         """
         width = self.rows(f"{DECODER}memory_box.layers.0.weight")
-        layer, levels = f"{DECODER}layers.0.", self.count("neck.projections.")
+        layer, levels = f"{DECODER}layers.0.", self.levels
         samples = self.rows(f"{layer}cross_attention.attention_weights.weight")  # of all heads together
         if points is None:
             points = [max(1, samples // (HEADS * levels))] * levels
@@ -129,6 +147,8 @@ class Structure:
         }
         if self.has(f"{layer}gate."):
             section |= {"gate": True, "input_projection": "if_needed", "position_limit": 10.0}
+        if not self.has(f"{DECODER}memory_proj."):
+            section["memory_projection"] = False
         if not self.has(f"{layer}cross_attention.value_proj."):
             section["attention_projections"] = False
         if self.has(f"{DECODER}pre_box."):

@@ -13,133 +13,11 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from mvision.errors import UserError
 from mvision.storage.cache import cache_dir
-
-Act = Literal["relu", "silu"]
-COCO, OBJECTS365, BOTH = "COCO", "Objects365", "Objects365, COCO"
-"""What a model was trained on; ``BOTH``: first on Objects365, then on COCO."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Models of one publication.
-
-    Attributes:
-        title: its name as the authors write it.
-        page: the authors' code, with their own table.
-        paper: on arXiv.
-        code_licence, weights_licence: SPDX identifiers, as the authors declare them.
-        act: the activation of the decoder, which no tensor tells.
-    """
-
-    title: str
-    page: str
-    paper: str
-    act: Act
-    code_licence: str = "Apache-2.0"
-    weights_licence: str = "Apache-2.0"
-
-
-FAMILIES = {
-    "rtdetr": Family("RT-DETR", "https://github.com/lyuwenyu/RT-DETR", "https://arxiv.org/abs/2304.08069", "relu"),
-    "rtdetrv2": Family("RT-DETRv2", "https://github.com/lyuwenyu/RT-DETR", "https://arxiv.org/abs/2407.17140", "relu"),
-    "dfine": Family("D-FINE", "https://github.com/Peterande/D-FINE", "https://arxiv.org/abs/2410.13842", "relu"),
-    "deim": Family(
-        "DEIM-D-FINE", "https://github.com/Intellindust-AI-Lab/DEIM", "https://arxiv.org/abs/2412.04234", "silu"
-    ),
-    "deim-rtdetrv2": Family(
-        "DEIM-RT-DETRv2", "https://github.com/Intellindust-AI-Lab/DEIM", "https://arxiv.org/abs/2412.04234", "silu"
-    ),
-    "rtdetrv4": Family(
-        "RT-DETRv4", "https://github.com/RT-DETRs/RT-DETRv4", "https://arxiv.org/abs/2510.25257", "silu"
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Size:
-    """What a model of an architecture costs at 640 x 640.
-
-    Attributes:
-        parameters: millions.
-        gflops: of one image; a multiply-add counts as two.
-        counted: whether mvision counted both (``mvision info``, fused as for prediction, 80 classes); otherwise they
-            are the publishers' figures.
-    """
-
-    parameters: float
-    gflops: float
-    counted: bool
-
-
-SIZES = {
-    "rtdetr_r18": Size(20.0, 58.4, counted=True),
-    "rtdetr_r34": Size(31.2, 90.5, counted=True),
-    "rtdetr_r50": Size(42.1, 131.7, counted=True),
-    "rtdetr_r101": Size(74.8, 249.6, counted=True),
-    "dfine_n": Size(3.8, 7.3, counted=True),
-    "dfine_s": Size(10.3, 25.5, counted=True),
-    "dfine_m": Size(19.3, 57.0, counted=True),
-    "dfine_l": Size(30.9, 91.6, counted=True),
-    "dfine_x": Size(61.8, 203.1, counted=True),
-}
-"""Shipped config -> what a model of its architecture costs."""
-
-
-@dataclass(frozen=True)
-class ZooModel:
-    """One set of published weights.
-
-    Attributes:
-        name: the short name.
-        family: a key of ``FAMILIES``.
-        config: the shipped config of this architecture; None where none is shipped.
-        data: what it was trained on: ``COCO``, ``OBJECTS365`` or ``BOTH``.
-        ap: published AP in percent: on COCO val2017, and for ``OBJECTS365`` on the first 5000 images of its val.
-        size: cost in parameters and FLOPs.
-        act: the activation of the decoder.
-        hub: repository on the Hugging Face Hub, in the format of transformers; None: it is not there.
-        revision: commit of that repository; None: the newest.
-        sha256: of the repository's ``model.safetensors``.
-        file: name of the authors' own file.
-        url: where that file is to be had: a release on GitHub, or a page of Google Drive.
-        task: what it predicts.
-    """
-
-    name: str
-    family: str
-    config: str | None
-    data: str
-    ap: float
-    size: Size
-    act: Act
-    hub: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-    file: str | None = None
-    url: str | None = None
-    task: str = "detection"
-
-    @property
-    def of(self) -> Family:
-        """The publication that it comes from."""
-        return FAMILIES[self.family]
-
-    @property
-    def licence(self) -> str:
-        """Of code and weights, in one word where they are the same."""
-        code, weights = self.of.code_licence, self.of.weights_licence
-        return code if code == weights else f"code {code}, weights {weights}"
-
-    @property
-    def place(self) -> str:
-        """Where the weights are, in a few words."""
-        return self.hub or "Google Drive"
+from mvision.weights.zoo_entries import BOTH, COCO, CROWDPOSE, FAMILIES, OBJECTS365, SIZES, Act, Size, ZooModel
 
 
 def _hub(
@@ -167,6 +45,26 @@ def _drive(
     return ZooModel(
         name, family, config, data, ap, size or SIZES[config or ""], act or FAMILIES[family].act, file=file,
         url=f"https://drive.google.com/file/d/{number}",
+    )  # fmt: skip
+
+
+def _edgecrafter(name: str, ap: float, task: str) -> ZooModel:
+    family, size = name.split("-")
+    file = f"{family}_{size}.pth"
+    return ZooModel(
+        name, family, f"{family}_{size}", COCO, ap, SIZES[f"{family}_{size}"], FAMILIES[family].act,
+        hub=f"Intellindust/{FAMILIES[family].title}_{size.upper()}", file=file,
+        url=f"https://github.com/capsule2077/edgecrafter/releases/download/edgecrafterv1/{file}", task=task,
+    )  # fmt: skip
+
+
+def _detrpose(size: str, ap: float, data: str) -> ZooModel:
+    ending = "" if data == COCO else "_crowdpose"
+    file = f"detrpose_hgnetv2_{size}{ending}.pth"
+    return ZooModel(
+        f"detrpose-{size}{ending.replace('_', '-')}", "detrpose", f"detrpose_{size}", data, ap,
+        SIZES[f"detrpose_{size}"], FAMILIES["detrpose"].act, file=file,
+        url=f"https://github.com/SebastianJanampa/DETRPose/releases/download/model_weights/{file}", task="keypoints",
     )  # fmt: skip
 
 
@@ -281,6 +179,20 @@ _MODELS = (
     _drive("rtdetrv4-m", "rtdetrv4", "dfine_m", 53.7, "1O-YpP4X-quuOXbi96y2TKkztbjroP5mX", "RTv4-M-hgnet.pth"),
     _drive("rtdetrv4-l", "rtdetrv4", "dfine_l", 55.4, "1shO9EzZvXZyKedE2urLsN4dwEv8Jqa_8", "RTv4-L-hgnet.pth"),
     _drive("rtdetrv4-x", "rtdetrv4", "dfine_x", 57.0, "19gnkMTgFveJsrOvSmEPQXCTG6v9oQHN3", "RTv4-X-hgnet.pth"),
+    *(
+        _edgecrafter(f"{family}-{size}", ap, task)
+        for family, task, figures in (
+            ("ecdet", "detection", (51.7, 54.3, 57.0, 57.9)),
+            ("ecseg", "instance-seg", (43.0, 45.2, 47.1, 48.4)),
+            ("ecpose", "keypoints", (68.9, 72.4, 73.5, 74.8)),
+        )
+        for size, ap in zip("smlx", figures)
+    ),
+    *(
+        _detrpose(size, ap, data)
+        for data, figures in ((COCO, (57.2, 67.0, 69.4, 72.5, 73.3)), (CROWDPOSE, (56.0, 67.4, 72.0, 73.3, 75.1)))
+        for size, ap in zip("nsmlx", figures)
+    ),
 )  # fmt: skip
 MODELS: Mapping[str, ZooModel] = {model.name: model for model in _MODELS}
 """By short name, in the order in which they are listed."""
@@ -340,6 +252,8 @@ def own_copy(model: ZooModel) -> Path | None:
 
 def by_hand(model: ZooModel) -> str:
     """How to get a model's weights without mvision's help, as the end of an error line."""
+    if model.hub is None and model.is_download:
+        return f"on a machine with network download {model.url}, and save it as {own_folder() / model.name}.pth"
     if model.hub is None:
         return f"download {model.url} (a page of Google Drive) and save it as {own_folder() / model.name}.pth"
     at = "" if model.revision is None else f"/tree/{model.revision}"

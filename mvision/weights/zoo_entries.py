@@ -1,0 +1,173 @@
+"""What the table of published models consists of: publications, architectures with their cost, and sets of weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Act = Literal["relu", "silu"]
+COCO, OBJECTS365, BOTH, CROWDPOSE = "COCO", "Objects365", "Objects365, COCO", "CrowdPose"
+"""What a model was trained on; ``BOTH``: first on Objects365, then on COCO."""
+MEASURED = {OBJECTS365: "5,000 images of Objects365 val", CROWDPOSE: "CrowdPose test"}
+"""What AP is measured on: COCO val2017 for data that is not here."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models of one publication.
+
+    Attributes:
+        title: its name as the authors write it.
+        page: the authors' code, with their own table.
+        paper: on arXiv.
+        code_licence, weights_licence: SPDX identifiers, as the authors declare them.
+        act: the activation of the decoder, which no tensor tells.
+        note: what is to be known of the weights beside their licence.
+    """
+
+    title: str
+    page: str
+    paper: str
+    act: Act
+    code_licence: str = "Apache-2.0"
+    weights_licence: str = "Apache-2.0"
+    note: str = ""
+
+
+_EDGECRAFTER = ("https://github.com/Intellindust-AI-Lab/EdgeCrafter", "https://arxiv.org/abs/2603.18739")
+_TEACHER = "a DINOv3 model was the teacher of its training"
+_DISTILLED = "the backbone was distilled from DINOv3 models; the authors' licence is Apache-2.0 nevertheless"
+
+FAMILIES = {
+    "rtdetr": Family("RT-DETR", "https://github.com/lyuwenyu/RT-DETR", "https://arxiv.org/abs/2304.08069", "relu"),
+    "rtdetrv2": Family("RT-DETRv2", "https://github.com/lyuwenyu/RT-DETR", "https://arxiv.org/abs/2407.17140", "relu"),
+    "dfine": Family("D-FINE", "https://github.com/Peterande/D-FINE", "https://arxiv.org/abs/2410.13842", "relu"),
+    "deim": Family(
+        "DEIM-D-FINE", "https://github.com/Intellindust-AI-Lab/DEIM", "https://arxiv.org/abs/2412.04234", "silu"
+    ),
+    "deim-rtdetrv2": Family(
+        "DEIM-RT-DETRv2", "https://github.com/Intellindust-AI-Lab/DEIM", "https://arxiv.org/abs/2412.04234", "silu"
+    ),
+    "rtdetrv4": Family(
+        "RT-DETRv4",
+        "https://github.com/RT-DETRs/RT-DETRv4",
+        "https://arxiv.org/abs/2510.25257",
+        "silu",
+        note=_TEACHER,
+    ),
+    "ecdet": Family("ECDet", *_EDGECRAFTER, "silu", note=_DISTILLED),
+    "ecseg": Family("ECSeg", *_EDGECRAFTER, "silu", note=_DISTILLED),
+    "ecpose": Family("ECPose", *_EDGECRAFTER, "relu", note=_DISTILLED),
+    "detrpose": Family(
+        "DETRPose", "https://github.com/SebastianJanampa/DETRPose", "https://arxiv.org/abs/2506.13027", "relu"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """What a model of an architecture costs at 640 x 640.
+
+    Attributes:
+        parameters: millions.
+        gflops: of one image; a multiply-add counts as two.
+        counted: whether mvision counted both (``mvision info``, fused as for prediction, 80 classes); otherwise they
+            are the publishers' figures.
+    """
+
+    parameters: float
+    gflops: float
+    counted: bool
+
+
+SIZES = {
+    "rtdetr_r18": Size(20.0, 58.4, counted=True),
+    "rtdetr_r34": Size(31.2, 90.5, counted=True),
+    "rtdetr_r50": Size(42.1, 131.7, counted=True),
+    "rtdetr_r101": Size(74.8, 249.6, counted=True),
+    "dfine_n": Size(3.8, 7.3, counted=True),
+    "dfine_s": Size(10.3, 25.5, counted=True),
+    "dfine_m": Size(19.3, 57.0, counted=True),
+    "dfine_l": Size(30.9, 91.6, counted=True),
+    "dfine_x": Size(61.8, 203.1, counted=True),
+    "ecdet_s": Size(10, 26, counted=False),
+    "ecdet_m": Size(18, 53, counted=False),
+    "ecdet_l": Size(31, 101, counted=False),
+    "ecdet_x": Size(49, 151, counted=False),
+    "ecseg_s": Size(10, 33, counted=False),
+    "ecseg_m": Size(20, 64, counted=False),
+    "ecseg_l": Size(34, 111, counted=False),
+    "ecseg_x": Size(50, 168, counted=False),
+    "ecpose_s": Size(10, 30, counted=False),
+    "ecpose_m": Size(20, 63, counted=False),
+    "ecpose_l": Size(34, 112, counted=False),
+    "ecpose_x": Size(51, 172, counted=False),
+    "detrpose_n": Size(4.1, 9.3, counted=False),
+    "detrpose_s": Size(11.5, 33.1, counted=False),
+    "detrpose_m": Size(20.8, 67.3, counted=False),
+    "detrpose_l": Size(32.8, 107.1, counted=False),
+    "detrpose_x": Size(73.3, 239.5, counted=False),
+}
+"""Shipped config -> what a model of its architecture costs."""
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """One set of published weights.
+
+    Attributes:
+        name: the short name.
+        family: a key of ``FAMILIES``.
+        config: the shipped config of this architecture; None where none is shipped.
+        data: what it was trained on: ``COCO``, ``OBJECTS365``, ``BOTH`` or ``CROWDPOSE``.
+        ap: published AP in percent, of what its task predicts (boxes, masks, keypoints): on COCO val2017, and for
+            ``OBJECTS365`` on the first 5000 images of its val, for ``CROWDPOSE`` on its test images.
+        size: cost in parameters and FLOPs.
+        act: the activation of the decoder.
+        hub: repository on the Hugging Face Hub; None: it is not there.
+        revision: commit of that repository; None: the newest.
+        sha256: of the repository's ``model.safetensors``.
+        file: name of the authors' own file.
+        url: where that file is to be had: a release on GitHub, or a page of Google Drive.
+        task: what it predicts.
+    """
+
+    name: str
+    family: str
+    config: str | None
+    data: str
+    ap: float
+    size: Size
+    act: Act
+    hub: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    file: str | None = None
+    url: str | None = None
+    task: str = "detection"
+
+    @property
+    def of(self) -> Family:
+        """The publication that it comes from."""
+        return FAMILIES[self.family]
+
+    @property
+    def licence(self) -> str:
+        """Of code and weights, in one word where they are the same."""
+        code, weights = self.of.code_licence, self.of.weights_licence
+        return code if code == weights else f"code {code}, weights {weights}"
+
+    @property
+    def place(self) -> str:
+        """Where the weights are, in a few words."""
+        return self.hub or ("GitHub" if self.is_download else "Google Drive")
+
+    @property
+    def is_download(self) -> bool:
+        """Whether ``url`` is the file itself, and not a page that leads to it."""
+        return self.url is not None and self.url.startswith("https://github.com/")
+
+    @property
+    def measured(self) -> str:
+        """What ``ap`` was measured on."""
+        return MEASURED.get(self.data, "COCO val2017")
