@@ -26,7 +26,18 @@ SMALL = {
 
 
 # Other forms of a head -> its task, and the settings in place of those above.
-FORMS = {"instance-seg, refine": ("instance-seg", {"embed_dim": 16, "mask_form": "refine"})}
+FORMS = {
+    "instance-seg, refine": ("instance-seg", {"embed_dim": 16, "mask_form": "refine"}),
+    "instance-seg, prototypes": (
+        "instance-seg",
+        {
+            "mask_form": "prototypes",
+            "boxes_from_masks": True,
+            "fine_dim": 12,
+            **dict.fromkeys(("shared_class_head", "shared_box_head", "output_norm"), True),
+        },
+    ),
+}
 
 
 def make_head(task, **settings):

@@ -1,28 +1,31 @@
 """Instance segmentation: a class, a box and a mask for every query of the decoder.
 
-A query's mask is the product of its embedding and the pixel features (Mask2Former, Mask DINO). There are two forms:
+A query's mask is the product of its embedding and the pixel features (Mask2Former, Mask DINO). There are three forms:
 
 - ``prior``: plus an ellipse inside the query's own box, whose weight is predicted too. With it untrained masks are
   ellipses in their boxes already, and objects that look alike, and so have similar embeddings, still get different
   masks. The pixel features come from all maps of the neck and the backbone's of stride 4.
-- ``refine``: ECSeg's, see refine.py, of published weights.
+- ``refine``: ECSeg's, see refine.py, and
+- ``prototypes``: Mask-RT-DETR's, see prototypes.py, both of published weights.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from mvision.evaluation import BoxMetric, MaskMetric
 from mvision.heads.instance_seg.logits import PRIOR_WEIGHT, mask_at_points, mask_grid
 from mvision.heads.instance_seg.losses import OVERSAMPLE, map_of_layer, mask_costs, matched_losses
 from mvision.heads.instance_seg.points import MaskPoints, at_once, read_features, sample_mask_points
+from mvision.heads.instance_seg.prototypes import PrototypeFeatures, boxes_of_masks
 from mvision.heads.instance_seg.refine import RefinedMasks
 from mvision.heads.pixel_features import STRIDE, PixelFeatures
 from mvision.heads.query.decoder import Decoded
@@ -31,6 +34,7 @@ from mvision.heads.query.head import QueryConfig, QueryHead, QueryOutputs
 from mvision.neck.layers import MLP
 from mvision.settings import MAX_OBJECTS, MAX_WIDTH, Replacement
 from mvision.structures import Instances, Targets
+from mvision.structures.boxes import inverse_sigmoid
 from mvision.structures.masks import Masks, RunLengths, encode_logits
 from mvision.structures.run_lengths import encode_masks
 
@@ -41,9 +45,12 @@ class MaskConfig(QueryConfig):
     """The settings of ``QueryConfig`` and those of the masks.
 
     Attributes:
-        mask_form: ``prior`` (mvision's own) or ``refine`` (ECSeg), see the module's docstring.
-        pixel_dim: channels of the layers that compute the pixel features. For ``prior``.
-        mask_dim: channels of the pixel features, and length of a query's mask embedding. For ``prior``.
+        mask_form: ``prior`` (mvision's own), ``refine`` (ECSeg) or ``prototypes`` (Mask-RT-DETR), see the module's
+            docstring.
+        pixel_dim: channels of the layers that compute the pixel features. Not for ``refine``.
+        fine_dim: with ``prototypes`` that of the last of them, which work at stride 4.
+        mask_dim: channels of the pixel features, and length of a query's mask embedding. Not for ``refine``.
+        boxes_from_masks: with ``prototypes``, the decoder starts from the boxes around the selected tokens' masks.
         mask_points: number of points at which the mask losses compare a mask. ECSeg has one for every 16 pixels of its
             masks: 1600 for images of 640 x 640.
         mask_blocks: how many of the blocks of ``refine`` a prediction runs: ``all``, as the last decoder layer is
@@ -55,23 +62,31 @@ class MaskConfig(QueryConfig):
     """
 
     class_weight: float = Field(2.0, ge=0)
-    mask_form: Literal["prior", "refine"] = "prior"
+    mask_form: Literal["prior", "refine", "prototypes"] = "prior"
     pixel_dim: int = Field(128, gt=0, le=MAX_WIDTH)
+    fine_dim: int = Field(64, gt=0, le=MAX_WIDTH)
     mask_dim: int = Field(32, gt=0, le=MAX_WIDTH)
+    boxes_from_masks: bool = False
     mask_points: int = Field(12544, gt=0, le=MAX_OBJECTS)
     mask_blocks: Literal["all", "first"] = "all"
     lateral: bool = False
 
     retired = {
-        "boxes_from_masks": [Replacement(False)],
         "pixel_stride": [Replacement(4)],
         "mask_weight": [Replacement(5.0)],
         "dice_weight": [Replacement(5.0)],
     }
 
+    @field_validator("boxes_from_masks")
+    @classmethod
+    def _has_prototypes(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("mask_form") != "prototypes":
+            raise ValueError("masks need boxes, or are of single layers: it is for mask_form: prototypes alone")
+        return value
+
 
 class MaskOutputs(NamedTuple):
-    """Training outputs, d being ``mask_dim``, or with ``refine`` ``embed_dim``.
+    """Training outputs, d being ``mask_dim``, or with ``refine`` ``embed_dim``. For ``prototypes`` read d for d + 1.
 
     ``queries``: of classes and boxes; ``pixels``: maps (B, d, h, w) of pixel features, one of them or, with ``refine``,
     one for every decoder layer; ``embeddings`` (E, B, Q, d + 1) and ``denoising_embeddings`` (.., B, D, d + 1) or None,
@@ -109,6 +124,11 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
             finest = self.channels[0], self.strides[0]
             self.refine = RefinedMasks(*finest, config.embed_dim, config.num_layers, lateral)
             return
+        if config.mask_form == "prototypes":
+            dims = config.pixel_dim, config.fine_dim, config.mask_dim
+            self.pixels: nn.Module = PrototypeFeatures(self.channels, self.strides, self.lateral_dim, *dims)
+            self.mask_embed = MLP(config.embed_dim, config.embed_dim, config.mask_dim, 3)
+            return
         self.pixels = PixelFeatures(self.channels, self.strides, self.lateral_dim, config.pixel_dim, config.mask_dim)
         # The additional number is the weight of the prior, see MaskOutputs.
         self.mask_embed = MLP(config.embed_dim, config.embed_dim, config.mask_dim + 1, 3)
@@ -119,7 +139,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
     @classmethod
     def lateral_stride(cls, config: MaskConfig) -> int | None:
         """The stride of the masks. Not every backbone has such a map: plain ViTs do not."""
-        return STRIDE if config.mask_form == "prior" or config.lateral else None
+        return STRIDE if config.mask_form != "refine" or config.lateral else None
 
     @classmethod
     def outputs_of(cls, task: str, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -132,7 +152,8 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         """See ``Head.forward``."""
         pixels = self._pixels(maps, lateral, every=targets is not None)
         padded = None if targets is None else self.pad(targets, maps)
-        decoded, denoising = self.decode(maps, padded)
+        from_masks = partial(self._boxes_from_masks, pixels[-1]) if self.config.boxes_from_masks else None
+        decoded, denoising = self.decode(maps, padded, from_masks)
         if padded is None:
             boxes = decoded.boxes[-1]
             masks = mask_grid(self._embed(decoded.queries[-1]), pixels[-1], self._of_prior(boxes))
@@ -141,14 +162,19 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
 
     def _pixels(self, maps: list[Tensor], lateral: Tensor | None, every: bool) -> list[Tensor]:
         """The pixel features: with ``every`` all that training needs, else those of the last decoder layer."""
-        if self.config.mask_form == "prior":
+        if self.config.mask_form != "refine":
             return [self.pixels(maps, lateral)]
         blocks = 1 if self.config.mask_blocks == "first" and not every else len(self.refine.blocks)
         return self.refine(maps[0], lateral, blocks, every)  # type: ignore[no-any-return]
 
     def _embed(self, queries: Tensor) -> Tensor:
         """The embeddings of queries, see ``MaskOutputs``."""
-        return self.mask_embed(queries) if self.config.mask_form == "prior" else self.refine.embed(queries)
+        return self.refine.embed(queries) if self.config.mask_form == "refine" else self.mask_embed(queries)
+
+    @torch.no_grad()
+    def _boxes_from_masks(self, pixels: Tensor, queries: Tensor) -> Tensor:
+        """(B, Q, 4) cxcywh in 0..1, around the masks of queries without a prior; not quite 0 or 1."""
+        return inverse_sigmoid(boxes_of_masks(mask_grid(self._embed(queries), pixels, None))).sigmoid()
 
     def _of_prior(self, boxes: Tensor) -> Tensor | None:
         """The boxes, if masks have a prior."""
@@ -159,7 +185,7 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
     ) -> MaskOutputs:
         split = decoded.queries.shape[2] - decoded.encoder_queries.shape[1]
         selected = decoded.queries[:, :, split:]
-        if self.config.mask_form == "prior":
+        if self.config.mask_form != "refine":
             selected = torch.cat((selected, decoded.encoder_queries[None]))
         embeddings = self._embed(selected)
         noisy = self._embed(decoded.queries[:, :, :split]) if denoising else None

@@ -9,7 +9,7 @@ selection come from Deformable DETR). Other settings make it D-FINE's, DEIM's or
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
@@ -47,9 +47,10 @@ class Decoded:
         logits: (L, B, D + Q, C) before the sigmoid, of all L layers, or of the last one alone (L = 1), see
             ``QueryDecoder.forward``.
         boxes: (L, B, D + Q, 4) cxcywh in 0..1.
-        queries: (L, B, D + Q, embed_dim), the layers' outputs, from which logits and boxes were computed.
+        queries: (L, B, D + Q, embed_dim), the layers' outputs, from which logits and boxes were computed; after
+            ``output_norm``, if there is one.
         encoder_logits, encoder_boxes: (B, Q, C) and (B, Q, 4) of the selected tokens.
-        encoder_queries: (B, Q, embed_dim), the features of the selected tokens.
+        encoder_queries: (B, Q, embed_dim), the features of the selected tokens; after ``output_norm`` likewise.
         dense: of all tokens, in training and where the decoder was built with ``dense``; else None.
         corners: (L, B, D + Q, 4 * (num_bins + 1)), of all layers the logits of the distributions of the left, upper,
             right and lower sides, relative to ``initial``, in float32 or better. This and the next three are None
@@ -122,6 +123,7 @@ class QueryDecoder(nn.Module):
         deep = config.position_mlp == "deep"
         self.position = MLP(4, dim, dim, 3, act=act) if deep else MLP(4, 2 * dim, dim, 2, act=act)
         self.layers = nn.ModuleList(DecoderLayer(config, len(in_channels)) for _ in range(config.num_layers))
+        self.output_norm: nn.Module = nn.LayerNorm(dim) if config.output_norm else nn.Identity()
         own_heads = 0 if config.shared_class_head else config.num_layers
         self.class_heads = nn.ModuleList(nn.Linear(dim, num_classes) for _ in range(own_heads))
         self.distribution = (
@@ -131,7 +133,8 @@ class QueryDecoder(nn.Module):
         )
         sides = 4 if self.distribution is None else 4 * (config.num_bins + 1)
         self.pre_box = None if self.distribution is None else MLP(dim, dim, 4, 3, act=act)
-        self.box_heads = nn.ModuleList(MLP(dim, dim, sides, 3, act=act) for _ in range(config.num_layers))
+        own_heads = 0 if config.shared_box_head else config.num_layers
+        self.box_heads = nn.ModuleList(MLP(dim, dim, sides, 3, act=act) for _ in range(own_heads))
         own_heads = config.num_layers if config.location_quality else 0
         self.quality_heads = nn.ModuleList(MLP(STATISTICS, 64, 1, 2, act=act) for _ in range(own_heads))
         # The additional row, zeros, is for padding.
@@ -155,13 +158,22 @@ class QueryDecoder(nn.Module):
             if isinstance(linear, nn.Linear):
                 nn.init.xavier_uniform_(linear.weight)
 
-    def forward(self, maps: list[Tensor], denoising: Denoising | None = None, *, every_layer: bool = False) -> Decoded:
+    def forward(
+        self,
+        maps: list[Tensor],
+        denoising: Denoising | None = None,
+        *,
+        every_layer: bool = False,
+        boxes_of: Callable[[Tensor], Tensor] | None = None,
+    ) -> Decoded:
         """Select queries and refine them.
 
         Args:
             maps: each (B, C_i, h_i, w_i), finest first.
             denoising: queries to put before the selected ones.
             every_layer: return the predictions of all layers and of all tokens, as the loss needs them.
+            boxes_of: gives the boxes (B, Q, 4) that the layers start from in place of the tokens' own, cxcywh in 0..1,
+                for the selected tokens' features (B, Q, embed_dim) after ``output_norm``.
 
         Raises:
             ValueError: denoising queries for a decoder that was built without an embedding for them.
@@ -182,13 +194,14 @@ class QueryDecoder(nn.Module):
             inside = selected_anchors[..., :1] < torch.finfo(anchors.dtype).max
             selected = self.memory_proj(torch.where(inside, selected, 0))
         # Boxes are computed for the selected tokens only: nothing needs those of the others.
-        classes = self.num_classes
-        encoder_logits = self.memory_class(selected) if every_layer else scores.gather(1, index.expand(-1, -1, classes))
+        classes, normed = self.num_classes, self.output_norm(selected)
+        encoder_logits = self.memory_class(normed) if every_layer else scores.gather(1, index.expand(-1, -1, classes))
         encoder_boxes = (self.memory_box(selected).to(anchors.dtype) + selected_anchors).sigmoid()
+        first_boxes = encoder_boxes if boxes_of is None else boxes_of(normed).to(anchors.dtype)
 
-        queries, references, mask = self._start(selected, encoder_boxes, denoising, every_layer)
+        queries, references, mask = self._start(selected, first_boxes, denoising, every_layer)
         refined = self._refine(queries, references, memory, shapes, mask, every_layer)
-        contents = _stack(refined.queries)
+        contents = self.output_norm(_stack(refined.queries))
         logits = self._classify(refined.queries, contents)
         first = refined.pre_boxes
         return Decoded(
@@ -201,7 +214,7 @@ class QueryDecoder(nn.Module):
             pre_boxes=first,
             encoder_logits=encoder_logits,
             encoder_boxes=encoder_boxes,
-            encoder_queries=selected,
+            encoder_queries=normed,
             dense=self._dense(features, anchors) if every_layer else None,
         )
 
@@ -262,7 +275,8 @@ class QueryDecoder(nn.Module):
                 position = self._position(references, queries.dtype)
             queries = layer(queries, position, references, memory, shapes, mask)
             if self.distribution is None or self.pre_box is None:
-                boxes = _moved(references, self.box_heads[index](queries))
+                box_head = self.box_heads[index] if self.box_heads else self.memory_box
+                boxes = _moved(references, box_head(queries))
             else:
                 if initial is None:
                     first = _moved(references, self.pre_box(queries))
@@ -289,10 +303,12 @@ class QueryDecoder(nn.Module):
         return position if limit is None else position.clamp(-limit, limit)
 
     def _classify(self, of_layers: list[Tensor], stacked: Tensor) -> Tensor:
-        """(L, B, Q, C) logits of the queries of the last L layers, which are given one by one and together."""
+        """(L, B, Q, C) logits of the queries of the last L layers, given one by one, and together and normed."""
         if not self.class_heads:
             return self.memory_class(stacked)
         heads = list(self.class_heads)[-len(of_layers) :]
+        if self.config.output_norm:
+            of_layers = list(stacked.unbind())
         return _stack([head(queries) for head, queries in zip(heads, of_layers)])
 
 

@@ -142,14 +142,22 @@ class QueryHead(Head[ConfigT, OutputsT]):
         layers = config.num_layers + (self.decoder.distribution is not None)  # that of "pre"
         return pad_targets(targets, maps[0].device, dtype, config.num_denoising, layers)
 
-    def decode(self, maps: list[Tensor], targets: PaddedTargets | None) -> tuple[Decoded, Denoising | None]:
-        """Run the decoder; with ``targets`` (training) add denoising queries and return the outputs of all layers."""
+    def decode(
+        self,
+        maps: list[Tensor],
+        targets: PaddedTargets | None,
+        boxes_of: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Decoded, Denoising | None]:
+        """Run the decoder; with ``targets`` (training) add denoising queries and return the outputs of all layers.
+
+        ``boxes_of``: see ``QueryDecoder.forward``.
+        """
         if targets is None:
-            return self.decoder(maps), None
+            return self.decoder(maps, boxes_of=boxes_of), None
         config = self.config
         queries = min(config.num_queries, sum(x.shape[-2] * x.shape[-1] for x in maps))
         denoising = make_denoising(targets, len(self.categories), queries, config.label_noise, config.box_noise)
-        return self.decoder(maps, denoising, every_layer=True), denoising
+        return self.decoder(maps, denoising, every_layer=True, boxes_of=boxes_of), denoising
 
     def start_matching(self, outputs: QueryOutputs, more_costs: Tensor | None = None) -> Callable[[], Matches]:
         """Start to match the queries of every layer of the outputs with the objects.

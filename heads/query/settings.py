@@ -23,7 +23,11 @@ class DecoderConfig(Settings):
         sampling, offset_scale: see ``DeformableAttention``.
         shared_class_head: one classifier for the tokens and for all layers, and layers that start as the identity, so
             that in the first step the decoder classifies its queries as the tokens were classified. Trains faster from
-            random weights; published weights have one classifier per layer.
+            random weights; most published weights have one classifier per layer.
+        shared_box_head: likewise one MLP for the change of boxes, of the tokens and in all layers (Mask-RT-DETR). For
+            ``direct`` boxes alone.
+        output_norm: a norm of tokens and queries before they are classified, and before masks (Mask-RT-DETR). The
+            selection of tokens and the boxes go without.
         act: activation of the feed-forward networks and of all MLPs: ``relu`` (RT-DETR, D-FINE), ``silu`` (DEIM,
             RT-DETRv4, EdgeCrafter) or ``gelu``.
         input_projection: a convolution on every map of the neck: ``always``, or ``if_needed``, where the map has not
@@ -53,6 +57,8 @@ class DecoderConfig(Settings):
     sampling: Literal["default", "discrete"] = "default"
     offset_scale: float = Field(0.5, gt=0)
     shared_class_head: bool = False
+    shared_box_head: bool = False
+    output_norm: bool = False
     act: Literal["relu", "silu", "gelu"] = "relu"
     input_projection: Literal["always", "if_needed"] = "always"
     memory_projection: bool = True
@@ -68,6 +74,15 @@ class DecoderConfig(Settings):
     location_quality: bool = False
 
     retired = {"learned_queries": [Replacement(False)]}
+
+    @field_validator("box_refinement")
+    @classmethod
+    def _heads_fit(cls, value: str, info: ValidationInfo) -> str:
+        if value == "distribution" and info.data.get("shared_box_head"):
+            raise ValueError(
+                "distributions of the layers cannot come from the tokens' head: set shared_box_head: false"
+            )
+        return value
 
     @field_validator("location_quality")
     @classmethod
