@@ -45,6 +45,7 @@ RECIPES: dict[str, tuple[dict[str, object], dict[str, object]]] = {
     "+ location quality": (QUALITY, {}),
     "+ shared matches": ({**QUALITY, "shared_matches": True}, {}),
     "mal, dense one-to-one": (MAL, MIXED),
+    "mal, distributions, dense one-to-one": (DISTRIBUTION, MIXED),
     "mal, flat cosine": (MAL, FLAT),
 }
 """Name -> settings of the head, and dotted keys of the whole config."""
