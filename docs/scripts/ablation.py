@@ -143,7 +143,7 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("out", type=Path, help="folder of the rows and the table")
     parser.add_argument(
         "--data", action="append", default=[], type=task_and_folder, metavar="TASK=FOLDER",
-        help="a data set to train TASK on; may be repeated.  [default: the built-in set, for all tasks]",
+        help="a data set to train TASK on, TASK= for the built-in one; may be repeated  [default: that, for all tasks]",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds, from 0")
     parser.add_argument("--model", default="tiny", help="a shipped config")
@@ -166,7 +166,7 @@ def recipe_of(options: argparse.Namespace) -> Row:
     return {"model": options.model, "epochs": options.epochs, "settings": options.set}
 
 
-def places(data: list[tuple[str, str]]) -> list[tuple[str, str | None]]:
+def places(data: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
     """(task, folder) of ``--data``; none stands for all tasks on the built-in set."""
     found: list[tuple[str, str | None]] = [*data] or [(task, None) for task in TASKS]
     for (task, one), (other_task, other) in itertools.combinations(found, 2):
@@ -175,12 +175,12 @@ def places(data: list[tuple[str, str]]) -> list[tuple[str, str | None]]:
     return found
 
 
-def task_and_folder(text: str) -> tuple[str, str]:
-    """``TASK=FOLDER`` of ``--data``."""
+def task_and_folder(text: str) -> tuple[str, str | None]:
+    """``TASK=FOLDER`` of ``--data``; no folder stands for the built-in set."""
     task, equals, folder = text.partition("=")
     if not equals or task not in TASKS:
         raise SystemExit(f"--data: {text!r} is not TASK=FOLDER with a task of {', '.join(TASKS)}")
-    return task, folder
+    return task, folder or None
 
 
 def name_of(folder: str | None) -> str:
