@@ -36,7 +36,7 @@ class NeckConfig(Settings):
     window_size: int = Field(20, gt=0, le=1024)
     window_threshold: int = Field(1600, gt=0)
     attention_act: Literal["gelu", "relu", "silu"] = "gelu"
-    projections: bool = True
+    projections: bool | Literal["last"] = True
     lateral_act: bool = True
     fusion: Literal["concat", "sum"] = "concat"
     fusion_block: Literal["csp", "elan"] = "csp"

@@ -55,7 +55,8 @@ class HybridEncoder(nn.Module):
             "window" the one for maps larger than a window.
         window_size: largest side of a window in tokens.
         window_threshold: in tokens; 1600 are a 1280 x 1280 image at stride 32.
-        projections: False takes the maps as they are; all must have embed_dim channels.
+        projections: False takes the maps as they are, and "last" all but the coarsest (EdgeCrafter's small models);
+            those must have embed_dim channels.
         lateral_act: apply conv_act after the 1x1 convolutions of the top-down path.
         fusion: how two maps become the input of a fusion block, "concat" or "sum".
         fusion_block: "csp" (RT-DETR, `CSPRepLayer`) or "elan" (D-FINE, `ELANBlock`).
@@ -94,7 +95,7 @@ class HybridEncoder(nn.Module):
         attention: AttentionMode = "global",
         window_size: int = 20,
         window_threshold: int = 1600,
-        projections: bool = True,
+        projections: bool | Literal["last"] = True,
         lateral_act: bool = True,
         fusion: Literal["concat", "sum"] = "concat",
         fusion_block: Literal["csp", "elan"] = "csp",
@@ -250,16 +251,20 @@ def _resampler(dim: int, source: int, target: int, act: str, eps: float) -> nn.M
     return nn.Sequential(*layers)
 
 
-def _projections(in_channels: list[int], embed_dim: int, project: bool, eps: float) -> nn.ModuleList:
-    if project:
-        return nn.ModuleList(ConvNorm(channels, embed_dim, act=None, eps=eps) for channels in in_channels)
+def _projections(in_channels: list[int], embed_dim: int, project: bool | Literal["last"], eps: float) -> nn.ModuleList:
+    projected = [
+        project is True or (project == "last" and level == len(in_channels) - 1) for level, _ in enumerate(in_channels)
+    ]
     for level, channels in enumerate(in_channels):
-        if channels != embed_dim:
+        if channels != embed_dim and not projected[level]:
             raise ValueError(
-                f"projections=False takes maps of embed_dim={embed_dim} channels as they are, but map {level} has "
-                f"{channels}; set projections=True, or another embed_dim"
+                f"projections={project!r} takes maps of embed_dim={embed_dim} channels as they are, but map {level} "
+                f"has {channels}; set projections=True, or another embed_dim"
             )
-    return nn.ModuleList(nn.Identity() for _ in in_channels)
+    return nn.ModuleList(
+        ConvNorm(channels, embed_dim, act=None, eps=eps) if wanted else nn.Identity()
+        for channels, wanted in zip(in_channels, projected)
+    )
 
 
 def _position(position: str, embed_dim: int, num_scales: int) -> nn.Module:
