@@ -1,11 +1,13 @@
 """How a configuration is put together: a shipped or given file, command-line options, ``-o key=value``.
 
 Order of precedence: file < options < ``-o a.b=c``. A file may name another one as its ``base``. Its section ``tasks``
-holds settings for a model with one task alone; they override the rest of the file.
+holds settings for a model with one task alone; they override the rest of the file. The section of a head may have
+``kinds``, its settings for other kinds of that head: what chooses one of them later starts from those alone.
 """
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from mvision.backbone import check_backbone_name
 from mvision.config.explain import explain
 from mvision.config.schema import Config, ModelConfig
 from mvision.errors import UserError, did_you_mean
-from mvision.heads import known_tasks, serving_task
+from mvision.heads import HEADS, known_tasks, serving_task
 from mvision.storage.yaml_files import parse_yaml, read_yaml
 
 RUN_CONFIG = "config.yaml"
@@ -59,7 +61,7 @@ def load_config(
         layers_of_file = _file_layers(Path(file))
         # Validated alone first, so that an error in the file names the file.
         for task in (None, *layers_of_file[-1].get("tasks", {})):
-            parse_config(_combined(layers_of_file, task), where=f"config {file}: ")
+            parse_config(_without_kinds(_combined(layers_of_file, task)), where=f"config {file}: ")
         tasks_of_file = list(_heads(layers_of_file[-1]))
         layers += layers_of_file
     # A shipped config has a section for every task; the model gets only the tasks that are wanted.
@@ -69,14 +71,13 @@ def load_config(
     included = {task for task in wanted if serving_task(task, wanted) != task and task not in tasks_of_file}
     heads = {task: {} if task in included else sections.get(task) or {} for task in wanted}
     _assign(tree, "model.heads", heads)
-    for key, value in (overrides or {}).items():
+    given = [*(overrides or {}).items(), *map(_parsed, assignments or [])]
+    for key, value in given:
+        if re.fullmatch(r"model\.heads\.[^.]+\.kind", key):  # before settings of that kind
+            tree = _of_kind(tree, key.split(".")[2], value)
+    for key, value in given:
         _assign(tree, key, value)
-    for assignment in assignments or []:
-        key, sign, text = assignment.partition("=")
-        if not sign or not key:
-            raise UserError(f"-o {assignment}: write it as key.sub=value")
-        _assign(tree, key, parse_yaml(text, f"-o {key}"))
-    return parse_config(tree)
+    return parse_config(_without_kinds(tree))
 
 
 def config_of_run(source: str | Path) -> Config | None:
@@ -121,14 +122,53 @@ def _combined(layers: list[dict[str, Any]], task: str | None) -> dict[str, Any]:
     """Layers merged in their order, each with its settings for ``task`` alone."""
     tree: dict[str, Any] = {}
     for layer in layers:
-        tree = merge(tree, {section: value for section, value in layer.items() if section != "tasks"})
-        tree = merge(tree, layer.get("tasks", {}).get(task) or {})
+        for top in ({key: value for key, value in layer.items() if key != "tasks"}, layer.get("tasks", {}).get(task)):
+            for name, section in _heads(top or {}).items():
+                if isinstance(section, dict) and "kind" in section:
+                    tree = _of_kind(tree, name, section["kind"])
+            tree = merge(tree, top or {})
     return tree
 
 
+def _of_kind(tree: dict[str, Any], task: str, kind: Any) -> dict[str, Any]:
+    """The tree in which, if the section of a head has settings for this kind, these are in place of all others."""
+    section = _heads(tree).get(task)
+    kinds = section.get("kinds") if isinstance(section, dict) else None
+    if not isinstance(kinds, dict) or not isinstance(kind, str) or kind not in kinds:
+        return tree
+    return _with_heads(tree, {task: {**(kinds[kind] or {}), "kinds": kinds}})
+
+
+def _without_kinds(tree: dict[str, Any]) -> dict[str, Any]:
+    """The tree with the settings of the chosen kind of every head alone; raises UserError for an unknown kind."""
+    heads = {}
+    for task, section in _heads(tree).items():
+        known = HEADS.get(task)
+        if isinstance(section, dict) and isinstance(section.get("kinds"), dict) and isinstance(known, dict):
+            for kind in section["kinds"].keys() - known.keys():
+                raise UserError(f"model.heads.{task}.kinds: {kind!r} is unknown; {did_you_mean(str(kind), known)}")
+            heads[task] = {key: value for key, value in section.items() if key != "kinds"}
+    return _with_heads(tree, heads) if heads else tree
+
+
+def _with_heads(tree: dict[str, Any], heads: dict[str, Any]) -> dict[str, Any]:
+    """The tree with these sections in place of those of their heads."""
+    return {**tree, "model": {**tree["model"], "heads": {**_heads(tree), **heads}}}
+
+
+def _parsed(assignment: str) -> tuple[str, Any]:
+    """Key and value of ``-o``."""
+    key, sign, text = assignment.partition("=")
+    if not sign or not key:
+        raise UserError(f"-o {assignment}: write it as key.sub=value")
+    return key, parse_yaml(text, f"-o {key}")
+
+
 def _heads(tree: dict[str, Any]) -> dict[str, Any]:
-    """The section ``model.heads``, which may be absent or empty."""
-    return (tree.get("model") or {}).get("heads") or {}
+    """The section ``model.heads``; empty where it is absent, or no mapping, which validation reports."""
+    model = tree.get("model")
+    heads = model.get("heads") if isinstance(model, dict) else None
+    return heads if isinstance(heads, dict) else {}
 
 
 def _model_layers(name: str) -> list[dict[str, Any]]:
