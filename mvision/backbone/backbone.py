@@ -1,4 +1,4 @@
-"""Backbones: one interface for feature networks of timm and segmentation-models-pytorch.
+"""Backbones: one interface for feature networks of timm, EdgeCrafter and segmentation-models-pytorch.
 
 It covers what the libraries leave to their users: normalisation of the input, the memory layout of the maps, image
 sides that are not a multiple of the patch size, and layers whose outputs are not used.
@@ -14,25 +14,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvision.backbone.affine import fold_affine
-from mvision.backbone.feature_nets import SMP, build_pretrained, plan_network, probe, pyramid_of, smp_names
+from mvision.backbone.ecvit_names import SIZES
+from mvision.backbone.feature_nets import SMP, FeaturePlan, build_pretrained, plan_network, probe, pyramid_of, smp_names
 from mvision.backbone.folding import fold_norms, observe
+from mvision.backbone.layer_order import layers_from_end
+from mvision.backbone.own_weights import load_file
+from mvision.backbone.pyramid import Detail, MeanPyramid, detail_strides, pyramid_scales, resized
 from mvision.errors import UserError, did_you_mean
+from mvision.neck.layers import fuse_modules
 
 if TYPE_CHECKING:
     from mvision.backbone.config import BackboneConfig
 
 
 class Backbone(nn.Module):
-    """A feature network of timm, or of segmentation-models-pytorch as ``smp:NAME``.
+    """A feature network by its name, see ``BackboneConfig``, and the pyramid of a plain ViT.
 
     Args:
-        config: the network, strides and normalisation.
+        config: the network, strides, pyramid and normalisation.
         image_size: (height, width) of the input, for networks that are built for a fixed size.
         laterals: strides of the maps that heads take besides those of ``config.strides``. Strides that the network does
             not have, or that are not finer than all of ``config.strides``, are left out.
 
     Attributes:
-        channels, strides: of the maps for the neck, finest first. All maps of a plain ViT have the same stride.
+        channels, strides: of the maps for the neck, finest first. All maps of a plain ViT have the same stride, unless
+            they are made into a pyramid here.
         laterals: stride -> channels of the maps for heads, finest first.
         any_size: images of other sizes than ``image_size`` are accepted too.
         mean, std: (3, 1, 1), subtracted from and divided by images in 0..1, and saved with the weights; None: images
@@ -40,7 +46,7 @@ class Backbone(nn.Module):
 
     Raises:
         UserError: an unknown network, strides that it does not have, a size that it cannot take, or pretrained weights
-            that are neither in the cache nor can be downloaded.
+            that are neither in the cache nor can be downloaded; a file of weights that does not fit.
     """
 
     mean: Tensor | None
@@ -51,14 +57,24 @@ class Backbone(nn.Module):
         super().__init__()
         check_backbone_name(config.name)
         self.config, self.image_size = config, image_size
-        finer = {stride for stride in laterals if stride < min(config.strides) and stride in pyramid_of(config.name)}
-        strides = (*sorted(finer), *config.strides)
+        available = self._available(config)
+        finer = sorted({stride for stride in laterals if stride < min(config.strides) and stride in available})
+        mean = config.pyramid == "mean-bilinear"
+        strides = () if mean else (*finer, *config.strides)
         plan = plan_network(config.name, strides, image_size)
         unused, self.any_size = probe(config.name, strides, image_size)
-        self.laterals = dict(zip(plan.strides, plan.channels[: len(finer)]))
-        self.channels, self.strides = plan.channels[len(finer) :], plan.strides[len(finer) :]
         self._keep, self._multiple = plan.keep, plan.multiple
-        self.net = build_pretrained(plan, config.name) if config.pretrained else plan.build()
+        pretrained = config.pretrained and config.weights is None
+        self.net = build_pretrained(plan, config.name) if pretrained else plan.build()
+        if config.weights is not None:
+            load_file(self.net, config.weights, config.name)
+        self.pyramid: MeanPyramid | None = None
+        self.detail: Detail | None = None
+        if mean:
+            self._add_pyramid(plan, finer)
+        else:
+            self.laterals = dict(zip(plan.strides, plan.channels[: len(finer)]))
+            self.channels, self.strides = plan.channels[len(finer) :], plan.strides[len(finer) :]
         # Distributed training needs a gradient for every trainable parameter.
         for name in unused:
             self.net.get_parameter(name).requires_grad_(False)
@@ -66,9 +82,38 @@ class Backbone(nn.Module):
         self._channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
         if config.stage1_shortcut:
             _add_stage1_shortcut(self.net, config.name)
-        mean, std = plan.statistics(config.pretrained) if config.normalize == "auto" else (None, None)
+        mean, std = plan.statistics(pretrained) if config.normalize == "auto" else (None, None)
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, None if values is None else torch.tensor(values).view(3, 1, 1))
+
+    @staticmethod
+    def _available(config: BackboneConfig) -> list[int]:
+        """Strides of which there are maps; raises UserError for settings that do not fit the network."""
+        own = pyramid_of(config.name)
+        if config.pyramid == "mean-bilinear":
+            if own:
+                raise UserError(
+                    f"model.backbone.pyramid: mean-bilinear is for plain ViTs, whose maps have one stride; "
+                    f"{config.name} has strides {', '.join(map(str, own))}: leave it at last"
+                )
+            return [4] if config.detail else []
+        if config.detail:
+            raise UserError(
+                f"model.backbone.detail: {config.detail} is added to a pyramid of a plain ViT alone: set "
+                "model.backbone.pyramid=mean-bilinear, or detail to 0"
+            )
+        return own
+
+    def _add_pyramid(self, plan: FeaturePlan, finer: list[int]) -> None:
+        scales = pyramid_scales(plan.strides[0], self.config.strides)
+        self.pyramid = MeanPyramid(scales)
+        self.strides = [round(plan.strides[0] / scale) for scale in scales]
+        self.channels, self.laterals = [plan.channels[0]] * len(scales), {}
+        if self.config.detail:
+            self.detail = Detail(self.config.detail, [*finer, *detail_strides(self.config.strides)])
+            widths = self.detail.channels
+            self.laterals = dict(zip(finer, widths))
+            self.channels = [own + more for own, more in zip(self.channels, widths[len(finer) :])]
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, C, H / stride, W / stride), finest first: the laterals, then those for the neck.
@@ -86,9 +131,16 @@ class Backbone(nn.Module):
         if self._multiple > 1:
             images = _to_multiple(images, self._multiple)
         maps = self.net(images)
-        if self._channels_last:
-            return [maps[index].permute(0, 3, 1, 2) for index in self._keep]
-        return [maps[index] for index in self._keep]
+        maps = [maps[index].permute(0, 3, 1, 2) if self._channels_last else maps[index] for index in self._keep]
+        if self.pyramid is None:
+            return maps
+        maps = self.pyramid(maps)
+        if self.detail is None:
+            return maps
+        details = self.detail(images)
+        count = len(details) - len(maps)
+        fine = [torch.cat([x, resized(more, *x.shape[-2:])], 1) for x, more in zip(maps, details[count:])]
+        return details[:count] + fine
 
     def fuse(self) -> Backbone:
         """Re-parameterise in place what timm can, and fold norms into convolutions; maps in eval mode stay the same."""
@@ -97,8 +149,10 @@ class Backbone(nn.Module):
         size = [-(-side // self._multiple) * self._multiple for side in self.image_size]
         image = torch.empty(1, 3, *size, device="meta")
         self.net = reparameterize_model(self.net, inplace=True)
-        fold_affine(fold_norms(self.net, lambda net: net(image)))
-        if not self._takes_pixels:
+        fold_affine(fuse_modules(fold_norms(self.net, lambda net: net(image))))
+        if self.detail is not None:
+            fuse_modules(self.detail)
+        elif not self._takes_pixels:
             self._fold_scale(observe(self.net, lambda net: net(image)).first)
         return self
 
@@ -127,6 +181,14 @@ class Backbone(nn.Module):
             images = images.to(next(self.net.parameters()).dtype) / 255
         return images if self.mean is None or self.std is None else (images - self.mean) / self.std
 
+    def layers_from_end(self) -> dict[str, int]:
+        """For every parameter of the network, by its name here, how many layers are between its layer and the last.
+
+        Raises:
+            UserError: the network's library does not say which layers it has.
+        """
+        return {f"net.{name}": layer for name, layer in layers_from_end(self.net, self.config.name).items()}
+
     def set_normalization(self, mean: Tensor | None, std: Tensor | None) -> None:
         """Use the normalisation that loaded weights were trained with: (3, 1, 1) each, or None for none."""
         like = next(self.net.parameters())
@@ -136,17 +198,19 @@ class Backbone(nn.Module):
 
 
 def check_backbone_name(name: str) -> None:
-    """Raise UserError unless timm or, for ``smp:NAME``, segmentation-models-pytorch has a network of this name."""
+    """Raise UserError unless there is a network of this name, see ``BackboneConfig``."""
     if name.startswith(SMP):
         known = [SMP + encoder for encoder in smp_names()]
         if name not in known:
             raise UserError(f"backbone '{name}' is unknown to segmentation-models-pytorch: {did_you_mean(name, known)}")
         return
+    if name in SIZES:
+        return
     import timm
 
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        known = [*timm.list_models(), *(SMP + encoder for encoder in smp_names())]
+        known = [*timm.list_models(), *SIZES, *(SMP + encoder for encoder in smp_names())]
         raise UserError(f"backbone '{name}' is unknown to timm: {did_you_mean(base, known)}")
     tags = timm.list_pretrained(f"{base}.*")
     if tag and name not in tags:

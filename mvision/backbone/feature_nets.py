@@ -1,4 +1,4 @@
-"""Feature networks of timm and segmentation-models-pytorch: how to build them, and which of their maps to take.
+"""Feature networks of timm, EdgeCrafter and segmentation-models-pytorch: how to build them, which maps to take.
 
 Channels, strides, accepted image sizes and unused layers are determined by building and running the network on the meta
 device, which has shapes but no data: that is fast and leaves the random state alone.
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mvision.backbone import ecvit_names
 from mvision.errors import UserError
 from mvision.storage.hub import cache_only_if_unreachable, download_problem
 
@@ -50,19 +51,44 @@ class FeaturePlan:
 def plan_network(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> FeaturePlan:
     """The plan for maps of these strides, finest first. A plain ViT has one stride; it is planned for as many maps.
 
+    No strides at all stand for the maps of a plain ViT's last two blocks.
+
     Raises:
         UserError: the network returns no feature maps, or none of a given stride.
     """
+    if name in ecvit_names.SIZES:
+        return _ecvit_plan(name)
     return _smp_plan(name, strides) if name.startswith(SMP) else _timm_plan(name, strides, image_size)
 
 
 def pyramid_of(name: str) -> list[int]:
     """The strides of all maps of a network, finest first; empty for a plain ViT, whose maps have one stride."""
+    if name in ecvit_names.SIZES:
+        return []
     if name.startswith(SMP):
         return [stride for stride in _smp_strides(name)[0] if stride]
     _, _, reductions = _timm_facts(name)
     strides = sorted(set(reductions))
     return strides if len(strides) > 1 else []
+
+
+def _ecvit_plan(name: str) -> FeaturePlan:
+    size = ecvit_names.SIZES[name]
+
+    def build(pretrained: bool = False) -> nn.Module:
+        from mvision.backbone.ecvit import EcViT
+
+        assert not pretrained, "refused by build_pretrained"
+        return EcViT(size)
+
+    return FeaturePlan(
+        build=build,
+        keep=list(range(ecvit_names.TAKEN)),
+        channels=[size.dim] * ecvit_names.TAKEN,
+        strides=[ecvit_names.PATCH] * ecvit_names.TAKEN,
+        statistics=lambda _: (IMAGENET_MEAN, IMAGENET_STD),
+        multiple=ecvit_names.PATCH,
+    )
 
 
 def _timm_plan(name: str, strides: tuple[int, ...], image_size: tuple[int, int]) -> FeaturePlan:
@@ -108,8 +134,20 @@ def _timm_facts(name: str) -> tuple[frozenset[str], list[int], list[int]]:
     return frozenset(arguments), [entry["num_chs"] for entry in info], [entry["reduction"] for entry in info]
 
 
+def whole_network(name: str) -> nn.Module:
+    """A network of timm with all its layers, those behind the last map too, without data."""
+    import timm
+
+    return _without_data(lambda: timm.create_model(name))
+
+
 def _spread(blocks: int, count: int) -> list[int]:
-    """Blocks of a plain ViT to take maps from: the last one and others at equal steps (5, 8, 11 of 12 for three)."""
+    """Blocks of a plain ViT to take maps from: the last one and others at equal steps (5, 8, 11 of 12 for three).
+
+    A count of 0 stands for the last two.
+    """
+    if not count:
+        return list(range(max(0, blocks - ecvit_names.TAKEN), blocks))
     step = max(1, blocks // (count + 1))
     return [max(0, blocks - 1 - step * index) for index in reversed(range(count))]
 
@@ -220,6 +258,11 @@ def _try(net: nn.Module, height: int, width: int) -> tuple[list[Tensor], str]:
 
 def build_pretrained(plan: FeaturePlan, name: str) -> nn.Module:
     """The network with its library's weights, from the cache or the network; UserError where there are none."""
+    if name in ecvit_names.SIZES:
+        raise UserError(
+            f"model.backbone.pretrained: no library has weights of {name}: give its authors' file as "
+            "model.backbone.weights, or start from a whole model with --init"
+        )
     try:
         with cache_only_if_unreachable():
             return plan.build(pretrained=True)

@@ -119,7 +119,7 @@ def _random_model(name: str, tasks: Sequence[str]) -> Model:
     denormal numbers, which a CPU computes slowly.
     """
     config = load_config(name, tasks=list(tasks) or None).model
-    config.backbone.pretrained = False
+    config.backbone.forget_weights()
     config.categories = coco_with_keypoints()
     torch.manual_seed(0)
     model = Model(config)

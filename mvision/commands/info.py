@@ -55,7 +55,7 @@ def info_text(model: str | None = None, weights: str | None = None, family: str 
     if model is not None:
         config = load_config(model).model
         config.categories = config.categories or coco_with_keypoints()
-        config.backbone.pretrained = False  # the counts do not depend on them
+        config.backbone.forget_weights()  # the counts do not depend on them
         return model_text(Model(config), model)
     return machine_text()
 

@@ -258,6 +258,8 @@ class TrainConfig(Settings):
             embeddings and the last layers of classifiers get AdamW with Nesterov momentum.
         lr: peak learning rate of neck and heads; it is not scaled with the batch size.
         backbone_lr: peak learning rate of the backbone; None: the same as ``lr``.
+        layer_decay: factor of the backbone's learning rate from each layer to the one before it (layers as timm groups
+            them); 1 for none. Pretrained ViTs are often trained with 0.8, so that their first layers change little.
         weight_decay: on weights of convolutions and linear layers; norms, biases and embeddings have none.
         beta2: decay of the second moment in AdamW.
         warmup_steps: linear warm-up, in optimiser steps.
@@ -289,6 +291,7 @@ class TrainConfig(Settings):
     optimizer: Literal["adamw", "muon"] = "adamw"
     lr: float = Field(1e-4, gt=0, le=100)
     backbone_lr: float | None = Field(None, gt=0, le=100)
+    layer_decay: float = Field(1.0, gt=0, le=1)
     weight_decay: float = Field(1e-4, ge=0, le=100)
     beta2: float = Field(0.999, gt=0, lt=1)
     warmup_steps: int = Field(1000, ge=0, le=MOST_STEPS)

@@ -116,7 +116,7 @@ def parse_description(text: str | None, path: Path) -> Description:
         config = parse_model_config(described["model"])
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from error
-    config.backbone.pretrained = False  # the weights are in the file: nothing has to be downloaded
+    config.backbone.forget_weights()  # the weights are in the file: nothing has to be downloaded
     texts = {key: str(described[key]) for key in ("version", "weights", "precision") if described.get(key)}
     return Description(config, **texts)
 

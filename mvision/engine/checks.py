@@ -37,7 +37,7 @@ def warn_of_slow_backbone(config: Config, log: Callable[[str], None]) -> None:
     """The low learning rate of a pretrained backbone is far too low for random weights."""
     settings = config.train
     slow = settings.backbone_lr is not None and settings.backbone_lr < settings.lr
-    if slow and not config.model.backbone.pretrained:
+    if slow and not config.model.backbone.starts_trained:
         log(
             f"warning: the backbone starts from random weights at a low rate (train.backbone_lr "
             f"{settings.backbone_lr:g}): use --init WEIGHTS, -o model.backbone.pretrained=true, or "

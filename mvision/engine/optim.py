@@ -22,18 +22,26 @@ def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
 
     Parameters with one dimension (norms, biases) and embeddings have no weight decay, and AdamW in both cases. Every
     parameter group has its peak learning rate as ``peak_lr``, which ``set_learning_rate`` scales; the backbone's is
-    ``backbone_lr`` where that is set. Either optimiser has the attribute ``found_inf``, see ``Muon``.
+    ``backbone_lr`` where that is set, and falls by ``layer_decay`` from its last layer to its first. The branch of
+    details beside a ViT counts as part of the neck. Either optimiser has the attribute ``found_inf``, see ``Muon``.
+
+    Raises:
+        UserError: a ``layer_decay`` for a backbone whose layers have no known order.
     """
+    layers = {} if config.layer_decay == 1 else model.backbone.layers_from_end()
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[int | None, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decayed = parameter.ndim > 1 and id(parameter) not in embeddings
             matrix = config.optimizer == "muon" and decayed and len(parameter) >= MIN_ROWS
-            groups.setdefault((name.startswith("backbone."), decayed, matrix), []).append(parameter)
+            in_backbone = name.startswith("backbone.") and not name.startswith("backbone.detail.")
+            layer = layers.get(name.removeprefix("backbone."), 0) if in_backbone else None
+            groups.setdefault((layer, decayed, matrix), []).append(parameter)
     settings = []
-    for (in_backbone, decayed, matrix), parameters in groups.items():
-        peak = config.backbone_lr if in_backbone and config.backbone_lr is not None else config.lr
+    for (layer, decayed, matrix), parameters in groups.items():
+        peak = config.backbone_lr if layer is not None and config.backbone_lr is not None else config.lr
+        peak *= config.layer_decay ** (layer or 0)
         decay = config.weight_decay if decayed else 0.0
         group = {"params": parameters, "lr": peak, "peak_lr": peak, "weight_decay": decay}
         settings.append(group if config.optimizer == "adamw" else group | {"use_muon": matrix})

@@ -161,11 +161,13 @@ def _build_model(
         begin: loads initial weights, and returns a line that says which.
     """
     backbone = config.model.backbone
-    pretrained, backbone.pretrained = backbone.pretrained, backbone.pretrained and is_new
+    wanted = backbone.pretrained, backbone.weights
+    if not is_new:
+        backbone.forget_weights()
     try:
         model = Model(config.model)
     finally:
-        backbone.pretrained = pretrained
+        backbone.pretrained, backbone.weights = wanted
     if begin is not None:
         log(begin(model))
     elif is_new:
@@ -323,7 +325,8 @@ def _trainer(config: Config, model: Model, accelerator: Accelerator, batches: in
         batches: in an epoch, of this process.
     """
     for part in config.train.freeze:
-        freeze(getattr(model, part))
+        # A branch of details beside a pretrained ViT starts from random weights, so it is trained nevertheless.
+        freeze(model.backbone.net if part == "backbone" else getattr(model, part))
     if channels_last_is_safe(model, accelerator.device):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     model = model.to(accelerator.device)

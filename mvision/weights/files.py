@@ -200,7 +200,7 @@ def _describe(path: Path) -> tuple[ModelConfig, bool, dict[str, Stored]]:
         config = parse_model_config(described["model"])
     except UserError as error:
         raise UserError(f"weights {path}: {error}") from error
-    config.backbone.pretrained = False  # the backbone's weights are in the file: nothing has to be downloaded
+    config.backbone.forget_weights()  # the backbone's weights are in the file: nothing has to be downloaded
     return config, described.get("fused") is True, header.tensors
 
 

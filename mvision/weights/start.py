@@ -23,7 +23,7 @@ def published_start(model: ModelConfig) -> str | None:
         same = of_config(name)[0]
         return f"published weights have this architecture: --init {same.name} starts from them ({_figures(same)})"
     alike = [of_config(config)[0] for config, _ in _with_backbone(model)]
-    if not alike or model.backbone.pretrained:
+    if not alike or model.backbone.starts_trained:
         return None
     best = max(alike, key=lambda found: found.ap)
     return (

@@ -1,0 +1,33 @@
+"""Which layer of a backbone a parameter belongs to, for learning rates that fall from layer to layer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from mvision.backbone.ecvit_names import SIZES
+from mvision.backbone.feature_nets import SMP, whole_network
+from mvision.backbone.own_weights import library_name
+from mvision.errors import UserError
+
+
+def layers_from_end(net: nn.Module, name: str) -> dict[str, int]:
+    """For every parameter of a feature network, the number of layers between its own and the last: 0 for the last.
+
+    Layers are those of timm's ``group_matcher``: the stem, then every block.
+
+    Raises:
+        UserError: a network of another library, or one that timm has no groups of.
+    """
+    from timm.models import group_parameters
+
+    whole = net if name in SIZES else None if name.startswith(SMP) else whole_network(name)
+    if whole is None or not hasattr(whole, "group_matcher"):
+        raise UserError(
+            f"train.layer_decay: the order of the layers of backbone {name} is not known: set it to 1, or lower "
+            "the rate of the whole backbone with train.backbone_lr"
+        )
+    matcher = whole.group_matcher(coarse=False)  # type: ignore[operator]
+    layers: dict[str, int] = group_parameters(whole, matcher, reverse=True)
+    own = {key: layers[library_name(net, key)] for key, _ in net.named_parameters()}
+    order = sorted(set(own.values()))
+    return {key: len(order) - 1 - order.index(layer) for key, layer in own.items()}
