@@ -16,10 +16,12 @@ from mvision import Model, UserError, create_model, load
 from mvision.commands.export import export
 from mvision.deploy.compare import difference
 from mvision.deploy.exported import ExportedModel
+from mvision.fast.prepare import prepare
 from mvision.heads.instance_seg.head import MaskHead
 from mvision.heads.instance_seg.logits import mask_at_points, mask_grid
 from mvision.heads.instance_seg.losses import matched_losses
 from mvision.heads.instance_seg.points import read_features, sample_mask_points
+from mvision.machine import Precision
 from mvision.neck.layers import fuse_modules
 from mvision.weights import save_weights
 from tests import operator_counts
@@ -233,3 +235,14 @@ def test_nothing_large_is_copied() -> None:
     with torch.no_grad(), LargeCopies(12 * 32 * 32) as copies:
         head(maps)
     assert copies.found == []
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-4), ("bf16", 0.2)])
+def test_a_prepared_model_gives_the_same_masks(precision: Precision, most: float) -> None:
+    """In fp32 with packed layers, as prediction on a CPU has them; not every CPU has those in bf16."""
+    model = with_statistics(make_model())
+    images = torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images)["instance-seg"]["masks"]
+        found = prepare(model, precision, packed=precision == "fp32")(images)["instance-seg"]["masks"]
+    torch.testing.assert_close(found.float(), expected, atol=most, rtol=most)

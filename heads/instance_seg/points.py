@@ -135,5 +135,5 @@ def read_features(features: Tensor, points: Tensor) -> Tensor:
     """(B, d, P) float32: maps (B, d, h, w) at points (B, P, 2) in 0..1, bilinear, as post-processing enlarges masks."""
     grid = (2 * points - 1).unsqueeze(1)
     with without_autocast(features):  # grid_sample is too imprecise in bf16, and wrong there on some CPUs
-        values = F.grid_sample(features.float().contiguous(), grid, padding_mode="border", align_corners=False)
+        values = F.grid_sample(features.float(), grid, padding_mode="border", align_corners=False)
     return values.squeeze(2)

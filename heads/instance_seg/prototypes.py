@@ -40,7 +40,7 @@ class PrototypeFeatures(nn.Module):
         self.scales = nn.ModuleList()
         for count, stride in zip(channels, strides):
             steps = max(1, (stride // strides[0]).bit_length() - 1)
-            self.scales.append(nn.ModuleList(ConvNorm(width if i else count, width, 3) for i in range(steps)))
+            self.scales.append(nn.Sequential(*(ConvNorm(width if i else count, width, 3) for i in range(steps))))
         self.merge = ConvNorm(width, fine, 3)
         self.lateral = None if lateral is None else ConvNorm(lateral, fine, 3)
         self.refine = ConvNorm(fine, fine, 3)
@@ -52,11 +52,10 @@ class PrototypeFeatures(nn.Module):
         Args:
             lateral: the backbone's map, where the module was built with its channels.
         """
-        (first, *_), *others = self.scales
-        total = first(maps[0])
+        total = self.scales[0](maps[0])
         size = (total.shape[-2], total.shape[-1])
-        for scale, x in zip(others, maps[1:]):
-            for conv in scale:
+        for scale, x in zip(self.scales[1:], maps[1:]):
+            for conv in scale.children():
                 x = conv(x)
                 x = resize(x, (2 * x.shape[-2], 2 * x.shape[-1]))
             total = total + (x if x.shape[-2:] == size else resize(x, size))

@@ -89,7 +89,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, dim, h, w) to the same shape."""
         pixels = self.norm(self.depthwise(x).permute(0, 2, 3, 1))
-        return x + F.gelu(self.linear(pixels)).permute(0, 3, 1, 2)
+        # Added in place: GELU's gradient needs its input alone, and new memory for a large map takes long on a CPU.
+        return F.gelu(self.linear(pixels)).permute(0, 3, 1, 2).add_(x)
 
 
 class QueryMLP(MLP):
