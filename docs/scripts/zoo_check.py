@@ -3,7 +3,7 @@
     python docs/scripts/zoo_check.py --coco /data/coco --output zoo_check.md      # all; on a machine with network
     python docs/scripts/zoo_check.py dfine-s rtdetr-r18 --device cuda
 
-``--coco`` is COCO's own layout with ``val2017/`` and ``annotations/instances_val2017.json``; without it AP is not
+``--coco`` is COCO's own layout with ``val2017/`` and ``annotations/instances_val2017.json`` (and ``person_keypoints_val2017.json`` for poses); without it AP is not
 measured. A model that cannot be had (no network, on Google Drive) or read is one line in the table. The table has the
 commit and the SHA-256 of what was downloaded, which the table in ``mvision/weights/zoo.py`` can then pin. A model's own
 copy (``mvision models NAME`` says where it has to be) is checked in place of a download.
@@ -70,7 +70,7 @@ def check(name: str, coco: Path | None, device: str | None, batch_size: int | No
         found.sha256 = sha256_of(path / "model.safetensors" if path.is_dir() else path)
         _predict(name, device)
         found.result = "predicts"
-        if coco is not None and model.data != zoo.OBJECTS365:
+        if coco is not None and model.measured == "COCO val2017":
             found.ap = _ap(name, coco, device, batch_size)
             close = abs(round(found.ap - model.ap, 2)) <= TOLERANCE
             found.result = "as published" if close else "another AP than published"

@@ -40,19 +40,24 @@ A file or folder of that name in the working folder is taken before the publishe
 download is resumed; the checksum is compared after. Proxies and `HF_ENDPOINT` (a mirror) are honoured. A model with a
 pinned revision needs no network once it is in the cache; without one, the newest commit is asked for each time.
 
+Models on GitHub are one file each, which is downloaded into the folder below.
+
 **Without network, and for models on Google Drive**, put the files by hand where the short name finds them, below
 `MVISION_CACHE` (or `~/.cache/mvision`): the folder `weights/NAME/` with `config.json`, `preprocessor_config.json` and
 `model.safetensors`, or the authors' file as `weights/NAME.pth`. Any other place works by its path. An https address of
 a file is downloaded into the same folder, and kept.
 
 **Licences** are those that the authors declare for code and weights. The images that a model was trained on are another
-question: COCO's and Objects365's have terms of their own, and whether these reach the weights is for a lawyer to say.
-RT-DETRv4 was trained with a DINOv3 model as its teacher.
+question: COCO's, Objects365's and CrowdPose's have terms of their own, and whether these reach the weights is for a
+lawyer to say. The same holds for weights that were distilled from others: a DINOv3 model was the teacher of RT-DETRv4's
+training, and the backbones of ECDet, ECSeg and ECPose were distilled from DINOv3 models. D-FINE, DEIM and DETRPose have
+none of that.
 
-**AP** is the publishers' own, on COCO val2017; of models trained on Objects365 alone, on the first 5,000 images of its
-validation split. `python docs/scripts/zoo_check.py --coco DIR` measures it. Parameters (in millions) and GFLOPs (of one
-image of 640 x 640, a multiply-add counts as two) are counted by mvision, of the model as it predicts (`mvision info`,
-fused); those with ~ are the publishers' figures.
+**AP** is the publishers' own, of boxes, masks or keypoints, on COCO val2017; of models trained on Objects365 alone, on
+the first 5,000 images of its validation split; of those trained on CrowdPose, on its test images.
+`python docs/scripts/zoo_check.py --coco DIR` measures it. Parameters (in millions) and GFLOPs (of one image of
+640 x 640, a multiply-add counts as two) are counted by mvision, of the model as it predicts (`mvision info`, fused);
+those with ~ are the publishers' figures.
 """
 
 
@@ -63,24 +68,25 @@ def page() -> str:
         models = [model for model in MODELS.values() if model.family == name]
         parts.append(
             f"## {family.title}\n\n[Paper]({family.paper}), [code and table of the authors]({family.page}). "
-            f"Code {family.code_licence}, weights {family.weights_licence}.\n"
+            f"Code {family.code_licence}, weights {family.weights_licence}{'; ' * bool(family.note)}{family.note}.\n"
         )
         parts.append("\n".join([*_HEAD, *map(_row, models)]) + "\n")
     return "\n".join(parts)
 
 
 _HEAD = (
-    "| name | trained on | AP | params | GFLOPs | `--model` | weights | revision | SHA-256 |",
-    "|---|---|---|---|---|---|---|---|---|",
+    "| name | task | trained on | AP | params | GFLOPs | `--model` | weights | revision | SHA-256 |",
+    "|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
 def _row(model: ZooModel) -> str:
     about, size = "" if model.size.counted else "~", model.size
     digits = 1 if size.counted else 0
-    weights = f"[{model.hub}](https://huggingface.co/{model.hub})" if model.hub else f"[Google Drive]({model.url})"
+    weights = f"[{model.hub}](https://huggingface.co/{model.hub})" if model.hub else f"[{model.place}]({model.url})"
     cells = (
         f"`{model.name}`",
+        model.task,
         model.data,
         f"{model.ap:.1f}",
         f"{about}{size.parameters:.{digits}f}",

@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from mvision.config import ModelConfig, load_config
+from mvision.heads.poses.settings import PoseConfig
 from mvision.heads.query.settings import DecoderConfig
 from mvision.weights.zoo import MODELS, ZooModel, of_config
 
 # What may differ in models between which all weights of neck and decoder can move.
-FREE = {"num_queries", "dropout"}
+FREE = {"num_queries", "dropout", "sigmas"}
+_QUERIES = (DecoderConfig, PoseConfig)
+_KINDS = {"detection": "a detector", "instance-seg": "a model of masks", "keypoints": "a model of poses"}
 
 
 def published_start(model: ModelConfig) -> str | None:
@@ -25,16 +28,19 @@ def published_start(model: ModelConfig) -> str | None:
     alike = [of_config(config)[0] for config, _ in _with_backbone(model)]
     if not alike or model.backbone.starts_trained:
         return None
-    best = max(alike, key=lambda found: found.ap)
+    # AP of boxes and of keypoints cannot be compared, so another task counts only where there is none of the model's.
+    best = max(alike, key=lambda found: (found.task in model.heads, found.task == "detection", found.ap))
     return (
-        f"published weights have this backbone: --init {best.name} takes it from a detector ({_figures(best)}), and "
+        f"published weights have this backbone: --init {best.name} takes it from {_KINDS[best.task]} ({_figures(best)}), and "
         "with neither --model nor --config the whole model"
     )
 
 
 def shipped_architecture(model: ModelConfig) -> str | None:
     """The shipped config of a published model from which all weights fit ``model``; None if there is none."""
-    return next((config for config, shipped in _with_backbone(model) if _same_neck_and_decoder(model, shipped)), None)
+    fitting = [found for found in _with_backbone(model) if _same_neck_and_decoder(model, found[1])]
+    fitting.sort(key=lambda found: not set(found[1].heads) <= set(model.heads))  # its own task before another one's
+    return fitting[0][0] if fitting else None
 
 
 def _with_backbone(model: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
@@ -48,16 +54,17 @@ def _with_backbone(model: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
 
 def _same_neck_and_decoder(model: ModelConfig, shipped: ModelConfig) -> bool:
     """Whether the neck and at least one head's decoder can take over all weights of the shipped model."""
-    published = [_decoder(settings) for settings in shipped.heads.values() if isinstance(settings, DecoderConfig)]
-    own = [_decoder(settings) for settings in model.heads.values() if isinstance(settings, DecoderConfig)]
+    published = [_decoder(settings) for settings in shipped.heads.values() if isinstance(settings, _QUERIES)]
+    own = [_decoder(settings) for settings in model.heads.values() if isinstance(settings, _QUERIES)]
     same_maps = model.backbone.strides == shipped.backbone.strides
     same_neck = model.neck.model_dump(exclude=FREE) == shipped.neck.model_dump(exclude=FREE)
     return same_maps and same_neck and any(settings in published for settings in own)
 
 
-def _decoder(settings: DecoderConfig) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in DecoderConfig.model_fields.keys() - FREE}
+def _decoder(settings: DecoderConfig | PoseConfig) -> dict[str, Any]:
+    fields = PoseConfig.model_fields if isinstance(settings, PoseConfig) else DecoderConfig.model_fields
+    return {name: getattr(settings, name) for name in fields.keys() - FREE}
 
 
 def _figures(model: ZooModel) -> str:
-    return f"{model.of.title}, {model.ap:.1f} AP on COCO, {model.licence}; 'mvision models' lists more"
+    return f"{model.of.title}, {model.ap:.1f} AP on {model.measured.split()[0]}, {model.licence}; 'mvision models' lists more"

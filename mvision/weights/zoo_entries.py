@@ -71,7 +71,8 @@ class Size:
     Attributes:
         parameters: millions.
         gflops: of one image; a multiply-add counts as two.
-        counted: whether mvision counted both (``mvision info``, fused as for prediction, 80 classes); otherwise they
+        counted: whether mvision counted both (``mvision info``, fused as for prediction, 80 classes, or a person with
+            17 points); otherwise they
             are the publishers' figures.
     """
 
@@ -90,23 +91,23 @@ SIZES = {
     "dfine_m": Size(19.3, 57.0, counted=True),
     "dfine_l": Size(30.9, 91.6, counted=True),
     "dfine_x": Size(61.8, 203.1, counted=True),
-    "ecdet_s": Size(10, 26, counted=False),
-    "ecdet_m": Size(18, 53, counted=False),
-    "ecdet_l": Size(31, 101, counted=False),
-    "ecdet_x": Size(49, 151, counted=False),
-    "ecseg_s": Size(10, 33, counted=False),
-    "ecseg_m": Size(20, 64, counted=False),
-    "ecseg_l": Size(34, 111, counted=False),
-    "ecseg_x": Size(50, 168, counted=False),
-    "ecpose_s": Size(10, 30, counted=False),
-    "ecpose_m": Size(20, 63, counted=False),
-    "ecpose_l": Size(34, 112, counted=False),
-    "ecpose_x": Size(51, 172, counted=False),
-    "detrpose_n": Size(4.1, 9.3, counted=False),
-    "detrpose_s": Size(11.5, 33.1, counted=False),
-    "detrpose_m": Size(20.8, 67.3, counted=False),
-    "detrpose_l": Size(32.8, 107.1, counted=False),
-    "detrpose_x": Size(73.3, 239.5, counted=False),
+    "ecdet_s": Size(9.9, 50.0, counted=True),
+    "ecdet_m": Size(19.3, 84.9, counted=True),
+    "ecdet_l": Size(32.7, 147.2, counted=True),
+    "ecdet_x": Size(49.0, 204.5, counted=True),
+    "ecseg_s": Size(10.4, 55.1, counted=True),
+    "ecseg_m": Size(20.2, 92.7, counted=True),
+    "ecseg_l": Size(33.7, 155.0, counted=True),
+    "ecseg_x": Size(50.0, 212.3, counted=True),
+    "ecpose_s": Size(10.0, 54.2, counted=True),
+    "ecpose_m": Size(19.9, 94.7, counted=True),
+    "ecpose_l": Size(34.4, 159.2, counted=True),
+    "ecpose_x": Size(50.7, 219.8, counted=True),
+    "detrpose_n": Size(4.1, 9.4, counted=True),
+    "detrpose_s": Size(11.7, 33.5, counted=True),
+    "detrpose_m": Size(20.9, 67.7, counted=True),
+    "detrpose_l": Size(33.0, 107.7, counted=True),
+    "detrpose_x": Size(73.8, 240.3, counted=True),
 }
 """Shipped config -> what a model of its architecture costs."""
 
