@@ -13,6 +13,7 @@ from mvision.config import TrainConfig
 from mvision.engine import muon
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.state import _check_optimizer_state
+from mvision.errors import UserError
 from mvision.model import create_model
 
 
@@ -193,3 +194,32 @@ def test_a_saved_state_of_an_optimiser_fits_its_parameter_and_group():
     for wrong in ({"use_muon": True}, {"use_muon": [[[]]]}, {"use_muon": 0}, {"exp_avg": torch.zeros(5)}):
         with pytest.raises(ValueError, match=r"norm\.bias"):
             _check_optimizer_state("norm.bias", parameter, wrong, group)
+
+
+def test_the_learning_rate_of_a_backbone_falls_from_layer_to_layer():
+    small = {"neck__embed_dim": 32, "image_size": 64, "heads__detection__num_queries": 20}
+    model = create_model("test_vit", num_classes=2, backbone__pyramid="mean-bilinear", backbone__detail=4, **small)
+    optimizer = build_optimizer(model, TrainConfig(lr=1e-3, backbone_lr=1e-4, layer_decay=0.5))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    rates = {names[id(p)]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates["backbone.net.model.blocks.5.mlp.fc1.weight"] == pytest.approx(1e-4)
+    assert rates["backbone.net.model.blocks.4.mlp.fc1.bias"] == pytest.approx(1e-4 / 2)
+    assert rates["backbone.net.model.blocks.0.norm1.weight"] == pytest.approx(1e-4 / 2**5)
+    assert rates["backbone.net.model.pos_embed"] == pytest.approx(1e-4 / 2**6)
+    outside = {name: rate for name, rate in rates.items() if not name.startswith("backbone.net.")}
+    assert set(outside.values()) == {1e-3}
+    assert "backbone.detail.convs.0.conv.weight" in outside
+    assert set(rates) == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def test_layers_of_convolutional_backbones():
+    model = create_model("resnet18d", num_classes=2, image_size=64)
+    layers = model.backbone.layers_from_end()
+    last = layers["net.layer4.1.conv1.weight"]
+    assert (last, layers["net.layer4.0.conv1.weight"], layers["net.layer1.0.conv1.weight"]) == (0, 1, 7)
+    assert max(layers.values()) == layers["net.conv1.0.weight"] == 8
+    convnext = create_model("test_convnext", num_classes=2, image_size=64).backbone.layers_from_end()
+    assert convnext["net.stem_0.weight"] == max(convnext.values())
+    other = create_model("smp:mobilenet_v2", num_classes=2, image_size=64)
+    with pytest.raises(UserError, match=r"train\.layer_decay: the order of the layers of backbone smp:mobilenet_v2"):
+        build_optimizer(other, TrainConfig(layer_decay=0.8))
