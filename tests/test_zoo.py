@@ -190,7 +190,7 @@ def test_a_training_says_what_it_could_start_from(model: str, name: str) -> None
     assert line is not None
     assert f"--init {name} " in line
     assert ("have this architecture" in line) is (model != "resnet50d")
-    assert ("have this backbone" in line) is not whole
+    assert ("have this backbone" in line) is (model == "resnet50d")
 
 
 @pytest.mark.parametrize("model", ["tiny", "rtkeypoint_192", "resnet18d", "convnext_tiny"])

@@ -179,7 +179,7 @@ def _model_layers(name: str) -> list[dict[str, Any]]:
         check_backbone_name(name)
     except UserError as error:
         raise UserError(f"--model {name}: no shipped model ({', '.join(shipped_configs())}), and {error}") from error
-    return [*_model_layers("base"), {"model": {"backbone": {"name": name}}}]
+    return [*_model_layers("base"), {"model": {"backbone": {"name": name, "normalize": "auto"}}}]
 
 
 def _shipped_path(name: str) -> Path:
