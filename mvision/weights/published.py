@@ -22,7 +22,7 @@ TASK = "detection"
 DECODER = f"heads.{TASK}.decoder."
 """Where their decoder is in a model of mvision."""
 MAX_JSON = 2**24  # bytes
-_KINDS: dict[type, str] = {dict: "JSON object", list: "list", str: "text"}
+_KINDS: dict[type, str] = {dict: "JSON object", list: "list", str: "text", int: "whole number"}
 
 
 @dataclass

@@ -31,8 +31,8 @@ def published_start(model: ModelConfig) -> str | None:
     # AP of boxes and of keypoints cannot be compared, so another task counts only where there is none of the model's.
     best = max(alike, key=lambda found: (found.task in model.heads, found.task == "detection", found.ap))
     return (
-        f"published weights have this backbone: --init {best.name} takes it from {_KINDS[best.task]} ({_figures(best)}), and "
-        "with neither --model nor --config the whole model"
+        f"published weights have this backbone: --init {best.name} takes it from {_KINDS[best.task]} "
+        f"({_figures(best)}), and with neither --model nor --config the whole model"
     )
 
 
@@ -67,4 +67,5 @@ def _decoder(settings: DecoderConfig | PoseConfig) -> dict[str, Any]:
 
 
 def _figures(model: ZooModel) -> str:
-    return f"{model.of.title}, {model.ap:.1f} AP on {model.measured.split()[0]}, {model.licence}; 'mvision models' lists more"
+    data = model.measured.split()[0]
+    return f"{model.of.title}, {model.ap:.1f} AP on {data}, {model.licence}; 'mvision models' lists more"

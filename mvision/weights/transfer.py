@@ -16,6 +16,7 @@ from torch import Tensor
 from mvision.errors import UserError
 from mvision.structures import Category
 from mvision.structures.coco_names import canonical
+from mvision.weights.points import PointRows, describe_points, point_rows
 
 if TYPE_CHECKING:
     from mvision.config import ModelConfig
@@ -38,7 +39,8 @@ def transfer(
     A head whose task is not in ``tensors`` gets the tensors with the same name inside a head and the same shape from
     the heads of other tasks. In layers with one row per class, the rows of classes with the same name are copied, and
     the other rows become the mean of all rows of the other model: what its classes have in common, among it how rare
-    objects are. The mean and std of the images go with the weights of the backbone.
+    objects are. The same holds for the points of poses from queries. The mean and std of the images go with the weights
+    of the backbone.
 
     Args:
         config, tensors: the description and the state dict of the other model.
@@ -53,6 +55,8 @@ def transfer(
     """
     matches = _match_classes(model.categories, config.categories)
     class_rows = _class_rows(model, config.categories)
+    points = point_rows(model, config.categories)
+    rows: dict[str, _ClassRows | PointRows] = {**class_rows, **points}
     loaded: Counter[Place] = Counter()
     total: Counter[Place] = Counter()
     for layer, targets in _by_layer(model.state_dict()).items():
@@ -62,15 +66,13 @@ def transfer(
         # A layer is copied as a whole or not at all: a bias is of no use without its weights. Published weights with
         # frozen norms have no counters of batches.
         fits = (parts is None or part in parts) and all(
-            _fits(*pair, class_rows.get(name))
-            for name, pair in pairs.items()
-            if not name.endswith("num_batches_tracked")
+            _fits(*pair, rows.get(name)) for name, pair in pairs.items() if not name.endswith("num_batches_tracked")
         )
         total[place] += 1
         loaded[place] += fits
         for name, (target, other) in pairs.items() if fits else ():
             if other is not None:
-                _copy(target, other, class_rows.get(name))
+                _copy(target, other, rows.get(name))
     if not loaded.total():
         raise UserError(
             f"weights {source}: nothing in them fits: they have backbone {config.backbone.name} and embed_dim "
@@ -79,7 +81,8 @@ def transfer(
     if any(loaded[place] for place in total if place[0] == "backbone"):
         model.backbone.set_normalization(tensors.get("backbone.mean"), tensors.get("backbone.std"))
     has_mean = any(loaded[_place(name)] for name in class_rows)
-    return _describe(loaded, total, model.categories, matches, has_mean)
+    of_points = describe_points(model, config.categories, {n: x for n, x in points.items() if loaded[_place(n)]})
+    return "; ".join(filter(None, [_describe(loaded, total, model.categories, matches, has_mean), of_points]))
 
 
 @dataclass(frozen=True)
@@ -101,18 +104,23 @@ def _place(name: str) -> Place:
     return part, name.removeprefix(f"{part}.").partition(".")[0]
 
 
-def _fits(target: Tensor, other: Tensor | None, rows: _ClassRows | None) -> bool:
-    """Whether ``other`` can be copied into ``target``; ``rows`` is None for tensors without rows per class."""
+def _fits(target: Tensor, other: Tensor | None, rows: _ClassRows | PointRows | None) -> bool:
+    """Whether ``other`` can be copied into ``target``; ``rows`` is None for tensors without rows per class or point."""
     if other is None:
         return False
+    if isinstance(rows, PointRows):
+        return rows.fits(target, other)
     if rows is None:
         return target.shape == other.shape
     same_padding = len(target) - rows.count == len(other) - rows.other_count
     return target.shape[1:] == other.shape[1:] and same_padding and rows.other_count > 0
 
 
-def _copy(target: Tensor, other: Tensor, rows: _ClassRows | None) -> None:
+def _copy(target: Tensor, other: Tensor, rows: _ClassRows | PointRows | None) -> None:
     """Copy ``other`` into ``target``, in place."""
+    if isinstance(rows, PointRows):
+        rows.copy(target, other)
+        return
     if rows is None:
         target.copy_(other)
         return
