@@ -58,7 +58,7 @@ class PoseDecoder(nn.Module):
         classes, number = len(point_counts), max(point_counts)
         self.config, self.num_classes, self.num_points = config, classes, number
         exists = torch.arange(number) < torch.tensor(point_counts)[:, None]
-        self.register_buffer("point_exists", None if bool(exists.all()) else exists, persistent=False)
+        self.register_buffer("point_exists", None if min(point_counts) == number else exists, persistent=False)
         self.input_proj = nn.ModuleList(
             nn.Identity() if channels == dim else ConvNorm(channels, dim, 1, act=None) for channels in in_channels
         )
