@@ -59,8 +59,8 @@ class Backbone(nn.Module):
         self.config, self.image_size = config, image_size
         available = self._available(config)
         finer = sorted({stride for stride in laterals if stride < min(config.strides) and stride in available})
-        mean = config.pyramid == "mean-bilinear"
-        strides = () if mean else (*finer, *config.strides)
+        resizes = config.pyramid == "mean-bilinear"
+        strides = () if resizes else (*finer, *config.strides)
         plan = plan_network(config.name, strides, image_size)
         unused, self.any_size = probe(config.name, strides, image_size)
         self._keep, self._multiple = plan.keep, plan.multiple
@@ -70,7 +70,7 @@ class Backbone(nn.Module):
             load_file(self.net, config.weights, config.name)
         self.pyramid: MeanPyramid | None = None
         self.detail: Detail | None = None
-        if mean:
+        if resizes:
             self._add_pyramid(plan, finer)
         else:
             self.laterals = dict(zip(plan.strides, plan.channels[: len(finer)]))

@@ -64,10 +64,12 @@ class EcViT(Eva):
             norm_layer=_norm,
             dynamic_img_size=True,
         )
-        self.patch_embed = ConvStem(size.dim)
+        self.patch_embed = ConvStem(size.dim)  # type: ignore[assignment]
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return self.forward_intermediates(images, indices=TAKEN, intermediates_only=True)
+    def forward(self, images: Tensor) -> list[Tensor]:  # type: ignore[override]
+        maps = self.forward_intermediates(images, indices=TAKEN, intermediates_only=True)
+        assert isinstance(maps, list)
+        return maps
 
 
 def _norm(dim: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> nn.LayerNorm:
