@@ -3,10 +3,11 @@
     python docs/scripts/zoo_check.py --coco /data/coco --output zoo_check.md      # all; on a machine with network
     python docs/scripts/zoo_check.py dfine-s rtdetr-r18 --device cuda
 
-``--coco`` is COCO's own layout with ``val2017/`` and ``annotations/instances_val2017.json`` (and ``person_keypoints_val2017.json`` for poses); without it AP is not
-measured. A model that cannot be had (no network, on Google Drive) or read is one line in the table. The table has the
-commit and the SHA-256 of what was downloaded, which the table in ``mvision/weights/zoo.py`` can then pin. A model's own
-copy (``mvision models NAME`` says where it has to be) is checked in place of a download.
+``--coco`` is COCO's own layout with ``val2017/`` and ``annotations/instances_val2017.json`` (and
+``person_keypoints_val2017.json`` for poses); without it AP is not measured. A model that cannot be had (no network, on
+Google Drive) or read is one line in the table. The table has the commit and the SHA-256 of what was downloaded, which
+the table in ``mvision/weights/zoo.py`` can then pin. A model's own copy (``mvision models NAME``
+says where it has to be) is checked in place of a download.
 
 Exit codes: 0 all models are as published, 1 at least one is not, or could not be checked.
 """

@@ -173,7 +173,7 @@ def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> di
     losses = pose_losses(sets, targets, config.class_loss, config.alpha, config.gamma)
     if config.ddf_weight and config.num_layers > 1:
         losses["ddf"] = point_distillation(sets, targets)
-    terms = {}
+    terms: dict[str, Tensor] = {}
     for name, of_sets in losses.items():
         weight = getattr(config, f"{name}_weight")
         for one, values in zip(sets, of_sets):

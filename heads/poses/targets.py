@@ -99,21 +99,19 @@ def pose_targets(
     sent = {**packed, "pairs": torch.from_numpy(pairs.T.copy())}
     if groups:
         valid = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
-        own = {name: value for name, value in packed.items() if name != "point_exists"}
-        noisy = noisy_poses(**own, valid=valid, groups=groups, num_classes=len(classes), label_noise=label_noise)
-        sent |= dict(zip(("noisy_labels", "noisy_points"), noisy))
-    ignored = _ignored(targets, objects, (of_class >= 0) & ~objects["is_labelled"], like.dtype)
-    if ignored is not None:
+        own = {name: value for name, value in packed.items() if name != "point_exists"} | {"valid": valid}
+        made = noisy_poses(**own, groups=groups, num_classes=len(classes), label_noise=label_noise)
+        sent |= dict(zip(("noisy_labels", "noisy_points"), made))
+    if (ignored := _ignored(targets, objects, (of_class >= 0) & ~objects["is_labelled"], like.dtype)) is not None:
         sent["ignored"] = ignored
-    labelled = labelled_classes(targets)
-    if labelled is not None:
+    if (labelled := labelled_classes(targets)) is not None:
         sent["labelled"] = labelled if labelled.shape[1] == 1 else labelled[:, list(classes)]
     moved = to_device(sent, like.device)
     denoising = None
     if groups:
         mask = attention_mask(groups, 2 * max(counts), num_queries, like.device)
-        matches = Matches.of(pairs, moved["pairs"])
-        denoising = PoseDenoising(moved["noisy_labels"], moved["noisy_points"], mask, matches)
+        noisy = moved["noisy_labels"], moved["noisy_points"]
+        denoising = PoseDenoising(*noisy, mask, Matches.of(pairs, moved["pairs"]))
     return PoseTargets(
         **{name: moved[name] for name in packed},
         counts=counts,

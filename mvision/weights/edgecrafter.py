@@ -206,8 +206,8 @@ def _check_description(described: dict[str, Any], published: Published, path: Pa
     """Raise UserError where the description is of another model than the tensors, or has a value that is not known."""
     parts = {part: get(described, part, {}, dict, path) for part in ("backbone", "encoder", "decoder")}
     config, neck = published.config, published.config.neck
-    (task, head), is_pose = next(iter(config.heads.items())), poses.TASK in config.heads
-    head = head.model_dump()
+    (task, settings), is_pose = next(iter(config.heads.items())), poses.TASK in config.heads
+    head = settings.model_dump()
     network = config.backbone.name
     width, ffn = next(sizes for sizes, name in _NETWORKS.items() if name == network)
     levels = 3 * [neck.embed_dim]
