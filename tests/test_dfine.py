@@ -101,7 +101,7 @@ def test_old_and_new_names_of_tensors(reference: nn.Module, folder: Path) -> Non
         ({"backbone__model_type": "swin"}, "backbone_config.model_type is 'swin'"),
         ({"backbone_config": 3}, "backbone_config is 3, and has to be a JSON object"),
         ({"encoder_activation_function": "tanh"}, "attention_act: input should be"),
-        ({"model_type": "deimv2"}, "model_type is 'deimv2'; rt_detr, rt_detr_v2, d_fine can be read"),
+        ({"model_type": "deimv2"}, "model_type is 'deimv2'; rt_detr, rt_detr_v2, d_fine, and EdgeCrafter's models"),
         ({"num_queries": -1}, "num_queries"),
     ],
 )

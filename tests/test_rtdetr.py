@@ -128,7 +128,7 @@ def test_image_size_and_normalisation_of_the_processor(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"model_type": "detr"}, "model_type is 'detr'; rt_detr, rt_detr_v2, d_fine can be read"),
+        ({"model_type": "detr"}, "model_type is 'detr'; rt_detr, rt_detr_v2, d_fine, and EdgeCrafter's models"),
         ({"normalize_before": True}, "normalize_before is True, and only False can be read"),
         ({"learn_initial_query": True}, "learn_initial_query is True"),
         ({"feat_strides": [4, 8, 16]}, r"feat_strides is \[4, 8, 16\], and only \[8, 16, 32\]"),

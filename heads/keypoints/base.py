@@ -74,7 +74,7 @@ class BaseKeypointHead(PoseResults[ConfigT, KeypointOutputs]):
         """See ``Head.build``."""
         config, width = self.config, self.config.embed_dim
         self.read_classes(config.sigmas)
-        labels = torch.from_numpy(self.labels_of_classes)
+        labels = torch.tensor(self.labels_of_classes.tolist())  # not from_numpy: without data on the meta device
         self.register_buffer("class_labels", labels, persistent=False)
         self.register_buffer("sigmas", torch.from_numpy(self.tables.sigmas.copy()), persistent=False)
         levels = 1 if config.levels == "finest" else len(self.channels)
