@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar, Generic, Literal, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +17,17 @@ from mvision.structures import Category, Instances, Targets
 ConfigT = TypeVar("ConfigT", bound=Settings)
 OutputsT = TypeVar("OutputsT")
 """A head's training outputs: a NamedTuple, in which accelerate and DistributedDataParallel reach the tensors."""
+
+
+class ObjectQueries(NamedTuple):
+    """The Q queries of a head after its last layer, which another head of the same model continues with.
+
+    ``features`` (B, Q, D), ``boxes`` (B, Q, 4) cxcywh in 0..1, and ``logits`` (B, Q, C) of all classes of the model.
+    """
+
+    features: Tensor
+    boxes: Tensor
+    logits: Tensor
 
 
 class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
@@ -82,6 +94,29 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
         return None
 
     @classmethod
+    def query_dim(cls, config: ConfigT) -> int | None:
+        """The length of the features of ``ObjectQueries`` that the head can give to others; None if it has no queries.
+
+        A head with queries has one more argument of ``forward``, ``hand_over``: if it is true, the head returns a pair
+        of its outputs and its ``ObjectQueries``, in training those without denoising.
+        """
+        return None
+
+    @classmethod
+    def takes_queries_of(cls, config: ConfigT, query_dims: Mapping[str, int | None]) -> str | None:
+        """The task whose head gives this head its ``ObjectQueries``; None if the head needs none.
+
+        A head that takes queries has one more argument of ``forward``, ``queries``, and ``points_of_queries``.
+
+        Args:
+            query_dims: ``query_dim`` of every head of the model, by task.
+
+        Raises:
+            ValueError: the head needs queries, and none of the others has such.
+        """
+        return None
+
+    @classmethod
     def predicted(cls, categories: list[Category]) -> list[Category]:
         """Those of the model's classes that the head predicts, in order: all, unless a subclass can do some only."""
         return categories
@@ -99,7 +134,7 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
     @abstractmethod
     def forward(
         self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
-    ) -> dict[str, Tensor] | OutputsT:
+    ) -> dict[str, Tensor] | OutputsT | tuple[Any, ObjectQueries]:
         """Raw outputs.
 
         Args:
@@ -119,6 +154,20 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
             outputs: of ``forward`` with targets.
             targets: the labels, on the CPU. The terms stay on the device of the outputs.
         """
+
+    def points_of_queries(
+        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of poses that continue with the queries of another head: whose they are, and their points, for every image.
+
+        Args:
+            outputs: of ``forward`` without targets.
+            sizes: (height, width) of the original images.
+
+        Returns:
+            (N,) int64 indices of the other head's queries, each once, and (N, K, 3) x, y in pixels and a score.
+        """
+        raise NotImplementedError(f"{type(self).__name__} takes no queries of other heads")
 
     def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same outputs without the classes that are not the best of their query, as ``postprocess`` needs them.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mvision.evaluation import BoxMetric
+from mvision.heads.base import ObjectQueries
 from mvision.heads.query.head import QueryConfig, QueryHead, QueryOutputs
 from mvision.structures import Targets
 
@@ -21,14 +22,21 @@ class DetectionHead(QueryHead[QueryConfig, QueryOutputs]):
     evaluator = BoxMetric
 
     def forward(
-        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
-    ) -> dict[str, Tensor] | QueryOutputs:
-        """See ``Head.forward``; the lateral is not used."""
+        self,
+        maps: list[Tensor],
+        lateral: Tensor | None = None,
+        targets: list[Targets] | None = None,
+        hand_over: bool = False,
+    ) -> dict[str, Tensor] | QueryOutputs | tuple[dict[str, Tensor] | QueryOutputs, ObjectQueries]:
+        """See ``Head.forward`` and ``Head.query_dim``; the lateral is not used."""
         padded = None if targets is None else self.pad(targets, maps)
         decoded, denoising = self.decode(maps, padded)
+        outputs: dict[str, Tensor] | QueryOutputs
         if padded is None:
-            return {"logits": decoded.logits[-1], "boxes": decoded.boxes[-1]}
-        return self.training_outputs(decoded, denoising, padded)
+            outputs = {"logits": decoded.logits[-1], "boxes": decoded.boxes[-1]}
+        else:
+            outputs = self.training_outputs(decoded, denoising, padded)
+        return (outputs, self.object_queries(decoded, denoising)) if hand_over else outputs
 
     def loss(self, outputs: QueryOutputs, targets: list[Targets]) -> dict[str, Tensor]:
         """``class``, ``box`` and ``giou`` of ``QueryHead.matched_set`` and ``QueryHead.unmatched_sets``."""

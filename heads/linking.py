@@ -1,4 +1,8 @@
-"""Poses that one head of a joint model predicts, merged with the objects that another head predicts in the image."""
+"""Poses that one head of a joint model predicts, merged with the objects that another head predicts in the image.
+
+Heads that share their queries say themselves which pose is whose (``link_by_query``); others are matched by their boxes
+(``link_poses``).
+"""
 
 from __future__ import annotations
 
@@ -47,6 +51,27 @@ def link_poses(objects: Instances, poses: Instances, threshold: float, new: Inst
     return _concatenated(with_poses, new.filter(alone)) if alone.any() else with_poses
 
 
+def link_by_query(objects: Instances, query: np.ndarray, points: np.ndarray) -> Instances:
+    """The objects, each with the points that were predicted from its own query.
+
+    Args:
+        objects: of one image, with ``query``; they keep their boxes, scores and order.
+        query: (N,) int64, the queries of the same head that have points, each of them once.
+        points: (N, K, 3) x, y in pixels and a score.
+
+    Returns:
+        The instances with ``keypoints`` (objects, K, 3): zeros for an object whose query has no points, and for points
+        that its class does not have.
+    """
+    assert objects.query is not None
+    place = np.full(max(objects.query.max(initial=-1), query.max(initial=-1)) + 2, len(query))
+    place[query] = np.arange(len(query))
+    keypoints = np.concatenate((points, np.zeros_like(points, shape=(1, *points.shape[1:]))))[place[objects.query]]
+    counts = np.array([len(category.keypoints) for category in objects.categories])[objects.labels]
+    exists = np.arange(points.shape[1]) < counts[:, None]
+    return replace(objects, keypoints=np.where(exists[..., None], keypoints, np.float32(0)))
+
+
 def _iou_within_classes(objects: Instances, *poses: Instances) -> list[np.ndarray]:
     """For each of several sets of poses (objects, poses) IoU of the boxes, 0 where the classes differ."""
     boxes = np.concatenate([part.boxes for part in poses])
@@ -71,5 +96,6 @@ def _concatenated(objects: Instances, poses: Instances) -> Instances:
         labels=np.concatenate((objects.labels, poses.labels)),
         masks=masks,
         keypoints=np.concatenate((objects.keypoints, poses.keypoints)),
+        query=None,
     )
     return both.filter(np.argsort(-both.scores, kind="stable"))

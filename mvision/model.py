@@ -19,7 +19,7 @@ from mvision.evaluation import Metric
 from mvision.fast.copies import prepared_copy
 from mvision.heads import head_class, serving_task
 from mvision.heads.base import Head
-from mvision.heads.linking import link_poses
+from mvision.heads.linking import link_by_query, link_poses
 from mvision.inference.predict import predict_images
 from mvision.inference.selection import Selection, Threshold
 from mvision.machine import PrecisionOption, inference_precision, resolve_device, torch_dtype
@@ -39,6 +39,29 @@ class Features(NamedTuple):
     laterals: dict[int, Tensor]
 
 
+def query_sources(config: ModelConfig) -> dict[str, str]:
+    """For every head that continues with the queries of another one: its task, and that of the other head.
+
+    Raises:
+        UserError: there is no head whose queries it can take.
+    """
+    classes = {
+        task: head_class(task, settings)
+        for task, settings in config.heads.items()
+        if serving_task(task, config.heads) == task
+    }
+    dims = {task: cls.query_dim(config.heads[task]) for task, cls in classes.items()}
+    found = {}
+    for task, cls in classes.items():
+        try:
+            source = cls.takes_queries_of(config.heads[task], {other: dims[other] for other in dims if other != task})
+        except ValueError as error:
+            raise UserError(f"model.heads.{task}: {error}") from error
+        if source is not None:
+            found[task] = source
+    return found
+
+
 class Model(nn.Module):
     """Backbone, neck and heads, each built for the channels and strides of the one before.
 
@@ -49,12 +72,14 @@ class Model(nn.Module):
         heads: by task name. A task that another task of the model includes has no head of its own: instance-seg
             predicts boxes and classes, so its head serves detection too.
         fused: whether ``fuse`` was called.
+        takes_queries_of: see ``query_sources``.
 
     Raises:
         UserError: no head, no categories, or a backbone or head that cannot be built as configured.
     """
 
     fused = False
+    takes_queries_of: dict[str, str]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -73,6 +98,7 @@ class Model(nn.Module):
         except ValueError as error:
             raise UserError(f"model.neck: {error}") from error
         self.heads = nn.ModuleDict({task: self.new_head(task, config.categories) for task in own})
+        self.takes_queries_of = query_sources(config)
 
     def new_head(self, task: str, categories: list[Category]) -> Head:
         """A head with random weights for this model's maps and these classes."""
@@ -132,10 +158,30 @@ class Model(nn.Module):
         laterals = dict(zip(self.backbone.laterals, maps))
         return Features(self.neck(maps[len(laterals) :]), laterals)
 
-    def run_head(self, task: str, features: Features, targets: list[Targets] | None = None) -> Any:
-        """The raw outputs of the head ``task`` (a key of ``heads``), see ``Head.forward``."""
+    def run_head(self, task: str, features: Features, targets: list[Targets] | None = None, **more: Any) -> Any:
+        """The raw outputs of the head ``task`` (a key of ``heads``), see ``Head.forward``.
+
+        ``more``: ``queries`` of the head that ``takes_queries_of`` names; ``hand_over``, see ``Head.query_dim``.
+        """
         head = cast(Head, self.heads[task])
-        return head(features.maps, features.laterals.get(head.lateral_stride(head.config) or 0), targets)
+        return head(features.maps, features.laterals.get(head.lateral_stride(head.config) or 0), targets, **more)
+
+    def run_heads(self, features: Features, targets: list[Targets] | None = None) -> dict[str, Any]:
+        """The raw outputs of all heads by task, in the order of ``heads``; arguments as in ``forward``."""
+        sources = set(self.takes_queries_of.values())
+        outputs: dict[str, Any] = dict.fromkeys(self.heads)
+        queries = {}
+        # Heads that give their queries come first. (sorted keeps the order of the others.)
+        for task in sorted(self.heads, key=lambda task: task in self.takes_queries_of):
+            labels = None if targets is None else self._labels_for(task, targets)
+            source = self.takes_queries_of.get(task)
+            if task in sources:
+                outputs[task], queries[task] = self.run_head(task, features, labels, hand_over=True)
+            elif source is None:
+                outputs[task] = self.run_head(task, features, labels)
+            else:
+                outputs[task] = self.run_head(task, features, labels, queries=queries[source])
+        return outputs
 
     def forward(self, images: Tensor, targets: list[Targets] | None = None) -> dict[str, Any]:
         """Raw outputs by task; in training only of the tasks that have a head of their own, see ``heads``.
@@ -144,11 +190,7 @@ class Model(nn.Module):
             images: (B, 3, H, W) RGB, float in 0..1 or uint8 in 0..255.
             targets: in training only; each head then returns what its ``loss`` needs.
         """
-        features = self.features(images)
-        outputs = {
-            task: self.run_head(task, features, None if targets is None else self._labels_for(task, targets))
-            for task in self.heads
-        }
+        outputs = self.run_heads(self.features(images), targets)
         if targets is None:
             for task, server in self._served_by.items():
                 if task not in outputs:
@@ -189,7 +231,9 @@ class Model(nn.Module):
     ) -> list[Instances]:
         """The results of all heads, one ``Instances`` per image, in pixels of the original images.
 
-        Poses are linked to objects (see ``mvision.heads.linking``), regions are in ``Instances.regions``. Of several
+        Poses are linked to objects (see ``mvision.heads.linking``): those that share the queries of the objects by the
+        query, so that every reported object gets the pose of its query whatever that one's score, and all others by
+        overlap. Regions are in ``Instances.regions``. Of several
         heads that predict objects the first one's results are taken; ``results`` has those of every head.
 
         Args:
@@ -203,7 +247,10 @@ class Model(nn.Module):
         merged = [chosen.without_overlaps(found) for found in self._chosen(tasks[0], outputs, sizes, chosen)]
         for task in tasks[1:]:
             head = self.head(task)
-            if head.kind == "poses":
+            if self.takes_queries_of.get(task) == tasks[0]:
+                points = head.points_of_queries(outputs[task], sizes)
+                merged = [link_by_query(found, *of_image) for found, of_image in zip(merged, points)]
+            elif head.kind == "poses":
                 poses, new = self._poses(task, outputs, sizes, chosen)
                 linked = [link_poses(found, of, chosen.lowest, alone) for found, of, alone in zip(merged, poses, new)]
                 merged = [chosen.without_overlaps(found) for found in linked]

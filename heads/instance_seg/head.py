@@ -22,6 +22,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from mvision.evaluation import BoxMetric, MaskMetric
+from mvision.heads.base import ObjectQueries
 from mvision.heads.instance_seg.logits import PRIOR_WEIGHT, mask_at_points, mask_grid
 from mvision.heads.instance_seg.losses import OVERSAMPLE, map_of_layer, mask_costs, matched_losses
 from mvision.heads.instance_seg.points import MaskPoints, at_once, read_features, sample_mask_points
@@ -147,18 +148,26 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         return {name: outputs[name] for name in ("logits", "boxes")}
 
     def forward(
-        self, maps: list[Tensor], lateral: Tensor | None = None, targets: list[Targets] | None = None
-    ) -> dict[str, Tensor] | MaskOutputs:
-        """See ``Head.forward``."""
+        self,
+        maps: list[Tensor],
+        lateral: Tensor | None = None,
+        targets: list[Targets] | None = None,
+        hand_over: bool = False,
+    ) -> dict[str, Tensor] | MaskOutputs | tuple[dict[str, Tensor] | MaskOutputs, ObjectQueries]:
+        """See ``Head.forward`` and ``Head.query_dim``."""
         pixels = self._pixels(maps, lateral, every=targets is not None)
         padded = None if targets is None else self.pad(targets, maps)
         from_masks = partial(self._boxes_from_masks, pixels[-1]) if self.config.boxes_from_masks else None
         decoded, denoising = self.decode(maps, padded, from_masks)
+        outputs: dict[str, Tensor] | MaskOutputs
         if padded is None:
             boxes = decoded.boxes[-1]
             masks = mask_grid(self._embed(decoded.queries[-1]), pixels[-1], self._of_prior(boxes))
-            return {"logits": decoded.logits[-1], "boxes": boxes, "masks": masks}
-        return self._training_outputs(decoded, denoising, self.training_outputs(decoded, denoising, padded), pixels)
+            outputs = {"logits": decoded.logits[-1], "boxes": boxes, "masks": masks}
+        else:
+            queries = self.training_outputs(decoded, denoising, padded)
+            outputs = self._training_outputs(decoded, denoising, queries, pixels)
+        return (outputs, self.object_queries(decoded, denoising)) if hand_over else outputs
 
     def _pixels(self, maps: list[Tensor], lateral: Tensor | None, every: bool) -> list[Tensor]:
         """The pixel features: with ``every`` all that training needs, else those of the last decoder layer."""

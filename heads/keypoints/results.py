@@ -77,9 +77,7 @@ class PoseResults(Head[ConfigT, OutputsT]):
         _, count, classes = all_scores.shape
         scores, index = all_scores.flatten(1).topk(count, dim=1)
         row = torch.div(index, classes, rounding_mode="floor")
-        # Labelled points lie in the image, so moving predicted points into it cannot take them further away from these.
-        visibility = outputs["visibility"].float().sigmoid()
-        points = torch.cat((outputs["keypoints"].float().clamp(0, 1), visibility[..., None]), -1)
+        points = self.points(outputs)
         corners = cxcywh_to_xyxy(outputs["boxes"].float()).clamp(0, 1)
         return {
             "scores": scores,
@@ -87,6 +85,12 @@ class PoseResults(Head[ConfigT, OutputsT]):
             "boxes": corners.gather(1, row[..., None].expand(-1, -1, 4)),
             "points": points.gather(1, row[..., None, None].expand(-1, -1, *points.shape[2:])),
         }
+
+    def points(self, outputs: dict[str, Tensor]) -> Tensor:
+        """(B, N, K, 3) x, y in 0..1 and score of the points of every query."""
+        # Labelled points lie in the image, so moving predicted points into it cannot take them further away from these.
+        visibility = outputs["visibility"].float().sigmoid()
+        return torch.cat((outputs["keypoints"].float().clamp(0, 1), visibility[..., None]), -1)
 
     def best_class_only(self, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """See ``Head.best_class_only``."""

@@ -40,6 +40,13 @@ class Selected(NamedTuple):
     points: Tensor
 
 
+class Objects(NamedTuple):
+    """Queries of another decoder as instances: their features (B, N, D) and boxes (B, N, 4) cxcywh in 0..1."""
+
+    features: Tensor
+    boxes: Tensor
+
+
 class PoseDecoder(nn.Module):
     """Selection of instances and decoder layers on the neck's maps.
 
@@ -80,7 +87,7 @@ class PoseDecoder(nn.Module):
         self.point_heads = nn.ModuleList(MLP(dim, dim, 2 * (config.num_bins + 1), 3, act=act) for _ in range(layers))
         self.class_heads = nn.ModuleList(nn.Linear(dim, classes) for _ in range(layers))
         self.quality_heads = nn.ModuleList(MLP(STATISTICS * number, 256, 1, 2, act=act) for _ in range(layers))
-        self.box_head = MLP(dim, dim, 4, 3, act=act)
+        self.box_head = MLP(dim, dim, 4, 3, act=act) if config.queries == "own" else None
         self.visible = nn.Linear(dim, 1) if config.visibility else None
         self._cache = ShapeCache()
         self.reset_parameters()
@@ -91,8 +98,8 @@ class PoseDecoder(nn.Module):
             assert isinstance(head, nn.Linear)
             nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
         for mlp in (self.memory_points, self.pre_points, self.box_head, *self.point_heads, *self.quality_heads):
-            assert isinstance(mlp, MLP)
-            zero(mlp.layers[-1])
+            if isinstance(mlp, MLP):
+                zero(mlp.layers[-1])
         for tokens in (self.instance_token, self.point_tokens, self.query_embed, self.point_label_embed):
             if tokens is not None:
                 nn.init.xavier_uniform_(tokens)
@@ -101,7 +108,12 @@ class PoseDecoder(nn.Module):
             nn.init.xavier_uniform_(linear.weight)
 
     def forward(
-        self, maps: list[Tensor], denoising: PoseDenoising | None = None, *, every_layer: bool = False
+        self,
+        maps: list[Tensor],
+        denoising: PoseDenoising | None = None,
+        *,
+        every_layer: bool = False,
+        objects: Objects | None = None,
     ) -> Decoded:
         """Select instances and refine their points.
 
@@ -109,6 +121,7 @@ class PoseDecoder(nn.Module):
             maps: each (B, C_i, h_i, w_i), finest first.
             denoising: queries to put before the selected ones.
             every_layer: return the predictions of all layers and of the selected tokens, as the loss needs them.
+            objects: the instances, with ``queries: shared``, in place of selected tokens.
 
         Raises:
             ValueError: denoising queries for a decoder that was built without embeddings for them.
@@ -116,9 +129,11 @@ class PoseDecoder(nn.Module):
         projected = [proj(feature) for proj, feature in zip(self.input_proj, maps)]
         shapes: Shapes = [(feature.shape[-2], feature.shape[-1]) for feature in projected]
         memory = torch.cat([feature.flatten(2).transpose(1, 2) for feature in projected], 1)
-        selected = self._select(memory, shapes, every_layer)
+        selected = self._select(memory, shapes, every_layer) if objects is None else self._adopt(objects)
         tokens, references, mask = self._start(selected, denoising, every_layer)
         found = self._refine(tokens, references, mask, memory, shapes, every_layer)
+        if objects is not None:
+            found = found._replace(boxes=_with_boxes(found.boxes, objects.boxes.detach()))
         if not every_layer:
             return found
         return found._replace(encoder_logits=selected.logits, encoder_points=selected.points)
@@ -153,12 +168,28 @@ class PoseDecoder(nn.Module):
         moved = self.memory_points(chosen).to(dtype).unflatten(-1, (self.num_points, 2))
         return Selected(chosen, logits, (moved + centres[index].logit()[:, :, None]).sigmoid())
 
+    def _adopt(self, objects: Objects) -> Selected:
+        """Queries of another decoder. Their points lie around the centres of their boxes, no further than its size."""
+        features = self.memory_proj(objects.features)
+        moved = self.memory_points(features).to(objects.boxes.dtype).unflatten(-1, (self.num_points, 2))
+        centre, size = objects.boxes.detach()[:, :, None].split(2, -1)
+        return Selected(features, self.memory_class(features), centre + size * (moved / 2).tanh())
+
     def _start(
         self, selected: Selected, denoising: PoseDenoising | None, every_layer: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens (B, N, T, D), their reference points (B, N, T, 2) and the attention mask of the first layer."""
         batch, count, dim = selected.features.shape
-        content = selected.features.detach() if self.query_embed is None else self.query_embed[None, :count]
+        content = selected.features.detach()
+        if self.config.queries == "shared":
+            import os
+
+            if os.environ.get("ND"):
+                content = selected.features
+            if self.query_embed is not None:
+                content = content + self.query_embed[:count]
+        elif self.query_embed is not None:
+            content = self.query_embed[None, :count]
         of_points = (self.point_tokens + content.unsqueeze(2)).expand(batch, -1, -1, -1)
         tokens = torch.cat((self.instance_token.expand(batch, count, 1, dim), of_points), 2)
         references = _with_centre(selected.points.detach())
@@ -223,8 +254,12 @@ class PoseDecoder(nn.Module):
 
     def _boxes(self, instance: Tensor, points: Tensor, logits: Tensor) -> Tensor:
         """(L, B, N, 4) cxcywh. The points of a query are those that its best class has."""
+        if self.box_head is None:
+            change = points.new_zeros(*points.shape[:-2], 4)
+        else:
+            change = self.box_head(instance)
         exists = None if self.point_exists is None else self.point_exists[logits.detach().argmax(-1)]
-        return boxes_around(points.detach(), self.box_head(instance), exists)
+        return boxes_around(points.detach(), change, exists)
 
     def _frequencies(self, references: Tensor) -> Tensor:
         """(D / 4,) of the position embedding."""
@@ -240,6 +275,13 @@ class PoseDecoder(nn.Module):
 def _with_centre(points: Tensor) -> Tensor:
     """(B, N, K, 2) points to (B, N, 1 + K, 2), their mean before them."""
     return torch.cat((points.mean(2, keepdim=True), points), 2)
+
+
+def _with_boxes(boxes: Tensor, objects: Tensor) -> Tensor:
+    """Boxes (L, B, D + N, 4) of all queries with those (B, N, 4) of the objects in place of the last N."""
+    noisy = boxes.shape[2] - objects.shape[1]
+    of_objects = objects.expand(len(boxes), -1, -1, -1)
+    return torch.cat((boxes[:, :, :noisy], of_objects), 2) if noisy else of_objects
 
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mvision.heads.poses.matching import start_pose_matching
+from mvision.heads.poses.matching import BoxCosts, start_pose_matching
 from mvision.heads.poses.outputs import Decoded
 from mvision.heads.poses.settings import PoseConfig
 from mvision.heads.poses.targets import PoseTargets
@@ -164,13 +164,15 @@ def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> di
     """
     count = 0 if targets.denoising is None else targets.denoising.labels.shape[1]
     found, noisy = separated(decoded, count)
+    own_boxes = config.queries == "own"
+    box_costs = None if own_boxes else BoxCosts(found.boxes[-1], config.box_weight, config.giou_weight)
     matches = start_pose_matching(
         found.logits.detach(), found.points.detach(), targets, config.point_weight, config.oks_weight,
-        config.shared_matches,
+        config.shared_matches, box_costs,
     )  # fmt: skip
     sets = [] if noisy is None else [denoising_set(noisy, targets)]
     sets.insert(0, matched_set(found, targets, matches()))
-    losses = pose_losses(sets, targets, config.class_loss, config.alpha, config.gamma)
+    losses = pose_losses(sets, targets, config.class_loss, config.alpha, config.gamma, own_boxes)
     if config.ddf_weight and config.num_layers > 1:
         losses["ddf"] = point_distillation(sets, targets)
     terms: dict[str, Tensor] = {}
@@ -182,12 +184,18 @@ def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> di
 
 
 def pose_losses(
-    sets: Sequence[PoseSet], targets: PoseTargets, kind: Literal["vfl", "mal"], alpha: float, gamma: float
+    sets: Sequence[PoseSet],
+    targets: PoseTargets,
+    kind: Literal["vfl", "mal"],
+    alpha: float,
+    gamma: float,
+    own_boxes: bool = True,
 ) -> dict[str, list[Tensor]]:
     """The unweighted terms of every layer of every set.
 
     Args:
         kind, alpha, gamma: of the class term, see ``quality_focal``.
+        own_boxes: whether the boxes are predicted here; the head that objects are taken from teaches its boxes itself.
 
     Returns:
         For every set a tensor (L,) of ``class``, ``point`` (L1, summed over the labelled points) and ``oks`` (one minus
@@ -218,24 +226,26 @@ def pose_losses(
         loss = torch.where(ignored.index_fill(0, own.row, False)[:, None], 0, loss)
     parts = loss.split([one.logits[..., 0].numel() for one in sets])
     terms["class"] = [part.view(len(one.logits), -1).sum(1) / one.total for part, one in zip(parts, sets)]
-    return terms | _decoder_terms(sets, targets)
+    return terms | _decoder_terms(sets, targets, own_boxes)
 
 
-def _decoder_terms(sets: Sequence[PoseSet], targets: PoseTargets) -> dict[str, list[Tensor]]:
-    """``box``, ``giou`` and, where it is predicted, ``visible``."""
+def _decoder_terms(sets: Sequence[PoseSet], targets: PoseTargets, own_boxes: bool) -> dict[str, list[Tensor]]:
+    """``box`` and ``giou`` of own boxes and, where it is predicted, ``visible``."""
     shapes = [one.boxes.shape for one in sets]
     rows = pair_rows(shapes, [one.pairs_of_decoder for one in sets], targets.labels.shape[1])
     gt = Objects.at(rows, targets)
-    boxes = torch.cat([one.boxes.flatten(0, 2) for one in sets]).to(gt.boxes.dtype).index_select(0, rows.row)
-    _, giou = iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt.boxes))
-    losses = {"box": (boxes - gt.boxes).abs().sum(-1), "giou": 1 - giou}
+    losses = {}
+    if own_boxes:
+        boxes = torch.cat([one.boxes.flatten(0, 2) for one in sets]).to(gt.boxes.dtype).index_select(0, rows.row)
+        _, giou = iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(gt.boxes))
+        losses = {"box": (boxes - gt.boxes).abs().sum(-1), "giou": 1 - giou}
     logits = [one.visibility.flatten(0, 2) for one in sets if one.visibility is not None]
     if logits:
         visibility = torch.cat(logits).to(gt.boxes.dtype).index_select(0, rows.row)
         is_labelled = (gt.points[..., 2] > 0).to(visibility)
         entropy = F.binary_cross_entropy_with_logits(visibility, is_labelled, reduction="none")
         losses["visible"] = labelled_mean(entropy, gt.point_exists)
-    return _divided(losses, rows, sets, [shape[0] for shape in shapes])
+    return _divided(losses, rows, sets, [shape[0] for shape in shapes]) if losses else {}
 
 
 def _divided(

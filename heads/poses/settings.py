@@ -14,6 +14,9 @@ class PoseConfig(Settings):
     """Settings of ``QueryPoseHead``. The defaults are those of DETRPose and ECPose, if not said otherwise.
 
     Attributes:
+        queries: ``own``: instances are selected among the tokens of the feature maps; ``shared``: they are the queries
+            of the head of instance-seg or detection in the same joint model, after its last layer, those with the best
+            scores in classes with points. Each pose then belongs to an object, whose box it has.
         embed_dim: width of queries and memory.
         num_queries: largest number of objects that can be predicted in an image; without ``learned_queries`` it may be
             changed after training.
@@ -33,12 +36,14 @@ class PoseConfig(Settings):
         class_loss: ``vfl`` (varifocal) or ``mal`` (matchability-aware), with ``alpha`` (vfl alone) and ``gamma``.
         shared_matches: the points and boxes of all layers are taught the union of all layers' matches.
         class_weight, point_weight, oks_weight, visible_weight, box_weight, giou_weight: of the loss terms: scores; L1
-            distance of the points; one minus the OKS; visibility of the points; L1 distance and GIoU of the boxes.
+            distance of the points; one minus the OKS; visibility of the points; L1 distance and GIoU of the boxes. With
+            shared queries the last two are of the matching costs alone.
         ddf_weight: of the distance of the earlier layers' distributions from those of the last one, see
             ``mvision.heads.query.fine_grained``; the published models are trained without.
     """
 
     kind: Literal["query"] = "query"
+    queries: Literal["own", "shared"] = "own"
     embed_dim: int = Field(256, gt=0, le=MAX_WIDTH)
     num_queries: int = Field(60, gt=0, le=MAX_OBJECTS)
     learned_queries: bool = False

@@ -11,7 +11,7 @@ from pydantic import Field
 from torch import Tensor
 from torchvision.ops import batched_nms
 
-from mvision.heads.base import Head, OutputsT, only_best_class
+from mvision.heads.base import Head, ObjectQueries, OutputsT, only_best_class
 from mvision.heads.query.anchors import box_dtype
 from mvision.heads.query.decoder import Decoded, DenseOutputs, QueryDecoder
 from mvision.heads.query.denoising import Denoising, make_denoising
@@ -124,6 +124,19 @@ class QueryHead(Head[ConfigT, OutputsT]):
         self.decoder = QueryDecoder(
             config, self.channels, len(self.categories), config.num_denoising, dense=config.dense_weight > 0
         )
+
+    @classmethod
+    def query_dim(cls, config: ConfigT) -> int | None:
+        """See ``Head.query_dim``."""
+        return config.embed_dim
+
+    def object_queries(self, decoded: Decoded, denoising: Denoising | None) -> ObjectQueries:
+        """The selected queries after the last layer, without those of denoising."""
+        last = ObjectQueries(decoded.queries[-1], decoded.boxes[-1], decoded.logits[-1])
+        if denoising is None:
+            return last
+        number = denoising.labels.shape[1]
+        return ObjectQueries(*(values[:, number:] for values in last))
 
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]], threshold: float
@@ -274,6 +287,7 @@ class QueryHead(Head[ConfigT, OutputsT]):
             labels=kept.labels,
             size=size,
             categories=self.categories,
+            query=kept.query,
         )
 
     def training_outputs(self, decoded: Decoded, denoising: Denoising | None, targets: PaddedTargets) -> QueryOutputs:

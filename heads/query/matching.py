@@ -284,11 +284,16 @@ def _solve(costs: np.ndarray, counts: Sequence[int]) -> np.ndarray:
 
 def _pair_costs(logits: Tensor, boxes: Tensor, targets: PaddedTargets, box_weight: float, giou_weight: float) -> Tensor:
     """(L, B, Q, T) costs of class and box of all pairs of a query and an object of its image."""
-    layers = len(logits)
     class_cost = class_costs(logits, targets.labels, boxes.dtype)
-    l1 = torch.cdist(boxes, targets.boxes[None].expand(layers, -1, -1, -1), p=1)
-    _, giou = iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(targets.boxes)[None, :, None])
+    l1, giou = box_distances(boxes, targets.boxes)
     return CLASS_COST * class_cost + box_weight * l1 - giou_weight * giou
+
+
+def box_distances(boxes: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+    """(L, B, Q, T) L1 distance and GIoU of all pairs of boxes (L, B, Q, 4) and (B, T, 4), cxcywh."""
+    l1 = torch.cdist(boxes, objects[None].expand(len(boxes), -1, -1, -1), p=1)
+    _, giou = iou(cxcywh_to_xyxy(boxes)[:, :, :, None], cxcywh_to_xyxy(objects)[None, :, None])
+    return l1, giou
 
 
 def class_costs(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from mvision.errors import UserError, did_you_mean
 from mvision.evaluation.tables import markdown_table, markdown_text
 from mvision.fast.prepare import PRECISIONS, prepare
 from mvision.machine import Precision, device_name, keep_freed_memory, resolve_device
-from mvision.model import Model
+from mvision.model import Features, Model
 from mvision.storage.atomic import write_text
 from mvision.structures.coco_names import coco_with_keypoints
 from mvision.structures.images import resize_image
@@ -131,6 +131,15 @@ def _random_model(name: str, tasks: Sequence[str]) -> Model:
     return model.eval()
 
 
+def _head_call(model: Model, task: str, features: Features) -> Callable[[], Any]:
+    """A call of one head alone; the queries that it takes of another head are computed here."""
+    source = model.takes_queries_of.get(task)
+    if source is None:
+        return partial(model.run_head, task, features)
+    _, queries = model.run_head(source, features, hand_over=True)
+    return partial(model.run_head, task, features, queries=queries)
+
+
 def _parts(model: Model, batch: int, repeats: int) -> dict[str, Any]:
     """Milliseconds of every part of the model on one batch; all parts take turns."""
     rng = np.random.default_rng(0)
@@ -149,7 +158,7 @@ def _parts(model: Model, batch: int, repeats: int) -> dict[str, Any]:
             "preparation": resize,
             "backbone": lambda: model.backbone(images),
             "neck": lambda: model.neck(maps[len(features.laterals) :]),
-            **{f"head {task}": partial(model.run_head, task, features) for task in model.heads},
+            **{f"head {task}": _head_call(model, task, features) for task in model.heads},
             "post-processing": lambda: model.postprocess(outputs, [PICTURE] * batch, 0.5),
             "all of it": lambda: model.postprocess(model(resize()), [PICTURE] * batch, 0.5),
         }

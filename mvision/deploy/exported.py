@@ -75,6 +75,7 @@ class ExportedModel(Model):
         self.config = config
         # Post-processing uses tensors that the heads compute when they are built.
         self.heads = nn.ModuleDict({task: described.new_head(task, config.categories) for task in described.heads})
+        self.takes_queries_of = described.takes_queries_of
         self.path, self.session = path, session
         self._process, self._arguments = os.getpid(), (path, tasks, precision)
         super().train(False)

@@ -32,6 +32,8 @@ class Instances:
         path: the file or source that the image came from, if any.
         regions: of a joint model with objects and semantic-seg: one instance with a mask for each class of region in
             the image.
+        query: (N,) int64, the index of the query that found each instance, or None. In a joint model whose poses share
+            the queries of the objects it says which pose is whose.
     """
 
     boxes: np.ndarray
@@ -43,6 +45,7 @@ class Instances:
     keypoints: np.ndarray | None = None
     path: str | None = None
     regions: Instances | None = None
+    query: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.masks, np.ndarray):
@@ -64,7 +67,7 @@ class Instances:
 
     def filter(self, keep: np.ndarray) -> Instances:
         """The instances that ``keep`` (bool mask or indices) selects."""
-        parts = {name: getattr(self, name) for name in ("boxes", "scores", "labels", "masks", "keypoints")}
+        parts = {name: getattr(self, name) for name in ("boxes", "scores", "labels", "masks", "keypoints", "query")}
         kept: dict[str, Any] = {name: part[keep] for name, part in parts.items() if part is not None}
         return replace(self, **kept)
 
