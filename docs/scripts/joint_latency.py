@@ -1,13 +1,17 @@
 """Time of one forward pass of a joint model for three tasks, compared with those of three models for one task each.
 
     python docs/scripts/joint_latency.py
+    python docs/scripts/joint_latency.py --poses own shared
 
-Random weights, fused, one image; all models of a size take turns in one run; medians of the ratios.
+Random weights, fused, one image; all models of a size take turns in one run; medians of the ratios. The last column is
+the time in which ``Model.postprocess`` makes results of the joint model's outputs (threshold 0.5, with drawn scores of
+which about ten objects of an image reach it): poses with queries of the objects are linked by them, others by overlap.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import platform
 import statistics
 import time
@@ -20,6 +24,7 @@ from mvision.model import Model
 from mvision.structures import Category
 from mvision.structures.oks import COCO_SIGMAS
 
+POSES = {"dense": {}, "own": {"kind": "query"}, "shared": {"kind": "query", "queries": "shared"}}
 TASKS = ("detection", "instance-seg", "keypoints")
 # The classes of the built-in set, one of which has keypoints.
 CATEGORIES = [
@@ -33,22 +38,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--models", nargs="+", default=["tiny", "small", "base"])
+    parser.add_argument(
+        "--poses", nargs="+", choices=list(POSES), default=["dense"],
+        help="heads for poses: dense, or from queries of their own, or from those of the objects  [default: dense]",
+    )  # fmt: skip
     options = parser.parse_args()
     keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, one image\n")
-    print("| model | size | precision | detection | instance-seg | keypoints | joint | to the slowest | to all three |")
-    print(f"|{'---|' * 9}")
-    for name in options.models:
+    tasks = "detection | instance-seg | keypoints | joint | to the slowest | to all three"
+    print(f"| model | poses | size | precision | {tasks} | post-processing |")
+    print(f"|{'---|' * 11}")
+    for name, poses in itertools.product(options.models, options.poses):
         size = create_model(name, TASKS, categories=CATEGORIES).config.image_size
-        models = [build(name, tasks, size) for tasks in (*((task,) for task in TASKS), TASKS)]
+        models = [build(name, tasks, size, poses) for tasks in (*((task,) for task in TASKS), TASKS)]
         for precision in (torch.float32, torch.bfloat16):
-            print(row(name, models, precision, options.repeats), flush=True)
+            print(row(f"{name} | {poses}", models, precision, options.repeats), flush=True)
 
 
-def build(name: str, tasks: tuple[str, ...], size: tuple[int, int]) -> Model:
-    """A model of a size that all share, ready for inference."""
+def build(name: str, tasks: tuple[str, ...], size: tuple[int, int], poses: str) -> Model:
+    """A model of a size that all share, ready for inference. Poses alone always have queries of their own."""
     torch.manual_seed(0)
-    model = create_model(name, tasks, categories=CATEGORIES, image_size=size)
+    settings = {f"heads__keypoints__{key}": value for key, value in POSES[poses].items() if "keypoints" in tasks}
+    if tasks == ("keypoints",):
+        settings.pop("heads__keypoints__queries", None)
+    model = create_model(name, tasks, categories=CATEGORIES, image_size=size, **settings)
     # Norms need the statistics of a batch: else activations become denormal numbers, with which a CPU is slow.
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -77,7 +90,25 @@ def row(name: str, models: list[Model], precision: torch.dtype, repeats: int) ->
     together = statistics.median(both / sum(single) for both, *single in zip(joint, *singles))
     cells = " | ".join(f"{value:.1f} ms" for value in medians)
     kind = str(precision).removeprefix("torch.")
-    return f"| {name} | {width} x {height} | {kind} | {cells} | {slowest:.2f} | {together:.2f} |"
+    results = 1000 * post_processing(models[-1], images, repeats)
+    ratios = f"{slowest:.2f} | {together:.2f}"
+    return f"| {name} | {width} x {height} | {kind} | {cells} | {ratios} | {results:.1f} ms |"
+
+
+def post_processing(model: Model, images: torch.Tensor, repeats: int) -> float:
+    """The median of the seconds that results take."""
+    outputs = model(images)
+    sizes = [(images.shape[2], images.shape[3])]
+    for found in outputs.values():
+        scores = torch.randn(found["logits"].shape, generator=torch.Generator().manual_seed(0)) - 4
+        scores.flatten()[:: scores.numel() // 10] = 2.0
+        found["logits"] = scores
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        model.postprocess(outputs, sizes, 0.5)
+        taken.append(time.perf_counter() - start)
+    return statistics.median(taken)
 
 
 if __name__ == "__main__":
