@@ -117,7 +117,7 @@ class ExportedModel(Model):
         """Refused: the graph returns outputs alone."""
         self._refuse("asked for its features")
 
-    def run_head(self, task: str, features: Features, targets: Any = None) -> Any:
+    def run_head(self, task: str, features: Features, targets: Any = None, **more: Any) -> Any:
         """Refused: the graph runs as a whole."""
         self._refuse("run in parts")
 
