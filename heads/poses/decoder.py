@@ -182,10 +182,6 @@ class PoseDecoder(nn.Module):
         batch, count, dim = selected.features.shape
         content = selected.features.detach()
         if self.config.queries == "shared":
-            import os
-
-            if os.environ.get("ND"):
-                content = selected.features
             if self.query_embed is not None:
                 content = content + self.query_embed[:count]
         elif self.query_embed is not None:
