@@ -235,7 +235,7 @@ def test_one_graph_fused_and_in_bf16(model: Model, images: torch.Tensor) -> None
     assert torch.equal(outputs["keypoints"]["query"], expected["keypoints"]["query"])
     picture = (255 * images[0]).permute(1, 2, 0).to(torch.uint8).numpy()
     for precision in ("fp32", "bf16"):
-        (result,) = model.predict([picture], threshold=0.0, precision=precision)
+        (result,) = model.predict([picture], threshold=0.0, multi_label=True, precision=precision)
         assert result.keypoints is not None
         assert result.keypoints.any()
 
