@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.drawn_weights import drawn
+from tests.original_files import read_golden
 from tests.reference import random_images
 
 GOLDEN = Path(__file__).with_name("golden_edgecrafter.npz")
@@ -84,18 +84,7 @@ def golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
 
 @cache
 def _golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    with np.load(GOLDEN) as file:
-        shapes: Mapping[str, list[int]] = json.loads(str(file["shapes"]))[case]
-        given = {key: file[key] for key in file.files if key.startswith(f"{case} ")}
-    tensors = {name: make_tensor(name, tuple(shape)) for name, shape in shapes.items()}
-    outputs = {}
-    for key, array in given.items():
-        kind, _, name = key.removeprefix(f"{case} ").partition(" ")
-        if kind == "tensor":
-            tensors[name] = torch.from_numpy(array)
-        else:
-            outputs[f"{kind} {name}"] = array
-    return tensors, outputs
+    return read_golden(GOLDEN, case, make_tensor)
 
 
 def write_original(path: Path, case: str, **parts: Any) -> Path:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -69,15 +69,32 @@ def golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
 
 @cache
 def _golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    with np.load(GOLDEN) as file:
+    return read_golden(GOLDEN, case, make_tensor)
+
+
+def read_golden(
+    path: Path, case: str, make_tensor: Callable[[str, tuple[int, ...]], Tensor]
+) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
+    """The tensors of a model, those that are not in the file drawn by ``make_tensor``, and what it gave by name."""
+    with np.load(path) as file:
         shapes: Mapping[str, list[int]] = json.loads(str(file["shapes"]))[case]
-        given = {key: file[key] for key in file.files if key.startswith(f"{case} ")}
+        given = {key.removeprefix(f"{case} "): file[key] for key in file.files if key.startswith(f"{case} ")}
     tensors = {name: make_tensor(name, tuple(shape)) for name, shape in shapes.items()}
-    for key, array in given.items():
-        kind, _, name = key.removeprefix(f"{case} ").partition(" ")
-        if kind == "tensor":
-            tensors[name] = torch.from_numpy(array)
-    return tensors, {kind: given[f"{case} {kind}"] for kind in ("logits", "boxes")}
+    stored = {key for key in given if key.startswith("tensor ")}
+    tensors |= {key.removeprefix("tensor "): torch.from_numpy(given[key]) for key in stored}
+    return tensors, {key: array for key, array in given.items() if key not in stored}
+
+
+def change(name: str, value: Tensor | None) -> Callable[[dict[str, Any]], None]:
+    """A function that gives a tensor of a model another value, or removes it."""
+
+    def apply(tensors: dict[str, Any]) -> None:
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+
+    return apply
 
 
 def write_original(path: Path, case: str, **parts: Any) -> Path:

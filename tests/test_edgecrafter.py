@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mvision import Model, UserError, load
 from mvision.structures.coco_names import coco_with_keypoints
 from mvision.weights import init_from, read_weights, zoo
 from mvision.weights.edgecrafter import MEAN, mvision_name
 from tests.edgecrafter_files import CASES, KEPT, MASKS, golden, make_images, write_folder, write_original
+from tests.original_files import change
 
 EC = ("ecdet", "ecseg", "ecpose")
 TASKS = {"ecdet": "detection", "ecseg": "instance-seg", "ecpose": "keypoints"}
@@ -146,16 +146,6 @@ def test_files_of_another_family(files: dict[str, Path], tmp_path: Path) -> None
     assert load(files["ecdet"], family="ecdet").config == load(files["ecdet"]).config
     (tmp_path / "ecseg_s.pth").symlink_to(files["ecdet"])
     assert "its name is that of ECSeg's files" in refusal(tmp_path / "ecseg_s.pth")
-
-
-def change(name: str, value: Tensor | None) -> Any:
-    def apply(tensors: dict[str, Tensor]) -> None:
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value
-
-    return apply
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from mvision import UserError, load
 from mvision.commands.train import run_config
@@ -18,7 +17,7 @@ from mvision.structures.objects365_names import OBJECTS365, UNUSED
 from mvision.weights import init_from, read_weights, save_weights
 from mvision.weights.originals import FAMILIES, _drop_layers_of_training, image_size_of, mvision_name
 from mvision.weights.published import DECODER
-from tests.original_files import CASES, KEPT, golden, make_images, write_original
+from tests.original_files import CASES, KEPT, change, golden, make_images, write_original
 from tests.test_weights import make_model
 
 
@@ -228,16 +227,6 @@ def test_every_family_is_known_to_the_zoo() -> None:
 
     with_readers_of_their_own = {"ecdet", "ecseg", "ecpose", "detrpose"}
     assert set(FAMILIES) | with_readers_of_their_own == set(zoo.FAMILIES)
-
-
-def change(name: str, value: Any) -> Any:
-    def apply(tensors: dict[str, Tensor]) -> None:
-        if value is None:
-            del tensors[name]
-        else:
-            tensors[name] = value
-
-    return apply
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,7 @@ others stands in here for one process.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +19,8 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from golden_neck import original_module
 
 from tests.drawn_weights import drawn
 from tests.golden_ecvit import CHANNELS, DIM, FILE, HEADS, MLP_RATIO, SIZES, make_images
@@ -32,7 +32,8 @@ def main() -> None:
     """Write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("edgecrafter", type=Path, help="checkout of EdgeCrafter")
-    adapter = adapter_class(parser.parse_args().edgecrafter / "ecdetseg" / "engine")
+    engine = parser.parse_args().edgecrafter / "ecdetseg" / "engine"
+    adapter = original_module(engine, "ecvit").ViTAdapter
     torch.set_default_dtype(torch.float64)  # its positions have the default type
     original = adapter(
         name="ecvitt",
@@ -54,20 +55,6 @@ def main() -> None:
             arrays[f"{case} {level}"] = x[:1, :CHANNELS].numpy()
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE}: {FILE.stat().st_size} bytes")
-
-
-def adapter_class(folder: Path) -> type[nn.Module]:
-    """The class of the ViT with its pyramid, from the files in ``folder`` alone."""
-    for package, path in (("original", folder), ("original.edgecrafter", folder / "edgecrafter")):
-        module = types.ModuleType(package)
-        module.__path__ = [str(path)]
-        sys.modules[package] = module
-    core = types.ModuleType("original.core")
-    core.register = lambda: lambda cls: cls  # type: ignore[attr-defined]
-    misc = types.ModuleType("original.misc")
-    misc.dist_utils = None  # type: ignore[attr-defined]  # for downloads
-    sys.modules |= {core.__name__: core, misc.__name__: misc}
-    return importlib.import_module("original.edgecrafter.ecvit").ViTAdapter
 
 
 if __name__ == "__main__":

@@ -76,14 +76,21 @@ def main() -> None:
 
 def encoder_class(folder: Path) -> type[nn.Module]:
     """The class of the encoder, from the files in ``folder`` alone."""
+    return original_module(folder, "hybrid_encoder").HybridEncoder
+
+
+def original_module(folder: Path, name: str) -> types.ModuleType:
+    """A module of EdgeCrafter's ``engine`` folder, whose other packages need not be installed."""
     for package, path in (("original", folder), ("original.edgecrafter", folder / "edgecrafter")):
         module = types.ModuleType(package)
         module.__path__ = [str(path)]
         sys.modules[package] = module
     core = types.ModuleType("original.core")
     core.register = lambda: lambda cls: cls  # type: ignore[attr-defined]
-    sys.modules[core.__name__] = core
-    return importlib.import_module("original.edgecrafter.hybrid_encoder").HybridEncoder
+    misc = types.ModuleType("original.misc")
+    misc.dist_utils = None  # type: ignore[attr-defined]  # for downloads
+    sys.modules |= {core.__name__: core, misc.__name__: misc}
+    return importlib.import_module(f"original.edgecrafter.{name}")
 
 
 def weights(key: str, like: Tensor) -> Tensor:

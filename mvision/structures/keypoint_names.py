@@ -8,22 +8,8 @@ from __future__ import annotations
 
 from mvision.structures.oks import COCO_SIGMAS
 
-CROWDPOSE_SIGMAS: dict[str, float] = {
-    "left_shoulder": 0.079,
-    "right_shoulder": 0.079,
-    "left_elbow": 0.072,
-    "right_elbow": 0.072,
-    "left_wrist": 0.062,
-    "right_wrist": 0.062,
-    "left_hip": 0.107,
-    "right_hip": 0.107,
-    "left_knee": 0.087,
-    "right_knee": 0.087,
-    "left_ankle": 0.089,
-    "right_ankle": 0.089,
-    "head": 0.079,
-    "neck": 0.079,
-}
+_BODY = [name for name in COCO_SIGMAS if not name.endswith(("nose", "eye", "ear"))]
+CROWDPOSE_SIGMAS: dict[str, float] = {name: COCO_SIGMAS[name] for name in _BODY} | {"head": 0.079, "neck": 0.079}
 
 PERSONS: dict[int, tuple[dict[str, float], str]] = {
     len(COCO_SIGMAS): (COCO_SIGMAS, "COCO"),
