@@ -9,8 +9,7 @@ import torch
 
 from mvision import Model, UserError, load
 from mvision.structures.category import Category
-from mvision.structures.keypoint_names import CROWDPOSE_SIGMAS
-from mvision.structures.oks import COCO_SIGMAS
+from mvision.structures.oks import COCO_SIGMAS, CROWDPOSE_SIGMAS
 from mvision.weights import init_from, read_weights, zoo
 from mvision.weights.poses import size_of_centres
 from tests.edgecrafter_files import CASES, DETRPOSE, KEPT, golden, make_images, write_original

@@ -7,7 +7,16 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from mvision.structures import Category
-from mvision.structures.oks import COCO_SIGMAS, DEFAULT_SIGMA, check_sigmas, keypoint_sigmas, oks, point_similarity
+from mvision.structures.oks import (
+    COCO_SIGMAS,
+    CROWDPOSE_SIGMAS,
+    DEFAULT_SIGMA,
+    check_sigmas,
+    describe_default_sigmas,
+    keypoint_sigmas,
+    oks,
+    point_similarity,
+)
 
 
 def reference(pred: np.ndarray, gt: np.ndarray, areas: np.ndarray, sigmas: np.ndarray) -> np.ndarray:
@@ -68,6 +77,28 @@ def test_sigmas_are_the_data_sets_else_cocos_else_one_for_all() -> None:
     assert keypoint_sigmas(person) == tuple(COCO_SIGMAS.values())
     assert keypoint_sigmas(Category(id=1, name="a", keypoints=["nose", "tail"])) == (DEFAULT_SIGMA,) * 2
     assert keypoint_sigmas(Category(id=1, name="a"), 3) == (DEFAULT_SIGMA,) * 3
+
+
+def test_sigmas_of_crowdposes_points_go_by_their_names() -> None:
+    names = [*reversed(list(CROWDPOSE_SIGMAS)[:-2]), "Neck", "top head"]
+    person = Category(id=1, name="person", keypoints=names)
+    body = (0.089, 0.089, 0.087, 0.087, 0.107, 0.107, 0.062, 0.062, 0.072, 0.072, 0.079, 0.079)
+    assert keypoint_sigmas(person) == (*body, 0.079, 0.079)
+    assert describe_default_sigmas(person) is None
+    # One of the points is another one: nothing is known of this set.
+    other = person.model_copy(update={"keypoints": [*names[:-1], "tail"]})
+    assert keypoint_sigmas(other) == (DEFAULT_SIGMA,) * 14
+
+
+def test_default_sigmas_are_told() -> None:
+    category = Category(id=1, name="dot", keypoints=["a"])
+    line = describe_default_sigmas(category)
+    assert line is not None
+    assert "'dot' uses sigma 0.067" in line
+    assert "its only point" in line
+    assert "each of its 2 points" in str(describe_default_sigmas(Category(id=1, name="dot", keypoints=["a", "b"])))
+    assert describe_default_sigmas(category.model_copy(update={"sigmas": [0.1]})) is None
+    assert describe_default_sigmas(Category(id=1, name="without")) is None
 
 
 @pytest.mark.parametrize(

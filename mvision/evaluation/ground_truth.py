@@ -10,7 +10,7 @@ from pycocotools import mask as coco_mask
 
 from mvision.errors import UserError
 from mvision.structures import Category
-from mvision.structures.oks import COCO_SIGMAS, DEFAULT_SIGMA, keypoint_sigmas
+from mvision.structures.oks import describe_default_sigmas, keypoint_sigmas
 
 
 class GroundTruth:
@@ -191,12 +191,10 @@ class GroundTruth:
             return tuple(float(value) for value in given)
         if given is not None and len({len(c.keypoints) for c in self._categories} - {0}) == 1:
             raise UserError(f"{len(given)} keypoint sigmas given, class '{category.name}' has {count} points")
-        if category.keypoints != list(COCO_SIGMAS):
-            self.notes.append(
-                f"OKS of '{category.name}' uses sigma {DEFAULT_SIGMA} (the mean of COCO's) for every point; "
-                "better ones go into info.keypoint_sigmas of the annotations"
-            )
-        return keypoint_sigmas(category.model_copy(update={"sigmas": []}), count)
+        unknown = category.model_copy(update={"sigmas": []})
+        if (line := describe_default_sigmas(unknown)) is not None:
+            self.notes.append(line)
+        return keypoint_sigmas(unknown, count)
 
 
 def _is_counted(annotation: dict[str, Any]) -> bool:

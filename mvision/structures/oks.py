@@ -33,6 +33,19 @@ COCO_SIGMAS: dict[str, float] = {
     "left_ankle": 0.089,
     "right_ankle": 0.089,
 }
+# CrowdPose's 14 points of a person in the order of its annotation files: Li et al., "CrowdPose: Efficient Crowded
+# Scenes Pose Estimation and A New Benchmark", CVPR 2019; figures as in the evaluation of crowdpose-api and of DETRPose
+# (src/data/crowdpose_eval.py). The body's are COCO's.
+CROWDPOSE_SIGMAS: dict[str, float] = {
+    **{name: sigma for name, sigma in COCO_SIGMAS.items() if not name.endswith(("nose", "eye", "ear"))},
+    "head": 0.079,
+    "neck": 0.079,
+}
+PERSONS: dict[int, tuple[dict[str, float], str]] = {
+    len(COCO_SIGMAS): (COCO_SIGMAS, "COCO"),
+    len(CROWDPOSE_SIGMAS): (CROWDPOSE_SIGMAS, "CrowdPose"),
+}
+"""Number of points -> their names with their sigmas, and the data set."""
 DEFAULT_SIGMA = round(sum(COCO_SIGMAS.values()) / len(COCO_SIGMAS), 3)
 
 # pycocotools adds this to areas, so that an object of zero area does not divide by zero.
@@ -42,14 +55,35 @@ _EPS = 2.0**-52
 def keypoint_sigmas(category: Category, count: int | None = None) -> tuple[float, ...]:
     """Sigma of every keypoint of a class: its standard deviation as a fraction of the object's scale (root of area).
 
-    In this order: those of the data set (``category.sigmas``); COCO's, if the names are those of COCO's 17 points;
-    ``DEFAULT_SIGMA`` for each of ``count`` points (None: as many as the category names).
+    In this order: those of the data set (``category.sigmas``); COCO's or CrowdPose's, if the names are those of all of
+    COCO's 17 or CrowdPose's 14 points, in any order; ``DEFAULT_SIGMA`` for each of ``count`` points (None: as many as
+    the category names).
     """
     if category.sigmas:
         return tuple(category.sigmas)
-    if category.keypoints == list(COCO_SIGMAS):
-        return tuple(COCO_SIGMAS.values())
+    if (published := _published_sigmas(category.keypoints)) is not None:
+        return published
     return (DEFAULT_SIGMA,) * (len(category.keypoints) if count is None else count)
+
+
+def describe_default_sigmas(category: Category) -> str | None:
+    """A line that says which sigma the keypoints of a class have for lack of better ones; None if theirs are known."""
+    if category.sigmas or not category.keypoints or _published_sigmas(category.keypoints) is not None:
+        return None
+    count = len(category.keypoints)
+    points = "its only point" if count == 1 else f"each of its {count} points"
+    return (
+        f"OKS of '{category.name}' uses sigma {DEFAULT_SIGMA} (the mean of COCO's) for {points}; better ones go into "
+        "info.keypoint_sigmas of the annotations or -o model.heads.keypoints.sigmas=[...]"
+    )
+
+
+def _published_sigmas(names: Sequence[str]) -> tuple[float, ...] | None:
+    """Those of COCO's or CrowdPose's points by their names, if all of one of them are there and no other."""
+    plain = ["_".join(name.lower().replace("-", " ").replace("_", " ").split()) for name in names]
+    plain = ["head" if name == "top_head" else name for name in plain]  # so in the files of other libraries
+    sigmas, _ = PERSONS.get(len(plain), ({}, ""))
+    return tuple(sigmas[name] for name in plain) if names and set(plain) == set(sigmas) else None
 
 
 def check_sigmas(sigmas: Sequence[float], count: int) -> str | None:

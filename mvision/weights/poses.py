@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mvision.errors import UserError
 from mvision.neck.layers import MLP
-from mvision.structures.keypoint_names import PERSONS
+from mvision.structures.oks import PERSONS
 from mvision.weights.structure import HEADS, Structure
 
 TASK = "keypoints"
