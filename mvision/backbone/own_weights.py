@@ -27,6 +27,7 @@ def load_file(net: nn.Module, file: str, name: str) -> None:
     classifier, is left out. Learned positions are resized to the network's image size.
 
     Args:
+        net: on the meta device it is only checked that the file fits.
         file: ``.safetensors``, or ``.pth``, ``.pt`` or ``.bin`` with tensors alone.
         name: the network's, for messages.
 
@@ -61,7 +62,8 @@ def load_file(net: nn.Module, file: str, name: str) -> None:
         if not tensor.isfinite().all():
             raise UserError(f"{_where(path)}: {prefix}{key} has NaN or infinity in it: give other weights")
         fitting[own] = tensor
-    net.load_state_dict(fitting, strict=False)
+    if not next(net.parameters()).is_meta:  # else only whether the file fits was asked
+        net.load_state_dict(fitting, strict=False)
 
 
 def read_file(path: Path) -> dict[str, Tensor]:

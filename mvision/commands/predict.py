@@ -71,11 +71,11 @@ def predict_job(
         raise UserError(f"source {sources[0]}: give either sources or --data with --split, not both")
     chosen = Selection(DEFAULT_THRESHOLD if threshold is None else threshold, multi_label, nms)
     folder = output or Path("predictions")
-    found = find_sources(sources, leave_out=folder) if sources else None  # what is missing is said before loading
     source = str(newest_run(tasks)) if weights is None else weights
     of_split = _folder_of(source, data) if data is not None or split is not None else None
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
+    found = find_sources(sources, leave_out=folder) if sources else None
     log("\n".join([runtime, *_left_out_of_pictures(model.tasks)]))
     for_metrics = None
     if of_split is not None:

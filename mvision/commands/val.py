@@ -56,7 +56,6 @@ def validate(
     Raises:
         UserError: the weights, data, device or folder cannot be used.
     """
-    _make_folder(output)  # fail before the evaluation, not after it
     keep_freed_memory()
     chosen, run = resolve_device(device), config_of_run(weights)
     model, runtime = _open(weights, tasks, chosen, precision, family)
@@ -64,6 +63,7 @@ def validate(
     if run is not None:
         config.ignore_iscrowd = run.data.ignore_iscrowd  # what an object is has to mean the same as in training
     messages, parts = read_validation(config, split, model.tasks, seed=0 if run is None else run.train.seed)
+    _make_folder(output)  # fail before the evaluation, not after it
     loader = partial(
         build_eval_loader,
         config=DataConfig(workers=workers),

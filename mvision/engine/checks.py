@@ -11,18 +11,43 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvision.config import Config
+from mvision.config import Config, ModelConfig
 from mvision.data import Loader
 from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.engine.trainer import Trainer
 from mvision.errors import UserError
-from mvision.heads import head_class, serving_task
+from mvision.heads import HEADS, head_class, serving_task
 from mvision.model import Model
+from mvision.structures.oks import describe_default_sigmas
+from mvision.structures import Category
+from mvision.weights.stored import without_data
 
 CROWDED = 0.01  # share of the pictures with more objects than queries from which on a run warns
 NAMED = 3  # differing classes that are named
+
+
+def check_model(config: ModelConfig, begin: Callable[[Model], str] | None, is_new: bool) -> None:
+    """Raise what a model with these settings and initial weights raises, before the data is read, which takes longer.
+
+    It is built without numbers and for one made-up class. Heads of other packages may refuse that class, so a model
+    with one of them is not checked.
+
+    Args:
+        begin: loads the initial weights.
+        is_new: the weights are not those of a run that goes on; only then there is something to check.
+    """
+    if not is_new or not config.heads.keys() <= HEADS.keys():
+        return
+    # Sigmas in the config are those of as many points.
+    counts = [len(getattr(settings, "sigmas", [])) for settings in config.heads.values()]
+    category = Category(id=1, name="any", keypoints=[f"point {index}" for index in range(max(1, *counts))])
+    tried = config.model_copy(update={"categories": [category]}, deep=True)
+    tried.backbone.pretrained = False
+    model = without_data(lambda: Model(tried))
+    if begin is not None:
+        begin(model)
 
 
 def check_task_weights(config: Config) -> None:
@@ -43,6 +68,15 @@ def warn_of_slow_backbone(config: Config, log: Callable[[str], None]) -> None:
             f"{settings.backbone_lr:g}): use --init WEIGHTS, -o model.backbone.pretrained=true, or "
             f"-o train.backbone_lr={settings.lr:g}"
         )
+
+
+def tell_before_the_first_step(
+    config: Config, model: Model, sources: Sequence[DataSource], log: Callable[[str], None]
+) -> None:
+    """All that a run says of its data once the model is built and nothing is refused."""
+    tell_default_sigmas(model, log)
+    warn_of_nothing_to_measure(model, sources, log)
+    warn_of_crowded_pictures(config, sources, log)
 
 
 def warn_of_nothing_to_measure(model: Model, sources: Sequence[DataSource], log: Callable[[str], None]) -> None:
@@ -80,6 +114,14 @@ def warn_of_crowded_pictures(config: Config, sources: Sequence[DataSource], log:
                     f"more objects than the {queries} that {task} can find; the others are not learned: "
                     f"-o model.heads.{task}.num_queries={enough}, or a lower data.augment.mosaic or mixup"
                 )
+
+
+def tell_default_sigmas(model: Model, log: Callable[[str], None]) -> None:
+    """The OKS, which poses are learned and measured by, has a guess in place of the tolerances that are not known."""
+    for head in (model.head(task) for task in model.heads):
+        for category in head.classes if "keypoints" in head.needs else ():
+            if (line := describe_default_sigmas(category)) is not None:
+                log(line)
 
 
 def _can_measure(model: Model, source: DataSource, task: str) -> bool:

@@ -9,7 +9,6 @@ import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +39,10 @@ from mvision.engine.checkpoint import (
 )
 from mvision.engine.checks import (
     check_batches,
+    check_model,
     check_same_run,
     check_task_weights,
-    warn_of_crowded_pictures,
-    warn_of_nothing_to_measure,
+    tell_before_the_first_step,
     warn_of_slow_backbone,
 )
 from mvision.engine.epoch import train_epoch
@@ -59,7 +58,8 @@ from mvision.evaluation import Validation, evaluate_all, make_metrics, tables
 from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.model import Model
 from mvision.storage.run_folder import BEST, RunFolder
-from mvision.weights import init_from, load
+from mvision.weights import load
+from mvision.weights.files import starting_from
 from mvision.weights.sources import origin
 from mvision.weights.start import published_start
 
@@ -97,9 +97,10 @@ def train(
         if run is not None and saved is not None and _is_complete(run, config, saved):
             log(_nothing_to_do(run, config, saved))
             return run.path
+        begin = None if init is None else starting_from(init, init_parts, init_family)
+        check_model(config.model, begin, is_new=saved is None)
         sources = _read_data(config, saved is None, log)
         set_seed(config.train.seed)
-        begin = None if init is None else partial(init_from, source=init, parts=init_parts, family=init_family)
         model = _build_model(config, begin, saved is None, log)
         train_loader, validation = _loaders(config, sources, model, accelerator)
         stack.callback(_close, train_loader, validation)
@@ -117,8 +118,7 @@ def train(
         start(trainer, run, saved)
         log(f"run {run.path}: {_describe(trainer, sources)}")
         log(describe_plan(config, trainer.total_steps, trainer.last_steps))
-        warn_of_nothing_to_measure(model, sources, log)
-        warn_of_crowded_pictures(config, sources, log)
+        tell_before_the_first_step(config, model, sources, log)
         accelerator.init_trackers("mvision", config=flat(config.model_dump(mode="json")))
         _train_to_the_end(trainer, run, train_loader, validation)
         accelerator.end_training()

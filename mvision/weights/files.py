@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -145,13 +145,27 @@ def init_from(model: Model, source: str | Path, parts: Collection[str] | None = 
     Raises:
         UserError: no such source, nothing in it fits, or it was fused for inference.
     """
+    return starting_from(source, parts, family)(model)
+
+
+def starting_from(
+    source: str | Path, parts: Collection[str] | None = None, family: str | None = None
+) -> Callable[[Model], str]:
+    """Read the weights of a source; returns a function that copies them into a model.
+
+    Reading and copying raise the errors of ``init_from``, which does one after the other.
+    """
     weights = read_weights(source, family)
     if weights.fused:
         raise UserError(
             f"weights {source}: fused for inference, so that no training can start from them; use the unfused weights"
         )
-    done = transfer(model, weights.config, weights.tensors, str(source), parts)
-    return f"weights {described(str(source))}: {'; '.join([*weights.notes, done])}"
+
+    def start(model: Model) -> str:
+        done = transfer(model, weights.config, weights.tensors, str(source), parts)
+        return f"weights {described(str(source))}: {'; '.join([*weights.notes, done])}"
+
+    return start
 
 
 def read_weights(source: str | Path, family: str | None = None) -> Weights:
