@@ -23,11 +23,19 @@ from tests.reference import random_images
 GOLDEN = Path(__file__).with_name("golden_edgecrafter.npz")
 CLASSES = 3
 KEPT = slice(0, 300, 20)
-"""The queries whose outputs are kept; of masks every third of these, and every fourth row and column."""
-MASKS = (slice(None), slice(0, 300, 60), slice(None, None, 4), slice(None, None, 4))
+"""The queries whose outputs are kept; of masks some of these, and every eighth row and column."""
+MASKS = (slice(None), slice(0, 300, 100), slice(None, None, 8), slice(None, None, 8))
+BLOCKS = ("first", "all")
+"""The forms of ECSeg's masks."""
 
-# Case -> settings of the original code: backbones as published, the rest narrow and shallow. ``sizes``: of the sides of
-# the images; the first is that of the file.
+# Name in the original code -> width, attention heads and relative width of the feed-forward networks.
+VITS = {"ecvitt": (192, 3, 4), "ecvits": (384, 6, 4), "ecvitsplus": (384, 6, 6)}
+DEPTH, SHALLOW = 12, 2
+"""Numbers of blocks of the published backbones, and of those of L and X here, whose blocks are large."""
+
+EC = ("ecdet", "ecseg", "ecpose")
+# Case -> settings of the original code: backbones as wide as published, the rest narrow and shallow. ``sizes``: of the
+# sides of the images; the first is that of the file.
 CASES: dict[str, dict[str, Any]] = {
     "ecdet": {
         "sizes": (128, 160), "proj": None, "neck": 192, "ffn": 48, "expansion": 0.34, "depth": 0.67, "dim_ffn": 40,
@@ -50,11 +58,17 @@ CASES: dict[str, dict[str, Any]] = {
         "dim_ffn": 48, "layers": 3, "points": 4, "people": 14, "queries": 40, "reg_scale": 8.0,
     },
 }  # fmt: skip
-POSES = ("ecpose", "detrpose-n", "detrpose-s")
+_SIZES = {
+    "l": {"vit": "ecvits", "proj": 32, "neck": 32, "expansion": 0.75, "depth": 1, "layers": 4},
+    "x": {"vit": "ecvitsplus", "proj": 32, "neck": 32, "expansion": 1.5, "depth": 1, "layers": 4},
+}
+LARGE = {f"{family}-{size}": {**CASES[family], **large} for size, large in _SIZES.items() for family in EC}
+CASES |= LARGE
 DETRPOSE = ("detrpose-n", "detrpose-s")
 _NORM = re.compile(r"(bn|norm|norm\d|norm_in|(within|across|enc_output)_norm)\.weight$|lab\.scale$")
 
 
+@cache  # the backbones of several cases are the same
 def make_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     """By the name in the original code, numbers of float32 in float64; scales are around 1, convolutions keep sizes.
 
@@ -71,6 +85,16 @@ def make_tensor(name: str, shape: tuple[int, ...]) -> Tensor:
     return values.float().double()
 
 
+def family_of(case: str) -> str:
+    """``ecdet``, ``ecseg``, ``ecpose`` or ``detrpose``."""
+    return case.partition("-")[0]
+
+
+def has_poses(case: str) -> bool:
+    """Whether the model of a case predicts poses, else it does boxes."""
+    return family_of(case) in ("ecpose", "detrpose")
+
+
 def make_images(case: str, side: int) -> Tensor:
     """Two images."""
     return random_images(2, side, side, dtype=torch.float64)
@@ -84,7 +108,8 @@ def golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
 
 @cache
 def _golden(case: str) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
-    return read_golden(GOLDEN, case, make_tensor)
+    tensors, outputs = read_golden(GOLDEN, case, make_tensor)
+    return {name: x.float() if x.is_floating_point() else x for name, x in tensors.items()}, outputs
 
 
 def write_original(path: Path, case: str, **parts: Any) -> Path:
@@ -99,11 +124,13 @@ def description(case: str) -> dict[str, Any]:
     """``config.json`` of a case, with the keys that the authors' folders have."""
     settings = CASES[case]
     width, side = settings["neck"], settings["sizes"][0]
+    vit = settings.get("vit", "ecvitt")
+    dim, heads, ratio = VITS[vit]
     config: dict[str, Any] = {
         "backbone": {
-            "name": "ecvitt", "skip_load_backbone": False, "interaction_indexes": [10, 11], "embed_dim": 192,
-            "num_heads": 3, "patch_size": 16, "proj_dim": settings["proj"], "num_levels": 3,
-            "embed_layer": "ConvPyramidPatchEmbed", "ffn_layer": "mlp", "ffn_ratio": 4,
+            "name": vit, "skip_load_backbone": False, "interaction_indexes": [10, 11], "embed_dim": dim,
+            "num_heads": heads, "patch_size": 16, "proj_dim": settings["proj"], "num_levels": 3,
+            "embed_layer": "ConvPyramidPatchEmbed", "ffn_layer": "mlp", "ffn_ratio": ratio,
         },
         "encoder": {
             "in_channels": [width] * 3, "feat_strides": [8, 16, 32], "hidden_dim": width, "nhead": 8,
@@ -113,7 +140,7 @@ def description(case: str) -> dict[str, Any]:
         },
         "postprocessor": {"num_classes": CLASSES},
     }  # fmt: skip
-    if case == "ecpose":
+    if has_poses(case):
         config["decoder"] = {
             "hidden_dim": width, "dropout": 0.0, "nhead": 8, "num_queries": settings["queries"],
             "dim_feedforward": settings["dim_ffn"], "num_decoder_layers": settings["layers"], "normalize_before": False,
@@ -133,7 +160,7 @@ def description(case: str) -> dict[str, Any]:
         "eval_spatial_size": [side, side], "eval_idx": -1, "eps": 1e-2, "aux_loss": True,
         "cross_attn_method": "default", "query_select_method": "default", "reg_max": 32, "reg_scale": 4,
         "layer_scale": 1, "share_bbox_head": False, "share_score_head": False,
-        "mask_downsample_ratio": 4 if case == "ecseg" else None,
+        "mask_downsample_ratio": 4 if family_of(case) == "ecseg" else None,
     }  # fmt: skip
     return config
 

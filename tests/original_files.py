@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -77,12 +78,17 @@ def read_golden(
 ) -> tuple[dict[str, Tensor], dict[str, np.ndarray]]:
     """The tensors of a model, those that are not in the file drawn by ``make_tensor``, and what it gave by name."""
     with np.load(path) as file:
-        shapes: Mapping[str, list[int]] = json.loads(str(file["shapes"]))[case]
+        shapes: Mapping[str, list[int]] = json.loads(lzma.decompress(file["shapes"].tobytes()))[case]
         given = {key.removeprefix(f"{case} "): file[key] for key in file.files if key.startswith(f"{case} ")}
     tensors = {name: make_tensor(name, tuple(shape)) for name, shape in shapes.items()}
     stored = {key for key in given if key.startswith("tensor ")}
     tensors |= {key.removeprefix("tensor "): torch.from_numpy(given[key]) for key in stored}
     return tensors, {key: array for key, array in given.items() if key not in stored}
+
+
+def packed(shapes: Mapping[str, Mapping[str, list[int]]]) -> np.ndarray:
+    """Case -> name -> shape, for a golden file: names of cases are much alike, which its own compression cannot use."""
+    return np.frombuffer(lzma.compress(json.dumps(shapes).encode()), np.uint8)
 
 
 def change(name: str, value: Tensor | None) -> Callable[[dict[str, Any]], None]:

@@ -7,14 +7,14 @@
 The original code is imported from those folders and run as it is, in float64; tables that it keeps in float32 stay so.
 Of its packages only the files of the models are imported; what they need of others stands in here. Images are square,
 as in the authors' trainings: of others ECDet's encoder mixes up the rows and columns of its position embedding. ECSeg
-runs its first mask block alone, as its published figures were measured.
+runs its first mask block alone, as its published figures were measured, and, as its export prepares it, all of them.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
-import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -29,15 +29,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from mvision.weights.edgecrafter import MEAN, STD
 from tests.edgecrafter_files import (
     CASES,
+    DEPTH,
     DETRPOSE,
     GOLDEN,
     KEPT,
+    LARGE,
     MASKS,
-    POSES,
+    SHALLOW,
     description,
+    family_of,
+    has_poses,
     make_images,
     make_tensor,
 )
+from tests.original_files import packed
 
 FROM = "Intellindust-AI-Lab/EdgeCrafter 706d037, SebastianJanampa/DETRPose a6ca202"
 CHANNELS = [256, 512, 1024]
@@ -61,14 +66,16 @@ def main() -> None:
             for name, tensor in state.items():
                 if not is_given(name):
                     tensor.copy_(make_tensor(name, tuple(tensor.shape)))
-            arrays |= {f"{case} {kind} {side}": array for kind, array in run(model, case, images).items()}
+            exact = np.float32 if case in LARGE else np.float64
+            outputs = run(model, case, images)
+            arrays |= {f"{case} {kind} {side}": array.astype(exact) for kind, array in outputs.items()}
             torch.set_default_dtype(torch.float32)
             if side == settings["sizes"][0]:
                 shapes[case] = {name: list(x.shape) for name, x in state.items() if not is_given(name)}
                 kept = {name: x.numpy() for name, x in state.items() if is_given(name)}
-                kept = {name: x for name, x in kept.items() if not name.endswith(("valid_mask", "dim_t", "periods"))}
+                kept = {name: x for name, x in kept.items() if not is_left_out(name, case)}
                 arrays |= {f"{case} tensor {name}": x.astype(np.float32) for name, x in kept.items()}
-    arrays["shapes"] = np.array(json.dumps(shapes))
+    arrays["shapes"] = packed(shapes)
     np.savez_compressed(GOLDEN, **arrays)
     print(f"{GOLDEN}: {GOLDEN.stat().st_size} bytes")
 
@@ -78,15 +85,18 @@ class EC(nn.Module):
 
     def __init__(self, case: str, side: int, checkout: Path) -> None:
         super().__init__()
-        config, self.has_masks = description(case), case == "ecseg"
+        config, self.has_masks = description(case), family_of(case) == "ecseg"
         config["decoder"]["eval_spatial_size"] = [side, side]
-        config["backbone"]["skip_load_backbone"] = True
-        root = f"original_{'ecpose' if case == 'ecpose' else 'ecdetseg'}"
+        depth = SHALLOW if case in LARGE else DEPTH
+        config["backbone"] |= {
+            "skip_load_backbone": True, "depth": depth, "interaction_indexes": [depth - 2, depth - 1],
+        }  # fmt: skip
+        root = f"original_{'ecpose' if has_poses(case) else 'ecdetseg'}"
         place = checkout / root.removeprefix("original_") / "engine"
         make_package(root, place, ("edgecrafter",), types.ModuleType(f"{root}.misc"))
         self.backbone = load(f"{root}.edgecrafter.ecvit").ViTAdapter(**config["backbone"])
         self.encoder = load(f"{root}.edgecrafter.hybrid_encoder").HybridEncoder(**config["encoder"])
-        if case == "ecpose":
+        if has_poses(case):
             self.decoder = load(f"{root}.edgecrafter.detrpose_transformer").DETRTransformer(**config["decoder"])
         else:
             self.decoder = load(f"{root}.edgecrafter.decoder").ECTransformer(**config["decoder"])
@@ -151,15 +161,26 @@ def is_given(name: str) -> bool:
     return name.endswith(given)
 
 
+def is_left_out(name: str, case: str) -> bool:
+    """Whether a tensor is not kept; what files have twice or for every layer is kept of the small models alone."""
+    if case in LARGE and re.search(r"\.[1-9]\.cross_attn\.num_points_scale$|decoder\.decoder\.(up|reg_scale)$", name):
+        return True
+    return name.endswith(("valid_mask", "dim_t", "periods"))
+
+
 @torch.no_grad()
 def run(model: nn.Module, case: str, images: Tensor) -> dict[str, np.ndarray]:
     """What is kept of the outputs; of persons without the class that no label has."""
     out: dict[str, Any] = model(images)
-    if case in POSES:
+    if has_poses(case):
         points = out["pred_keypoints"].unflatten(-1, (-1, 2))
         return {"logits": out["pred_logits"][:, KEPT, 1:].numpy(), "points": points[:, KEPT].numpy()}
     kept = {"logits": out["pred_logits"][:, KEPT].numpy(), "boxes": out["pred_boxes"][:, KEPT].numpy()}
-    return kept | ({"masks": out["pred_masks"][MASKS].numpy()} if case == "ecseg" else {})
+    if family_of(case) == "ecseg":
+        kept["masks, first"] = out["pred_masks"][MASKS].numpy()
+        model.decoder.decoder.segmentation_head.export()
+        kept["masks, all"] = model(images)["pred_masks"][MASKS].numpy()
+    return kept
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import sys
 import types
 from pathlib import Path
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from mvision import load
-from tests.original_files import CASES, CLASSES, GOLDEN, KEPT, make_images, make_tensor
+from tests.original_files import CASES, CLASSES, GOLDEN, KEPT, make_images, make_tensor, packed
 
 FROM = "Intellindust-AI-Lab/DEIM 09d35d5, RT-DETRs/RT-DETRv4 df44122"
 HGNETS = {"B0": [256, 512, 1024], "B2": [384, 768, 1536], "B4": [512, 1024, 2048], "B5": [512, 1024, 2048]}
@@ -64,7 +63,7 @@ def main() -> None:
         if options.check:
             options.check.mkdir(parents=True, exist_ok=True)
             print(f"{case}: {difference(model, outputs, case, settings, options.check / 'model.pth')}")
-    arrays["shapes"] = np.array(json.dumps(shapes))
+    arrays["shapes"] = packed(shapes)
     np.savez_compressed(GOLDEN, **arrays)
     print(f"{GOLDEN}: {GOLDEN.stat().st_size} bytes")
 

@@ -139,6 +139,11 @@ def read_edgecrafter(loaded: Mapping[str, Tensor], notes: list[str], path: Path)
     of_decoder = "ReLU" if family == "ecpose" else "SiLU"
     notes = [*notes, f"read as {family}: {of_decoder} in the decoder, images normalised as for ImageNet"]
     points = points_of_levels(loaded, path)
+    if points is None and family != "ecpose":
+        raise UserError(
+            f"weights {path}: a tensor is missing: decoder.decoder.layers.0.cross_attn.num_points_scale, which tells "
+            "how many points each level has; convert the authors' file again with all of its tensors"
+        )
     kept = {name: tensor for name, tensor in loaded.items() if not _LEFT_OUT.search(name)}
     last_only = not any(name.startswith("backbone.projector.1.") for name in kept)
     tensors = originals.renamed(kept, lambda name: mvision_name(name, last_only, family == "ecpose"), path)
