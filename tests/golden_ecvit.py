@@ -9,11 +9,17 @@ from torch import Tensor
 from tests.drawn_weights import drawn
 
 FILE = Path(__file__).with_suffix(".npz")
-DIM, HEADS, MLP_RATIO = 64, 2, 3.0
+# Width, attention heads and relative width of the feed-forward networks; the last two as in the networks S and S+.
+NETWORKS = {"narrow": (64, 2, 3.0), "s": (96, 6, 4.0), "s_plus": (96, 6, 6.0)}
 SIZES = {"square": (64, 64), "wide": (96, 160)}
-CHANNELS = 2  # of every map that are kept
+CHANNELS = 1  # of every map that are kept
 
 
-def make_images(case: str) -> Tensor:
+def key(network: str, size: str, level: int) -> str:
+    """The name of a map in the file."""
+    return f"{network}, {size} {level}"
+
+
+def make_images(size: str) -> Tensor:
     """(2, 3, height, width), as normalised images are."""
-    return drawn(f"images, {case}", (2, 3, *SIZES[case]))
+    return drawn(f"images, {size}", (2, 3, *SIZES[size]))

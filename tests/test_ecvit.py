@@ -46,20 +46,25 @@ def authors_file(net: EcViT, path: Path, prefix: str = "backbone.") -> None:
     save_file({**tensors, f"{prefix}rope_embed.periods": torch.ones(8)}, path)
 
 
-@pytest.mark.parametrize("case", golden_ecvit.SIZES)
-def test_maps_of_the_original(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("network", golden_ecvit.NETWORKS)
+def test_maps_of_the_original(network: str, tmp_path: Path) -> None:
     """In float64; the weights come through a file with the authors' names."""
-    size = Size(golden_ecvit.DIM, golden_ecvit.HEADS, golden_ecvit.MLP_RATIO)
-    net = EcViT(size).double().eval()
+    net = EcViT(Size(*golden_ecvit.NETWORKS[network])).double().eval()
     authors_file(net, tmp_path / "vit.safetensors")
     load_file(net, str(tmp_path / "vit.safetensors"), "ecvit_t")
-    with torch.no_grad():
-        maps = MeanPyramid(pyramid_scales(16, [8, 16, 32]))(net(golden_ecvit.make_images(case)))
     golden = np.load(golden_ecvit.FILE)
-    for level, x in enumerate(maps):
-        expected = torch.from_numpy(golden[f"{case} {level}"])
-        assert expected.abs().max() > 1
-        assert (x[:1, : golden_ecvit.CHANNELS] - expected).abs().max() <= 1e-6
+    for size in golden_ecvit.SIZES:
+        with torch.no_grad():
+            maps = MeanPyramid(pyramid_scales(16, [8, 16, 32]))(net(golden_ecvit.make_images(size)))
+        for level, x in enumerate(maps):
+            expected = torch.from_numpy(golden[golden_ecvit.key(network, size, level)])
+            assert expected.abs().max() > 1
+            assert (x[:1, : golden_ecvit.CHANNELS] - expected).abs().max() <= 1e-6
+
+
+def test_the_golden_networks_have_the_proportions_of_the_published_ones() -> None:
+    for network, name in (("s", "ecvit_s"), ("s_plus", "ecvit_s_plus")):
+        assert golden_ecvit.NETWORKS[network][1:] == SIZES[name][1:]
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from golden_neck import original_module
 
 from tests.drawn_weights import drawn
-from tests.golden_ecvit import CHANNELS, DIM, FILE, HEADS, MLP_RATIO, SIZES, make_images
+from tests.golden_ecvit import CHANNELS, FILE, NETWORKS, SIZES, key, make_images
 
 MADE_BY = "docs/scripts/golden_ecvit.py from Intellindust-AI-Lab/EdgeCrafter 706d037"
 
@@ -35,24 +35,21 @@ def main() -> None:
     engine = parser.parse_args().edgecrafter / "ecdetseg" / "engine"
     adapter = original_module(engine, "ecvit").ViTAdapter
     torch.set_default_dtype(torch.float64)  # its positions have the default type
-    original = adapter(
-        name="ecvitt",
-        embed_dim=DIM,
-        num_heads=HEADS,
-        ffn_ratio=MLP_RATIO,
-        proj_dim=DIM,
-        skip_load_backbone=True,
-    ).eval()
-    original.projector = nn.ModuleList(nn.Identity() for _ in original.projector)
-    derived = original.backbone.rope_embed.periods
-    tensors = {key: drawn(key, tuple(x.shape)) if x.ndim else x for key, x in original.backbone.state_dict().items()}
-    original.backbone.load_state_dict({**tensors, "rope_embed.periods": derived})
     arrays: dict[str, np.ndarray] = {"made by": np.array(f"{MADE_BY}, torch {torch.__version__}")}
-    for case in SIZES:
-        with torch.no_grad():
-            maps = original(make_images(case))
-        for level, x in enumerate(maps):
-            arrays[f"{case} {level}"] = x[:1, :CHANNELS].numpy()
+    for network, (dim, heads, mlp_ratio) in NETWORKS.items():
+        original = adapter(
+            name="ecvitt", embed_dim=dim, num_heads=heads, ffn_ratio=mlp_ratio, proj_dim=dim, skip_load_backbone=True
+        ).eval()
+        original.projector = nn.ModuleList(nn.Identity() for _ in original.projector)
+        derived = original.backbone.rope_embed.periods
+        state = original.backbone.state_dict()
+        tensors = {name: drawn(name, tuple(x.shape)) if x.ndim else x for name, x in state.items()}
+        original.backbone.load_state_dict({**tensors, "rope_embed.periods": derived})
+        for size in SIZES:
+            with torch.no_grad():
+                maps = original(make_images(size))
+            for level, x in enumerate(maps):
+                arrays[key(network, size, level)] = x[:1, :CHANNELS].numpy()
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE}: {FILE.stat().st_size} bytes")
 
