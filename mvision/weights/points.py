@@ -1,4 +1,4 @@
-"""Which numbers of two pose models belong to points of the same name, where poses come from queries."""
+"""Which numbers of two pose models belong to points of the same name."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mvision.heads.keypoints.settings import KeypointSettings
 from mvision.heads.poses.settings import PoseConfig
 from mvision.structures import Category
 from mvision.structures.coco_names import canonical
@@ -17,11 +18,14 @@ from mvision.structures.coco_names import canonical
 if TYPE_CHECKING:
     from mvision.model import Model
 
-# Tensors of the decoder with numbers for each point: name -> axis.
-_AXES = {
-    r"point_tokens$|point_label_embed$": 0,
-    r"memory_points\.layers\.3\.(weight|bias)$": 0,
-    r"quality_heads\.\d+\.layers\.0\.weight$": 1,
+# Tensors with numbers for each point: name -> axis, and how many numbers a point has in each of the blocks that follow
+# on one another along it; the first ones are of poses from queries, the last ones of dense heads.
+_PLACES: dict[str, tuple[int, tuple[int, ...]]] = {
+    r"point_tokens$|point_label_embed$": (0, ()),
+    r"memory_points\.layers\.3\.(weight|bias)$": (0, ()),
+    r"quality_heads\.\d+\.layers\.0\.weight$": (1, ()),
+    r"^(one|many)\.points\.(weight|bias)$": (0, (2, 1)),
+    r"^maps\.embed\.(weight|bias)$": (0, ()),
 }
 
 
@@ -31,11 +35,13 @@ class PointRows:
 
     Attributes:
         axis: along which they are.
+        blocks: numbers of a point in each block of all points; empty: there is one block, and as many as there are.
         matches: point in the model -> point in the other model, for points with the same name.
         count, other_count: points of both models.
     """
 
     axis: int
+    blocks: tuple[int, ...]
     matches: dict[int, int]
     count: int
     other_count: int
@@ -50,11 +56,16 @@ class PointRows:
 
     def copy(self, target: Tensor, other: Tensor) -> None:
         """Copy the points with the same name, in place; others become the mean of all points of ``other``."""
-        to = target.movedim(self.axis, 0).unflatten(0, (self.count, -1))
-        of = other.movedim(self.axis, 0).unflatten(0, (self.other_count, -1))
-        to[:] = of.to(torch.float64).mean(0).to(to)
-        for point, other_point in self.matches.items():
-            to[point] = of[other_point]
+        for to, of in zip(self._by_point(target, self.count), self._by_point(other, self.other_count)):
+            to[:] = of.to(torch.float64).mean(0).to(to)
+            for point, other_point in self.matches.items():
+                to[point] = of[other_point]
+
+    def _by_point(self, tensor: Tensor, count: int) -> list[Tensor]:
+        """Views of the blocks, (count, numbers of a point, ...) each."""
+        rows = tensor.movedim(self.axis, 0)
+        blocks = self.blocks or (len(rows) // count,)
+        return [part.unflatten(0, (count, -1)) for part in rows.split([count * numbers for numbers in blocks])]
 
 
 def point_rows(model: Model, others: Sequence[Category]) -> dict[str, PointRows]:
@@ -66,15 +77,15 @@ def point_rows(model: Model, others: Sequence[Category]) -> dict[str, PointRows]
     found = {}
     for task in model.heads:
         head = model.head(task)
-        if not isinstance(head.config, PoseConfig):
+        if not isinstance(head.config, PoseConfig | KeypointSettings):
             continue
         own, other = _names(head.classes), _names(head.predicted(list(others)))
         places = {name: index for index, name in enumerate(other)}
         matches = {index: places[name] for index, name in enumerate(own) if name in places}
         for inner in head.state_dict():
-            axis = next((axis for pattern, axis in _AXES.items() if re.search(pattern, inner)), None)
-            if axis is not None:
-                found[f"heads.{task}.{inner}"] = PointRows(axis, matches, len(own), len(other))
+            place = next((place for pattern, place in _PLACES.items() if re.search(pattern, inner)), None)
+            if place is not None:
+                found[f"heads.{task}.{inner}"] = PointRows(*place, matches, len(own), len(other))
     return found
 
 

@@ -39,7 +39,7 @@ def transfer(
     A head whose task is not in ``tensors`` gets the tensors with the same name inside a head and the same shape from
     the heads of other tasks. In layers with one row per class, the rows of classes with the same name are copied, and
     the other rows become the mean of all rows of the other model: what its classes have in common, among it how rare
-    objects are. The same holds for the points of poses from queries. The mean and std of the images go with the weights
+    objects are. The same holds for the points of poses. The mean and std of the images go with the weights
     of the backbone.
 
     Args:
