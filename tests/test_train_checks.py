@@ -164,6 +164,7 @@ def test_validation_without_objects_keeps_the_newest_weights(
     text = capsys.readouterr().out
     assert "nothing is measured, the newest weights count as the best" in text
     assert f"newest weights (epoch 2): {run / 'best.safetensors'}" in text
+    assert ", detection AP -\n" in text
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,7 @@ from mvision.engine.stopping import StopRequest, lost_processes_in_one_line
 from mvision.engine.trainer import Trainer
 from mvision.errors import Stopped, UserError, printable_lines
 from mvision.evaluation import Validation, evaluate_all, make_metrics, tables
+from mvision.evaluation.tables import figure_text
 from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.model import Model
 from mvision.storage.run_folder import BEST, RunFolder
@@ -222,7 +223,7 @@ def _train_epochs(trainer: Trainer, run: RunFolder, loader: Loader, validation: 
             if epoch + 1 == config.epochs or (epoch + 1) % config.val_interval == 0:
                 record["metrics"] = evaluate_all(trainer.eval_model, validation, accelerator=trainer.accelerator)
                 keep_best(trainer, run, record["metrics"], epoch)
-                figures = [f"{task} {name} {value:.3f}" for task, name, value in primary_figures(record["metrics"])]
+                figures = [f"{task} {name} {figure_text(x)}" for task, name, x in primary_figures(record["metrics"])]
                 log(f"epoch {epoch + 1}: loss {sum(losses.values()):.2f}, {', '.join(figures)}")
         except Stopped:
             with trainer.stop.held():
