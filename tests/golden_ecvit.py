@@ -12,7 +12,7 @@ FILE = Path(__file__).with_suffix(".npz")
 # Width, attention heads and relative width of the feed-forward networks; the last two as in the networks S and S+.
 NETWORKS = {"narrow": (64, 2, 3.0), "s": (96, 6, 4.0), "s_plus": (96, 6, 6.0)}
 SIZES = {"square": (64, 64), "wide": (96, 160)}
-CHANNELS = 1  # of every map that are kept
+CHANNELS = slice(1, 2)  # of every map that are kept
 
 
 def key(network: str, size: str, level: int) -> str:

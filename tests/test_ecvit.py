@@ -59,7 +59,7 @@ def test_maps_of_the_original(network: str, tmp_path: Path) -> None:
         for level, x in enumerate(maps):
             expected = torch.from_numpy(golden[golden_ecvit.key(network, size, level)])
             assert expected.abs().max() > 1
-            assert (x[:1, : golden_ecvit.CHANNELS] - expected).abs().max() <= 1e-6
+            assert (x[:1, golden_ecvit.CHANNELS] - expected).abs().max() <= 1e-6
 
 
 def test_the_golden_networks_have_the_proportions_of_the_published_ones() -> None:

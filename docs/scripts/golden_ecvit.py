@@ -49,7 +49,7 @@ def main() -> None:
             with torch.no_grad():
                 maps = original(make_images(size))
             for level, x in enumerate(maps):
-                arrays[key(network, size, level)] = x[:1, :CHANNELS].numpy()
+                arrays[key(network, size, level)] = x[:1, CHANNELS].numpy()
     np.savez_compressed(FILE, **arrays)
     print(f"{FILE}: {FILE.stat().st_size} bytes")
 
