@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -133,22 +133,15 @@ def test_threads_with_streams_of_their_own() -> None:
     model: Any = prepare(with_statistics(make_model(["detection"])), "fp32")
     expected = {batch: model._plain(make_images(batch)) for batch in (1, 2)}
     torch.cuda.synchronize()  # the threads read it in streams of their own
-    wrong: list[float] = []
 
-    def work(seed: int) -> None:
+    def work(seed: int) -> list[float]:
         with torch.no_grad(), torch.cuda.stream(torch.cuda.Stream()):
-            for number in range(20):
-                batch = 1 + (seed + number) % 2
-                found = difference(expected[batch], model(make_images(batch)))[0]
-                if not found <= TOLERANCES["fp32"]:
-                    wrong.append(found)
+            batches = [1 + (seed + number) % 2 for number in range(20)]
+            return [difference(expected[batch], model(make_images(batch)))[0] for batch in batches]
 
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert wrong == []
+    with ThreadPoolExecutor(3) as pool:  # its results raise what was raised in the threads
+        for found in pool.map(work, range(3)):
+            assert max(found) <= TOLERANCES["fp32"]
     assert len(replays(model)) == 2
 
 

@@ -40,7 +40,7 @@ class Trial:
 
     Attributes:
         variant: the columns that name what is compared, such as ``{"block": "elan", "depth": 3}``.
-        config: with the task, the data set's folder and the seed.
+        config: with the tasks, the data set's folder and the seed.
         facts: further columns of the row.
     """
 
@@ -49,15 +49,16 @@ class Trial:
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def task(self) -> str:
-        (task,) = self.config.model.heads
-        return task
+    def keys(self) -> list[Row]:
+        """For each task the columns that tell the row of this training from all others."""
+        data, seed = name_of(self.config.data.root), self.config.train.seed
+        return [{"task": task, "data": data, **self.variant, "seed": seed} for task in self.config.model.heads]
 
     @property
-    def key(self) -> Row:
-        """The columns that tell the row of this training from all others."""
-        place = {"task": self.task, "data": name_of(self.config.data.root)}
-        return {**place, **self.variant, "seed": self.config.train.seed}
+    def name(self) -> str:
+        """Of the run's folder."""
+        own = [*self.variant.values(), self.config.train.seed]
+        return "-".join(map(str, [*self.config.model.heads, name_of(self.config.data.root), *own]))
 
 
 def run_trials(options: argparse.Namespace, trials: Iterable[Trial], table: Callable[[list[Row]], str]) -> None:
@@ -66,36 +67,35 @@ def run_trials(options: argparse.Namespace, trials: Iterable[Trial], table: Call
     out.mkdir(parents=True, exist_ok=True)
     rows = _read_rows(out / "rows.jsonl", recipe)
     for trial in trials:
-        if any(all(row.get(name) == value for name, value in trial.key.items()) for row in rows):
+        if all(any(key.items() <= row.items() for row in rows) for key in trial.keys):
             continue
         begin = time.monotonic()
-        run = out / "runs" / "-".join(str(part) for part in trial.key.values())
+        run = out / "runs" / trial.name
         print(f"--- {run.name}: {trial.facts}", flush=True)
-        curve = _train(trial, run, options.device)
-        rows.append({
-            **trial.key, **trial.facts, "ap": curve[-1][1], "curve": curve,
-            "seconds": round(time.monotonic() - begin, 1), "torch": torch.__version__, **recipe,
-        })  # fmt: skip
+        curves = _train(trial, run, options.device)
+        seconds = round(time.monotonic() - begin, 1)
+        rows += [
+            {**key, **trial.facts, "ap": curve[-1][1], "curve": curve, "seconds": seconds, **recipe}
+            | {"torch": torch.__version__}
+            for key, curve in zip(trial.keys, curves)
+        ]
         write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         shutil.rmtree(run)
         write_text(out / "table.md", table(rows))
     print(table(rows))
 
 
-def _train(trial: Trial, run: Path, device: str | None) -> list[tuple[int, float]]:
-    """(epoch, AP) of every evaluation, by the primary metric of the task."""
+def _train(trial: Trial, run: Path, device: str | None) -> list[list[tuple[int, float]]]:
+    """For each task (epoch, AP) of every evaluation, by the primary metric of the task."""
     if RunFolder(run).state.exists():
         train(load_config(file=run / "config.yaml"), resume=run, device=device)
     else:
         shutil.rmtree(run, ignore_errors=True)  # stopped before there was anything to continue
         train(trial.config, output=run, device=device)
-    metric = head_class(trial.task, trial.config.model.heads[trial.task]).primary_metric
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [
-        (record["epoch"] + 1, record["metrics"][trial.task][metric])
-        for record in records
-        if trial.task in record.get("metrics", {})
-    ]
+    evaluated = [(record["epoch"] + 1, record["metrics"]) for record in records if "metrics" in record]
+    metrics = {task: head_class(task, head).primary_metric for task, head in trial.config.model.heads.items()}
+    return [[(epoch, found[task][metric]) for epoch, found in evaluated] for task, metric in metrics.items()]
 
 
 def _read_rows(file: Path, recipe: Row) -> list[Row]:

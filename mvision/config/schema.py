@@ -11,6 +11,7 @@ from mvision.backbone.config import BackboneConfig
 from mvision.config.explain import explain
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
+from mvision.heads.poses.settings import PoseConfig
 from mvision.machine import PrecisionOption
 from mvision.settings import MAX_LAYERS, MAX_WIDTH, Replacement, Settings, without_retired
 from mvision.structures import Category
@@ -108,6 +109,18 @@ class ModelConfig(Settings):
                         f"{value}, but the head of {serving} serves both tasks; set {serving}'s alone"
                     )
             self.heads[task] = type(own).model_validate(shared)
+        return self
+
+    @model_validator(mode="after")
+    def _width_of_shared_queries(self) -> ModelConfig:
+        """Poses that continue with the queries of another head have their width where none is given."""
+        own = [task for task in self.heads if serving_task(task, self.heads) == task]
+        widths = [head_class(task, self.heads[task]).query_dim(self.heads[task]) for task in own]
+        width = next((width for width in widths if width is not None), None)
+        for settings in self.heads.values():
+            shared = isinstance(settings, PoseConfig) and settings.queries == "shared"
+            if shared and width is not None and "embed_dim" not in settings.model_fields_set:
+                settings.embed_dim = width
         return self
 
     @field_validator("image_size", mode="before")
@@ -306,7 +319,7 @@ class TrainConfig(Settings):
     patience: int = Field(0, ge=0, le=MOST_STEPS)
     precision: PrecisionOption = "auto"
     compile: bool = False
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
     freeze: list[Literal["backbone", "neck"]] = []
     task_weights: dict[str, float] = {}
     seed: int = Field(0, ge=0, lt=2**32)
