@@ -40,18 +40,18 @@ A file or folder of that name in the working folder is taken before the publishe
 download is resumed; the checksum is compared after. Proxies and `HF_ENDPOINT` (a mirror) are honoured. A model with a
 pinned revision needs no network once it is in the cache; without one, the newest commit is asked for each time.
 
-Models on GitHub are one file each, which is downloaded into the folder below.
+Models on GitHub and those of PaddleDetection are one file each, which is downloaded into the folder below.
 
 **Without network, and for models on Google Drive**, put the files by hand where the short name finds them, below
 `MVISION_CACHE` (or `~/.cache/mvision`): the folder `weights/NAME/` with `config.json`, `preprocessor_config.json` and
-`model.safetensors`, or the authors' file as `weights/NAME.pth`. Any other place works by its path. An https address of
-a file is downloaded into the same folder, and kept.
+`model.safetensors`, or the authors' file as `weights/NAME.pth` (Mask-RT-DETR's as `weights/NAME.pdparams`). Any other
+place works by its path. An https address of a file is downloaded into the same folder, and kept.
 
 **Licences** are those that the authors declare for code and weights. The images that a model was trained on are another
 question: COCO's, Objects365's and CrowdPose's have terms of their own, and whether these reach the weights is for a
 lawyer to say. The same holds for weights that were distilled from others: a DINOv3 model was the teacher of RT-DETRv4's
-training, and the backbones of ECDet, ECSeg and ECPose were distilled from DINOv3 models. D-FINE, DEIM and DETRPose have
-none of that.
+training, and the backbones of ECDet, ECSeg and ECPose were distilled from DINOv3 models. D-FINE, DEIM, DETRPose
+and Mask-RT-DETR have none of that.
 
 **AP** is the publishers' own, of boxes, masks or keypoints, on COCO val2017; of models trained on Objects365 alone, on
 the first 5,000 images of its validation split; of those trained on CrowdPose, on its test images.

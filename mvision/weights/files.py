@@ -3,7 +3,7 @@
 A weights file is a safetensors file whose header holds the whole ``ModelConfig``. A source of weights is one of these:
 a run's folder, a ``.safetensors`` file that mvision wrote, a folder with a published model in Hugging Face's format,
 the id of such a folder or file on the Hugging Face Hub, its address, the short name of a published model (``zoo``), or
-the authors' own file of one of these (``originals``). No code in a file is ever run.
+the authors' own file of one of these (``originals``, ``paddle``). No code in a file is ever run.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ from mvision.weights.stored import (
 from mvision.weights.transfer import transfer
 from mvision.weights.zoo import could_be_name, suggestion
 
-ORIGINALS = {".pth", ".pt"}
+ORIGINALS = {".pth", ".pt", ".pdparams"}
 PICKLES = {".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
 EXPORTS = {".onnx", ".xml"}
 SUFFIXES = {".safetensors", *ORIGINALS, *PICKLES, *EXPORTS}
 FORMS = (
     "a run's folder, a .safetensors file, a folder with config.json and model.safetensors, a name from "
-    "'mvision models', its authors' .pth file, or a Hub id"
+    "'mvision models', its authors' .pth or .pdparams file, or a Hub id"
 )
 
 
@@ -109,7 +109,7 @@ def load(
 
     Args:
         source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, a short name of the zoo, a
-            Hub id, or a ``.pth`` file of the authors.
+            Hub id, or a ``.pth`` or ``.pdparams`` file of the authors.
         tasks: the tasks that the model keeps; None keeps all.
         family: of a ``.pth`` file, see ``read_original``.
 
@@ -219,7 +219,7 @@ def _describe(path: Path) -> tuple[ModelConfig, bool, dict[str, Stored]]:
 
 
 def resolve_weights(source: str | Path) -> Path:
-    """The path of a source: mvision's own weights file, the authors' ``.pth``, or a folder in Hugging Face's format.
+    """The path of a source: mvision's own weights file, the authors' own, or a folder in Hugging Face's format.
 
     Raises:
         UserError: neither can be found, or the file's format can run code when it is opened.

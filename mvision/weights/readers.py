@@ -11,6 +11,8 @@ from mvision.weights import edgecrafter, zoo
 from mvision.weights.detrpose import FAMILY, is_detrpose, read_detrpose
 from mvision.weights.dfine import MODEL_TYPE, read_dfine
 from mvision.weights.originals import read_original
+from mvision.weights.paddle import FAMILY as PADDLE
+from mvision.weights.paddle import SUFFIX, read_paddle
 from mvision.weights.published import Published, read_object
 from mvision.weights.rtdetr import read_published
 
@@ -23,7 +25,7 @@ _READERS: dict[str, Callable[[Path], Published]] = {
 
 
 def read_any(path: Path, family: str | None = None) -> Published:
-    """The model of a folder with ``config.json`` and ``model.safetensors``, or of a ``.pth`` file.
+    """The model of a folder with ``config.json`` and ``model.safetensors``, or of a ``.pth`` or ``.pdparams`` file.
 
     Args:
         family: of a file, a key of ``zoo.FAMILIES``: see ``read_original``; of a folder its description says it.
@@ -50,6 +52,9 @@ def read_any(path: Path, family: str | None = None) -> Published:
 def _read_file(path: Path, family: str | None) -> Published:
     if family is not None and family not in zoo.FAMILIES:
         raise UserError(f"--family {family}: {did_you_mean(family, zoo.FAMILIES)}")
+    if path.suffix.lower() == SUFFIX:
+        _check_family(path, PADDLE, family)
+        return read_paddle(path)
     loaded, notes = state_dict(load_pickle(path), path)
     told = FAMILY if is_detrpose(loaded) else edgecrafter.family_of(loaded)
     if told is None:

@@ -32,7 +32,8 @@ _HGNETS: dict[tuple[int, int, int, tuple[int, ...]], str] = {
     (32, 64, 6, (1, 2, 5, 2)): "hgnetv2_b5",
     (48, 96, 6, (2, 3, 6, 3)): "hgnetv2_b6",
 }
-_AFFINE = {"hgnetv2_b0", "hgnetv2_b1", "hgnetv2_b2", "hgnetv2_b3"}
+AFFINE = {"hgnetv2_b0", "hgnetv2_b1", "hgnetv2_b2", "hgnetv2_b3"}
+"""Those whose activations are scaled, in timm and in D-FINE; Paddle's own models have no scales."""
 RESNETS: dict[tuple[str, tuple[int, ...]], str] = {
     ("basic", (2, 2, 2, 2)): "resnet18d",
     ("basic", (3, 4, 6, 3)): "resnet34d",
@@ -68,19 +69,26 @@ class Structure:
         return {"name": name, "normalize": "none", "stage1_shortcut": kind == "basic", "strides": strides}
 
     def _hgnet(self) -> str:
-        stem, net = "backbone.net.stem.stem", "backbone.net.stages_"
-        blocks = tuple(self.count(f"{net}{stage}.blocks.") for stage in range(4))
-        layers = self.count(f"{net}0.blocks.0.layers.")
-        found = (self.rows(f"{stem}1.conv.weight"), self.rows(f"{stem}4.conv.weight"), layers, blocks)
+        first, last, layers, blocks = found = self._hgnet_sizes()
         name = _HGNETS.get(found)
-        affine = self.has(f"{stem}1.lab.")
-        if name is None or affine != (name in _AFFINE):
+        affine = self.has("backbone.net.stem.stem1.lab.")
+        if name is None or affine != (name in AFFINE):
             raise UserError(
-                f"weights {self.source}: the backbone is an HGNetV2 with a stem of {found[0]} and {found[1]} channels, "
+                f"weights {self.source}: the backbone is an HGNetV2 with a stem of {first} and {last} channels, "
                 f"{blocks} blocks of {layers} layers, {'with' if affine else 'without'} affine blocks, which timm does "
                 "not have"
             )
         return name
+
+    def hgnet_by_sizes(self) -> str | None:
+        """The network with this stem and these blocks, whether its activations are scaled or not; None if unknown."""
+        return _HGNETS.get(self._hgnet_sizes())
+
+    def _hgnet_sizes(self) -> tuple[int, int, int, tuple[int, ...]]:
+        stem, net = "backbone.net.stem.stem", "backbone.net.stages_"
+        blocks = tuple(self.count(f"{net}{stage}.blocks.") for stage in range(4))
+        layers = self.count(f"{net}0.blocks.0.layers.")
+        return self.rows(f"{stem}1.conv.weight"), self.rows(f"{stem}4.conv.weight"), layers, blocks
 
     def neck(self, expansion: object = None, heads: int = HEADS) -> dict[str, Any]:
         """The section ``neck``: RT-DETR's, or that of D-FINE or EdgeCrafter, which have ELAN blocks.

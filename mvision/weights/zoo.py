@@ -68,6 +68,14 @@ def _detrpose(size: str, ap: float, data: str) -> ZooModel:
     )  # fmt: skip
 
 
+def _mask_rtdetr(size: str, ap: float) -> ZooModel:
+    config, file = f"mask_rtdetr_{size}", f"mask_rtdetr_hgnetv2_{size}_6x_coco.pdparams"
+    return ZooModel(
+        f"mask-rtdetr-{size}", "mask-rtdetr", config, COCO, ap, SIZES[config], FAMILIES["mask-rtdetr"].act, file=file,
+        url=f"https://paddledet.bj.bcebos.com/models/{file}", task="instance-seg",
+    )  # fmt: skip
+
+
 _DFINE_FILES = {
     f"dfine-{size}{ending}": f"dfine_{size}_{data}.pth"
     for ending, data, sizes in (("", "coco", "nsmlx"), ("-obj2coco", "obj2coco", "smx"), ("-obj365", "obj365", "smlx"))
@@ -193,6 +201,7 @@ _MODELS = (
         for data, figures in ((COCO, (57.2, 67.0, 69.4, 72.5, 73.3)), (CROWDPOSE, (56.0, 67.4, 72.0, 73.3, 75.1)))
         for size, ap in zip("nsmlx", figures)
     ),
+    *(_mask_rtdetr(size, ap) for size, ap in zip("smlxh", (41.0, 42.7, 45.7, 47.5, 50.6))),
 )  # fmt: skip
 MODELS: Mapping[str, ZooModel] = {model.name: model for model in _MODELS}
 """By short name, in the order in which they are listed."""
@@ -225,7 +234,7 @@ def of_file(name: str) -> ZooModel | None:
     A browser adds `` (1)`` to the name of a second download, which does not count.
     """
     plain = re.sub(r"( ?\(\d+\))(?=\.\w+$)", "", name)
-    return next((model for model in MODELS.values() if plain in (model.file, f"{model.name}.pth")), None)
+    return next((model for model in MODELS.values() if plain in (model.file, model.name + model.ending)), None)
 
 
 def of_config(config: str, models: Iterable[ZooModel] = _MODELS) -> list[ZooModel]:
@@ -240,11 +249,12 @@ def own_folder() -> Path:
 
 
 def own_copy(model: ZooModel) -> Path | None:
-    """A user's own copy of a model: ``NAME.pth`` or the folder ``NAME`` with ``config.json`` and ``model.safetensors``.
+    """A user's own copy of a model: ``NAME.pth`` (with the ending of the authors' file), or the folder ``NAME`` with
+    ``config.json`` and ``model.safetensors``.
 
     Both in ``own_folder()``. None if there is neither.
     """
-    folder, file = own_folder() / model.name, own_folder() / f"{model.name}.pth"
+    folder, file = own_folder() / model.name, own_folder() / f"{model.name}{model.ending}"
     if (folder / "model.safetensors").is_file() and (folder / "config.json").is_file():
         return folder
     return file if file.is_file() else None
@@ -253,7 +263,8 @@ def own_copy(model: ZooModel) -> Path | None:
 def by_hand(model: ZooModel) -> str:
     """How to get a model's weights without mvision's help, as the end of an error line."""
     if model.hub is None and model.is_download:
-        return f"on a machine with network download {model.url}, and save it as {own_folder() / model.name}.pth"
+        place = own_folder() / f"{model.name}{model.ending}"
+        return f"on a machine with network download {model.url}, and save it as {place}"
     if model.hub is None:
         return f"download {model.url} (a page of Google Drive) and save it as {own_folder() / model.name}.pth"
     at = "" if model.revision is None else f"/tree/{model.revision}"

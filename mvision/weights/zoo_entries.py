@@ -61,6 +61,13 @@ FAMILIES = {
     "detrpose": Family(
         "DETRPose", "https://github.com/SebastianJanampa/DETRPose", "https://arxiv.org/abs/2506.13027", "relu"
     ),
+    "mask-rtdetr": Family(
+        "Mask-RT-DETR",
+        "https://github.com/PaddlePaddle/PaddleDetection",
+        "https://arxiv.org/abs/2304.08069",
+        "relu",
+        note="the licence is that of PaddleDetection, which names no other one for its weights",
+    ),
 }
 
 
@@ -108,8 +115,20 @@ SIZES = {
     "detrpose_m": Size(20.9, 67.7, counted=True),
     "detrpose_l": Size(33.0, 107.7, counted=True),
     "detrpose_x": Size(73.8, 240.3, counted=True),
+    "mask_rtdetr_s": Size(14.4, 51.9, counted=True),
+    "mask_rtdetr_m": Size(18.6, 67.0, counted=True),
+    "mask_rtdetr_l": Size(32.0, 115.6, counted=True),
+    "mask_rtdetr_x": Size(66.8, 254.8, counted=True),
+    "mask_rtdetr_h": Size(126.6, 523.9, counted=True),
 }
 """Shipped config -> what a model of its architecture costs."""
+
+
+_PLACES = {
+    "github.com": "GitHub",
+    "drive.google.com": "Google Drive",
+    "paddledet.bj.bcebos.com": "PaddleDetection",
+}
 
 
 @dataclass(frozen=True)
@@ -129,7 +148,7 @@ class ZooModel:
         revision: commit of that repository; None: the newest.
         sha256: of the repository's ``model.safetensors``.
         file: name of the authors' own file.
-        url: where that file is to be had: a release on GitHub, or a page of Google Drive.
+        url: where that file is to be had: its own address, or a page of Google Drive.
         task: what it predicts.
     """
 
@@ -161,12 +180,18 @@ class ZooModel:
     @property
     def place(self) -> str:
         """Where the weights are, in a few words."""
-        return self.hub or ("GitHub" if self.is_download else "Google Drive")
+        host = (self.url or "").removeprefix("https://").partition("/")[0]
+        return self.hub or _PLACES[host]
 
     @property
     def is_download(self) -> bool:
         """Whether ``url`` is the file itself, and not a page that leads to it."""
-        return self.url is not None and self.url.startswith("https://github.com/")
+        return self.url is not None and not self.url.startswith("https://drive.google.com/")
+
+    @property
+    def ending(self) -> str:
+        """Of the name of the authors' own file, or of a copy of it under the short name."""
+        return ".pdparams" if (self.file or "").endswith(".pdparams") else ".pth"
 
     @property
     def measured(self) -> str:
