@@ -199,7 +199,8 @@ class MaskHead(QueryHead[MaskConfig, MaskOutputs]):
         embeddings = self._embed(selected)
         noisy = self._embed(decoded.queries[:, :, :split]) if denoising else None
         if decoded.pre_boxes is not None:
-            # "Pre" has boxes of its own; its queries, and so its embeddings, are those of the first layer.
+            # "Pre" has boxes of its own; its queries, and so its embeddings, are those of the first layer. (In ECSeg's
+            # code it has the masks of the last layer, which are then matched and learned twice.)
             layers = len(decoded.queries)
             embeddings = torch.cat((embeddings[:layers], embeddings[:1], embeddings[layers:]))
             noisy = None if noisy is None else torch.cat((noisy, noisy[:1]))

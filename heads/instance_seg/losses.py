@@ -4,6 +4,8 @@ Sources: Kirillov et al., "PointRend", CVPR 2020, sections 3.1 and 3.3 (more poi
 as Cheng et al., "Mask2Former", CVPR 2022, section 3.3 applies it to queries; Dice as in V-Net (Milletari et al., 2016),
 per instance. One deviation: candidate points are drawn per image and shared by its instances, half of them anywhere and
 half in the objects' boxes. So the pixel features are read only once per candidate, and small objects get enough points.
+ECSeg's code draws them for every mask anew, anywhere, and takes the nearest pixel of an object's mask, where this one
+interpolates; at the same points, where a pixel has its centre, the losses are the same.
 """
 
 from __future__ import annotations
