@@ -88,7 +88,7 @@ class CocoMetric(Metric):
             evaluated.
         sigmas: per-keypoint standard deviations of the OKS as fractions of the object's scale. None takes, in this
             order: those of ``categories`` (which the model was trained with), those of the data's categories, COCO's
-            for COCO's 17 points, and else one value for all points, with a note.
+            or CrowdPose's for their points, and else one value for all points, with a note.
         backend: ``hotcoco`` or ``pycocotools``; None takes hotcoco if it is installed.
 
     Class attributes:

@@ -14,8 +14,8 @@ class Category(Settings):
 
     Attributes:
         skeleton: pairs of 0-based keypoint indices.
-        sigmas: standard deviation of each keypoint as a fraction of the object's scale; empty: COCO's or one for all
-            (see ``mvision.structures.oks.keypoint_sigmas``).
+        sigmas: standard deviation of each keypoint as a fraction of the object's scale; empty: by the names of the
+            points, or one for all (see ``mvision.structures.oks.keypoint_sigmas``).
         flip_pairs: pairs of 0-based keypoint indices that change places in a mirror; None: by names such as
             ``left_eye``.
     """
