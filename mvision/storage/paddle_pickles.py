@@ -157,7 +157,9 @@ class _Program:
 
     def run(self, content: mmap.mmap) -> Any:
         """Carry out all instructions."""
-        for count, (instruction, value, _) in enumerate(pickletools.genops(content)):
+        # It asks for the reading methods of a file, which a map has too; a map never gives more bytes than there are.
+        instructions = pickletools.genops(content)  # type: ignore[arg-type]
+        for count, (instruction, value, _) in enumerate(instructions):
             name = instruction.name
             if name == "STOP":
                 return self.stack.pop()
