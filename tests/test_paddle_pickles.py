@@ -162,7 +162,7 @@ def test_arrays_of_other_things(tmp_path: Path, array: Any, message: str) -> Non
 def test_files_that_are_cut_off(tmp_path: Path, protocol: int) -> None:
     path = write(tmp_path / "a.pdparams", SMALL, protocol)
     whole = path.read_bytes()
-    for length in range(1, len(whole)):
+    for length in range(1, len(whole), 3):
         path.write_bytes(whole[:length])
         message = refusal(path)
         assert "damaged, or not copied or downloaded to the end" in message or length < 3
@@ -200,16 +200,34 @@ def test_claims_of_more_than_there_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "its pickle has more than 20 instructions" in refusal(write(path, SMALL))
 
 
-def test_tuples_in_tuples(tmp_path: Path) -> None:
-    """Python's own unpickler crashes when such a thing becomes a key."""
-    (tmp_path / "a.pdparams").write_bytes(as_pickle(b"})", 100_000 * b"\x85", b"K\x01s"))
-    assert "has keys that are no texts" in refusal(tmp_path / "a.pdparams")
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        (b"}", b"K\x01s", "has keys that are no texts"),  # Python's own unpickler crashes here
+        (b"", b"X\x01\x00\x00\x00x\x93", "damaged"),
+        (DTYPE, b"\x85R", "an array in it is of something else, and only arrays of numbers are read"),
+        (b"}X\x01\x00\x00\x00x", b"s", "'x' is a tuple, not an array"),
+    ],
+)
+def test_tuples_in_tuples(tmp_path: Path, before: bytes, after: bytes, message: str) -> None:
+    (tmp_path / "a.pdparams").write_bytes(as_pickle(before, b")", 100_000 * b"\x85", after))
+    assert message in refusal(tmp_path / "a.pdparams")
+
+
+def test_shapes_of_huge_numbers(tmp_path: Path) -> None:
+    """The product of many of them alone would take minutes."""
+    shape = b"(" + 2_000 * (b"\x8a\xff" + 254 * b"\xff" + b"\x7f") + b"t"
+    kind = DTYPE + b"X\x02\x00\x00\x00f4\x85R"
+    array = RECONSTRUCT + b"(" + NDARRAY + b"K\x00\x85C\x01btR(K\x01" + shape + kind + b"\x89C\x00tb"
+    (tmp_path / "a.pdparams").write_bytes(as_pickle(b"}X\x01\x00\x00\x00x", array, b"s"))
+    assert "the shape of an array is none" in refusal(tmp_path / "a.pdparams")
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ({}, "there are no arrays in it"),
+        ({"a\n\x1b": SMALL["a"]}, r"has control characters in it"),
         ({"epoch": 3}, "'epoch' is a int, not an array"),
         ({"model": {"a": 3}}, "'a' is a int, not an array"),
         (OrderedDict(SMALL), "not a Mask-RT-DETR on HGNetV2"),

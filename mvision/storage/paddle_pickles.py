@@ -20,6 +20,7 @@ from mvision.errors import UserError
 
 MAX_INSTRUCTIONS = 2_000_000
 """Of the pickle; an array takes 40, so that a model of 10,000 tensors takes 400,000."""
+MAX_AXES = 16
 PARAMETERS = "StructuredToParameterName@@"
 """The key under which Paddle keeps the names that parameters have in a program."""
 
@@ -60,7 +61,8 @@ class _Kind:
 
     def __init__(self, code: Any) -> None:
         if not isinstance(code, str) or code not in _KINDS:
-            raise _Refused(f"an array in it is of {printable(code)!r}, and only arrays of numbers are read")
+            found = repr(printable(code)) if isinstance(code, str) else "something else"
+            raise _Refused(f"an array in it is of {found}, and only arrays of numbers are read")
         self.dtype = np.dtype(code)
 
     def build(self, state: Any) -> None:
@@ -81,7 +83,7 @@ class _Array:
         _, shape, kind, by_columns, data = state
         if not isinstance(kind, _Kind) or not isinstance(data, bytes) or not isinstance(shape, tuple):
             raise _Refused("an array in it has something else than numbers")
-        if any(type(side) is not int or side < 0 for side in shape):
+        if len(shape) > MAX_AXES or any(type(side) is not int or side < 0 for side in shape):
             raise ValueError("the shape of an array is none")
         if math.prod(shape) * kind.dtype.itemsize != len(data):
             raise ValueError(f"an array of shape {list(shape)[:8]} has {len(data):,} bytes")
@@ -125,6 +127,8 @@ def printable(text: Any, length: int = 100) -> str:
 
 def _array(value: Any, name: str, path: Path) -> np.ndarray:
     """The array of an entry; parameters inside other things than a state dict are pairs of a name and an array."""
+    if not name.isprintable():
+        raise UserError(f"weights {path}: the name {printable(name)!r} has control characters in it")
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
         value = value[1]
     if not isinstance(value, _Array):
@@ -210,7 +214,7 @@ class _Program:
     def _call(self, name: str, value: Any) -> None:
         """Carry out an instruction that names or calls a function, or fills what one made; refuse every other one."""
         if name in ("GLOBAL", "STACK_GLOBAL"):
-            called = value.replace(" ", ".") if name == "GLOBAL" else ".".join(map(str, self._take(2)))
+            called = value.replace(" ", ".") if name == "GLOBAL" else ".".join(self._take(2))
             if called not in _NAMES:
                 raise _Refused(f"it would run code when opened ({printable(called)})")
             self.stack.append(_Named(_NAMES[called]))
