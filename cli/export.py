@@ -47,7 +47,7 @@ def export(
     """Export a model, with any batch size, and compare it with PyTorch; if the outputs differ nothing is written.
 
     With --int8 the model is calibrated on training images and measured on validation images. The exit code is 2 if it
-    lost more than 1 % of a task's AP.
+    lost more than 1 % of a task's AP, or had no AP to lose.
 
     \b
     Example:

@@ -80,6 +80,12 @@ def test_a_loss_is_relative_and_the_worst_task_counts() -> None:
     assert Quantised("backbone", {"a": 0.5}, {"a": 0.4951}).warning is None
 
 
+def test_a_model_that_finds_nothing_has_nothing_to_lose() -> None:
+    """Untrained weights, or validation images without such objects: a loss of 0 % would say that INT8 is fine."""
+    assert "not known" in str(Quantised("backbone", {"a": 0.0, "b": -1.0}, {"a": 0.0, "b": -1.0}).warning)
+    assert Quantised("backbone", {"a": 0.0, "b": 0.5}, {"a": 0.0, "b": 0.5}).warning is None
+
+
 def test_heads_and_coordinates_stay_in_floating_point(squares: Path, tmp_path: Path) -> None:
     """The real thing: a small model with D-FINE's neck and decoder, calibrated on eight images."""
     for package in ("onnxscript", "openvino", "nncf"):

@@ -52,7 +52,9 @@ class Quantised:
 
     @property
     def warning(self) -> str | None:
-        """What the user should know if the loss is larger than ``ALLOWED``."""
+        """What the user should know: the loss is larger than ``ALLOWED``, or there was nothing to lose."""
+        if all(value <= 0 for value in self.before.values()):
+            return "the model finds nothing in the validation images before INT8 either: what INT8 loses is not known"
         return f"INT8 lost {self.loss:.1%} of AP, more than {ALLOWED:.0%}" if self.loss > ALLOWED else None
 
 
