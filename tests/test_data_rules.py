@@ -207,6 +207,23 @@ def test_dense_pictures_name_the_setting(tmp_path: Path) -> None:
     assert check(str(root), assignments=["model.heads.detection.num_queries=2"]).verdict.startswith("sound")
 
 
+@pytest.mark.parametrize(("kind", "setting"), [("dense", "num_instances"), ("query", "num_queries")])
+def test_only_objects_of_classes_with_points_are_too_many_for_poses(kind: str, setting: str, tmp_path: Path) -> None:
+    def without_points(trees: dict[str, dict[str, Any]]) -> None:
+        for each in trees.values():
+            del each["categories"][0]["keypoints"]
+            for entry in each["annotations"]:
+                if entry["category_id"] == each["categories"][0]["id"]:
+                    del entry["keypoints"]
+
+    for root, most in ((write(tmp_path / "a"), 2), (write(tmp_path / "b", without_points), 1)):
+        overrides = {"data.root": str(root), "model.heads.keypoints": {"kind": kind, setting: 1}}
+        config, lines = load_config(overrides=overrides), list[str]()
+        read_data_sources(config.data, ["keypoints"], 0, lines.append, config.model.heads)
+        told = f"1 that keypoints can find: raise them with -o model.heads.keypoints.{setting}={most} "
+        assert any(told in line for line in lines) == (most > 1), lines
+
+
 def test_every_place_can_be_listed(tmp_path: Path) -> None:
     def change(trees: dict[str, dict[str, Any]]) -> None:
         for entry in trees["train"]["annotations"]:

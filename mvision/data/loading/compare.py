@@ -9,6 +9,7 @@ from mvision.data.formats.coco import CocoSplit
 from mvision.data.formats.layouts import Layout
 from mvision.data.formats.problems import Problems
 from mvision.data.loading.dataset import Dataset
+from mvision.data.loading.folders import needs
 from mvision.errors import UserError
 from mvision.settings import Settings
 from mvision.structures.images import BadImage
@@ -36,14 +37,18 @@ def refuse_unreadable(split: CocoSplit) -> None:
 
 def count_above_queries(split: CocoSplit, task: str, settings: Settings | None) -> None:
     """Count the images with more objects than the task's head can find, if its settings limit them."""
-    queries = getattr(settings, "num_queries", None)
-    if queries is None:
+    name = next((name for name in ("num_queries", "num_instances") if hasattr(settings, name)), None)
+    if name is None:
         return
-    objects = np.bincount(_images(split)[~split.labels.crowd], minlength=len(split))
+    queries = getattr(settings, name)
+    counted = ~split.labels.crowd
+    if "keypoints" in needs([task]):  # objects of other classes are not found by a head for poses
+        counted &= np.array([bool(category.keypoints) for category in split.categories])[split.labels.labels]
+    objects = np.bincount(_images(split)[counted], minlength=len(split))
     most = int(objects.max(initial=0))
     kind = (
         f"image with more objects than the {queries} that {task} can find: raise them with "
-        f"-o model.heads.{task}.num_queries={most}"
+        f"-o model.heads.{task}.{name}={most}"
     )
     for index in np.flatnonzero(objects > queries):
         split.problems.add(kind, f"{split.records[index].file}: {objects[index]}")
