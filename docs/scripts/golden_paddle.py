@@ -1,7 +1,7 @@
 """Outputs of the original Mask-RT-DETR for the cases of ``tests/paddle_files.py``, into a file for the tests.
 
     git clone https://github.com/PaddlePaddle/PaddleDetection && git -C PaddleDetection checkout 666f597fd0
-    pip install paddlepaddle==3.3.1
+    pip install paddlepaddle==3.3.1 six
     python docs/scripts/golden_paddle.py PaddleDetection
 
 The original code is imported from that folder and run as it is, in float64. Of its package only the files of the model
