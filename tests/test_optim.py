@@ -82,6 +82,35 @@ def test_norms_biases_and_embeddings_are_not_decayed():
     assert all(not name.endswith("bias") for name in decayed)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("name", "excluded"),
+    [
+        ("ecvit_t", {"cls_token"}),
+        ("test_vit", {"model.cls_token", "model.pos_embed"}),
+        ("test_vit4", {"model.reg_token", "model.pos_embed"}),
+        ("swin_tiny_patch4_window7_224", {"layers_0.blocks.0.attn.relative_position_bias_table"}),  # 169 rows
+    ],
+)
+def test_tokens_and_positions_of_a_backbone_are_not_decayed(name, excluded, optimizer):
+    small = {"neck__embed_dim": 32, "image_size": 64, "heads__detection__num_queries": 20}
+    with torch.device("meta"):
+        model = create_model(name, num_classes=2, **small)
+    groups = build_optimizer(model, TrainConfig(weight_decay=0.05, optimizer=optimizer)).param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    plain = {names[id(p)] for g in groups if not g["weight_decay"] and not g.get("use_muon") for p in g["params"]}
+    assert {f"backbone.net.{inner}" for inner in excluded} <= plain
+    more = {n for n in plain if model.get_parameter(n).ndim > 1 and n.startswith("backbone.")}
+    assert all(
+        n.split(".")[-1] in ("cls_token", "reg_token", "pos_embed", "relative_position_bias_table") for n in more
+    )
+
+
+@pytest.mark.parametrize("name", ["resnet18d", "hgnetv2_b0", "test_convnext", "smp:mobilenet_v2"])
+def test_convolutional_backbones_have_nothing_besides_norms_and_biases_without_decay(name):
+    assert create_model(name, num_classes=2, image_size=64).backbone.without_decay() == []
+
+
 def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw():
     model = create_model("tiny", num_classes=2)
     optimizer = build_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.05))

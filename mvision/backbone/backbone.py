@@ -17,7 +17,7 @@ from mvision.backbone.affine import fold_affine
 from mvision.backbone.ecvit_names import SIZES
 from mvision.backbone.feature_nets import SMP, FeaturePlan, build_pretrained, plan_network, probe, pyramid_of, smp_names
 from mvision.backbone.folding import fold_norms, observe
-from mvision.backbone.layer_order import layers_from_end
+from mvision.backbone.layer_order import layers_from_end, without_decay
 from mvision.backbone.own_weights import load_file
 from mvision.backbone.pyramid import Detail, MeanPyramid, detail_strides, pyramid_scales, resized
 from mvision.errors import UserError, did_you_mean
@@ -188,6 +188,10 @@ class Backbone(nn.Module):
             UserError: the network's library does not say which layers it has.
         """
         return {f"net.{name}": layer for name, layer in layers_from_end(self.net, self.config.name).items()}
+
+    def without_decay(self) -> list[str]:
+        """Names here of the parameters that weight decay must leave alone, such as tokens and positions of a ViT."""
+        return [f"net.{name}" for name in without_decay(self.net, self.config.name)]
 
     def set_normalization(self, mean: Tensor | None, std: Tensor | None) -> None:
         """Use the normalisation that loaded weights were trained with: (3, 1, 1) each, or None for none."""

@@ -1,4 +1,4 @@
-"""Which layer of a backbone a parameter belongs to, for learning rates that fall from layer to layer."""
+"""What the optimiser asks about the parameters of a backbone: which layer each is of, and which must not decay."""
 
 from __future__ import annotations
 
@@ -31,3 +31,14 @@ def layers_from_end(net: nn.Module, name: str) -> dict[str, int]:
     own = {key: layers[library_name(net, key)] for key, _ in net.named_parameters()}
     order = sorted(set(own.values()))
     return {key: len(order) - 1 - order.index(layer) for key, layer in own.items()}
+
+
+def without_decay(net: nn.Module, name: str) -> list[str]:
+    """The parameters of a feature network that its library excludes from weight decay: ``no_weight_decay`` of timm.
+
+    These are the class and register tokens and the learned positions of a ViT, and what few other networks have of the
+    kind. Empty for networks of other libraries.
+    """
+    whole = net if name in SIZES else None if name.startswith(SMP) else whole_network(name)
+    excluded = whole.no_weight_decay() if hasattr(whole, "no_weight_decay") else ()  # type: ignore[union-attr,operator]
+    return [key for key, _ in net.named_parameters() if library_name(net, key) in excluded]

@@ -20,20 +20,22 @@ MIN_ROWS = 16
 def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
     """AdamW for all parameters, or Muon for weight matrices and AdamW with Nesterov momentum for the others.
 
-    Parameters with one dimension (norms, biases) and embeddings have no weight decay, and AdamW in both cases. Every
-    parameter group has its peak learning rate as ``peak_lr``, which ``set_learning_rate`` scales; the backbone's is
-    ``backbone_lr`` where that is set, and falls by ``layer_decay`` from its last layer to its first. The branch of
-    details beside a ViT counts as part of the neck. Either optimiser has the attribute ``found_inf``, see ``Muon``.
+    Parameters with one dimension (norms, biases), embeddings, and what timm excludes in the backbone (tokens, learned
+    positions) have no weight decay, and AdamW in both cases. Every parameter group has its peak learning rate as
+    ``peak_lr``, which ``set_learning_rate`` scales; the backbone's is ``backbone_lr`` where that is set, and falls by
+    ``layer_decay`` from its last layer to its first. The branch of details beside a ViT counts as part of the neck.
+    Either optimiser has the attribute ``found_inf``, see ``Muon``.
 
     Raises:
         UserError: a ``layer_decay`` for a backbone whose layers have no known order.
     """
     layers = {} if config.layer_decay == 1 else model.backbone.layers_from_end()
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    plain = embeddings | {id(model.backbone.get_parameter(name)) for name in model.backbone.without_decay()}
     groups: dict[tuple[int | None, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decayed = parameter.ndim > 1 and id(parameter) not in embeddings
+            decayed = parameter.ndim > 1 and id(parameter) not in plain
             matrix = config.optimizer == "muon" and decayed and len(parameter) >= MIN_ROWS
             in_backbone = name.startswith("backbone.") and not name.startswith("backbone.detail.")
             layer = layers.get(name.removeprefix("backbone."), 0) if in_backbone else None
