@@ -92,3 +92,31 @@ def test_weights_of_a_backbone_are_checked_once_more_with_numbers(
 def test_weights_are_told_before_pictures(capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["predict", "missing.jpg"], ["val", "--output", "out"], ["export", "--output", "out/a.onnx"]):
         assert "weights nothing: no such file" in refused(capsys, *command, "--weights", "nothing")
+
+
+def test_shared_queries_have_the_width_of_the_other_head() -> None:
+    """ECDet-S and ECSeg-S are narrower than poses usually are; a width that is given stays, for the error to name."""
+    from mvision.config import load_config
+
+    shared = ["model.heads.keypoints.kind=query", "model.heads.keypoints.queries=shared"]
+    for tasks in (["keypoints", "instance-seg"], ["detection", "instance-seg", "keypoints"]):
+        heads = load_config("ecseg_s", tasks=tasks, assignments=shared).model.heads
+        assert heads["keypoints"].model_dump()["embed_dim"] == heads["instance-seg"].model_dump()["embed_dim"] == 192
+        given = load_config("ecseg_s", tasks=tasks, assignments=[*shared, "model.heads.keypoints.embed_dim=64"])
+        assert given.model.heads["keypoints"].model_dump()["embed_dim"] == 64
+
+
+def test_classes_without_points_are_no_part_of_the_report_of_poses(tmp_path: Path) -> None:
+    from mvision.config import load_config
+    from mvision.model import Model
+    from mvision.structures import Category
+    from mvision.weights import init_from, save_weights
+
+    config = load_config("tiny", tasks=["keypoints"]).model
+    person = Category(id=1, name="person", keypoints=["nose", "tail"])
+    config.categories = [person]
+    save_weights(Model(config), tmp_path / "a.safetensors")
+    config.categories = [Category(id=2, name="car"), person]
+    line = init_from(Model(config), tmp_path / "a.safetensors")
+    assert "head keypoints loaded in part" in line
+    assert line.endswith("; 1 of 1 classes matched by name")

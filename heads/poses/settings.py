@@ -17,7 +17,7 @@ class PoseConfig(Settings):
         queries: ``own``: instances are selected among the tokens of the feature maps; ``shared``: they are the queries
             of the head of instance-seg or detection in the same joint model, after its last layer, those with the best
             scores in classes with points. Each pose then belongs to an object, whose box it has.
-        embed_dim: width of queries and memory.
+        embed_dim: width of queries and memory. Shared queries have that of the other head, also where none is given.
         num_queries: largest number of objects that can be predicted in an image; without ``learned_queries`` it may be
             changed after training.
         learned_queries: point tokens start from a learned vector for each query, as in the published models, instead

@@ -20,8 +20,8 @@ from mvision.engine.trainer import Trainer
 from mvision.errors import UserError
 from mvision.heads import HEADS, head_class, serving_task
 from mvision.model import Model
-from mvision.structures.oks import describe_default_sigmas
 from mvision.structures import Category
+from mvision.structures.oks import describe_default_sigmas
 from mvision.weights.stored import without_data
 
 CROWDED = 0.01  # share of the pictures with more objects than queries from which on a run warns

@@ -53,7 +53,6 @@ def transfer(
     Raises:
         UserError: nothing fits.
     """
-    matches = _match_classes(model.categories, config.categories)
     class_rows = _class_rows(model, config.categories)
     points = point_rows(model, config.categories)
     rows: dict[str, _ClassRows | PointRows] = {**class_rows, **points}
@@ -82,7 +81,9 @@ def transfer(
         model.backbone.set_normalization(tensors.get("backbone.mean"), tensors.get("backbone.std"))
     has_mean = any(loaded[_place(name)] for name in class_rows)
     of_points = describe_points(model, config.categories, {n: x for n, x in points.items() if loaded[_place(n)]})
-    return "; ".join(filter(None, [_describe(loaded, total, model.categories, matches, has_mean), of_points]))
+    classes = _classes_of(model, {place[0] for place, count in loaded.items() if count})
+    matches = _match_classes(classes, config.categories)
+    return "; ".join(filter(None, [_describe(loaded, total, classes, matches, has_mean), of_points]))
 
 
 @dataclass(frozen=True)
@@ -196,12 +197,21 @@ def _class_rows(model: Model, others: list[Category]) -> dict[str, _ClassRows]:
     return class_rows
 
 
+def _classes_of(model: Model, parts: Collection[str]) -> list[Category]:
+    """The classes that some head among these parts predicts, in the order of the model: of poses those with points."""
+    heads = [model.head(task) for task in model.heads if f"heads.{task}" in parts]
+    names = {category.name for head in heads for category in head.classes}
+    return [category for category in model.categories if category.name in names]
+
+
 def _describe(
     loaded: Counter[Place], total: Counter[Place], categories: list[Category], matches: dict[int, int], has_mean: bool
 ) -> str:
     """What was loaded of every part, and, if that is a head, for which classes.
 
     Args:
+        categories: of the heads that are loaded.
+        matches: see ``_match_classes``.
         has_mean: classes without a match got the mean of the others.
     """
     texts, any_head = [], False
