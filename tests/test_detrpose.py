@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from mvision import Model, UserError, load
 from mvision.structures.category import Category
 from mvision.structures.oks import COCO_SIGMAS, CROWDPOSE_SIGMAS
 from mvision.weights import init_from, read_weights, zoo
+from mvision.weights.files import Weights
 from mvision.weights.poses import size_of_centres
 from tests.edgecrafter_files import CASES, DETRPOSE, KEPT, golden, make_images, write_original
 
@@ -21,12 +23,18 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {case: write_original(folder / f"{case} of mine.pth", case) for case in DETRPOSE}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.fixture(scope="module")
+def stored(files: dict[str, Path]) -> dict[str, Weights]:
+    """What the files say."""
+    return {case: read_weights(file) for case, file in files.items()}
+
+
 @pytest.mark.parametrize("case", DETRPOSE)
-def test_outputs_of_the_original_code(files: dict[str, Path], case: str, dtype: torch.dtype) -> None:
-    model = load(files[case]).to(dtype)
+def test_outputs_of_the_original_code(files: dict[str, Path], case: str) -> None:
+    model = load(files[case])
     _, expected = golden(case)
-    for side in CASES[case]["sizes"]:
+    for dtype, side in itertools.product((torch.float32, torch.float64), CASES[case]["sizes"]):
+        model.to(dtype)
         with torch.no_grad():
             found = model(make_images(case, side).to(dtype))["keypoints"]
         for kind, tensor in (("logits", found["logits"]), ("points", found["keypoints"])):
@@ -36,8 +44,8 @@ def test_outputs_of_the_original_code(files: dict[str, Path], case: str, dtype: 
             assert (tensor[:, KEPT] - wanted).abs().max() < (1e-5 if dtype == torch.float32 else 1e-7)
 
 
-def test_what_the_tensors_say(files: dict[str, Path]) -> None:
-    nano, small = (read_weights(files[case]).config for case in DETRPOSE)
+def test_what_the_tensors_say(stored: dict[str, Weights]) -> None:
+    nano, small = (stored[case].config for case in DETRPOSE)
     assert (nano.backbone.name, nano.backbone.strides, nano.backbone.normalize) == ("hgnetv2_b0", [16, 32], "none")
     assert (nano.image_size, small.image_size) == ((160, 160), (128, 128))
     assert (nano.neck.position, nano.neck.lateral_act, nano.neck.fusion_block) == ("fraction", True, "elan")
@@ -51,15 +59,15 @@ def test_what_the_tensors_say(files: dict[str, Path]) -> None:
     assert (other.keypoints, other.sigmas) == (list(CROWDPOSE_SIGMAS), list(CROWDPOSE_SIGMAS.values()))
 
 
-def test_what_is_left_out_is_said(files: dict[str, Path]) -> None:
-    notes = "; ".join(read_weights(files["detrpose-s"]).notes)
+def test_what_is_left_out_is_said(stored: dict[str, Weights]) -> None:
+    notes = "; ".join(stored["detrpose-s"].notes)
     for part in ("read as detrpose: ReLU", "the first class, which no label", "CrowdPose", "boxes are the extent"):
         assert part in notes
 
 
-def test_four_points_of_which_two_have_known_names(files: dict[str, Path]) -> None:
+def test_four_points_of_which_two_have_known_names(files: dict[str, Path], stored: dict[str, Weights]) -> None:
     """Rows of those two are kept to the bit; the other points start from the mean."""
-    source = read_weights(files["detrpose-n"])
+    source = stored["detrpose-n"]
     config = source.config.model_copy(deep=True)
     config.categories = [Category(id=1, name="person", keypoints=["tail", "left wrist", "paw", "nose"])]
     model = Model(config)
@@ -87,8 +95,10 @@ def test_four_points_of_which_two_have_known_names(files: dict[str, Path]) -> No
         assert model.eval()(make_images("detrpose-n", 160).float())["keypoints"]["keypoints"].shape[-2:] == (4, 2)
 
 
-def test_the_same_points_in_another_order_follow_their_names(files: dict[str, Path]) -> None:
-    source = read_weights(files["detrpose-n"])
+def test_the_same_points_in_another_order_follow_their_names(
+    files: dict[str, Path], stored: dict[str, Weights]
+) -> None:
+    source = stored["detrpose-n"]
     config = source.config.model_copy(deep=True)
     config.categories = [Category(id=1, name="person", keypoints=list(COCO_SIGMAS)[::-1])]
     model = Model(config)

@@ -18,7 +18,7 @@ from mvision.backbone import ecvit
 from mvision.structures.coco_names import coco_with_keypoints
 from mvision.weights import edgecrafter, init_from, read_weights, zoo
 from mvision.weights.edgecrafter import MEAN, mvision_name
-from mvision.weights.published import Published
+from mvision.weights.files import Weights
 from tests.edgecrafter_files import (
     BLOCKS,
     CASES,
@@ -46,7 +46,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def stored(files: dict[str, Path]) -> dict[str, Published]:
+def stored(files: dict[str, Path]) -> dict[str, Weights]:
     """What the files of the small models say."""
     return {case: read_weights(file) for case, file in files.items()}
 
@@ -114,13 +114,13 @@ def test_masks_of_the_original_code(
 
 
 @pytest.mark.parametrize("case", EC)
-def test_folders_of_the_hub(stored: dict[str, Published], tmp_path: Path, case: str) -> None:
+def test_folders_of_the_hub(stored: dict[str, Weights], tmp_path: Path, case: str) -> None:
     one, other = read_weights(write_folder(tmp_path / "hub", case)), stored[case]
     assert one.config == other.config
     assert all(torch.equal(tensor, other.tensors[name]) for name, tensor in one.tensors.items())
 
 
-def test_what_the_tensors_say(stored: dict[str, Published]) -> None:
+def test_what_the_tensors_say(stored: dict[str, Weights]) -> None:
     det, seg, pose = (stored[case].config for case in EC)
     assert [config.backbone.name for config in (det, seg, pose)] == ["ecvit_t"] * 3
     assert (det.neck.projections, seg.neck.projections) == ("last", True)
@@ -142,14 +142,14 @@ def test_what_the_tensors_say(stored: dict[str, Published]) -> None:
     assert {config.image_size for config in (det, seg, pose)} == {(128, 128)}
 
 
-def test_images_are_normalised(model_of: Callable[[str], Model], stored: dict[str, Published]) -> None:
+def test_images_are_normalised(model_of: Callable[[str], Model], stored: dict[str, Weights]) -> None:
     model = model_of("ecdet")
     assert model.backbone.mean is not None
     torch.testing.assert_close(model.backbone.mean.flatten(), torch.tensor(MEAN))
     assert "images normalised as for ImageNet" in "; ".join(stored["ecdet"].notes)
 
 
-def test_boxes_alone_start_from_masks(files: dict[str, Path], stored: dict[str, Published]) -> None:
+def test_boxes_alone_start_from_masks(files: dict[str, Path], stored: dict[str, Weights]) -> None:
     """``--init ecseg-s`` for detection takes everything but the mask layers."""
     config = stored["ecseg"].config.model_copy(deep=True)
     known = set(stored["ecdet"].config.heads["detection"].model_dump())
@@ -160,7 +160,7 @@ def test_boxes_alone_start_from_masks(files: dict[str, Path], stored: dict[str, 
     assert "backbone loaded; neck loaded; head detection loaded" in line
 
 
-def test_three_tasks_start_from_boxes(files: dict[str, Path], stored: dict[str, Published]) -> None:
+def test_three_tasks_start_from_boxes(files: dict[str, Path], stored: dict[str, Weights]) -> None:
     source = stored["ecdet"].config
     masks = {**source.heads["detection"].model_dump(), "mask_form": "refine"}
     heads = {
@@ -195,7 +195,7 @@ def refusal(path: Path, family: str | None = None) -> str:
     return str(failure.value)
 
 
-def test_files_of_another_family(files: dict[str, Path], stored: dict[str, Published], tmp_path: Path) -> None:
+def test_files_of_another_family(files: dict[str, Path], stored: dict[str, Weights], tmp_path: Path) -> None:
     assert "--family is deim, but its tensors are those of ECDet" in refusal(files["ecdet"], "deim")
     assert load(files["ecdet"], family="ecdet").config == stored["ecdet"].config
     (tmp_path / "ecseg_s.pth").symlink_to(files["ecdet"])
