@@ -1,9 +1,8 @@
-"""The mask form ``refine``: its settings, its losses, what leaves PyTorch, and what it does not copy."""
+"""The mask form ``refine``: its settings, its losses, and what it does not copy; test_export_forms.py exports it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvision import Model, UserError, create_model, load
-from mvision.commands.export import export
-from mvision.deploy.compare import difference
-from mvision.deploy.exported import ExportedModel
+from mvision import Model, UserError, create_model
 from mvision.fast.prepare import prepare
 from mvision.heads.instance_seg.head import MaskHead
 from mvision.heads.instance_seg.logits import mask_at_points, mask_grid
@@ -23,7 +19,6 @@ from mvision.heads.instance_seg.losses import matched_losses
 from mvision.heads.instance_seg.points import read_features, sample_mask_points
 from mvision.machine import Precision
 from mvision.neck.layers import fuse_modules
-from mvision.weights import save_weights
 from tests import operator_counts
 from tests.decoder_inputs import DFINE
 from tests.test_heads import CATEGORIES, STRIDES, make_features, make_head, make_targets, total
@@ -174,20 +169,6 @@ def test_what_does_not_fit_is_named(settings: dict[str, Any], message: str) -> N
             neck__embed_dim=32,
             **{"heads__instance-seg": section},
         )
-
-
-@pytest.mark.parametrize("format", ["onnx", "openvino"])
-def test_exports_equal_pytorch(format: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
-    pytest.importorskip("onnxruntime" if format == "onnx" else "openvino")
-    save_weights(with_statistics(make_model()), tmp_path / "best.safetensors")
-    export(str(tmp_path / "best.safetensors"), format=format, output=tmp_path / f"made.{format}")
-    images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    with torch.no_grad():
-        expected = load(tmp_path / "best.safetensors")(images)
-    found = ExportedModel(tmp_path / f"made.{format}")(images)
-    assert list(expected["instance-seg"]) == ["logits", "boxes", "masks"]
-    assert difference(expected, found)[0] < 1e-3
 
 
 def test_compiles_without_a_break() -> None:
