@@ -354,3 +354,12 @@ def test_every_number_has_a_range(value: str) -> None:
 def test_hostile_assignments(assignment: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(assignments=[assignment])
+
+
+def test_masks_alone_get_fine_maps_from_a_plain_vit() -> None:
+    name = "vit_tiny_patch16_224"
+    chosen = {task: load_config(name, tasks=[task]).model.backbone for task in ("instance-seg", "detection")}
+    assert (chosen["instance-seg"].pyramid, chosen["instance-seg"].detail) == ("mean-bilinear", 16)
+    assert (chosen["detection"].pyramid, chosen["detection"].detail) == ("last", 0)
+    assert load_config("resnet18", tasks=["instance-seg"]).model.backbone.detail == 0
+    assert load_config(name, tasks=["instance-seg"], overrides={"model.backbone.detail": 0}).model.backbone.detail == 0

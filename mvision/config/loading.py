@@ -15,6 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from mvision.backbone import check_backbone_name
+from mvision.backbone.feature_nets import pyramid_of
 from mvision.config.explain import explain
 from mvision.config.schema import Config, ModelConfig
 from mvision.errors import UserError, did_you_mean
@@ -29,6 +30,10 @@ def shipped_configs() -> list[str]:
     """Names of the configs that come with the package."""
     folder = resources.files("mvision.configs")
     return sorted(entry.name[:-5] for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+FINE_MAPS = {"pyramid": "mean-bilinear", "detail": 16}
+"""Of a plain ViT's backbone for masks, which otherwise have no map of stride 4; see docs/backbones.md."""
 
 
 def load_config(
@@ -179,7 +184,10 @@ def _model_layers(name: str) -> list[dict[str, Any]]:
         check_backbone_name(name)
     except UserError as error:
         raise UserError(f"--model {name}: no shipped model ({', '.join(shipped_configs())}), and {error}") from error
-    return [*_model_layers("base"), {"model": {"backbone": {"name": name, "normalize": "auto"}}}]
+    layer: dict[str, Any] = {"model": {"backbone": {"name": name, "normalize": "auto"}}}
+    if not pyramid_of(name):
+        layer["tasks"] = {"instance-seg": {"model": {"backbone": FINE_MAPS}}}
+    return [*_model_layers("base"), layer]
 
 
 def _shipped_path(name: str) -> Path:
