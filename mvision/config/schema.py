@@ -11,7 +11,6 @@ from mvision.backbone.config import BackboneConfig
 from mvision.config.explain import explain
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
-from mvision.heads.poses.settings import PoseConfig
 from mvision.machine import PrecisionOption
 from mvision.settings import MAX_LAYERS, MAX_WIDTH, Replacement, Settings, without_retired
 from mvision.structures import Category
@@ -118,7 +117,7 @@ class ModelConfig(Settings):
         widths = [head_class(task, self.heads[task]).query_dim(self.heads[task]) for task in own]
         width = next((width for width in widths if width is not None), None)
         for settings in self.heads.values():
-            shared = isinstance(settings, PoseConfig) and settings.queries == "shared"
+            shared = getattr(settings, "queries", "own") == "shared"
             if shared and width is not None and "embed_dim" not in settings.model_fields_set:
                 settings.embed_dim = width
         return self
