@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from mvision.cli.main import run
 from mvision.engine import train as training
+from tests.edgecrafter_files import write_folder
 
 
 @pytest.fixture(autouse=True)
@@ -120,3 +122,34 @@ def test_classes_without_points_are_no_part_of_the_report_of_poses(tmp_path: Pat
     line = init_from(Model(config), tmp_path / "a.safetensors")
     assert "head keypoints loaded in part" in line
     assert line.endswith("; 1 of 1 classes matched by name")
+
+
+def test_three_tasks_start_from_a_published_detector(tmp_path: Path) -> None:
+    """By its short name, from the cache: what starts from it, layers by count, and what it does not have."""
+    from mvision.commands.train import run_config
+    from mvision.model import Model
+    from mvision.structures import Category
+    from mvision.weights import init_from
+
+    write_folder(tmp_path / "cache" / "weights" / "ecdet-s", "ecdet")
+    shared = ["model.heads.keypoints.kind=query", "model.heads.keypoints.queries=shared"]
+    tasks = ["detection", "instance-seg", "keypoints"]
+    config = run_config(tasks=tasks, init="ecdet-s", assignments=shared).model
+    config.categories = [Category(id=1, name="blue", keypoints=["centre"]), Category(id=2, name="red")]
+    line = init_from(Model(config), "ecdet-s")
+    assert "Apache-2.0): read as ecdet" in line
+    assert "backbone loaded; neck loaded; head instance-seg loaded in part (" in line
+    assert re.search(r"\(\d+ of \d+ layers, not refine\); head keypoints loaded in part \(\d+ of \d+ layers\)", line)
+    assert "0 of 2 classes matched by name (not in these weights: blue, red); 2 start from the mean of" in line
+
+
+@pytest.mark.parametrize(("name", "task"), [("ecseg", "instance-seg"), ("ecpose", "keypoints")])
+def test_prediction_with_published_masks_and_poses(
+    name: str, task: str, tmp_path: Path, squares: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["predict", "--task", task, "--weights", f"{name}-s", str(squares / "images" / "val_0.jpg")]
+    line = refused(capsys, *arguments)
+    assert f"put its config.json, preprocessor_config.json and model.safetensors into {tmp_path / 'cache'}" in line
+    write_folder(tmp_path / "cache" / "weights" / f"{name}-s", name)
+    assert run([*arguments, "--threshold", "0", "--device", "cpu", "--no-pictures"]) == 0
+    assert Path("predictions/predictions.json").is_file()
