@@ -119,7 +119,7 @@ class ModelConfig(Settings):
         for settings in self.heads.values():
             shared = getattr(settings, "queries", "own") == "shared"
             if shared and width is not None and "embed_dim" not in settings.model_fields_set:
-                settings.embed_dim = width
+                settings.embed_dim = width  # type: ignore[attr-defined]
         return self
 
     @field_validator("image_size", mode="before")
