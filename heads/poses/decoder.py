@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mvision.heads.poses.layers import PoseLayer, embed_points
-from mvision.heads.poses.outputs import Decoded, PoseDenoising
+from mvision.heads.poses.outputs import Decoded, DensePoses, PoseDenoising
 from mvision.heads.poses.points import STATISTICS, PointDistribution, boxes_around, features_at, logit_of_points
 from mvision.heads.poses.settings import PoseConfig
-from mvision.heads.query.anchors import box_dtype, grid_centres
+from mvision.heads.query.anchors import box_dtype, grid_centres, make_anchors
 from mvision.heads.query.decoder import additive_mask
 from mvision.heads.query.layers import zero
 from mvision.heads.query.sampling import Shapes
@@ -33,11 +33,12 @@ BORDER = 0.01
 
 
 class Selected(NamedTuple):
-    """Features (B, Q, D) of the selected tokens, their logits (B, Q, C) and points (B, Q, K, 2)."""
+    """Features (B, Q, D) of the selected tokens, their logits (B, Q, C) and points (B, Q, K, 2); ``Decoded.dense``."""
 
     features: Tensor
     logits: Tensor
     points: Tensor
+    dense: DensePoses | None = None
 
 
 class Objects(NamedTuple):
@@ -72,6 +73,8 @@ class PoseDecoder(nn.Module):
         self.memory_proj = nn.Sequential(nn.Linear(dim, dim), nn.LayerNorm(dim))
         self.memory_class = nn.Linear(dim, classes)
         self.memory_points = MLP(dim, 2 * dim, 2 * number, 4, act=act)
+        dense = config.dense_weight > 0 and config.queries == "own"
+        self.dense_class = nn.Linear(dim, classes) if dense else None
         self.instance_token = nn.Parameter(torch.empty(1, dim))
         self.point_tokens = nn.Parameter(torch.empty(number, dim))
         learned = config.learned_queries
@@ -94,9 +97,9 @@ class PoseDecoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initial scores are 0.01; initial points are the anchors, initial boxes the extent of the points."""
-        for head in (self.memory_class, *self.class_heads):
-            assert isinstance(head, nn.Linear)
-            nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
+        for head in (self.memory_class, self.dense_class, *self.class_heads):
+            if isinstance(head, nn.Linear):
+                nn.init.constant_(head.bias, -math.log((1 - 0.01) / 0.01))
         for mlp in (self.memory_points, self.pre_points, self.box_head, *self.point_heads, *self.quality_heads):
             if isinstance(mlp, MLP):
                 zero(mlp.layers[-1])
@@ -136,13 +139,13 @@ class PoseDecoder(nn.Module):
             found = found._replace(boxes=_with_boxes(found.boxes, objects.boxes.detach()))
         if not every_layer:
             return found
-        return found._replace(encoder_logits=selected.logits, encoder_points=selected.points)
+        return found._replace(encoder_logits=selected.logits, encoder_points=selected.points, dense=selected.dense)
 
     def _select(self, memory: Tensor, shapes: Shapes, every_layer: bool) -> Selected:
         """The tokens with the best scores.
 
-        The loss is of the selected tokens alone: in training (``every_layer``) those few are computed a second time,
-        which is less work than gradients for thousands.
+        The loss is of the selected tokens alone, unless one-to-many supervision needs all: in training
+        (``every_layer``) those few are computed a second time, which is less work than gradients for thousands.
         """
         dtype, device = box_dtype(memory), memory.device
         centres = self._cache.get(
@@ -155,18 +158,31 @@ class PoseDecoder(nn.Module):
         def features_of(tokens: Tensor, is_outside: Tensor | None) -> Tensor:
             return self.memory_proj(tokens if is_outside is None else tokens.masked_fill(is_outside, 0))
 
-        features = features_of(memory.detach() if every_layer else memory, outside)
+        few = every_layer and self.dense_class is None
+        features = features_of(memory.detach() if few else memory, outside)
         scores = self.memory_class(features.detach() if every_layer else features)
         count = min(self.config.num_queries, memory.shape[1])
         index = scores.detach().amax(-1).topk(count, dim=1).indices
         row = index.unsqueeze(-1)
-        chosen = memory if every_layer else features
+        chosen = memory if few else features
         chosen = chosen.gather(1, row.expand(-1, -1, chosen.shape[-1]))
-        if every_layer:
+        if few:
             chosen = features_of(chosen, None if outside is None else outside[index])
         logits = self.memory_class(chosen) if every_layer else scores.gather(1, row.expand(-1, -1, self.num_classes))
-        moved = self.memory_points(chosen).to(dtype).unflatten(-1, (self.num_points, 2))
-        return Selected(chosen, logits, (moved + centres[index].logit()[:, :, None]).sigmoid())
+        points = self._points_near(centres[index], chosen)
+        return Selected(chosen, logits, points, self._dense(features, centres, shapes) if every_layer else None)
+
+    def _points_near(self, centres: Tensor, features: Tensor) -> Tensor:
+        """(B, N, K, 2) what tokens with these features (B, N, D) and centres (B, N, 2) or (N, 2) predict."""
+        moved = self.memory_points(features).to(centres.dtype).unflatten(-1, (self.num_points, 2))
+        return (moved + centres.logit().unsqueeze(-2)).sigmoid()
+
+    def _dense(self, features: Tensor, centres: Tensor, shapes: Shapes) -> DensePoses | None:
+        if self.dense_class is None:
+            return None
+        key = ("anchors", tuple(shapes), centres.dtype, centres.device)
+        anchors = self._cache.get(key, lambda: make_anchors(shapes, centres.device, centres.dtype)[0][0].sigmoid())
+        return DensePoses(self.dense_class(features), self._points_near(centres, features), anchors)
 
     def _adopt(self, objects: Objects) -> Selected:
         """Queries of another decoder. Their points lie around the centres of their boxes, no further than its size."""

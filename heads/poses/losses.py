@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mvision.heads.poses.matching import BoxCosts, start_pose_matching
-from mvision.heads.poses.outputs import Decoded
+from mvision.heads.poses.outputs import Decoded, DensePoses
 from mvision.heads.poses.settings import PoseConfig
 from mvision.heads.poses.targets import PoseTargets
 from mvision.heads.query.fine_grained import Distributions, distillation_losses
 from mvision.heads.query.losses import PairRows, labelled_rows, pair_rows, quality_focal
-from mvision.heads.query.matching import Matches, Pairs, divisor
+from mvision.heads.query.matching import Matches, Pairs, anchor_assignment, divisor, mean_over_processes
 from mvision.structures.boxes import cxcywh_to_xyxy, iou
 from mvision.structures.oks import labelled_mean, oks
 
@@ -155,6 +155,10 @@ class Objects:
         labelled = torch.cat((self.points[..., :2] * self.scale, self.points[..., 2:]), -1)
         return oks(points * self.scale, labelled, self.areas, self.sigmas)
 
+    def distance(self, points: Tensor) -> Tensor:
+        """(P,) L1 distance of predicted points (P, K, 2), summed over the labelled ones."""
+        return torch.where(self.points[..., 2:] > 0, (points - self.points[..., :2]).abs(), 0).sum((1, 2))
+
 
 def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> dict[str, Tensor]:
     """The weighted terms of ``pose_losses`` and of ``point_distillation``, by their names with the suffix of a layer.
@@ -172,7 +176,7 @@ def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> di
     )  # fmt: skip
     sets = [] if noisy is None else [denoising_set(noisy, targets)]
     sets.insert(0, matched_set(found, targets, matches()))
-    losses = pose_losses(sets, targets, config.class_loss, config.alpha, config.gamma, own_boxes)
+    losses = pose_losses(sets, targets, config.class_loss, config.alpha, config.gamma, own_boxes, config.quality_power)
     if config.ddf_weight and config.num_layers > 1:
         losses["ddf"] = point_distillation(sets, targets)
     terms: dict[str, Tensor] = {}
@@ -180,7 +184,36 @@ def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> di
         weight = getattr(config, f"{name}_weight")
         for one, values in zip(sets, of_sets):
             terms |= {f"{name}{suffix}": weight * value for suffix, value in zip(one.suffixes, values)}
-    return terms
+    return terms if decoded.dense is None else terms | dense_terms(decoded.dense, targets, config)
+
+
+def dense_terms(dense: DensePoses, targets: PoseTargets, config: PoseConfig) -> dict[str, Tensor]:
+    """One-to-many supervision: the weighted terms ``class_dense``, ``point_dense`` and ``oks_dense``.
+
+    Every pose teaches its points to the tokens whose anchors overlap its box most, and their score is to be 1 however
+    far the points are away. So the features tell objects from background long before the OKS of a pose does. The terms
+    are divided by the number of these tokens.
+    """
+    pairs = anchor_assignment(dense.anchors, targets)
+    shape = dense.logits[None].shape
+    rows = pair_rows([shape], [pairs], targets.labels.shape[1])
+    assert rows.counted is not None
+    gt = Objects.at(rows, targets)
+    points = dense.points.flatten(0, 1).to(targets.points.dtype).index_select(0, rows.row)
+    index = (rows.row, targets.labels.flatten().index_select(0, rows.gt_row))
+    loss = quality_focal(
+        dense.logits.flatten(0, 1), index, torch.ones_like(gt.areas), config.class_loss, config.alpha, config.gamma,
+        labelled_rows([shape], targets.labelled_classes), rows.counted,
+    )  # fmt: skip
+    if targets.ignored is not None:  # but not where a pose is to be predicted
+        ignored = F.pad(_inside(dense.anchors[None, :, :2], targets.ignored).flatten(), (0, 1))
+        # What does not count is written behind the end: another pair may count at the same token.
+        ignored = ignored.index_fill(0, torch.where(rows.counted, rows.row, len(loss)), False)[:-1]
+        loss = torch.where(ignored[:, None], 0, loss)
+    total = mean_over_processes(rows.counted.sum().to(points.dtype)).clamp(min=1) / config.dense_weight
+    found = {"point": gt.distance(points), "oks": 1 - gt.oks(points)}
+    losses = {name: torch.where(rows.counted, values, 0) for name, values in found.items()} | {"class": loss}
+    return {f"{name}_dense": getattr(config, f"{name}_weight") * x.sum() / total for name, x in losses.items()}
 
 
 def pose_losses(
@@ -190,12 +223,14 @@ def pose_losses(
     alpha: float,
     gamma: float,
     own_boxes: bool = True,
+    quality_power: float = 1.0,
 ) -> dict[str, list[Tensor]]:
     """The unweighted terms of every layer of every set.
 
     Args:
         kind, alpha, gamma: of the class term, see ``quality_focal``.
         own_boxes: whether the boxes are predicted here; the head that objects are taken from teaches its boxes itself.
+        quality_power: of the OKS, as the target of the class term.
 
     Returns:
         For every set a tensor (L,) of ``class``, ``point`` (L1, summed over the labelled points) and ``oks`` (one minus
@@ -210,8 +245,7 @@ def pose_losses(
     own = rows = pair_rows(shapes, [one.point_pairs for one in sets], most)
     gt, pred = Objects.at(rows, targets), points.index_select(0, rows.row)
     similarity = gt.oks(pred)
-    distance = torch.where(gt.points[..., 2:] > 0, (pred - gt.points[..., :2]).abs(), 0).sum((1, 2))
-    terms = _divided({"point": distance, "oks": 1 - similarity}, rows, sets, [shape[0] for shape in shapes])
+    terms = _divided({"point": gt.distance(pred), "oks": 1 - similarity}, rows, sets, [shape[0] for shape in shapes])
 
     quality = similarity.detach()
     if any(one.pairs is not one.point_pairs for one in sets):
@@ -220,7 +254,7 @@ def pose_losses(
             quality = Objects.at(own, targets).oks(points.index_select(0, own.row))
     index = (own.row, targets.labels.flatten().index_select(0, own.gt_row))
     labelled = labelled_rows(shapes, targets.labelled_classes)
-    loss = quality_focal(logits, index, quality, kind, alpha, gamma, labelled)
+    loss = quality_focal(logits, index, quality**quality_power, kind, alpha, gamma, labelled)
     ignored = _ignored_rows(sets, points)
     if ignored is not None:  # but not where a pose is to be predicted
         loss = torch.where(ignored.index_fill(0, own.row, False)[:, None], 0, loss)
@@ -272,10 +306,14 @@ def _ignored_rows(sets: Sequence[PoseSet], points: Tensor) -> Tensor | None:
         if one.ignored is None:
             found.append(torch.zeros_like(part[:, 0], dtype=torch.bool))
             continue
-        low, high = one.ignored[:, None].split(2, -1)  # (B, 1, U, 2)
-        centre = part.view(*one.logits.shape[:3], 1, 2)
-        found.append(((centre > low) & (centre < high)).all(-1).any(-1).flatten())
+        found.append(_inside(part.view(*one.logits.shape[:3], 2), one.ignored).flatten())
     return torch.cat(found)
+
+
+def _inside(centres: Tensor, regions: Tensor) -> Tensor:
+    """(..., B, N) bool: which centres (..., B or 1, N, 2) lie in one of the regions (B, U, 4) xyxy of their image."""
+    low, high = regions[:, None].split(2, -1)
+    return ((centres[..., None, :] > low) & (centres[..., None, :] < high)).all(-1).any(-1)
 
 
 def point_distillation(sets: Sequence[PoseSet], targets: PoseTargets) -> list[Tensor]:

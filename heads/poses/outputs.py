@@ -12,6 +12,20 @@ from torch import Tensor
 from mvision.heads.query.matching import Matches
 
 
+class DensePoses(NamedTuple):
+    """What all S tokens predict, for one-to-many supervision.
+
+    Attributes:
+        logits: (B, S, C) before the sigmoid, by a classifier of its own.
+        points: (B, S, K, 2) x, y in 0..1, by the layers that predict those of the selected tokens.
+        anchors: (S, 4) cxcywh in 0..1, see ``make_anchors``.
+    """
+
+    logits: Tensor
+    points: Tensor
+    anchors: Tensor
+
+
 class Decoded(NamedTuple):
     """Outputs of the decoder. Those that default to None are given where all layers were asked for, else L = 1.
 
@@ -25,6 +39,7 @@ class Decoded(NamedTuple):
         pre_logits, pre_points: (B, N, C) and (B, N, K, 2), what the first layer predicts on its own: classes without
             the estimate of the points' quality, and the points that all layers refine.
         encoder_logits, encoder_points: (B, Q, C) and (B, Q, K, 2) of the selected tokens.
+        dense: of all tokens; None unless the decoder was built with a ``dense_weight``, and with shared queries.
     """
 
     logits: Tensor
@@ -37,6 +52,7 @@ class Decoded(NamedTuple):
     pre_points: Tensor | None = None
     encoder_logits: Tensor | None = None
     encoder_points: Tensor | None = None
+    dense: DensePoses | None = None
 
 
 class PoseDenoising(NamedTuple):

@@ -34,6 +34,10 @@ class PoseConfig(Settings):
         num_denoising: denoising queries per image, about; 0 for none.
         label_noise: half of this share of them gets a random class.
         class_loss: ``vfl`` (varifocal) or ``mal`` (matchability-aware), with ``alpha`` (vfl alone) and ``gamma``.
+        quality_power: scores are taught the OKS of the predicted points to this power. Below 1, poses that are nearly
+            right count too: from random weights the OKS itself is close to 0 for so long that no score is learned.
+        dense_weight: weight of the one-to-many supervision of all tokens, without which hardly anything is learned from
+            random weights; 0 switches it off, as in the published models. Not for shared queries.
         shared_matches: the points and boxes of all layers are taught the union of all layers' matches.
         class_weight, point_weight, oks_weight, visible_weight, box_weight, giou_weight: of the loss terms: scores; L1
             distance of the points; one minus the OKS; visibility of the points; L1 distance and GIoU of the boxes. With
@@ -63,6 +67,8 @@ class PoseConfig(Settings):
     class_loss: Literal["vfl", "mal"] = "vfl"
     alpha: float = Field(0.25, ge=0)
     gamma: float = Field(2.0, ge=0)
+    quality_power: float = Field(1.0, gt=0, le=4)
+    dense_weight: float = Field(0.0, ge=0)
     shared_matches: bool = True
     class_weight: float = Field(2.0, ge=0)
     point_weight: float = Field(10.0, ge=0)

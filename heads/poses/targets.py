@@ -61,6 +61,11 @@ class PoseTargets:
     denoising: PoseDenoising | None
     groups: int
 
+    @property
+    def valid(self) -> Tensor:
+        """(B, T) bool, False where padded."""
+        return (self.points[..., 2] > 0).any(-1)
+
 
 def pose_targets(
     targets: list[Targets],
