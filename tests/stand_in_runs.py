@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ SCORES = [0.2, 0.6, 0.4]
 
 class Noisy(nn.Module):
     """A matrix for Muon and one too small for it, a filter in channels_last memory, a norm, noise in every step."""
+
+    backbone = SimpleNamespace(without_decay=list)  # no parameter is named that gets no weight decay
 
     def __init__(self) -> None:
         super().__init__()

@@ -54,7 +54,7 @@ def assert_same(found: Instances, expected: Instances, tolerance: float = 1e-4) 
 
 
 def differs(found: Instances, other: Instances) -> bool:
-    return bool(np.abs(np.sort(found.scores) - np.sort(other.scores)).max() > 1e-4)
+    return len(found) != len(other) or bool(np.abs(np.sort(found.scores) - np.sort(other.scores)).max() > 1e-4)
 
 
 def test_a_copy_gives_the_models_results_and_leaves_the_model_as_it_was(model: Model) -> None:

@@ -23,7 +23,7 @@ def test_dense_terms_are_a_mean_over_positive_tokens():
     outputs = head(make_features(), targets=targets)
     terms = head.loss(outputs, targets)
     padded = pad_targets(targets, torch.device("cpu"))
-    pairs = anchor_assignment(outputs.dense.anchors, padded)
+    pairs = anchor_assignment(outputs.dense.anchors, padded.boxes, padded.valid)
     image, token, index = (values[pairs.counted] for values in (pairs.image, pairs.query, pairs.object))
     assert len(image) > padded.total
     l1 = (outputs.dense.boxes[image, token] - padded.boxes[image, index]).abs().sum(-1)

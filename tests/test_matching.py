@@ -119,7 +119,7 @@ def _anchors(side, size):
 
 def _dense(anchors, padded, **options):
     """(B, S) the object of every token, -1 for none."""
-    pairs = anchor_assignment(anchors, padded, **options)
+    pairs = anchor_assignment(anchors, padded.boxes, padded.valid, **options)
     return as_assignment(pairs, (1, len(padded.counts), len(anchors)))[0]
 
 

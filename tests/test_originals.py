@@ -225,7 +225,7 @@ def test_a_family_is_refused_where_it_says_nothing(tmp_path: Path) -> None:
 def test_every_family_is_known_to_the_zoo() -> None:
     from mvision.weights import zoo
 
-    with_readers_of_their_own = {"ecdet", "ecseg", "ecpose", "detrpose"}
+    with_readers_of_their_own = {"ecdet", "ecseg", "ecpose", "detrpose", "mask-rtdetr"}
     assert set(FAMILIES) | with_readers_of_their_own == set(zoo.FAMILIES)
 
 
@@ -239,6 +239,7 @@ def test_every_family_is_known_to_the_zoo() -> None:
         (change("encoder.encoder.0.layers.0.self_attn.in_proj_weight", torch.zeros(7, 3)), "no three equal parts"),
         (change("backbone.stem.stem1.conv.weight", torch.zeros(17, 3, 3, 3)), "which timm does not have"),
         (change("decoder.decoder.layers.0.cross_attn.num_points_scale", torch.full((12,), 0.3)), "one over the number"),
+        (change("decoder.decoder.layers.1.cross_attn.num_points_scale", torch.ones(3)), "tells of [1, 1, 1] points"),
         (change("decoder.reg_scale", torch.tensor([float("nan")])), "bin_scale"),
         (change("decoder.dec_score_head.0.bias", torch.full((3,), float("inf"))), "not finite"),
         (change("decoder.decoder.layers.0.gateway.gate.weight", None), "not a model of RT-DETR, RT-DETRv2, D-FINE"),

@@ -34,7 +34,7 @@ def test_terms_are_those_of_a_loop_over_images_and_tokens() -> None:
     labels = [make_labels(2), make_labels(0), make_labels(1, seed=1)]
     labels[0].keypoints[1, 0, 2] = 0
     targets, dense = collect(labels), make_dense(3)
-    pairs = anchor_assignment(dense.anchors, targets)
+    pairs = anchor_assignment(dense.anchors, targets.boxes, targets.valid)
     owner = {
         (int(image), int(token)): int(gt)
         for image, token, gt, counted in zip(pairs.image, pairs.query, pairs.object, pairs.counted)
@@ -65,7 +65,7 @@ def test_terms_are_those_of_a_loop_over_images_and_tokens() -> None:
 def test_ignored_regions_have_no_negatives_but_keep_their_positives() -> None:
     targets, dense = collect([make_labels(1)]), make_dense(1)
     everywhere = torch.tensor([[[-1.0, -1.0, 2.0, 2.0]]], dtype=LIKE.dtype)
-    pairs = anchor_assignment(dense.anchors, targets)
+    pairs = anchor_assignment(dense.anchors, targets.boxes, targets.valid)
     assert pairs.counted is not None
     dense_terms(dense, replace(targets, ignored=everywhere), CONFIG)["class_dense"].backward()
     assert dense.logits.grad is not None

@@ -16,7 +16,7 @@ from mvision.data.formats.segmentation import Outlines
 from mvision.structures import Category
 from mvision.structures.images import resize_image
 
-OFF = {"photometric": 0.0, "zoom_out": 0.0, "crop": 0.0, "flip": 0.0}
+OFF = {"photometric": 0.0, "zoom_out": 0.0, "crop": 0.0, "flip": 0.0, "mosaic": 0.0, "mixup": 0.0}
 HEIGHT, WIDTH = 240, 320
 SIZE = (192, 256)
 COLOURS = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255)])

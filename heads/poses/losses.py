@@ -194,7 +194,7 @@ def dense_terms(dense: DensePoses, targets: PoseTargets, config: PoseConfig) -> 
     far the points are away. So the features tell objects from background long before the OKS of a pose does. The terms
     are divided by the number of these tokens.
     """
-    pairs = anchor_assignment(dense.anchors, targets)
+    pairs = anchor_assignment(dense.anchors, targets.boxes, targets.valid)
     shape = dense.logits[None].shape
     rows = pair_rows([shape], [pairs], targets.labels.shape[1])
     assert rows.counted is not None

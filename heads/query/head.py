@@ -323,7 +323,7 @@ class QueryHead(Head[ConfigT, OutputsT]):
 
     def _dense_set(self, outputs: DenseOutputs, targets: PaddedTargets) -> LossSet:
         """One-to-many supervision, divided by the number of positive tokens instead of that of objects."""
-        pairs = anchor_assignment(outputs.anchors, targets)
+        pairs = anchor_assignment(outputs.anchors, targets.boxes, targets.valid)
         assert pairs.counted is not None
         positives = mean_over_processes(pairs.counted.sum().to(outputs.boxes.dtype)).clamp(min=1)
         total = positives / self.config.dense_weight

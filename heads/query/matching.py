@@ -306,7 +306,7 @@ def class_costs(logits: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @torch.no_grad()
-def anchor_assignment(anchors: Tensor, targets: PaddedTargets, top_k: int = 9) -> Pairs:
+def anchor_assignment(anchors: Tensor, boxes: Tensor, valid: Tensor, top_k: int = 9) -> Pairs:
     """One-to-many assignment for dense predictions: for each object the tokens whose anchors overlap it most.
 
     It depends on the anchors alone, so it is the same from the first step to the last. (An assignment by the quality of
@@ -314,6 +314,7 @@ def anchor_assignment(anchors: Tensor, targets: PaddedTargets, top_k: int = 9) -
 
     Args:
         anchors: (S, 4) cxcywh in 0..1, one per token, larger on coarser levels.
+        boxes, valid: of the objects, see ``PaddedTargets``.
         top_k: largest number of tokens per object.
 
     Returns:
@@ -324,22 +325,22 @@ def anchor_assignment(anchors: Tensor, targets: PaddedTargets, top_k: int = 9) -
     Source: the level and centre priors of Zhang et al., "Bridging the Gap Between Anchor-based and Anchor-free
     Detection" (ATSS), CVPR 2020, with a fixed number of tokens in place of the statistical threshold.
     """
-    batch, most = targets.labels.shape
+    batch, most = valid.shape
     top_k = min(top_k, len(anchors))
     places = torch.arange(batch * most, device=anchors.device)[:, None].expand(-1, top_k).flatten()
     if most == 0:
         return Pairs(places, places, places, places, places > 0)
-    gt_boxes = cxcywh_to_xyxy(targets.boxes)
+    gt_boxes = cxcywh_to_xyxy(boxes)
     centres = anchors[:, :2]
     inside = ((centres > gt_boxes[:, :, None, :2]) & (centres < gt_boxes[:, :, None, 2:])).all(-1)
-    distance = (centres - targets.boxes[:, :, None, :2]).square().sum(-1)
-    inside = inside.scatter(2, distance.argmin(-1, keepdim=True), True) & targets.valid[..., None]
+    distance = (centres - boxes[:, :, None, :2]).square().sum(-1)
+    inside = inside.scatter(2, distance.argmin(-1, keepdim=True), True) & valid[..., None]
     anchor_iou = plain_iou(gt_boxes[:, :, None], cxcywh_to_xyxy(anchors))
     # Of tokens with one IoU (all anchors inside a large object have the same) those nearer to its centre come first.
     score = torch.where(inside, 1 + anchor_iou - 1e-3 * distance, torch.zeros_like(anchor_iou))
     best, index = score.topk(top_k, dim=-1)
     chosen = torch.zeros_like(inside).scatter(2, index, best > 0)
-    area = targets.boxes[..., 2] * targets.boxes[..., 3]
+    area = boxes[..., 2] * boxes[..., 3]
     owner = torch.where(chosen, area[..., None], torch.inf).min(1).indices
     gt_index = places % most
     owned = owner.gather(1, index.flatten(1)).flatten() == gt_index

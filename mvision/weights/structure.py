@@ -188,13 +188,21 @@ class Structure:
 
 
 def points_of_levels(tensors: Mapping[str, Tensor], source: Path) -> list[int] | None:
-    """Sampled points of every level, from the buffer with one over this number for each point; None without one."""
-    found = ((name, tensor) for name, tensor in tensors.items() if re.search(r"\.n(um)?_points_scale$", name))
-    name, scale = next(found, ("", None))
-    if scale is None:
-        return None
+    """Sampled points of every level, from the buffers with one over this number for each point; None without one.
+
+    Every layer has such a buffer, and all say the same.
+    """
+    scales = {name: tensor for name, tensor in tensors.items() if re.search(r"\.n(um)?_points_scale$", name)}
+    found = {name: _points_of_layer(name, scale.flatten().tolist(), source) for name, scale in scales.items()}
+    for name, points in found.items():
+        first = next(iter(found))
+        if points != found[first]:
+            raise UserError(f"weights {source}: {name} tells of {points} points, {first} of {found[first]}")
+    return next(iter(found.values()), None)
+
+
+def _points_of_layer(name: str, values: list[float], source: Path) -> list[int]:
     points: list[int] = []
-    values = scale.flatten().tolist()
     while sum(points) < len(values):
         value = values[sum(points)]
         count = round(1 / value) if 1e-3 < value <= 1 else 0
