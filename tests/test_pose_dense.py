@@ -13,7 +13,7 @@ from mvision.heads.poses.outputs import DensePoses
 from mvision.heads.query.anchors import make_anchors
 from mvision.heads.query.matching import anchor_assignment
 from tests.pose_labels import LIKE, collect, make_labels, predictions
-from tests.test_heads import make_features
+from tests.test_heads import make_features, total
 from tests.test_pose_head import HAND, make_head, make_target
 
 SHAPES = [(8, 12), (4, 6)]
@@ -108,3 +108,12 @@ def test_scores_are_taught_a_power_of_the_oks() -> None:
     plain, lenient = (pose_terms(found, targets, PoseConfig(num_layers=3, quality_power=p)) for p in (1.0, 0.25))
     changed = {name for name, value in plain.items() if not torch.equal(value, lenient[name])}
     assert changed == {name for name in plain if name.startswith("class")}
+
+
+@pytest.mark.parametrize("objects", [(0, 0), ()])
+def test_every_parameter_gets_a_gradient(objects: tuple[int, ...]) -> None:
+    """Distributed training needs one, also from a batch without objects."""
+    head = make_head([HAND], dense_weight=1.0)
+    targets = [make_target(head, *objects), make_target(head)]
+    total(head.loss(head(make_features(), targets=targets), targets)).backward()
+    assert [name for name, parameter in head.named_parameters() if parameter.grad is None] == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -16,7 +15,7 @@ from mvision.structures import Category
 from tests.test_cuda_graphs_gpu import check_against_eager, with_statistics
 from tests.test_heads import make_features, total
 from tests.test_joint import CATEGORIES, QUERIES
-from tests.test_keypoints_gpu import no_wait
+from tests.test_keypoints_gpu import check_captured, no_wait
 from tests.test_pose_head import HAND, SMALL, make_head, make_target
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -54,27 +53,8 @@ def test_a_training_step_gives_the_same_losses_and_waits_for_the_matching_alone(
         torch.testing.assert_close(terms[name].cpu(), value, rtol=2e-3, atol=2e-4)
 
 
-@torch.no_grad()
 def test_a_prediction_is_captured_in_a_graph_and_gives_the_same_results(head: QueryPoseHead) -> None:
-    head.eval()
-    features = make_features()
-    sizes = [(96, 64)] * len(features[0])
-    expected = head.postprocess(head(features), sizes, 0.0)
-    head.cuda()
-    moved = [x.cuda() for x in features]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        head(moved)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = head(moved)
-    graph.replay()
-    for found, wanted in zip(head.postprocess(outputs, sizes, 0.0), expected):
-        np.testing.assert_allclose(found.scores, wanted.scores, rtol=5e-3, atol=1e-4)
-        assert found.keypoints is not None
-        assert found.keypoints.shape == wanted.keypoints.shape
+    check_captured(head)
 
 
 @pytest.mark.parametrize("queries", ["own", "shared"])
