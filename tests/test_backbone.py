@@ -247,3 +247,28 @@ def test_a_network_is_probed_in_any_mode_of_the_caller(mode) -> None:
     with mode():
         unused, _ = feature_nets.probe("test_resnet", (8, 16, 32), (64, 64))
     assert unused == feature_nets.probe.__wrapped__("test_resnet", (8, 16, 32), (64, 64))[0]
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "smp:mobilenet_v2"])
+def test_frozen_norms_keep_their_statistics_and_train_their_scale(name: str) -> None:
+    """Also after the conversion that training on several GPUs makes, which replaces the norms."""
+    backbone = build(name, freeze_norms=True)
+    images = torch.rand(2, 3, *SIZE)
+    expected = backbone(images)
+    for net in (backbone, nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(backbone))):
+        before = {key: value.clone() for key, value in net.net.named_buffers()}
+        assert before
+        found = net.train()(images)
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one, other)
+        assert all(torch.equal(value, before[key]) for key, value in net.net.named_buffers())
+        sum(x.square().sum() for x in found).backward()
+        norms = [m for m in net.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        assert all(norm.weight.grad is not None for norm in norms)
+        assert sum(bool(norm.weight.grad.any()) for norm in norms) > len(norms) // 2  # some blocks start at zero
+        assert net.net.training
+
+
+def test_frozen_norms_need_batch_norms() -> None:
+    with pytest.raises(UserError, match=r"freeze_norms: test_convnext has no batch norms.*set it to false"):
+        build("test_convnext", freeze_norms=True)

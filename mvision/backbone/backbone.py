@@ -82,6 +82,11 @@ class Backbone(nn.Module):
         self._channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
         if config.stage1_shortcut:
             _add_stage1_shortcut(self.net, config.name)
+        if config.freeze_norms and not _batch_norms(self.net):
+            raise UserError(
+                f"model.backbone.freeze_norms: {config.name} has no batch norms, so there is nothing to freeze: set it "
+                "to false"
+            )
         mean, std = plan.statistics(pretrained) if config.normalize == "auto" else (None, None)
         for name, values in (("mean", mean), ("std", std)):
             self.register_buffer(name, None if values is None else torch.tensor(values).view(3, 1, 1))
@@ -114,6 +119,14 @@ class Backbone(nn.Module):
             widths = self.detail.channels
             self.laterals = dict(zip(finer, widths))
             self.channels = [own + more for own, more in zip(self.channels, widths[len(finer) :])]
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As in torch; with ``freeze_norms`` the network's batch norms stay in eval mode."""
+        super().train(mode)
+        if self.config.freeze_norms:
+            for norm in _batch_norms(self.net):
+                norm.eval()
+        return self
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Maps (B, C, H / stride, W / stride), finest first: the laterals, then those for the neck.
@@ -232,6 +245,11 @@ def _set_eval(module: nn.Module, args: Any) -> None:
     """On module level, not a closure, so that frozen modules can be copied and pickled."""
     if module.training:
         module.eval()
+
+
+def _batch_norms(net: nn.Module) -> list[nn.Module]:
+    """Norms with statistics over the batch, those of torch and of timm, synchronised between processes or not."""
+    return [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
 
 
 def _add_stage1_shortcut(net: nn.Module, name: str) -> None:

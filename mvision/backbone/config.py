@@ -27,6 +27,8 @@ class BackboneConfig(Settings):
             map of stride 4 is there for heads that take one. As random weights, it has the learning rate of the neck.
         normalize: ``auto`` uses the mean and standard deviation of the library's weights; ``none`` keeps 0..1.
         stage1_shortcut: add the projection that the published ResNet-18/34 "vd" have on their first shortcut.
+        freeze_norms: in training too, the network's batch norms use their stored mean and variance, which stay as they
+            are; their scale and shift are trained. For pretrained weights and batches too small to measure statistics.
     """
 
     name: str = Field("resnet18d", max_length=200)
@@ -37,6 +39,7 @@ class BackboneConfig(Settings):
     detail: int = Field(0, ge=0, le=MAX_WIDTH)
     normalize: Literal["auto", "none"] = "auto"
     stage1_shortcut: bool = False
+    freeze_norms: bool = False
 
     @model_validator(mode="after")
     def _pyramid_of_ecvit(self) -> BackboneConfig:
