@@ -1,12 +1,14 @@
 """What the scripts that compare trainings share: rows that are kept as trainings end, and tables over seeds.
 
 A folder of results has rows.jsonl, one line for each training, and table.md. The command that wrote it continues what
-was stopped, inside a training too; another one adds to the rows, if the recipe is the same.
+was stopped, inside a training too; another one adds to the rows, if the recipe is the same. Several commands may write
+to one folder at the same time, as long as ``--only`` gives each of them other trainings.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import itertools
 import json
 import shutil
@@ -15,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from mvision.storage.atomic import write_text
 from mvision.storage.run_folder import RunFolder
 
 TASKS = ("detection", "instance-seg", "keypoints")
+ONLY = "trainings whose name (it is printed before each) matches, such as '*-0' for the first seed; may be repeated"
 
 Row = dict[str, Any]
 
@@ -67,26 +71,39 @@ def run_trials(options: argparse.Namespace, trials: Iterable[Trial], table: Call
     out.mkdir(parents=True, exist_ok=True)
     rows = _read_rows(out / "rows.jsonl", recipe)
     for trial in trials:
+        if options.only and not any(fnmatch(trial.name, pattern) for pattern in options.only):
+            continue
         if all(any(key.items() <= row.items() for row in rows) for key in trial.keys):
             continue
         begin = time.monotonic()
         run = out / "runs" / trial.name
         print(f"--- {run.name}: {trial.facts}", flush=True)
-        curves = _train(trial, run, options.device)
+        curves, clock = _train(trial, run, options.device)
         seconds = round(time.monotonic() - begin, 1)
-        rows += [
-            {**key, **trial.facts, "ap": curve[-1][1], "curve": curve, "seconds": seconds, **recipe}
+        more = [
+            {**key, **trial.facts, "ap": curve[-1][1], "curve": curve, "clock": clock, "seconds": seconds, **recipe}
             | {"torch": torch.__version__}
             for key, curve in zip(trial.keys, curves)
         ]
-        write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        rows = _add_rows(out, more, recipe, table)
         shutil.rmtree(run)
+    print(table(rows) if rows else "no row yet")
+
+
+def _add_rows(out: Path, more: list[Row], recipe: Row, table: Callable[[list[Row]], str]) -> list[Row]:
+    """All rows with these, in the files too; other commands wait meanwhile, and theirs are kept."""
+    with (out / "rows.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [*_read_rows(out / "rows.jsonl", recipe), *more]
+        write_text(out / "rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_text(out / "table.md", table(rows))
-    print(table(rows))
+    return rows
 
 
-def _train(trial: Trial, run: Path, device: str | None) -> list[list[tuple[int, float]]]:
-    """For each task (epoch, AP) of every evaluation, by the primary metric of the task."""
+def _train(
+    trial: Trial, run: Path, device: str | None
+) -> tuple[list[list[tuple[int, float]]], list[tuple[int, float]]]:
+    """For each task (epoch, AP) of every evaluation, by its primary metric; (step, seconds so far) of each of these."""
     if RunFolder(run).state.exists():
         train(load_config(file=run / "config.yaml"), resume=run, device=device)
     else:
@@ -94,8 +111,9 @@ def _train(trial: Trial, run: Path, device: str | None) -> list[list[tuple[int, 
         train(trial.config, output=run, device=device)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluated = [(record["epoch"] + 1, record["metrics"]) for record in records if "metrics" in record]
+    clock = [(record["step"], record["seconds"]) for record in records if "metrics" in record]
     metrics = {task: head_class(task, head).primary_metric for task, head in trial.config.model.heads.items()}
-    return [[(epoch, found[task][metric]) for epoch, found in evaluated] for task, metric in metrics.items()]
+    return [[(epoch, found[task][metric]) for epoch, found in evaluated] for task, metric in metrics.items()], clock
 
 
 def _read_rows(file: Path, recipe: Row) -> list[Row]:
@@ -137,8 +155,8 @@ def _grouped(rows: list[Row], names: list[str]) -> Iterator[tuple[tuple[Any, ...
     yield from order.items()
 
 
-def parser_of(description: str | None) -> argparse.ArgumentParser:
-    """The options that all of these scripts have."""
+def parser_of(description: str | None, by_epochs: bool = True) -> argparse.ArgumentParser:
+    """The options that all of these scripts have; ``by_epochs``: with those of one model and its epochs."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="folder of the rows and the table")
     parser.add_argument(
@@ -146,8 +164,10 @@ def parser_of(description: str | None) -> argparse.ArgumentParser:
         help="a data set to train TASK on, TASK= for the built-in one; may be repeated  [default: that, for all tasks]",
     )  # fmt: skip
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="number of seeds, from 0")
-    parser.add_argument("--model", default="tiny", help="a shipped config")
-    parser.add_argument("--epochs", type=int, metavar="N", help="instead of the config's")
+    parser.add_argument("--only", action="append", default=[], metavar="PATTERN", help=ONLY)
+    if by_epochs:
+        parser.add_argument("--model", default="tiny", help="a shipped config")
+        parser.add_argument("--epochs", type=int, metavar="N", help="instead of the config's")
     parser.add_argument("--set", "-o", action="append", default=[], metavar="KEY=VALUE", help="as in mvision train")
     parser.add_argument("--device", default=None)
     return parser
@@ -163,7 +183,9 @@ def config_of(task: str, options: argparse.Namespace, overrides: dict[str, Any] 
 
 def recipe_of(options: argparse.Namespace) -> Row:
     """What all rows of a folder have in common."""
-    return {"model": options.model, "epochs": options.epochs, "settings": options.set}
+    return {name: getattr(options, name) for name in ("model", "epochs") if hasattr(options, name)} | {
+        "settings": options.set
+    }
 
 
 def places(data: list[tuple[str, str | None]]) -> list[tuple[str, str | None]]:
