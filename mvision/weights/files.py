@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import stat
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from mvision.weights.stored import (
     read_tensors,
     stored,
 )
-from mvision.weights.transfer import transfer
+from mvision.weights.transfer import Transferred, transfer
 from mvision.weights.zoo import could_be_name, suggestion
 
 ORIGINALS = {".pth", ".pt", ".pdparams"}
@@ -148,10 +148,30 @@ def init_from(model: Model, source: str | Path, parts: Collection[str] | None = 
     return starting_from(source, parts, family)(model)
 
 
-def starting_from(
-    source: str | Path, parts: Collection[str] | None = None, family: str | None = None
-) -> Callable[[Model], str]:
-    """Read the weights of a source; returns a function that copies them into a model.
+@dataclass
+class Start:
+    """The weights of a source, read, to be copied into a model.
+
+    Attributes:
+        source: as it was given.
+        parts: of the model that are copied; None: all.
+        transferred: what the last model took over.
+    """
+
+    source: str
+    weights: Weights
+    parts: Collection[str] | None = None
+    transferred: Transferred | None = None
+
+    def __call__(self, model: Model) -> str:
+        """Copy all that fits; returns a line that says what did."""
+        weights = self.weights
+        self.transferred = transfer(model, weights.config, weights.tensors, self.source, self.parts)
+        return f"weights {described(self.source)}: {'; '.join([*weights.notes, self.transferred.text])}"
+
+
+def starting_from(source: str | Path, parts: Collection[str] | None = None, family: str | None = None) -> Start:
+    """Read the weights of a source, to copy them into a model.
 
     Reading and copying raise the errors of ``init_from``, which does one after the other.
     """
@@ -160,12 +180,7 @@ def starting_from(
         raise UserError(
             f"weights {source}: fused for inference, so that no training can start from them; use the unfused weights"
         )
-
-    def start(model: Model) -> str:
-        done = transfer(model, weights.config, weights.tensors, str(source), parts)
-        return f"weights {described(str(source))}: {'; '.join([*weights.notes, done])}"
-
-    return start
+    return Start(str(source), weights, parts)
 
 
 def read_weights(source: str | Path, family: str | None = None) -> Weights:

@@ -26,6 +26,36 @@ Place = tuple[str, str]
 """A part of the model (``backbone``, ``neck``, ``heads.TASK``) and the name of a module directly inside it."""
 
 
+@dataclass(frozen=True)
+class HeadStart:
+    """What a head took over from other weights.
+
+    Attributes:
+        loaded, layers: how many of its layers were loaded, and how many it has.
+        known, classes: how many of its classes were taken over by their names, and how many it has.
+    """
+
+    loaded: int
+    layers: int
+    known: int
+    classes: int
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """What a model took over from other weights.
+
+    Attributes:
+        text: a line that says it: which parts were loaded, and which keep the weights that they had.
+        whole_encoder: backbone and neck were loaded, every layer of them.
+        heads: by the task that the head is named after.
+    """
+
+    text: str
+    whole_encoder: bool
+    heads: dict[str, HeadStart]
+
+
 @torch.no_grad()
 def transfer(
     model: Model,
@@ -33,7 +63,7 @@ def transfer(
     tensors: dict[str, Tensor],
     source: str,
     parts: Collection[str] | None = None,
-) -> str:
+) -> Transferred:
     """Copy every tensor that fits into ``model``, in place.
 
     A head whose task is not in ``tensors`` gets the tensors with the same name inside a head and the same shape from
@@ -47,15 +77,13 @@ def transfer(
         source: name of the weights in error messages.
         parts: copy only these parts of the model, of ``backbone``, ``neck`` and ``heads.TASK``; None: all.
 
-    Returns:
-        A text in one line: which parts were loaded, and which keep the weights that they had.
-
     Raises:
         UserError: nothing fits.
     """
     class_rows = _class_rows(model, config.categories)
     points = point_rows(model, config.categories)
     rows: dict[str, _ClassRows | PointRows] = {**class_rows, **points}
+    taken: set[str] = set()  # layers
     loaded: Counter[Place] = Counter()
     total: Counter[Place] = Counter()
     for layer, targets in _by_layer(model.state_dict()).items():
@@ -69,6 +97,7 @@ def transfer(
         )
         total[place] += 1
         loaded[place] += fits
+        taken |= {layer} if fits else set()
         for name, (target, other) in pairs.items() if fits else ():
             if other is not None:
                 _copy(target, other, rows.get(name))
@@ -83,7 +112,9 @@ def transfer(
     of_points = describe_points(model, config.categories, {n: x for n, x in points.items() if loaded[_place(n)]})
     classes = _classes_of(model, {place[0] for place, count in loaded.items() if count})
     matches = _match_classes(classes, config.categories)
-    return "; ".join(filter(None, [_describe(loaded, total, classes, matches, has_mean), of_points]))
+    text = "; ".join(filter(None, [_describe(loaded, total, classes, matches, has_mean), of_points]))
+    heads = {task: _head_start(model, task, config, class_rows, taken) for task in model.heads}
+    return Transferred(text, all(loaded[place] == total[place] for place in total if place[0][:5] != "heads"), heads)
 
 
 @dataclass(frozen=True)
@@ -98,6 +129,18 @@ class _ClassRows:
     matches: dict[int, int]
     count: int
     other_count: int
+
+
+def _head_start(
+    model: Model, task: str, config: ModelConfig, class_rows: dict[str, _ClassRows], taken: set[str]
+) -> HeadStart:
+    """What a head took over; ``taken``: the layers of the model that were loaded."""
+    head, prefix = model.head(task), f"heads.{task}."
+    layers = {layer for layer in _by_layer(model.state_dict()) if layer.startswith(prefix)}
+    of_classes = {name.rpartition(".")[0] for name in class_rows if name.startswith(prefix)}
+    matches = _match_classes(head.classes, head.predicted(config.categories))
+    known = len(matches) if layers & taken and of_classes <= taken else 0
+    return HeadStart(len(layers & taken), len(layers), known, len(head.classes))
 
 
 def _place(name: str) -> Place:
