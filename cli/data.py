@@ -64,10 +64,21 @@ def check(
 @click.argument("folder", metavar="[DIR]", required=False)
 @click.option("--split", default="train", show_default=True, metavar="NAME", help="Which split.")
 @click.option("--count", default=16, show_default=True, type=click.IntRange(min=1), metavar="N", help="Images.")
-@click.option("--augmented", is_flag=True, help="With the default augmentation of training.")
+@click.option("--augmented", is_flag=True, help="Augmented as in training.")
+@click.option("--config", "file", type=EXISTING_FILE, metavar="FILE", help="The YAML file whose augmentation is shown.")
+@assignments_option
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(min=0), metavar="N", help="Which images.")
 @click.option("--output", default="data.jpg", show_default=True, metavar="FILE", help="A .jpg or .png file.")
-def show(folder: str | None, split: str, count: int, augmented: bool, seed: int, output: str) -> None:
+def show(
+    folder: str | None,
+    split: str,
+    count: int,
+    augmented: bool,
+    file: Path | None,
+    assignments: tuple[str, ...],
+    seed: int,
+    output: str,
+) -> None:
     """Draw random images with their boxes, masks and keypoints on one sheet.
 
     Without DIR the built-in data set is shown.
@@ -75,10 +86,21 @@ def show(folder: str | None, split: str, count: int, augmented: bool, seed: int,
     \b
     Example:
       mvision data show my_data --split val --output val.jpg
+      mvision data show my_data --augmented -o data.augment.copy_paste=0.5 -o data.augment.rotate=30
     """
     from mvision.commands.data import show
 
-    echo(show(folder, output, split=split, count=count, augmented=augmented, seed=seed))
+    text = show(
+        folder,
+        output,
+        split=split,
+        count=count,
+        augmented=augmented,
+        seed=seed,
+        file=file,
+        assignments=assignments,
+    )
+    echo(text)
 
 
 @data.command(short_help="Copy a data set of any layout as plain COCO.")

@@ -13,6 +13,7 @@ from mvision.data.formats.problems import Problems
 from mvision.data.tools import check as checking
 from mvision.data.tools import convert as converting
 from mvision.data.tools.show import contact_sheet, write_image
+from mvision.errors import UserError
 from mvision.structures.messages import decoder_messages_hidden
 
 
@@ -44,21 +45,36 @@ def check(
 
 
 def show(
-    folder: str | None, output: str, *, split: str = "train", count: int = 16, augmented: bool = False, seed: int = 0
+    folder: str | None,
+    output: str,
+    *,
+    split: str = "train",
+    count: int = 16,
+    augmented: bool = False,
+    seed: int = 0,
+    file: Path | None = None,
+    assignments: Sequence[str] = (),
 ) -> str:
     """Write a picture of random images with their labels; returns the lines to print.
 
     Args:
         folder: data folder; None: the built-in data set.
         output: a .jpg or .png file.
-        augmented: show the images as training uses them, with the default augmentation.
+        augmented: show the images as training uses them, with the default augmentation or that of the config.
         seed: decides which images are drawn.
+        file, assignments: see ``mvision.config.load_config``; they change the augmentation alone.
 
     Raises:
-        UserError: the data or the output file cannot be used.
+        UserError: the data or the output file cannot be used, a mistake in the config, or a config without
+            ``augmented``.
     """
-    layout = find_layout(folder)
+    configured = file is not None or bool(assignments)
+    if configured and not augmented:
+        raise UserError("--config and -o change the augmentation, which is shown with --augmented alone: add it")
     augment = AugmentConfig() if augmented else None
+    if configured:
+        augment = load_config(file=file, assignments=list(assignments)).data.augment
+    layout = find_layout(folder)
     write_image(output, contact_sheet(layout, split, count, seed=seed, augment=augment))
     return f"{layout.description}\nsheet: {output}"
 

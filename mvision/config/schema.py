@@ -164,10 +164,19 @@ class AugmentConfig(Settings):
             objects as two images; ``whole``: all of the four, which are turned, shifted and scaled together, with as
             many objects as three images (DEIM's dense one-to-one matching).
         mixup: blend of two images, with the objects of both.
-        mixing_start, mixing_stop: the shares of the run's epochs, 0..1, between which there are mosaics and mixups (and
-            never in ``last_epochs``). DEIM has them from its fifth epoch to the middle of the run.
+        copy_paste: objects of another image are pasted, at random places and sizes, and flipped as often as images
+            are. They are cut out along their masks, where the labels have some (also where no task needs masks), else
+            with a little of what surrounds their boxes. What they hide is hidden for the labels too.
+        rotate: the largest angle in degrees, 0..180, by which every image is turned, either way; ``whole`` mosaics
+            are turned by up to 10 degrees at least.
+        scale: the largest relative change of every image's size, below 1, outside of mosaics, which change sizes
+            themselves: 0.3 is 0.7 to 1.3 times as large. The image lies anywhere on its picture, or the picture
+            anywhere on the image.
+        mixing_start, mixing_stop: the shares of the run's epochs, 0..1, between which there are mosaics, mixups and
+            pasted objects (and never in ``last_epochs``). DEIM has them from its fifth epoch to the middle of the run.
         multi_scale: batches at random sizes within this fraction of ``image_size`` (0 switches it off).
-        last_epochs: share of the run's epochs, 0..1, at its end that are trained without mosaic, mixup and zoom-out.
+        last_epochs: share of the run's epochs, 0..1, at its end that are trained without mosaic, mixup, pasted objects
+            and zoom-out.
         extra: further transforms of albumentations, in this order, after all of the above::
 
                 extra:
@@ -190,6 +199,9 @@ class AugmentConfig(Settings):
     mosaic: float = Field(0.0, ge=0, le=1)
     mosaic_form: Literal["filled", "whole"] = "filled"
     mixup: float = Field(0.0, ge=0, le=1)
+    copy_paste: float = Field(0.0, ge=0, le=1)
+    rotate: float = Field(0.0, ge=0, le=180)
+    scale: float = Field(0.0, ge=0, lt=1)
     mixing_start: float = Field(0.0, ge=0, le=1)
     mixing_stop: float = Field(1.0, ge=0, le=1)
     multi_scale: float = Field(0.0, ge=0, lt=1)
@@ -207,7 +219,7 @@ class AugmentConfig(Settings):
         return round(epochs * self.last_epochs)
 
     def mixing(self, epochs: int) -> range:
-        """The epochs of a run, counted from 0, that have mosaics and mixups if their probabilities are above 0."""
+        """The epochs of a run, counted from 0, with mosaics, mixups and pasted objects (if they have a probability)."""
         stop = min(round(epochs * self.mixing_stop), epochs - self.count_last(epochs))
         return range(min(round(epochs * self.mixing_start), stop), stop)
 

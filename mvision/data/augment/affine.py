@@ -1,7 +1,7 @@
 """Turned pictures: where pixels and labels of every kind lie after a turn, for mosaics and for single images.
 
-A turn is a (2, 3) matrix from pixels of a raster to pixels of the picture, corners of pixels at whole numbers. Changes of
-size come before it, with the image's only other resampling, so that nothing is made smaller without being averaged.
+A turn is a (2, 3) matrix from pixels of a raster to pixels of the picture, corners of pixels at whole numbers. Changes
+of size come before it, with the image's only other resampling, so that nothing is made smaller without being averaged.
 """
 
 from __future__ import annotations

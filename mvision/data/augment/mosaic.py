@@ -63,7 +63,11 @@ class Turn:
 
 
 def mosaic_of_whole(
-    pictures: Sequence[tuple[np.ndarray, PictureLabels]], turn: Turn, size: tuple[int, int], aspect: float
+    pictures: Sequence[tuple[np.ndarray, PictureLabels]],
+    turn: Turn,
+    size: tuple[int, int],
+    aspect: float,
+    around_points: bool = False,
 ) -> tuple[np.ndarray, PictureLabels]:
     """Four images side by side, top left, top right, bottom left, bottom right, then turned.
 
@@ -71,6 +75,7 @@ def mosaic_of_whole(
         pictures: (H, W, 3) uint8 and labels in fractions of it.
         size: (height, width) of the picture.
         aspect: see ``Turn.matrix``.
+        around_points: see ``affine.turn_labels``: for angles beyond those of DEIM.
 
     Returns:
         (height, width, 3) uint8, grey where the mosaic does not reach, and the labels in fractions of it; those of
@@ -87,4 +92,4 @@ def mosaic_of_whole(
         canvas = paint(image, placement, canvas)
         placed.append(place(labels, placement, window))
     matrix = turn.matrix(size, aspect)
-    return warp(canvas, matrix, size, FILL), turn_labels(join_labels(placed), matrix, whole, size)
+    return warp(canvas, matrix, size, FILL), turn_labels(join_labels(placed), matrix, whole, size, around_points)

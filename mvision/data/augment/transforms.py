@@ -6,6 +6,7 @@ colours here, and has transforms that a config may add (``extra.py``).
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import cv2
@@ -13,9 +14,11 @@ import numpy as np
 
 from mvision.compat import albumentations_alone
 from mvision.config import AugmentConfig
+from mvision.data.augment.affine import turn_placed, turned_view, warp
+from mvision.data.augment.copy_paste import paste_objects
 from mvision.data.augment.extra import ExtraTransforms
 from mvision.data.augment.geometry import FILL, PixelRect, Placement, Rect, fit, flip, paint, place, tighten
-from mvision.data.augment.mosaic import Turn, mosaic_of_whole
+from mvision.data.augment.mosaic import ANGLE, Turn, mosaic_of_whole
 from mvision.data.formats.labels import WHOLE, PictureLabels, join_labels
 
 with albumentations_alone():
@@ -29,6 +32,8 @@ CROP_OVERLAPS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 CROP_TRIALS = 40
 MOSAIC_CENTRES = (0.3, 0.7)
 MIXUP_WEIGHTS = (0.4, 0.6)  # about half and half: every object stays visible and keeps its full label
+PASTE_TRIALS = 5  # images that are looked at for one with an object to paste
+MIXING = ("mosaic", "mixup", "copy_paste")  # settings of augmentation that puts several images into one picture
 GRID = 32  # mosaic tiles meet at multiples of the coarsest stride, so that no feature or mask cell sees two images
 
 # Deviations of RT-DETR's RandomPhotometricDistort: factors from 1, and parts of the colour wheel.
@@ -65,6 +70,12 @@ class EvalTransform:
         return _view(source, index, WHOLE, size, at_least=None)
 
 
+def fields_of_augmentation(config: AugmentConfig) -> frozenset[str]:
+    """The fields of ``Targets`` that help to augment pictures, also where nothing is learned from them: objects are
+    best cut out along their masks, and the box of a turned object is best measured on its mask."""
+    return frozenset({"masks"} if config.copy_paste or config.rotate else ())
+
+
 class TrainTransform:
     """Random views, flips and colours."""
 
@@ -87,13 +98,12 @@ class TrainTransform:
         self.extra = ExtraTransforms(config.extra, swap) if config.extra else None
 
     def unmixed(self) -> TrainTransform:
-        """The same without mosaic and mixup."""
-        return TrainTransform(self.config.model_copy(update={"mosaic": 0.0, "mixup": 0.0}), self.swap)
+        """The same without mosaic, mixup and pasted objects."""
+        return TrainTransform(self.config.model_copy(update=dict.fromkeys(MIXING, 0.0)), self.swap)
 
     def light(self) -> TrainTransform:
-        """The same without mosaic, mixup and zoom-out, for the end of a run."""
-        config = self.config.model_copy(update={"mosaic": 0.0, "mixup": 0.0, "zoom_out": 0.0})
-        return TrainTransform(config, self.swap)
+        """The same without mosaic, mixup, pasted objects and zoom-out, for the end of a run."""
+        return TrainTransform(self.config.model_copy(update=dict.fromkeys((*MIXING, "zoom_out"), 0.0)), self.swap)
 
     def __call__(
         self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
@@ -103,6 +113,8 @@ class TrainTransform:
         All chance comes from ``rng``. Objects of which next to nothing is visible, or less than a pixel, are dropped.
         """
         image, labels = self._picture(source, index, size, rng)
+        if self.config.copy_paste and rng.random() < self.config.copy_paste:
+            image, labels = self._with_pasted(image, labels, source, index, rng)
         if rng.random() < self.config.mixup:
             other, more = self._picture(source, _another(source, index, rng), size, rng)
             image = _blend(image, other, rng.uniform(*MIXUP_WEIGHTS))
@@ -123,15 +135,32 @@ class TrainTransform:
     def _picture(
         self, source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
     ) -> tuple[np.ndarray, PictureLabels]:
-        if rng.random() < self.config.mosaic:
-            mosaic = _mosaic if self.config.mosaic_form == "filled" else _mosaic_of_whole
-            return mosaic(source, index, size, rng)
+        config = self.config
+        if rng.random() < config.mosaic:
+            mosaic = _mosaic if config.mosaic_form == "filled" else _mosaic_of_whole
+            return mosaic(source, index, size, rng, math.radians(config.rotate))
         view = WHOLE
-        if rng.random() < self.config.zoom_out:
+        if rng.random() < config.zoom_out:
             view = zoom_out(rng)
-        if rng.random() < self.config.crop:
+        if config.scale:
+            view = rescale(view, config.scale, rng)
+        if rng.random() < config.crop:
             view = crop(source.labels(index), view, source.aspect(index), rng)
+        if config.rotate:
+            return _turned(source, index, view, size, _angle(math.radians(config.rotate), rng))
         return _view(source, index, view, size, at_least=size)
+
+    def _with_pasted(
+        self, image: np.ndarray, labels: PictureLabels, source: Source, index: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, PictureLabels]:
+        """With objects of another image of ``source``."""
+        for _ in range(PASTE_TRIALS):
+            other = _another(source, index, rng)
+            if not source.labels(other).crowd.all():  # else it has no object
+                pasted = source.image(other, (image.shape[0], image.shape[1]))
+                flips = (self.config.flip, self.config.vertical_flip)
+                return paste_objects(image, labels, pasted, source.labels(other), flips, self.swap, rng)
+        return image, labels
 
 
 def _measured(labels: PictureLabels, size: tuple[int, int]) -> PictureLabels:
@@ -146,6 +175,14 @@ def zoom_out(rng: np.random.Generator) -> Rect:
     side = rng.uniform(1.0, ZOOM_OUT)
     x, y = rng.uniform(0.0, side - 1.0, size=2)
     return (-x, -y, side - x, side - y)
+
+
+def rescale(view: Rect, change: float, rng: np.random.Generator) -> Rect:
+    """A view that shows the image larger or smaller by up to ``change``: anywhere in ``view``, or around it."""
+    factor = 1 / rng.uniform(1 - change, 1 + change)
+    sides = np.array((view[2] - view[0], view[3] - view[1]))
+    corner = np.array(view[:2]) + rng.random(2) * sides * (1 - factor)
+    return (*corner.tolist(), *(corner + sides * factor).tolist())
 
 
 def crop(labels: PictureLabels, view: Rect, aspect: float, rng: np.random.Generator) -> Rect:
@@ -189,10 +226,32 @@ def _view(
     return paint(image, placement, canvas), place(source.labels(index), placement)
 
 
-def _mosaic(
-    source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
+def _turned(
+    source: Source, index: int, view: Rect, size: tuple[int, int], angle: float
 ) -> tuple[np.ndarray, PictureLabels]:
-    """Four images that meet in one point, each enlarged at random so that it fills its tile without a border."""
+    """One view of one image on a canvas of its own, turned about its middle by an angle in radians."""
+    image = source.image(index, _enough(view, size))
+    sides = (view[2] - view[0], view[3] - view[1])
+    found = turned_view(view, angle, source.aspect(index) * sides[0] / sides[1], image.shape[:2], size)
+    if found is None:
+        return np.full((*size, 3), FILL, dtype=np.uint8), source.labels(index)[np.zeros(0, dtype=np.int64)]
+    placement, matrix = found
+    raster = paint(image, placement, np.empty((*placement.canvas_size, 3), dtype=np.uint8))
+    return warp(raster, matrix, size, FILL), turn_placed(source.labels(index), placement, matrix, size)
+
+
+def _angle(most: float, rng: np.random.Generator) -> float:
+    return float(rng.uniform(-most, most))
+
+
+def _mosaic(
+    source: Source, index: int, size: tuple[int, int], rng: np.random.Generator, angle: float
+) -> tuple[np.ndarray, PictureLabels]:
+    """Four images that meet in one point, each enlarged at random so that it fills its tile without a border.
+
+    Where the ``angle`` in radians is above 0, each is turned in its tile by at most that, with grey in the corners that
+    its image does not reach.
+    """
     height, width = size
     x, y = (_on_grid(side, rng) for side in (width, height))
     tiles: list[PixelRect] = [(0, 0, x, y), (x, 0, width, y), (0, y, x, height), (x, y, width, height)]
@@ -205,6 +264,13 @@ def _mosaic(
         extent = sides / rng.uniform(sides.max(), 1.0)  # of the view in the image; both sides at most 1
         corner = rng.random(2) * (1 - extent)
         view = (*corner.tolist(), *(corner + extent).tolist())
+        if angle:
+            area = (window[3] - window[1], window[2] - window[0])
+            canvas[window[1] : window[3], window[0] : window[2]], turned = _turned(
+                source, member, view, area, _angle(angle, rng)
+            )
+            tile_labels.append(place(turned, Placement((0, 0, *area[::-1]), window, area, size), window))
+            continue
         image, placement = _placed(source, member, view, window, size, reduced=True)
         if placement is not None:
             canvas = paint(image, placement, canvas)
@@ -213,13 +279,13 @@ def _mosaic(
 
 
 def _mosaic_of_whole(
-    source: Source, index: int, size: tuple[int, int], rng: np.random.Generator
+    source: Source, index: int, size: tuple[int, int], rng: np.random.Generator, angle: float
 ) -> tuple[np.ndarray, PictureLabels]:
-    """See ``mosaic_of_whole``; the image of the sample is any of the four."""
-    turn = Turn.draw(rng)
+    """See ``mosaic_of_whole``; the image of the sample is any of the four. ``angle``: the largest one, in radians."""
+    turn = Turn.draw(rng, max(angle, ANGLE))
     members = rng.permutation([index, *rng.integers(len(source), size=3)]).tolist()
     pictures = [(source.image(member, turn.quarter(size)), source.labels(member)) for member in members]
-    return mosaic_of_whole(pictures, turn, size, source.aspect(index))
+    return mosaic_of_whole(pictures, turn, size, source.aspect(index), around_points=angle > 0)
 
 
 def _another(source: Source, index: int, rng: np.random.Generator) -> int:
@@ -232,12 +298,13 @@ def _placed(
     source: Source, index: int, view: Rect, window: PixelRect, size: tuple[int, int], reduced: bool
 ) -> tuple[np.ndarray, Placement | None]:
     """An image, and its place on the canvas; where ``reduced``, it is decoded no larger than the view needs."""
-    enough = None
-    if reduced:
-        rows, columns = window[3] - window[1], window[2] - window[0]
-        enough = (int(np.ceil(rows / (view[3] - view[1]))), int(np.ceil(columns / (view[2] - view[0]))))
-    image = source.image(index, enough)
+    image = source.image(index, _enough(view, (window[3] - window[1], window[2] - window[0])) if reduced else None)
     return image, fit(view, (image.shape[0], image.shape[1]), window, size)
+
+
+def _enough(view: Rect, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image of which the ``view`` has this (height, width)."""
+    return int(np.ceil(size[0] / (view[3] - view[1]))), int(np.ceil(size[1] / (view[2] - view[0])))
 
 
 def _on_grid(side: int, rng: np.random.Generator) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mvision.config import AugmentConfig
+from mvision.data.augment.copy_paste import most_pasted
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.formats.layouts import Layout
 from mvision.data.formats.problems import Problems
@@ -55,7 +56,7 @@ def count_above_queries(split: CocoSplit, task: str, settings: Settings | None) 
 
 
 def objects_of_mixed(split: CocoSplit, augment: AugmentConfig, samples: int = 4000) -> np.ndarray:
-    """(samples,) float, sorted: about how many objects training pictures have while there are mosaics and mixups.
+    """(samples,) float, sorted: about how many objects training pictures have while they are made of several images.
 
     From the numbers of objects in the images alone, without crops. They are drawn with a seed of their own.
     """
@@ -65,6 +66,10 @@ def objects_of_mixed(split: CocoSplit, augment: AugmentConfig, samples: int = 40
     in_mosaic = MOSAIC_SHARE[augment.mosaic_form] * drawn.sum(axis=-1)
     pictures = np.where(rng.random((samples, 2)) < augment.mosaic, in_mosaic, drawn[..., 0])
     second = rng.random(samples) < augment.mixup
+    if augment.copy_paste:
+        some = objects[objects > 0]
+        pasted = rng.integers(1, most_pasted(rng.choice(some, (samples, 2))) + 1) if len(some) else 0
+        pictures = pictures + (rng.random((samples, 2)) < augment.copy_paste) * pasted
     return np.sort(pictures[:, 0] + second * pictures[:, 1])
 
 

@@ -26,6 +26,7 @@ from mvision.data.formats.coco import CocoSplit
 from mvision.data.loading.batch import Batch, PackedBatch, Skipped, pack
 from mvision.data.loading.cache import is_small, make_cache
 from mvision.data.loading.dataset import Dataset, MixedDataset
+from mvision.data.loading.folders import needs
 from mvision.data.loading.samplers import EvalBatches, TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.data.loading.workers import pick_workers, worker_context
@@ -201,11 +202,10 @@ def _train_dataset(
     datasets: int = 1,
 ) -> Dataset:
     """The samples of one of the ``datasets`` of a run; they are the same with and without memory for a cache."""
+    drawn = mask_stride if tasks is None or "masks" in needs(tasks) else None  # some are for augmentation alone
     cache = make_cache(split.records, datasets, split.broken)
     small = is_small(split.records, datasets, split.broken)
-    return Dataset(
-        split, config.augment, seed, mask_stride, cache, tasks=tasks, reduce=not small, pixel_range=pixel_range
-    )
+    return Dataset(split, config.augment, seed, drawn, cache, tasks=tasks, reduce=not small, pixel_range=pixel_range)
 
 
 def build_eval_loader(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mvision.config import DataConfig
 from mvision.data.augment.extra import build_transforms
+from mvision.data.augment.transforms import fields_of_augmentation
 from mvision.data.formats.categories import free_id
 from mvision.data.formats.coco import CocoSplit, same_categories
 from mvision.data.formats.problems import Problem, Problems
@@ -82,7 +83,7 @@ def read_data_sources(
     opened: list[tuple[Folder, list[str], CocoSplit]] = []
     for folder in folders:
         log(folder.layout.description)
-        wanted, train = _read_training(folder, tasks, config.fraction, len(folders) > 1, all_fields)
+        wanted, train = _read_training(folder, tasks, config, len(folders) > 1, all_fields)
         opened.append((folder, wanted, train))
     _check_all_are_served(tasks, [(folder.name, wanted) for folder, wanted, _ in opened])
     shared = merge_categories([train for _, _, train in opened])
@@ -189,21 +190,23 @@ def _asked(folder: Folder, tasks: Sequence[str]) -> list[str]:
 
 
 def _read_training(
-    folder: Folder, tasks: Sequence[str], fraction: float, several: bool, all_fields: bool
+    folder: Folder, tasks: Sequence[str], config: DataConfig, several: bool, all_fields: bool
 ) -> tuple[list[str], CocoSplit]:
     """The training set of a folder, and the tasks that it is used for: where there are several data sets and the config
     names no tasks, those that it has labels for."""
-    asked = _asked(folder, tasks)
-    split = folder.training(asked, fraction)
-    train = CocoSplit(split, FIELDS if all_fields else needs(asked), keep_annotations=False)
-    if not several or folder.config.tasks:
-        return asked, train
-    wanted = [task for task in asked if refusal(train, task) is None]
-    chosen = folder.training(wanted or asked, fraction)
-    if chosen != split:  # COCO's own layout has another file for poses alone
-        train = CocoSplit(chosen, FIELDS if all_fields else needs(wanted), keep_annotations=False)
-    elif not all_fields:
-        train.leave_out(FIELDS - needs(wanted))
+    asked = wanted = _asked(folder, tasks)
+    more = fields_of_augmentation(config.augment)
+    split = folder.training(asked, config.fraction)
+    train = CocoSplit(split, FIELDS if all_fields else needs(asked) | more, keep_annotations=False)
+    if several and not folder.config.tasks:
+        wanted = [task for task in asked if refusal(train, task) is None]
+        chosen = folder.training(wanted or asked, config.fraction)
+        if chosen != split:  # COCO's own layout has another file for poses alone
+            train = CocoSplit(chosen, FIELDS if all_fields else needs(wanted) | more, keep_annotations=False)
+        elif not all_fields:
+            train.leave_out(FIELDS - needs(wanted) - more)
+    if not all_fields:
+        train.leave_out(more - needs(wanted) - train.available)
     return wanted, train
 
 
