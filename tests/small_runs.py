@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mvision.config import Config, load_config
+from mvision.config import Config, DecidedTrain, load_config, parse_config
+from mvision.engine.auto import decided
 from mvision.engine.train import train
 
 FAST: dict[str, Any] = {
@@ -55,3 +56,8 @@ def add_corners(root: Path) -> None:
             visible = 2 * bool(number % 3)
             entry["keypoints"] = [value for point in points for value in (*point, visible)]
         file.write_text(json.dumps(content))
+
+
+def train_settings(**settings: Any) -> DecidedTrain:
+    """The settings of a run from random weights with 100 batches in an epoch; ``adamw`` where no optimiser is given."""
+    return decided(parse_config({"train": {"optimizer": "adamw", **settings}}), 100, "random").train

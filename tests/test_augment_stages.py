@@ -13,6 +13,7 @@ from mvision.config import AugmentConfig, Config
 from mvision.data import CocoSplit, Dataset, SampleKey, find_layout, read_data_sources
 from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.samplers import TrainBatches
+from mvision.engine.auto import decided
 from mvision.engine.checks import warn_of_crowded_pictures
 from mvision.engine.optim import falling_part
 from mvision.engine.plan import describe_plan
@@ -78,8 +79,10 @@ def test_shares_of_the_run_are_in_order() -> None:
 )
 def test_a_run_says_what_it_will_do_when(augment: dict[str, float], train: dict[str, object], expected: str) -> None:
     settings = {"data": {"augment": augment}, "train": {"epochs": 10, "warmup_steps": 100, **train}}
-    line = describe_plan(Config.model_validate(settings), 900, 90)
-    assert line.startswith("schedule: 900 steps, ")
+    line = describe_plan(decided(Config.model_validate(settings), 90, "random"), 900, 90)
+    assert line.startswith(
+        "schedule: muon with a learning rate of 0.008; weights averaged over about 18 steps; 900 steps, "
+    )
     assert line.endswith(expected)
 
 
@@ -124,7 +127,7 @@ def test_more_objects_than_queries_are_foreseen_before_the_first_step(tmp_path: 
             "data": {"root": str(root), "augment": augment},
             "train": train,
         }
-        config, lines = Config.model_validate(settings), list[str]()
+        config, lines = decided(Config.model_validate(settings), 100, "random"), list[str]()
         warn_of_crowded_pictures(config, read_data_sources(config.data, ["detection"], 0, lambda _: None), lines.append)
         return lines
 

@@ -9,16 +9,16 @@ import timm.optim.muon
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mvision.config import TrainConfig
 from mvision.engine import muon
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.state import _check_optimizer_state
 from mvision.errors import UserError
 from mvision.model import create_model
+from tests.small_runs import train_settings
 
 
 def test_learning_rate_warms_up_and_falls():
-    config = TrainConfig(warmup_steps=4, final_lr=0.1, lr=1e-3, backbone_lr=1e-4)
+    config = train_settings(warmup_steps=4, final_lr=0.1, lr=1e-3, backbone_lr=1e-4)
     model = create_model("tiny", num_classes=2)
     optimizer = build_optimizer(model, config)
     factors = [set_learning_rate(optimizer, config, step, 24) for step in range(25)]
@@ -35,7 +35,7 @@ def test_learning_rate_warms_up_and_falls():
 
 @pytest.mark.parametrize(("schedule", "expected"), [("constant", [1.0, 1.0, 1.0]), ("linear", [1.0, 0.6, 0.2])])
 def test_other_schedules(schedule, expected):
-    config = TrainConfig(schedule=schedule, warmup_steps=4, final_lr=0.2)
+    config = train_settings(schedule=schedule, warmup_steps=4, final_lr=0.2)
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "peak_lr": 2.0}])
     assert set_learning_rate(optimizer, config, 1, 24) == pytest.approx(0.4)
     assert [set_learning_rate(optimizer, config, step, 24) for step in (4, 14, 24)] == pytest.approx(expected)
@@ -46,7 +46,7 @@ def test_other_schedules(schedule, expected):
 @pytest.mark.parametrize(("flat", "last"), [(0.5, 100), (0.5, 0), (0.0, 30), (1.0, 100), (0.95, 100), (0.5, 1000)])
 def test_the_flat_cosine_is_flat_then_falls_and_stays(warmup, flat, last):
     """Every step against DEIM's formula (RTMDet's), with the warm-up of all schedules."""
-    config = TrainConfig(schedule="flat_cosine", flat=flat, warmup_steps=warmup, final_lr=0.4)
+    config = train_settings(schedule="flat_cosine", flat=flat, warmup_steps=warmup, final_lr=0.4)
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "peak_lr": 2.0}])
     begin = max(warmup, int(flat * 1000))
     for step in range(1000):
@@ -65,7 +65,7 @@ def test_the_flat_cosine_is_flat_then_falls_and_stays(warmup, flat, last):
 def test_other_schedules_know_no_last_steps():
     optimizer = torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))], "peak_lr": 1.0}])
     for schedule in ("cosine", "linear", "constant"):
-        config = TrainConfig(schedule=schedule, warmup_steps=3, flat=0.7)
+        config = train_settings(schedule=schedule, warmup_steps=3, flat=0.7)
         for step in range(20):
             plain = set_learning_rate(optimizer, config, step, 20)
             assert set_learning_rate(optimizer, config, step, 20, last=10) == plain
@@ -73,7 +73,7 @@ def test_other_schedules_know_no_last_steps():
 
 def test_norms_biases_and_embeddings_are_not_decayed():
     model = create_model("tiny", num_classes=2)
-    optimizer = build_optimizer(model, TrainConfig(weight_decay=0.05))
+    optimizer = build_optimizer(model, train_settings(weight_decay=0.05))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     plain = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
     decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0.05 for p in g["params"]}
@@ -96,7 +96,7 @@ def test_tokens_and_positions_of_a_backbone_are_not_decayed(name, excluded, opti
     small = {"neck__embed_dim": 32, "image_size": 64, "heads__detection__num_queries": 20}
     with torch.device("meta"):
         model = create_model(name, num_classes=2, **small)
-    groups = build_optimizer(model, TrainConfig(weight_decay=0.05, optimizer=optimizer)).param_groups
+    groups = build_optimizer(model, train_settings(weight_decay=0.05, optimizer=optimizer)).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     plain = {names[id(p)] for g in groups if not g["weight_decay"] and not g.get("use_muon") for p in g["params"]}
     assert {f"backbone.net.{inner}" for inner in excluded} <= plain
@@ -113,7 +113,7 @@ def test_convolutional_backbones_have_nothing_besides_norms_and_biases_without_d
 
 def test_muon_takes_the_matrices_and_leaves_the_rest_to_adamw():
     model = create_model("tiny", num_classes=2)
-    optimizer = build_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.05))
+    optimizer = build_optimizer(model, train_settings(optimizer="muon", weight_decay=0.05))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     matrices = {names[id(p)] for g in optimizer.param_groups if g["use_muon"] for p in g["params"]}
     assert {names[id(p)] for g in optimizer.param_groups for p in g["params"]} == set(names.values())
@@ -147,7 +147,7 @@ def test_muon_trains_as_timms_does(monkeypatch, waste):
     exact = functools.partial(timm.optim.muon.zeropower_via_newtonschulz, dtype=torch.float32)
     monkeypatch.setattr(timm.optim.muon, "zeropower_via_newtonschulz", exact)
     monkeypatch.setattr(muon, "WASTE", {"cpu": waste})
-    config = TrainConfig(optimizer="muon", lr=8e-3, backbone_lr=4e-3, beta2=0.99, weight_decay=0.01)
+    config = train_settings(optimizer="muon", lr=8e-3, backbone_lr=4e-3, beta2=0.99, weight_decay=0.01)
     ours = create_model("tiny", num_classes=2).to(memory_format=torch.channels_last)
     theirs = copy.deepcopy(ours)
     optimizer, other = build_optimizer(ours, config), build_optimizer(theirs, config)
@@ -194,7 +194,7 @@ def test_a_step_of_muon_is_few_operations():
             return function(*args, **(kwargs or {}))
 
     model = create_model("tiny", num_classes=2)
-    optimizer = build_optimizer(model, TrainConfig(optimizer="muon"))
+    optimizer = build_optimizer(model, train_settings(optimizer="muon"))
     ema = Ema(model, decay=0.9, warmup=10)
     for step in range(2):
         gradients(model, step)
@@ -228,7 +228,7 @@ def test_a_saved_state_of_an_optimiser_fits_its_parameter_and_group():
 def test_the_learning_rate_of_a_backbone_falls_from_layer_to_layer():
     small = {"neck__embed_dim": 32, "image_size": 64, "heads__detection__num_queries": 20}
     model = create_model("test_vit", num_classes=2, backbone__pyramid="mean-bilinear", backbone__detail=4, **small)
-    optimizer = build_optimizer(model, TrainConfig(lr=1e-3, backbone_lr=1e-4, layer_decay=0.5))
+    optimizer = build_optimizer(model, train_settings(lr=1e-3, backbone_lr=1e-4, layer_decay=0.5))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     rates = {names[id(p)]: group["peak_lr"] for group in optimizer.param_groups for p in group["params"]}
     assert rates["backbone.net.model.blocks.5.mlp.fc1.weight"] == pytest.approx(1e-4)
@@ -251,4 +251,4 @@ def test_layers_of_convolutional_backbones():
     assert convnext["net.stem_0.weight"] == max(convnext.values())
     other = create_model("smp:mobilenet_v2", num_classes=2, image_size=64)
     with pytest.raises(UserError, match=r"train\.layer_decay: the order of the layers of backbone smp:mobilenet_v2"):
-        build_optimizer(other, TrainConfig(layer_decay=0.8))
+        build_optimizer(other, train_settings(layer_decay=0.8))

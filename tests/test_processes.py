@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from mvision.commands.val import validate
-from mvision.config import Config, TrainConfig, load_config
+from mvision.config import Config, DecidedTrain, load_config
 from mvision.data.loading.workers import worker_context
 from mvision.engine.state import read_state
 from mvision.storage.run_folder import RunFolder
@@ -67,7 +67,7 @@ def process(rank: int, size: int, port: int, folder: Path, change: str) -> None:
             raise UserError("the disk of this machine is full")
         return train_epoch(trainer, loader, epoch)
 
-    def plain_descent(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    def plain_descent(model: torch.nn.Module, config: DecidedTrain) -> torch.optim.Optimizer:
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 freeze(module)

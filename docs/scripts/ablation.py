@@ -178,7 +178,15 @@ def config_of(task: str, options: argparse.Namespace, overrides: dict[str, Any] 
     overrides = dict(overrides or {})
     if options.epochs is not None:
         overrides["train.epochs"] = options.epochs
-    return load_config(options.model, tasks=[task], overrides=overrides, assignments=options.set)
+    config = load_config(options.model, tasks=[task], overrides=overrides, assignments=options.set)
+    config.train.epochs = epochs_of(config)
+    return config
+
+
+def epochs_of(config: Config) -> int:
+    """Those of a large data set where the config leaves it to the run: all that are compared have equally many."""
+    epochs = config.train.epochs
+    return config.train.full_epochs if isinstance(epochs, str) else epochs
 
 
 def recipe_of(options: argparse.Namespace) -> Row:

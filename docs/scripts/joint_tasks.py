@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ablation import TASKS, Row, Trial, parser_of, run_trials, tables
+from ablation import TASKS, Row, Trial, epochs_of, parser_of, run_trials, tables
 
 from mvision.config import load_config
 from mvision.errors import Stopped
@@ -59,7 +59,8 @@ def trial(options: argparse.Namespace, form: str, tasks: tuple[str, ...], poses:
     if options.epochs is not None:
         overrides["train.epochs"] = options.epochs
     config = load_config(options.model, tasks=list(tasks), overrides=overrides, assignments=options.set)
-    config.train.seed, config.train.val_interval = seed, max(1, config.train.epochs // EVALUATIONS)
+    config.train.seed, config.train.epochs = seed, epochs_of(config)
+    config.train.val_interval = max(1, epochs_of(config) // EVALUATIONS)
     return Trial({"form": form, "poses": poses if "keypoints" in tasks else "none"}, config)
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ablation import Row, Trial, config_of, parser_of, places, run_trials, tables
+from ablation import Row, Trial, config_of, epochs_of, parser_of, places, run_trials, tables
 
 from mvision.errors import Stopped
 
@@ -69,7 +69,7 @@ def trials(options: argparse.Namespace) -> Iterator[Trial]:
         overrides = {f"model.heads.{task}.{key}": value for key, value in of_head.items()} | others
         config = config_of(task, options, overrides)
         config.data.root, config.train.seed = folder, seed
-        config.train.val_interval = max(1, config.train.epochs // EVALUATIONS)
+        config.train.val_interval = max(1, epochs_of(config) // EVALUATIONS)
         yield Trial({"recipe": name}, config)
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ablation import Row, Trial, config_of, name_of, parser_of, places, run_trials, tables
+from ablation import Row, Trial, config_of, epochs_of, name_of, parser_of, places, run_trials, tables
 
 from mvision.config import Config
 from mvision.engine.train import train
@@ -54,14 +54,14 @@ def trials(options: argparse.Namespace) -> Iterator[Trial]:
     where = [folder for task, folder in places(options.data) if task == TASK]
     for seed, folder, sigma in itertools.product(range(options.seeds), where, options.sigmas):
         seconds = {kind: seconds_per_epoch(options, kind, folder) for kind in options.kinds}
-        first = seconds[options.kinds[0]] * config_for(options, options.kinds[0], folder, sigma).train.epochs
+        first = seconds[options.kinds[0]] * epochs_of(config_for(options, options.kinds[0], folder, sigma))
         budget = first if options.minutes is None else 60 * options.minutes
         for kind in options.kinds:
             config = config_for(options, kind, folder, sigma)
             config.train.seed = seed
-            config.train.epochs = max(1, round(budget / seconds[kind]))
-            config.train.val_interval = max(1, config.train.epochs // 8)
-            facts = {"train_epochs": config.train.epochs, "epoch_seconds": round(seconds[kind], 2)}
+            config.train.epochs = epochs = max(1, round(budget / seconds[kind]))
+            config.train.val_interval = max(1, epochs // 8)
+            facts = {"train_epochs": epochs, "epoch_seconds": round(seconds[kind], 2)}
             yield Trial({"kind": kind, "sigmas": sigma}, config, facts)
 
 

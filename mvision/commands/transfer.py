@@ -161,8 +161,8 @@ def _run(
     parts, frozen = STARTS[cell.start]
     config = _config(cell.task, weights, family, data, assignments)
     config.data.fraction, config.train.seed = cell.fraction, cell.seed
-    config.train.epochs = max(1, round(epochs / cell.fraction))
-    config.train.val_interval = math.ceil(config.train.epochs / EVALUATIONS)
+    config.train.epochs = passes = max(1, round(epochs / cell.fraction))
+    config.train.val_interval = math.ceil(passes / EVALUATIONS)
     config.train.freeze = ["backbone", "neck"] if frozen else []
     name = f"{cell.task}-{cell.start}-{cell.fraction:g}-{cell.seed}"
     folder = output / "runs" / name

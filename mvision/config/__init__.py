@@ -14,4 +14,6 @@ from mvision.config.schema import DataConfig as DataConfig
 from mvision.config.schema import ModelConfig as ModelConfig
 from mvision.config.schema import MoreDataConfig as MoreDataConfig
 from mvision.config.schema import NeckConfig as NeckConfig
-from mvision.config.schema import TrainConfig as TrainConfig
+from mvision.config.schema import RunConfig as RunConfig
+from mvision.config.training import DecidedTrain as DecidedTrain
+from mvision.config.training import TrainConfig as TrainConfig

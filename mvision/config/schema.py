@@ -9,16 +9,14 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 
 from mvision.backbone.config import BackboneConfig
 from mvision.config.explain import explain
+from mvision.config.training import DecidedTrain, TrainConfig
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
-from mvision.machine import PrecisionOption
-from mvision.settings import MAX_LAYERS, MAX_WIDTH, Replacement, Settings, without_retired
+from mvision.settings import MAX_LAYERS, MAX_WIDTH, Settings, without_retired
 from mvision.structures import Category
 
 MAX_CLASSES = 100_000
 MAX_SIDE = 16_384  # pixels
-
-MOST_STEPS = 10**9  # far above every training; larger numbers are slips, and overflow in other libraries
 
 
 class NeckConfig(Settings):
@@ -273,77 +271,6 @@ class DataConfig(Settings):
     workers: int | None = Field(None, ge=0, le=1024)
 
 
-class TrainConfig(Settings):
-    """The training run.
-
-    Attributes:
-        optimizer: ``adamw``, or ``muon``: orthogonalised momentum for the weights of convolutions and linear
-            layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
-            embeddings and the last layers of classifiers get AdamW with Nesterov momentum.
-        lr: peak learning rate of neck and heads; it is not scaled with the batch size.
-        backbone_lr: peak learning rate of the backbone; None: the same as ``lr``.
-        layer_decay: factor of the backbone's learning rate from each layer to the one before it (layers as timm groups
-            them); 1 for none. Pretrained ViTs are often trained with 0.8, so that their first layers change little.
-        weight_decay: on weights of convolutions and linear layers; norms, biases and embeddings have none.
-        beta2: decay of the second moment in AdamW.
-        warmup_steps: linear warm-up, in optimiser steps.
-        schedule: after the warm-up: ``cosine`` to ``final_lr``, ``linear`` to it, ``constant``, or ``flat_cosine``: the
-            peak until the share ``flat`` of the run, then a cosine to ``final_lr``, which it reaches where
-            ``data.augment.last_epochs`` begin and keeps in them (RTMDet, DEIM).
-        flat: share of the run's steps, 0..1, warm-up among them, at which the cosine of ``flat_cosine`` begins.
-        final_lr: fraction of the peak that the schedule ends at.
-        accumulate: batches per optimiser step, which uses the mean of their losses.
-        clip_norm: largest gradient norm; 0 switches clipping off.
-        ema_decay: of the exponential moving average that is evaluated and saved; 0 switches it off.
-        ema_warmup: steps over which the decay rises to its value (decay * (1 - exp(-step / ema_warmup))).
-        val_interval: epochs between evaluations (the last epoch is always evaluated).
-        patience: evaluations without a better AP before the run stops early; 0 never stops.
-        precision: ``auto`` is bf16 where that is faster. On a GPU fp32 multiplies matrices in TF32.
-        compile: compile backbone and neck with ``torch.compile``: faster steps, after minutes of compilation at the
-            start, and again at each new size of images (``multi_scale``).
-        cuda_graphs: on a single GPU, start the kernels of backbone and neck by CUDA graphs, see
-            ``mvision.engine.graphs``: faster steps where the CPU is the slower one.
-        freeze: parts that are not trained.
-        task_weights: by head, the factor of its loss terms in the loss; 1 for the others. A head that serves two tasks
-            has one factor: that of instance-seg applies to its boxes too.
-        seed: of all random numbers; NumPy takes 32 bits.
-        trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
-    """
-
-    epochs: int = Field(72, ge=1, le=MOST_STEPS)
-    batch_size: int = Field(16, ge=1, le=2**16)
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    lr: float = Field(1e-4, gt=0, le=100)
-    backbone_lr: float | None = Field(None, gt=0, le=100)
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    weight_decay: float = Field(1e-4, ge=0, le=100)
-    beta2: float = Field(0.999, gt=0, lt=1)
-    warmup_steps: int = Field(1000, ge=0, le=MOST_STEPS)
-    schedule: Literal["cosine", "linear", "constant", "flat_cosine"] = "cosine"
-    flat: float = Field(0.5, ge=0, le=1)
-    final_lr: float = Field(0.01, ge=0, le=1)
-    accumulate: int = Field(1, ge=1, le=MOST_STEPS)
-    clip_norm: float = Field(0.1, ge=0, le=1e12)
-    ema_decay: float = Field(0.9999, ge=0, lt=1)
-    ema_warmup: int = Field(2000, ge=1, le=MOST_STEPS)
-    val_interval: int = Field(1, ge=1, le=MOST_STEPS)
-    patience: int = Field(0, ge=0, le=MOST_STEPS)
-    precision: PrecisionOption = "auto"
-    compile: bool = False
-    cuda_graphs: bool = True
-    freeze: list[Literal["backbone", "neck"]] = []
-    task_weights: dict[str, float] = {}
-    seed: int = Field(0, ge=0, lt=2**32)
-    trackers: list[str] = []
-
-    retired = {"channels_last": [Replacement(True)]}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_retired(cls, value: Any) -> Any:
-        return without_retired(cls, "train", value) if isinstance(value, dict) else value
-
-
 class Config(Settings):
     """The whole configuration."""
 
@@ -354,3 +281,9 @@ class Config(Settings):
     def to_yaml(self) -> str:
         """As the text of a config file, with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class RunConfig(Config):
+    """The configuration of a run that has begun."""
+
+    train: DecidedTrain

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mvision.config import RUN_CONFIG, TrainConfig
+from mvision.config import RUN_CONFIG, DecidedTrain
 from mvision.engine.report import plot_run
 from mvision.engine.state import SavedState, load_state, not_finite, random_states, save_state
 from mvision.engine.trainer import Progress, Trainer
@@ -73,13 +73,13 @@ def primary_figures(metrics: dict[str, dict[str, float]]) -> list[tuple[str, str
     return [(task, names[task], figures[names[task]]) for task, figures in metrics.items()]
 
 
-def is_out_of_patience(config: TrainConfig, progress: Progress, epoch: int) -> bool:
+def is_out_of_patience(config: DecidedTrain, progress: Progress, epoch: int) -> bool:
     """Whether the last ``patience`` evaluations, up to this epoch, were all no better than the best one."""
     evaluations_since_best = (epoch - progress.best_epoch) // config.val_interval
     return 0 < config.patience <= evaluations_since_best
 
 
-def has_ended(config: TrainConfig, progress: Progress) -> bool:
+def has_ended(config: DecidedTrain, progress: Progress) -> bool:
     """Whether there is no epoch left to train."""
     out_of_patience = progress.epoch > 0 and is_out_of_patience(config, progress, progress.epoch - 1)
     return progress.epoch >= config.epochs or out_of_patience

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mvision.config import Config, ModelConfig
+from mvision.config import Config, ModelConfig, RunConfig
 from mvision.data import Loader
+from mvision.data.augment.transforms import MIXING
 from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
@@ -58,7 +59,7 @@ def check_task_weights(config: Config) -> None:
             raise UserError(f"train.task_weights: there is no head {task} in this model, only {', '.join(heads)}")
 
 
-def warn_of_slow_backbone(config: Config, log: Callable[[str], None]) -> None:
+def warn_of_slow_backbone(config: RunConfig, log: Callable[[str], None]) -> None:
     """The low learning rate of a pretrained backbone is far too low for random weights."""
     settings = config.train
     slow = settings.backbone_lr is not None and settings.backbone_lr < settings.lr
@@ -71,9 +72,20 @@ def warn_of_slow_backbone(config: Config, log: Callable[[str], None]) -> None:
 
 
 def tell_before_the_first_step(
-    config: Config, model: Model, sources: Sequence[DataSource], log: Callable[[str], None]
+    config: RunConfig,
+    model: Model,
+    sources: Sequence[DataSource],
+    log: Callable[[str], None],
+    *,
+    is_given_weights: bool = False,
 ) -> None:
-    """All that a run says of its data once the model is built and nothing is refused."""
+    """All that a run says of its data and its backbone once the model is built and nothing is refused.
+
+    Args:
+        is_given_weights: the model has weights of another run or file.
+    """
+    if not is_given_weights:
+        warn_of_slow_backbone(config, log)
     tell_default_sigmas(model, log)
     warn_of_nothing_to_measure(model, sources, log)
     warn_of_crowded_pictures(config, sources, log)
@@ -95,10 +107,11 @@ def warn_of_nothing_to_measure(model: Model, sources: Sequence[DataSource], log:
     )
 
 
-def warn_of_crowded_pictures(config: Config, sources: Sequence[DataSource], log: Callable[[str], None]) -> None:
-    """Mosaic and mixup can put more objects into a picture than there are queries: those beyond are not learned."""
+def warn_of_crowded_pictures(config: RunConfig, sources: Sequence[DataSource], log: Callable[[str], None]) -> None:
+    """Pictures made of several images can have more objects than there are queries: those beyond are not learned."""
     augment = config.data.augment
-    if not (augment.mosaic or augment.mixup) or not augment.mixing(config.train.epochs):
+    mixing = [name for name in MIXING if getattr(augment, name)]
+    if not mixing or not augment.mixing(config.train.epochs):
         return
     for source in sources:
         for task in source.tasks:
@@ -110,9 +123,9 @@ def warn_of_crowded_pictures(config: Config, sources: Sequence[DataSource], log:
             if share >= CROWDED:
                 enough = math.ceil(float(np.quantile(objects, 1 - CROWDED)) / 50) * 50
                 log(
-                    f"warning: with mosaic and mixup about {share:.0%} of the training pictures of {source.name} have "
-                    f"more objects than the {queries} that {task} can find; the others are not learned: "
-                    f"-o model.heads.{task}.num_queries={enough}, or a lower data.augment.mosaic or mixup"
+                    f"warning: with {' and '.join(mixing)} about {share:.0%} of the training pictures of {source.name} "
+                    f"have more objects than the {queries} that {task} can find; the others are not learned: "
+                    f"-o model.heads.{task}.num_queries={enough}, or a lower data.augment.{' or '.join(mixing)}"
                 )
 
 

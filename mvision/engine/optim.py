@@ -9,7 +9,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from mvision.compat import copy_all, move_all_towards
-from mvision.config import TrainConfig
+from mvision.config import DecidedTrain
 from mvision.engine.muon import Muon
 from mvision.model import Model
 
@@ -17,7 +17,7 @@ MIN_ROWS = 16
 """Muon leaves matrices with fewer rows to AdamW: the last layers of classifiers and box heads."""
 
 
-def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: Model, config: DecidedTrain) -> torch.optim.Optimizer:
     """AdamW for all parameters, or Muon for weight matrices and AdamW with Nesterov momentum for the others.
 
     Parameters with one dimension (norms, biases), embeddings, and what timm excludes in the backbone (tokens, learned
@@ -54,7 +54,7 @@ def build_optimizer(model: Model, config: TrainConfig) -> torch.optim.Optimizer:
 
 
 def set_learning_rate(
-    optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, total: int, last: int = 0
+    optimizer: torch.optim.Optimizer, config: DecidedTrain, step: int, total: int, last: int = 0
 ) -> float:
     """Set every group's learning rate for optimiser step ``step`` of ``total``; returns it as a fraction of the peak.
 
@@ -69,7 +69,7 @@ def set_learning_rate(
     return factor
 
 
-def falling_part(config: TrainConfig, total: int, last: int) -> tuple[int, int]:
+def falling_part(config: DecidedTrain, total: int, last: int) -> tuple[int, int]:
     """The first step at which the learning rate falls, and the first one at the end of the fall.
 
     A warm-up is never cut short; the fall has no step where nothing is left for it.
@@ -80,7 +80,7 @@ def falling_part(config: TrainConfig, total: int, last: int) -> tuple[int, int]:
     return begin, max(begin, total - last)
 
 
-def _factor(config: TrainConfig, step: int, total: int, last: int) -> float:
+def _factor(config: DecidedTrain, step: int, total: int, last: int) -> float:
     if step < config.warmup_steps:
         return (step + 1) / (config.warmup_steps + 1)
     begin, end = falling_part(config, total, last)

@@ -8,7 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from accelerate.utils import LoggerType, patch_environment, set_seed
 
 from mvision.backbone import freeze
 from mvision.compat import reset_accelerate
-from mvision.config import Config
+from mvision.config import Config, RunConfig
 from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_data_sources
 from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.data.loading.workers import pick_workers, worker_context
 from mvision.engine.acceleration import compiled, set_for_training
+from mvision.engine.auto import decided, resumed, start_of
 from mvision.engine.checkpoint import (
     finish_epoch,
     flat,
@@ -43,16 +44,16 @@ from mvision.engine.checks import (
     check_same_run,
     check_task_weights,
     tell_before_the_first_step,
-    warn_of_slow_backbone,
 )
 from mvision.engine.epoch import train_epoch
 from mvision.engine.graphs import can_record, record_features
 from mvision.engine.optim import Ema, build_optimizer
-from mvision.engine.plan import describe_plan
+from mvision.engine.plan import describe_run, images_of, plural
 from mvision.engine.report import write_prediction_grid
 from mvision.engine.state import SavedState, read_state, run_facts
 from mvision.engine.stopping import StopRequest, lost_processes_in_one_line
 from mvision.engine.trainer import Trainer
+from mvision.engine.zero_shot import tell_zero_shot
 from mvision.errors import Stopped, UserError, printable_lines
 from mvision.evaluation import Validation, evaluate_all, make_metrics, tables
 from mvision.evaluation.tables import figure_text
@@ -95,9 +96,11 @@ def train(
         stack.enter_context(lost_processes_in_one_line(accelerator))
         stop = stack.enter_context(StopRequest().listening())
         run, saved = (None, None) if resume is None else _reopen(resume, accelerator, stack)
-        if run is not None and saved is not None and _is_complete(run, config, saved):
-            log(_nothing_to_do(run, config, saved))
-            return run.path
+        if run is not None and saved is not None:
+            config = resumed(config, run.path)
+            if _is_complete(run, config, saved):
+                log(_nothing_to_do(run, config, saved))
+                return run.path
         begin = None if init is None else starting_from(init, init_parts, init_family)
         check_model(config.model, begin, is_new=saved is None)
         sources = _read_data(config, saved is None, log)
@@ -105,24 +108,23 @@ def train(
         model = _build_model(config, begin, saved is None, log)
         train_loader, validation = _loaders(config, sources, model, accelerator)
         stack.callback(_close, train_loader, validation)
-        started_from = saved.facts.get("started_from") if saved else origin(init)
-        facts = run_facts(config, _images(sources), len(train_loader)) | {"started_from": started_from}
+        config = decided(config, len(train_loader), start_of(config, init, init_parts))
+        facts = run_facts(config, images_of(sources), len(train_loader))
         if run is not None and saved is not None:
             check_same_run(run.path, saved.facts, facts, inside_epoch=saved.progress.batch > 0)
         trainer = _trainer(config, model, accelerator, len(train_loader))
-        trainer.stop, trainer.facts = stop, facts
+        started_from = saved.facts.get("started_from") if saved else origin(init)
+        trainer.stop, trainer.facts = stop, facts | {"started_from": started_from}
         check_batches(trainer, train_loader)
-        stack.enter_context(_compiled(trainer, train_loader))
+        _plan_epochs(trainer, train_loader, stack)
         if run is None:
             run = new_folder(trainer, output)
             _claim(run, accelerator, stack)
         start(trainer, run, saved)
-        log(f"run {run.path}: {_describe(trainer, sources)}")
-        log(describe_plan(config, trainer.total_steps, trainer.last_steps))
-        tell_before_the_first_step(config, model, sources, log)
-        accelerator.init_trackers("mvision", config=flat(config.model_dump(mode="json")))
+        log(f"run {run.path}: {describe_run(trainer, sources)}")
+        tell_before_the_first_step(config, model, sources, log, is_given_weights=bool(init or resume))
+        tell_zero_shot(trainer, begin if saved is None else None, validation, log)
         _train_to_the_end(trainer, run, train_loader, validation)
-        accelerator.end_training()
         return run.path
 
 
@@ -132,12 +134,12 @@ def _check_options(config: Config, output: Path | None, resume: Path | None) -> 
     check_task_weights(config)
 
 
-def _compiled(trainer: Trainer, loader: Loader) -> AbstractContextManager[None]:
-    """Backbone and neck compiled for every size of the run's batches, where the config wants it."""
-    if not trainer.config.train.compile:
-        return nullcontext()
+def _plan_epochs(trainer: Trainer, loader: Loader, stack: ExitStack) -> None:
+    """Which epochs have which augmentation; and backbone and neck compiled for all sizes, where the config wants it."""
     assert isinstance(loader.batches, TrainBatches)
-    return compiled(trainer, loader.batches.sizes())
+    loader.batches.plan_epochs(trainer.config.train.epochs, trainer.config.data.augment)
+    if trainer.config.train.compile:
+        stack.enter_context(compiled(trainer, loader.batches.sizes()))
 
 
 def _read_data(config: Config, is_new: bool, log: Callable[[str], None]) -> list[DataSource]:
@@ -171,10 +173,8 @@ def _build_model(
         backbone.pretrained, backbone.weights = wanted
     if begin is not None:
         log(begin(model))
-    elif is_new:
-        warn_of_slow_backbone(config, log)
-        if line := published_start(config.model):
-            log(line)
+    elif is_new and (line := published_start(config.model)):
+        log(line)
     return model
 
 
@@ -185,12 +185,13 @@ def _reopen(path: Path, accelerator: Accelerator, stack: ExitStack) -> tuple[Run
     return run, read_state(run.state)
 
 
-def _is_complete(run: RunFolder, config: Config, saved: SavedState) -> bool:
+def _is_complete(run: RunFolder, config: RunConfig, saved: SavedState) -> bool:
     """Whether all epochs are trained and all files of the end are written."""
     return has_ended(config.train, saved.progress) and run.is_finished(saved.progress.epoch)
 
 
 def _train_to_the_end(trainer: Trainer, run: RunFolder, loader: Loader, validation: list[Validation]) -> None:
+    trainer.accelerator.init_trackers("mvision", config=flat(trainer.config.model_dump(mode="json")))
     try:
         _train_epochs(trainer, run, loader, validation)
         _finish_run(trainer, run, validation)
@@ -203,6 +204,7 @@ def _train_to_the_end(trainer: Trainer, run: RunFolder, loader: Loader, validati
         command = f"mvision train --resume {shlex.quote(str(run.path))}"
         hint = f"go on with: {command}" if run.state.is_file() else "nothing was saved yet"
         raise Stopped(stopped.number, hint) from None
+    trainer.accelerator.end_training()
 
 
 def _train_epochs(trainer: Trainer, run: RunFolder, loader: Loader, validation: list[Validation]) -> None:
@@ -210,7 +212,7 @@ def _train_epochs(trainer: Trainer, run: RunFolder, loader: Loader, validation: 
     config, progress, log = trainer.config.train, trainer.progress, _printer(trainer.accelerator)
     if progress.epoch or progress.batch:
         inside = f" and {progress.batch} of {len(loader)} batches" if progress.batch else ""
-        log(f"resumed after {_plural(progress.epoch, 'epoch')}{inside}")
+        log(f"resumed after {plural(progress.epoch, 'epoch')}{inside}")
     while not has_ended(config, progress):
         epoch, begin, before = progress.epoch, time.monotonic(), progress.seconds
         try:
@@ -237,7 +239,7 @@ def _train_epochs(trainer: Trainer, run: RunFolder, loader: Loader, validation: 
             if trainer.stop.requested(trainer.accelerator):
                 raise trainer.stop.stopped()
     if progress.epoch < config.epochs:
-        log(f"stopped early: no better result in {_plural(config.patience, 'evaluation')} (train.patience)")
+        log(f"stopped early: no better result in {plural(config.patience, 'evaluation')} (train.patience)")
 
 
 def _claim(run: RunFolder, accelerator: Accelerator, stack: ExitStack) -> None:
@@ -254,16 +256,16 @@ def _close(train_loader: Loader, validation: list[Validation]) -> None:
         part.loader.close()
 
 
-def _nothing_to_do(run: RunFolder, config: Config, saved: SavedState) -> str:
+def _nothing_to_do(run: RunFolder, config: RunConfig, saved: SavedState) -> str:
     epoch = saved.progress.epoch
     if epoch >= config.train.epochs:
         return (
-            f"run {run.path}: nothing to do, it is trained to its end ({_plural(epoch, 'epoch')}). To train on, add "
+            f"run {run.path}: nothing to do, it is trained to its end ({plural(epoch, 'epoch')}). To train on, add "
             f"--epochs N with more than {epoch}"
         )
     return (
-        f"run {run.path}: nothing to do, it stopped early after {_plural(epoch, 'epoch')}: no better result in "
-        f"{_plural(config.train.patience, 'evaluation')}. To train on, add -o train.patience=0"
+        f"run {run.path}: nothing to do, it stopped early after {plural(epoch, 'epoch')}: no better result in "
+        f"{plural(config.train.patience, 'evaluation')}. To train on, add -o train.patience=0"
     )
 
 
@@ -310,8 +312,8 @@ def _loaders(
         "device": accelerator.device,
     }
     settings = config.train
-    split = sources if len(sources) > 1 else sources[0].train
-    train_loader = build_train_loader(split, config.data, seed=settings.seed, epochs=settings.epochs, **shared)
+    split = sources if len(sources) > 1 or sources[0].weight != 1 else sources[0].train
+    train_loader = build_train_loader(split, config.data, seed=settings.seed, **shared)
     validation = []
     for source in sources:
         loader = build_eval_loader(source.val, config.data, **shared)
@@ -319,7 +321,7 @@ def _loaders(
     return train_loader, validation
 
 
-def _trainer(config: Config, model: Model, accelerator: Accelerator, batches: int) -> Trainer:
+def _trainer(config: RunConfig, model: Model, accelerator: Accelerator, batches: int) -> Trainer:
     """The model with its optimiser and moving average, on the device and wrapped for several processes.
 
     Args:
@@ -343,25 +345,6 @@ def _trainer(config: Config, model: Model, accelerator: Accelerator, batches: in
     return trainer
 
 
-def _describe(trainer: Trainer, sources: Sequence[DataSource]) -> str:
-    """Model, data and hardware of the run in one line."""
-    config, model, accelerator = trainer.config, trainer.bare_model, trainer.accelerator
-    parameters = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    images = [sum(numbers) for numbers in zip(*_images(sources))]
-    fp32 = "fp32 (TF32)" if accelerator.device.type == "cuda" else "fp32"
-    precision = fp32 if accelerator.mixed_precision == "no" else accelerator.mixed_precision
-    height, width = config.model.image_size
-    parts = [
-        "+".join(model.tasks),
-        f"{config.model.backbone.name} with {parameters:.1f} M parameters at {width} x {height}",
-        f"{images[0]} + {images[1]} images",
-        _plural(len(model.categories), "class"),
-        _plural(config.train.epochs, "epoch"),
-        f"{precision} on {accelerator.num_processes} x {accelerator.device.type}",
-    ]
-    return ", ".join(parts)
-
-
 def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) -> None:
     """Evaluate the best weights once more, as a user would load them, and write their figures and pictures."""
     accelerator, progress = trainer.accelerator, trainer.progress
@@ -383,12 +366,3 @@ def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) 
 def _printer(accelerator: Accelerator) -> Callable[[str], None]:
     """Prints in the main process alone, with control characters in names written out."""
     return lambda text: accelerator.print(printable_lines(text))
-
-
-def _images(sources: Sequence[DataSource]) -> list[tuple[int, int]]:
-    """Training and validation images of each data set."""
-    return [(len(source.train), len(source.val)) for source in sources]
-
-
-def _plural(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}{'es' if noun.endswith('s') else 's'}"

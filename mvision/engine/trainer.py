@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from mvision.config import Config
+from mvision.config import RunConfig
 from mvision.engine.optim import Ema
 from mvision.engine.stopping import StopRequest
 from mvision.model import Model
@@ -56,7 +56,7 @@ class Trainer:
         random: the random numbers of all processes when the training last paused, see ``state.random_states``.
     """
 
-    config: Config
+    config: RunConfig
     accelerator: Accelerator
     model: torch.nn.Module
     optimizer: Any

@@ -79,7 +79,7 @@ class _Figure:
 
 def _line(task: str, head: HeadStart, figure: _Figure | None) -> str:
     if figure is None:
-        why = "no class of the data is in these weights" if head.loaded else "its head starts new"
+        why = "no class of the data is taken over from these weights" if head.loaded else "its head starts new"
         return f"before training: {task} not measured: {why}"
     if figure.value < 0:
         return f"before training: {task} not measured: no such object in {figure.images}"

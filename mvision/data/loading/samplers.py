@@ -53,8 +53,12 @@ class TrainBatches:
         self.light_from: float = math.inf
         self.mixing: range | None = None
         if epochs is not None and augment is not None:
-            self.light_from, self.mixing = epochs - augment.count_last(epochs), augment.mixing(epochs)
+            self.plan_epochs(epochs, augment)
         self.epoch = self.start = 0
+
+    def plan_epochs(self, epochs: int, augment: AugmentConfig) -> None:
+        """Let the epochs of a run differ in their augmentation: how many there are can depend on the batches of one."""
+        self.light_from, self.mixing = epochs - augment.count_last(epochs), augment.mixing(epochs)
 
     def __len__(self) -> int:
         return max(self.num_images // self.batch_size, 1)

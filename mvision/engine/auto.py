@@ -1,0 +1,95 @@
+"""What a new run decides itself from its data and its initial weights: the keys of ``train`` that are ``auto``.
+
+Everything that has to do with time is a share of the run. A fixed number of steps of warm-up, or of the memory of the
+moving average, suits data sets of one size: a run on a hundred images can end before its learning rate has risen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any, Literal
+
+from mvision.config import Config, DecidedTrain, RunConfig, TrainConfig
+from mvision.errors import UserError
+
+Start = Literal["random", "backbone", "model"]
+
+IMAGES = 16  # in an optimiser step, to which the learning rates below belong
+MOST_PASSES = 10  # times ``full_epochs``, however few images there are
+FINE_TUNED = 0.5  # share of the epochs and steps of other runs that a run from a whole model's weights takes
+WARM_UP, MOST_WARM_UP = 0.05, 1000
+AVERAGED = 0.02  # share of the run's steps over which the moving average has its weight
+LARGEST_DECAY = 0.9999
+EVALUATIONS = 50
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muon": {"base_lr": 8e-3, "weight_decay": 0.01, "beta2": 0.99, "clip_norm": 5.0},
+    "adamw": {"base_lr": 2e-4, "weight_decay": 1e-4, "beta2": 0.999, "clip_norm": 0.1},
+}
+BACKBONE = {"random": 1.0, "backbone": 0.1, "model": 0.5}  # share of ``lr``, by what the run starts from
+
+
+def start_of(config: Config, init: str | None, parts: Collection[str] | None) -> Start:
+    """What a new run starts from: ``model`` is backbone and neck, with or without heads.
+
+    Args:
+        init, parts: see ``mvision.weights.init_from``.
+    """
+    if init is not None:
+        return "model" if parts is None or "neck" in parts else "backbone"
+    return "backbone" if config.model.backbone.starts_trained else "random"
+
+
+def decided(config: Config, batches: int, start: Start) -> RunConfig:
+    """The config with numbers in place of every ``auto``; its other sections are the same objects.
+
+    Args:
+        batches: in an epoch, of one process.
+    """
+    train = config.train
+    given = {name: getattr(train, name) for name in type(train).model_fields}
+    auto = {name for name, value in given.items() if value == "auto" and name in _DECIDED}
+    steps_of_epoch = math.ceil(batches / train.accumulate)
+    optimizer = given["optimizer"] if "optimizer" not in auto else "muon" if start == "random" else "adamw"
+    epochs = given["epochs"] if "epochs" not in auto else _epochs(train, steps_of_epoch, start)
+    total = epochs * steps_of_epoch
+    base = OPTIMIZERS[optimizer]["base_lr"] if train.base_lr == "auto" else train.base_lr
+    lr = given["lr"] if "lr" not in auto else base * math.sqrt(train.batch_size * train.accumulate / IMAGES)
+    averaged = max(1.0, AVERAGED * total)
+    rules: dict[str, Any] = {
+        **OPTIMIZERS[optimizer],
+        "epochs": epochs,
+        "optimizer": optimizer,
+        "lr": lr,
+        "backbone_lr": None if BACKBONE[start] == 1 else BACKBONE[start] * lr,
+        "warmup_steps": min(round(WARM_UP * total), MOST_WARM_UP),
+        "ema_decay": min(1 - 1 / averaged, LARGEST_DECAY),
+        "ema_warmup": max(1, round(averaged / 2)),
+        "val_interval": max(1, epochs // EVALUATIONS),
+    }
+    numbers = DecidedTrain.model_validate({**given, **{name: rules[name] for name in auto}})
+    return RunConfig.model_construct(**{**dict(config), "train": numbers})
+
+
+def resumed(config: Config, path: Path) -> RunConfig:
+    """The config of a run that goes on, which has been decided.
+
+    Raises:
+        UserError: an option wants something to be ``auto`` again.
+    """
+    train = config.train
+    for name in _DECIDED:
+        if getattr(train, name) == "auto":
+            raise UserError(f"train.{name}: auto is decided when a run starts, and {path} goes on; give a number")
+    numbers = DecidedTrain.model_construct(**{name: getattr(train, name) for name in type(train).model_fields})
+    return RunConfig.model_construct(**{**dict(config), "train": numbers})
+
+
+def _epochs(train: TrainConfig, steps_of_epoch: int, start: Start) -> int:
+    share = FINE_TUNED if start == "model" else 1.0
+    full = max(1, round(share * train.full_epochs))
+    return min(max(full, math.ceil(share * train.least_steps / steps_of_epoch)), MOST_PASSES * full)
+
+
+_DECIDED = DecidedTrain.__annotations__.keys()

@@ -1,0 +1,90 @@
+"""What a new run decides for itself from its data and its start."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mvision.config import Config, DecidedTrain, load_config, parse_config
+from mvision.engine.auto import Start, decided, resumed, start_of
+from mvision.errors import UserError
+
+
+def settings(batches: int = 10, start: Start = "random", **train: Any) -> DecidedTrain:
+    return decided(parse_config({"train": train}), batches, start).train
+
+
+@pytest.mark.parametrize(
+    ("batches", "start", "epochs"),
+    [
+        (5000, "random", 72),  # a large data set
+        (28, "random", 72),  # 2016 steps
+        (20, "random", 100),  # 2000 steps
+        (2, "random", 720),  # ten times 72
+        (5000, "model", 36),
+        (20, "model", 50),
+        (20, "backbone", 100),
+    ],
+)
+def test_small_data_sets_have_more_epochs(batches: int, start: Start, epochs: int) -> None:
+    assert settings(batches, start).epochs == epochs
+    assert settings(batches, start, epochs=3).epochs == 3
+
+
+def test_accumulated_batches_are_one_step() -> None:
+    assert settings(20, accumulate=2).epochs == 200
+    assert settings(batch_size=16, accumulate=4).lr == settings(batch_size=64).lr == 2 * settings().lr
+
+
+def test_the_optimiser_and_what_belongs_to_it_follow_the_start() -> None:
+    new, tuned = settings(start="random"), settings(start="model")
+    assert (new.optimizer, tuned.optimizer) == ("muon", "adamw")
+    assert new.backbone_lr is None
+    assert tuned.backbone_lr is not None
+    assert tuned.backbone_lr < tuned.lr < new.lr
+    assert settings(start="random", optimizer="adamw").lr == tuned.lr
+    assert settings(start="model", optimizer="muon").clip_norm == new.clip_norm
+
+
+def test_the_learning_rate_follows_the_root_of_the_batch() -> None:
+    assert settings(batch_size=4).lr == pytest.approx(settings(batch_size=16).lr / 2)
+    assert settings(batch_size=4, base_lr=1e-3).lr == pytest.approx(5e-4)
+    assert settings(batch_size=4, lr=1e-3).lr == 1e-3
+    assert settings(start="backbone", lr=1e-3).backbone_lr == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("batches", [1, 3, 75, 7000])
+@pytest.mark.parametrize("epochs", [1, 12, 300])
+def test_times_are_shares_of_the_run(batches: int, epochs: int) -> None:
+    found, total = settings(batches, epochs=epochs), batches * epochs
+    assert found.warmup_steps <= 0.05 * total + 0.5
+    decay = found.ema_decay * (1 - math.exp(-total / found.ema_warmup))  # at the end of the run
+    assert 1 / (1 - decay) <= max(1.0, 0.02 * total) + 1e-6
+    assert 1 <= found.val_interval <= max(1, epochs / 50)
+
+
+def test_what_is_given_stays() -> None:
+    given = {"epochs": 7, "optimizer": "adamw", "lr": 3e-3, "backbone_lr": None, "weight_decay": 0.5, "beta2": 0.9,
+             "warmup_steps": 2, "clip_norm": 0.0, "ema_decay": 0.0, "ema_warmup": 9, "val_interval": 3}  # fmt: skip
+    found = settings(start="model", **given)
+    assert {name: getattr(found, name) for name in given} == given
+    assert given.keys() == DecidedTrain.__annotations__.keys() - {"patience"}
+
+
+def test_the_start_is_known() -> None:
+    config = load_config("tiny", tasks=["detection"])
+    assert start_of(config, None, None) == "random"
+    assert start_of(config, "weights", None) == start_of(config, "weights", ["backbone", "neck"]) == "model"
+    assert start_of(config, "weights", ["backbone"]) == "backbone"
+    config.model.backbone.pretrained = True
+    assert start_of(config, None, None) == "backbone"
+
+
+def test_a_run_that_goes_on_decides_nothing() -> None:
+    run = decided(Config(), 10, "random")
+    assert resumed(run, Path("run")).train == run.train
+    with pytest.raises(UserError, match="train.warmup_steps: auto is decided when a run starts, and run goes on"):
+        resumed(parse_config({"train": {**run.train.model_dump(), "warmup_steps": "auto"}}), Path("run"))
