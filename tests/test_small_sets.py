@@ -18,6 +18,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "docs" / "scripts")
 
 import ablation
 import imagenet_weights
+import learning
 import pretrained
 import small_sets
 import starts
@@ -98,3 +99,44 @@ def test_commands_share_a_folder(squares: Path, tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "table.md").read_text() == "2"
     ablation.run_trials(options(tmp_path), trials, lambda rows: str(len(rows)))
     assert done == ["a", "b"]
+
+
+def rows_of_two_seeds() -> list[dict[str, Any]]:
+    base = {"task": "detection", "data": "cells", "pictures": 40, "model": "tiny", "start": "random", "steps": 20}
+    base |= {"size": 64, "machine": "a CPU", "clock": [[2, 1.0], [10, 5.0], [20, 9.0]]}
+    curves = [[[1, 0.1], [2, 0.2], [3, 0.3]], [[1, 0.3], [2, 0.4], [3, 0.5]]]
+    return [{**base, "seed": seed, "curve": curve} for seed, curve in enumerate(curves)]
+
+
+def test_report_on_learning_fills_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    begin, end = learning.MARKS
+    page.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    rows = rows_of_two_seeds()
+    rows.append({**rows[0], "model": "other", "clock": [[2, 3.0], [10, 15.0], [20, 27.0]]})
+    for _ in range(2):
+        learning.report(rows, tmp_path, page)
+    text = page.read_text()
+    assert text.startswith(f"before\n{begin}\n\n### cells, detection, 40 pictures")
+    assert text.endswith(f"{end}\nafter\n")
+    assert "old" not in text
+    assert "| tiny | random | 64 | 20 | 9 | 0.200 | 0.300 | 0.400 | 0.300 to 0.500 | 2 | a CPU |" in text
+    assert "| other | random | 64 | 20 | 27 | 0.100 | 0.200 | 0.300 | 0.300 to 0.300 | 1 | a CPU |" in text
+    assert (tmp_path / "page" / "detection-cells-40.png").stat().st_size > 1000
+    assert "(page/detection-cells-40.png)" in text
+
+
+def test_page_of_the_report_has_its_marks() -> None:
+    page = Path(__file__).resolve().parent.parent / "docs" / "learning.md"
+    assert learning.with_figures(page.read_text(encoding="utf-8"), "new").count("new") >= 1
+    with pytest.raises(SystemExit, match="lacks one of the marks"):
+        learning.with_figures("no marks", "new")
+
+
+def test_rows_of_another_program_need_all_columns(tmp_path: Path) -> None:
+    file = tmp_path / "others.jsonl"
+    row = rows_of_two_seeds()[0]
+    del row["clock"]
+    file.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match="line 1: lacks clock"):
+        learning.read_others(file)

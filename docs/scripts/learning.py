@@ -5,8 +5,8 @@
 Trains every model on every data set as it is shipped, at equal steps and sizes: from random weights, and from a
 backbone of ``--weights`` (see imagenet_weights.py) in place of its own. Each data set gets a picture of the curves and
 a table; ``--page`` puts them into a page, between its two marks, and the pictures into the folder beside it that has
-the page's name. ``--others`` adds the rows of other programs, which need the columns of ``Curve``. See ablation.py for
-what OUT has in the end.
+the page's name. ``--others`` adds the rows of other programs: ``COLUMNS``, with (epoch, AP) of each evaluation as
+``curve``, and (step, seconds) as ``clock``. See ablation.py for what OUT has in the end.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ RANDOM, PRETRAINED = "random", "pretrained"
 MARKS = ("<!-- figures: begin -->", "<!-- figures: end -->")
 MODEL = ("model", "start", "steps", "size", "machine")
 """The columns that tell one line of a picture from another."""
+COLUMNS = ("task", "data", "pictures", *MODEL, "seed", "curve", "clock")
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,7 @@ class Curve:
 
     Attributes:
         name: model and start.
-        row: of the first seed; a row of another program needs task, data, model, start, seed, steps, size, machine,
-            ``curve`` with (epoch, AP) and ``clock`` with (step, seconds) of each evaluation, and ap, the last one.
+        row: of the first seed.
         steps, seconds: of each evaluation; the seconds are means over the seeds.
         aps: for each evaluation the AP of each seed.
     """
@@ -81,8 +81,17 @@ def main() -> None:
     options = parser.parse_args()
     if PRETRAINED in options.starts and options.weights is None:
         parser.error(f"--weights: the start {PRETRAINED} needs a file; or choose --starts {RANDOM}")
-    others = [json.loads(line) for file in options.others for line in file.read_text(encoding="utf-8").splitlines()]
+    others = [row for file in options.others for row in read_others(file)]
     run_trials(options, trials(options), lambda rows: report([*rows, *others], options.out, options.page))
+
+
+def read_others(file: Path) -> list[Row]:
+    """The rows of another program."""
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in COLUMNS if name not in row]:
+            raise SystemExit(f"--others {file}, line {number}: lacks {', '.join(missing)}")
+    return rows
 
 
 def trials(options: argparse.Namespace) -> Iterator[Trial]:
@@ -109,22 +118,21 @@ def report(rows: list[Row], out: Path, page: Path | None) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     parts = []
     for (task, data, pictures), curves in curves_of(rows).items():
-        count = "" if pictures is None else f", {pictures} pictures"
-        name = "-".join(str(part) for part in (task, data, pictures) if part is not None)
-        draw(curves, f"{task} on {data}{count}", folder / f"{name}.png")
+        name = f"{task}-{data}-{pictures}"
+        draw(curves, f"{task} on {data}, {pictures} pictures", folder / f"{name}.png")
         link = f"{folder.name}/{name}.png" if page else f"{name}.png"
-        parts += [f"### {data}, {task}{count}", f"![AP against steps and seconds]({link})", table(curves)]
+        parts += [f"### {data}, {task}, {pictures} pictures", f"![AP against steps and seconds]({link})", table(curves)]
     text = "\n\n".join(parts)
     if page is not None:
         write_text(page, with_figures(page.read_text(encoding="utf-8"), text))
     return text + "\n"
 
 
-def curves_of(rows: list[Row]) -> dict[tuple[str, str, int | None], list[Curve]]:
+def curves_of(rows: list[Row]) -> dict[tuple[str, str, int], list[Curve]]:
     """For each (task, data set, number of pictures) a curve of every model, in the order in which they came."""
-    groups: dict[tuple[str, str, int | None], dict[tuple[Any, ...], list[Row]]] = {}
+    groups: dict[tuple[str, str, int], dict[tuple[Any, ...], list[Row]]] = {}
     for row in rows:
-        group = groups.setdefault((row["task"], row["data"], row.get("pictures")), {})
+        group = groups.setdefault((row["task"], row["data"], row["pictures"]), {})
         group.setdefault(tuple(row[name] for name in MODEL), []).append(row)
     return {key: [_curve(seeds) for seeds in group.values()] for key, group in groups.items()}
 
