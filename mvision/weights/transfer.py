@@ -139,7 +139,7 @@ def _head_start(
     layers = {layer for layer in _by_layer(model.state_dict()) if layer.startswith(prefix)}
     of_classes = {name.rpartition(".")[0] for name in class_rows if name.startswith(prefix)}
     matches = _match_classes(head.classes, head.predicted(config.categories))
-    known = len(matches) if layers & taken and of_classes <= taken else 0
+    known = len(matches) if (of_classes or layers) & taken else 0
     return HeadStart(len(layers & taken), len(layers), known, len(head.classes))
 
 
