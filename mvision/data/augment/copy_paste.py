@@ -124,22 +124,26 @@ def cut_patch(
         mirrored: left-right, up-down.
         swap: see ``geometry.mirror_keypoints``.
     """
+    image_size = (other.shape[0], other.shape[1])
+    outlines = others.outlines
+    cut_out = outlines is not None and outlines[row] is not None
+    margin = 0.0 if cut_out else MARGIN
+    region = _around(others.boxes[row], margin, image_size)
+    inside = ((others.boxes[:, :2] < region[2:]) & (others.boxes[:, 2:] > region[:2])).all(axis=1)
+    rows = [row, *(i for i in np.flatnonzero(inside).tolist() if i != row)]
+    if outlines is not None and cut_out:  # whether it is in the outline cannot be told of an object that has none
+        rows = [i for i in rows if outlines[i] is not None]
+    part = others[np.array(rows)]
     for axis in (0, 1):
         if mirrored[axis]:
-            others, other = flip(others, axis, swap if axis == 0 else None), np.flip(other, 1 - axis)
-    cut_out = others.outlines is not None and others.outlines[row] is not None
-    margin = 0.0 if cut_out else MARGIN
-    region = _around(others.boxes[row], margin, (other.shape[0], other.shape[1]))
+            part, other = flip(part, axis, swap if axis == 0 else None), np.flip(other, 1 - axis)
+    region = _around(part.boxes[0], margin, image_size)
     window = _target(region, size, rng)
-    placement = fit(region, (other.shape[0], other.shape[1]), window, size)
+    placement = fit(region, image_size, window, size)
     assert placement is not None
     x0, y0, x1, y1 = placement.source
     pixels = resize_image(np.ascontiguousarray(other[y0:y1, x0:x1]), (window[3] - window[1], window[2] - window[0]))
-    inside = (others.boxes[:, :2] < region[2:]) & (others.boxes[:, 2:] > region[:2])
-    rows = [row, *(i for i in np.flatnonzero(inside.all(axis=1)).tolist() if i != row)]
-    if cut_out:  # whether it is in the outline cannot be told of an object that has none
-        rows = [i for i in rows if others.outlines is not None and others.outlines[i] is not None]
-    labels = place(others[np.array(rows)], placement, window)
+    labels = place(part, placement, window)
     if cut_out:
         opacity = _mask(labels, 0, window, size).astype(np.float32)
     else:
