@@ -53,7 +53,10 @@ class TrainConfig(Settings):
             hundredth of the run's steps.
         val_interval: epochs between evaluations (the last epoch is always evaluated); ``auto`` gives about fifty in a
             run, and one after every epoch of a shorter one.
-        patience: evaluations without a better AP before the run stops early; 0 never stops.
+        patience: evaluations without a better AP before the run stops early; 0 never stops. ``auto`` is as many as the
+            run has until its learning rate has fallen to a quarter of the peak (two thirds of a cosine's), 10 at least
+            and a quarter of the run; 0 where the run has fewer than 20 evaluations or the data sets more than 2000
+            validation images. A run that is resumed keeps its number, also with more ``epochs``.
         precision: ``auto`` is bf16 where that is faster. On a GPU fp32 multiplies matrices in TF32.
         compile: compile backbone and neck with ``torch.compile``: faster steps, after minutes of compilation at the
             start, and again at each new size of images (``multi_scale``).
@@ -86,7 +89,7 @@ class TrainConfig(Settings):
     ema_decay: Auto | Annotated[float, Field(ge=0, lt=1)] = "auto"
     ema_warmup: Auto | Annotated[int, Field(ge=1, le=MOST_STEPS)] = "auto"
     val_interval: Auto | Annotated[int, Field(ge=1, le=MOST_STEPS)] = "auto"
-    patience: int = Field(0, ge=0, le=MOST_STEPS)
+    patience: Auto | Annotated[int, Field(ge=0, le=MOST_STEPS)] = "auto"
     precision: PrecisionOption = "auto"
     compile: bool = False
     cuda_graphs: bool = True
@@ -117,3 +120,4 @@ class DecidedTrain(TrainConfig):
     ema_decay: float
     ema_warmup: int
     val_interval: int
+    patience: int

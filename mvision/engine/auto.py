@@ -7,11 +7,12 @@ moving average, suits data sets of one size: a run on a hundred images can end b
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from mvision.config import Config, DecidedTrain, RunConfig, TrainConfig
+from mvision.engine.patience import wait_of
 from mvision.errors import UserError
 
 Start = Literal["random", "backbone", "model"]
@@ -41,11 +42,12 @@ def start_of(config: Config, init: str | None, parts: Collection[str] | None) ->
     return "backbone" if config.model.backbone.starts_trained else "random"
 
 
-def decided(config: Config, batches: int, start: Start) -> RunConfig:
+def decided(config: Config, batches: int, start: Start, images: Sequence[tuple[int, int]] = ()) -> RunConfig:
     """The config with numbers in place of every ``auto``; its other sections are the same objects.
 
     Args:
         batches: in an epoch, of one process.
+        images: training and validation images of each data set.
     """
     train = config.train
     given = {name: getattr(train, name) for name in type(train).model_fields}
@@ -67,8 +69,12 @@ def decided(config: Config, batches: int, start: Start) -> RunConfig:
         "ema_decay": min(1 - 1 / averaged, LARGEST_DECAY),
         "ema_warmup": max(1, round(averaged / 2)),
         "val_interval": max(1, epochs // EVALUATIONS),
+        "patience": 0,  # until the others are known
     }
     numbers = DecidedTrain.model_validate({**given, **{name: rules[name] for name in auto}})
+    if "patience" in auto:
+        last = steps_of_epoch * config.data.augment.count_last(epochs)
+        numbers.patience = wait_of(numbers, total, last, sum(count for _, count in images))
     return RunConfig.model_construct(**{**dict(config), "train": numbers})
 
 

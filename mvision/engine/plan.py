@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from mvision.config import DecidedTrain, RunConfig
@@ -48,7 +49,7 @@ def describe_plan(config: RunConfig, total: int, last: int) -> str:
         last: those of its ``data.augment.last_epochs``.
     """
     parts = [_optimizer(config.train), *_average(config.train), _learning_rate(config, total, last)]
-    return f"schedule: {'; '.join([*parts, *_augmentation(config)])}"
+    return f"schedule: {'; '.join([*parts, *_augmentation(config), *_patience(config.train)])}"
 
 
 def _optimizer(settings: DecidedTrain) -> str:
@@ -77,6 +78,11 @@ def _learning_rate(config: RunConfig, total: int, last: int) -> str:
             shape = "linear" if settings.schedule == "linear" else "cosine"
             parts.append(f"{shape} to {settings.final_lr:g} of the peak{f' at step {end}' if end < total else ''}")
     return ", ".join(parts)
+
+
+def _patience(settings: DecidedTrain) -> list[str]:
+    wait, evaluations = settings.patience, math.ceil(settings.epochs / settings.val_interval)
+    return [f"stops early after {wait} of its {evaluations} evaluations without a better one"] if wait else []
 
 
 def _augmentation(config: RunConfig) -> list[str]:
