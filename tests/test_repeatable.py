@@ -43,6 +43,9 @@ EVERYTHING = AugmentConfig.model_validate(
         "mosaic": 0.4,
         "mosaic_form": "whole",
         "mixup": 0.4,
+        "copy_paste": 0.5,
+        "rotate": 20,
+        "scale": 0.3,
         "multi_scale": 0.4,
         "last_epochs": 0.34,
         "extra": [
