@@ -17,6 +17,7 @@ from mvision.structures import Category
 
 MAX_CLASSES = 100_000
 MAX_SIDE = 16_384  # pixels
+MOST_FOLDS = 1000
 
 
 class NeckConfig(Settings):
@@ -254,6 +255,9 @@ class DataConfig(Settings):
         more: further data sets. Classes are one where they have one name. What a data set has no class for, or no
             labels, is not taken for absent in its images; a task is evaluated on every data set that is used for it.
         fraction: share of the training images to use, drawn with the run's seed: how much do more labels help?
+        fold: ``[2, 5]``: the images of both splits together (of ``train`` where there is no other) are divided into
+            five parts, drawn with the run's seed, and the second one is the validation set. Each part has about its
+            share of every class. ``mvision train --folds 5`` trains five times, each time with another part.
         augment: what happens to training images.
         workers: loading processes; None picks by the number of cores.
     """
@@ -267,8 +271,25 @@ class DataConfig(Settings):
     ignore_iscrowd: bool = False
     more: list[MoreDataConfig] = []
     fraction: float = Field(1.0, gt=0, le=1)
+    fold: tuple[int, int] | None = None
     augment: AugmentConfig = AugmentConfig()
     workers: int | None = Field(None, ge=0, le=1024)
+
+    @field_validator("fold")
+    @classmethod
+    def _is_one_of_several(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and not (2 <= value[1] <= MOST_FOLDS and 1 <= value[0] <= value[1]):
+            raise ValueError(f"give a number and how many folds there are, 2 to {MOST_FOLDS}, such as [1, 5]")
+        return value
+
+    @model_validator(mode="after")
+    def _no_other_share_than_a_fold(self) -> DataConfig:
+        if self.fold is not None:
+            shares = {"fraction": self.fraction < 1, "val_fraction": self.val_fraction > 0}
+            shares["more: val_fraction"] = any(more.val_fraction > 0 for more in self.more)
+            for name in (name for name, is_given in shares.items() if is_given):
+                raise ValueError(f"folds decide which images are trained on; leave {name} out")
+        return self
 
 
 class Config(Settings):

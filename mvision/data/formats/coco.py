@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from mvision.data.formats.categories import extend_categories, read_categories
+from mvision.data.formats.folds import Content, one_fold
 from mvision.data.formats.labels import Labels, pack_labels
 from mvision.data.formats.numbers import flag, whole_number
 from mvision.data.formats.objects import clean_annotation, to_json
@@ -73,15 +74,14 @@ class CocoSplit:
         self.split = split
         self.fields = (frozenset(fields) | {"boxes"}) & FIELDS
         self.problems = Problems()
-        where = str(split.annotations)
-        raw = split.load(self.problems)
-        self.own = self.categories = read_categories(raw, where)
-        images = read_images(raw, split, self.problems)
+        contents = [self._read(part, split.fold is not None) for part in split.parts]
+        content = contents[0] if split.fold is None else one_fold(contents, split, self.problems)
+        self.own = self.categories = content.categories
+        images = content.images
         self.folder, self.records, self.broken = images.folder, images.records, images.broken
         self.real_files, self.unlisted = images.real_files, images.unlisted
-        self.available = _available(raw, self.own, split.ignore_iscrowd)
-        self.annotated = len(raw["annotations"])
-        cleaned = list(self._clean(raw, where, images.positions))
+        self.available, self.annotated = content.available, content.annotated
+        cleaned = content.entries
         self._annotations = [(label, entry) for _, label, entry in cleaned] if keep_annotations else None
         cleaned.sort(key=lambda item: item[0])  # stable: the objects of an image keep the file's order
         of_image = [position for position, _, _ in cleaned]
@@ -193,12 +193,22 @@ class CocoSplit:
         labelled = np.array([category.name in own for category in self.categories])
         return None if labelled.all() else labelled
 
-    def _clean(
-        self, raw: dict[str, Any], where: str, positions: dict[int, int]
-    ) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    def _read(self, split: Split, count: bool) -> Content:
+        """The files of a split, or of a part of it; ``count``: count the objects of every image."""
+        raw, where = split.load(self.problems), str(split.annotations)
+        categories = read_categories(raw, where)
+        images = read_images(raw, split, self.problems)
+        objects = np.zeros((len(images.records), len(categories)), dtype=np.int64) if count else None
+        available = _available(raw, categories, split.ignore_iscrowd)
+        content = Content(categories, images, available, len(raw["annotations"]), [], objects)
+        content.entries += self._clean(raw, split, content)
+        return content
+
+    def _clean(self, raw: dict[str, Any], split: Split, content: Content) -> Iterator[tuple[int, int, dict[str, Any]]]:
         """Usable annotations in the file's order: the position of the image, the label, and the cleaned entry."""
-        label_of = {category.id: label for label, category in enumerate(self.own)}
-        has_masks = "masks" in self.fields & self.available
+        where, positions, records = str(split.annotations), content.images.positions, content.images.records
+        label_of = {category.id: label for label, category in enumerate(content.categories)}
+        has_masks = "masks" in self.fields & content.available
         identities, unknown, twins = _Identities(), Counter[str](), _Twins(raw["annotations"])
         for number, annotation in enumerate(raw["annotations"]):
             if not isinstance(annotation, dict):
@@ -212,16 +222,18 @@ class CocoSplit:
             if label is None:
                 unknown[f"{_name(annotation, number)} has category_id {annotation.get('category_id')!r:.60}"] += 1
                 continue
-            record = self.records[position]
+            if content.objects is not None:
+                content.objects[position, label] += 1
+            record = records[position]
             place = _Place(record.file, annotation, number)
             entry = clean_annotation(
                 annotation,
-                self.own[label],
+                content.categories[label],
                 (record.height, record.width),
                 self.fields,
                 self.problems,
                 place,
-                self.split.ignore_iscrowd,
+                split.ignore_iscrowd,
             )
             if entry is None:
                 continue
@@ -237,7 +249,7 @@ class CocoSplit:
             yield position, label, {"id": identities.unique(annotation), "image_id": record.id, **entry}
         if unknown:
             more = f" (and {len(unknown) - 1} other annotations)" if len(unknown) > 1 else ""
-            ids = ", ".join(str(category.id) for category in self.own[:20])
+            ids = ", ".join(str(category.id) for category in content.categories[:20])
             raise UserError(f"{where}: {next(iter(unknown))}{more}; the categories are {ids}")
 
     def _never_labelled_points(self) -> None:

@@ -23,6 +23,21 @@ HOLD_OUT_STREAM = 1  # of random numbers: ``fraction`` draws from the seed alone
 
 
 @dataclass(frozen=True)
+class Fold:
+    """One fold of several.
+
+    Attributes:
+        number: counted from 1.
+        of: how many there are.
+        parts: the splits whose images are divided together.
+    """
+
+    number: int
+    of: int
+    parts: tuple[Split, ...]
+
+
+@dataclass(frozen=True)
 class Split:
     """One part of a data set.
 
@@ -37,6 +52,8 @@ class Split:
         fraction, seed: only this share of the images, drawn with this seed; a smaller share is part of a larger one.
         val_fraction, held_out: this share of the images, drawn with the same seed, is held out for validation: the
             split is without them or, where ``held_out`` is set, these alone.
+        fold: the split is, drawn with the same seed, a fold of the images of several splits (where ``held_out`` is set)
+            or all their other images. The files named above are those of the first of them.
         ignore_iscrowd: read regions that are marked as crowds as single objects.
     """
 
@@ -50,10 +67,16 @@ class Split:
     seed: int = 0
     val_fraction: float = 0.0
     held_out: bool = False
+    fold: Fold | None = None
     ignore_iscrowd: bool = False
 
+    @property
+    def parts(self) -> tuple[Split, ...]:
+        """The splits that have files of their own: this one, or those whose images are divided into folds."""
+        return (self,) if self.fold is None else self.fold.parts
+
     def load(self, problems: Problems | None = None) -> dict[str, Any]:
-        """The annotations as a COCO dictionary, read from the files at every call.
+        """The annotations as a COCO dictionary, read from the files at every call; not of a fold, but of its parts.
 
         Args:
             problems: gets what was left out or mended while the files were read; None where nobody will look at it.
@@ -61,6 +84,7 @@ class Split:
         Raises:
             UserError: a file that is missing, malformed or no COCO (or YOLO) file.
         """
+        assert self.fold is None
         raw = self._load(Problems() if problems is None else problems)
         if self.val_fraction > 0:
             raw = _hold_out(raw, self.val_fraction, self.seed, self.held_out, str(self.annotations))

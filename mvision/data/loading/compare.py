@@ -105,8 +105,9 @@ def compare_splits(train: CocoSplit, other: CocoSplit, name: str) -> Problems:
 def count_unlisted(train: CocoSplit, val: CocoSplit, layout: Layout, problems: Problems) -> None:
     """Count the pictures beside those of both splits that no annotation file lists. They may belong to other splits:
     nothing is said where there are any in the same folders, or where a share of the images is left out on purpose."""
-    ours = {path for split in (train.split, val.split) for path in (split.annotations, split.keypoints)}
-    folders = {train.split.images, val.split.images}
+    parts = [*train.split.parts, *val.split.parts]
+    ours = {path for split in parts for path in (split.annotations, split.keypoints)}
+    folders = {split.images for split in parts}
     shared = any(other.annotations not in ours and other.images in folders for other in layout.splits.values())
     if shared or train.split.fraction < 1 or train.split.yolo is not None:
         return

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mvision.config import DataConfig, MoreDataConfig
 from mvision.data.formats.layouts import Layout, find_layout
-from mvision.data.formats.split import Split
+from mvision.data.formats.split import Fold, Split
 from mvision.errors import UserError
 from mvision.heads import head_class
 
@@ -21,11 +21,14 @@ class Folder:
         config: its settings.
         layout: what was found in the folder.
         seed: of shares of the images.
+        fold: a number, counted from 1, and how many folds there are: the images of both splits are divided into these,
+            and the one of this number is for validation.
     """
 
     config: DataConfig | MoreDataConfig
     layout: Layout
     seed: int
+    fold: tuple[int, int] | None = None
 
     @property
     def name(self) -> str:
@@ -35,11 +38,14 @@ class Folder:
     @property
     def holds_out(self) -> bool:
         """Whether images of the training set serve for validation."""
-        return self.config.val_fraction > 0 and self.config.val not in self.layout.splits
+        return self.fold is None and self.config.val_fraction > 0 and self.config.val not in self.layout.splits
 
     @property
     def note(self) -> str | None:
         """What the user has to know about the choice of files."""
+        if self.fold is not None:
+            number, of = self.fold
+            return f"fold {number} of {of}: validation on one part of the images of {' and '.join(self._divided)}"
         if self.holds_out:
             return f"validation on {self.config.val_fraction:g} of the training images, which are not trained on"
         if self.config.val_fraction > 0:
@@ -70,6 +76,8 @@ class Folder:
                 f"choose one of them with -o data.train={next(iter(self.layout.splits), 'NAME')}"
             )
         split = replace(self.split(name, tasks), fraction=fraction, seed=self.seed)
+        if self.fold is not None:
+            return replace(split, fold=Fold(*self.fold, tuple(self.split(part, tasks) for part in self._divided)))
         return replace(split, val_fraction=self.config.val_fraction) if self.holds_out else split
 
     def validation(self, tasks: Iterable[str]) -> Split:
@@ -79,7 +87,8 @@ class Folder:
             UserError: there is no such split, and no share is to be held out.
         """
         name = self.config.val
-        if self.holds_out:
+        alone = name == "val" and name not in self.layout.missing  # the name by default, of a split that may be absent
+        if self.holds_out or (self.fold is not None and (alone or name in self.layout.splits)):
             return replace(self.training(tasks), held_out=True)
         if name not in self.layout.splits:
             raise UserError(
@@ -88,6 +97,12 @@ class Folder:
                 "-o data.val_fraction=0.2"
             )
         return self.split(name, tasks)
+
+    @property
+    def _divided(self) -> list[str]:
+        """The splits whose images are divided into folds: both, or that for training where it is the only one."""
+        names = dict.fromkeys((self.config.train, self.config.val))
+        return [name for name in names if name in self.layout.splits]
 
     def _why(self, name: str) -> str:
         return f" ({self.layout.missing[name]})" if name in self.layout.missing else ""
@@ -104,7 +119,7 @@ def open_folders(config: DataConfig, seed: int) -> list[Folder]:
         UserError: a folder that is not there, or in which no data set is recognised.
     """
     configs: list[DataConfig | MoreDataConfig] = [config, *config.more]
-    return [Folder(one, find_layout(one.root), seed) for one in configs]
+    return [Folder(one, find_layout(one.root), seed, config.fold) for one in configs]
 
 
 def needs(tasks: Iterable[str]) -> frozenset[str]:
