@@ -12,7 +12,7 @@ import pytest
 from mvision.config import AugmentConfig
 from mvision.data.augment.affine import rotation, turn_boxes, turn_placed, turned_view, warp
 from mvision.data.augment.geometry import FILL, Rect, draw_masks, paint, tighten
-from mvision.data.augment.mosaic import ANGLE, Turn
+from mvision.data.augment.mosaic import ANGLE, Turn, mosaic_of_whole
 from mvision.data.augment.transforms import TrainTransform, rescale
 from mvision.data.formats.labels import WHOLE, PictureLabels
 from mvision.structures.masks import encode_mask
@@ -139,6 +139,15 @@ def test_keypoints_tell_how_an_object_lies_in_its_box() -> None:
     better = turn_boxes(boxes, turn, STRAIGHT, diagonal)[0]
     np.testing.assert_allclose(better[2:] - better[:2], (104.4, 14.4), atol=0.1)
 
+    labels = labels_of((boxes + 100) / 200, None, (diagonal + np.array((100, 100, 0))) / (200, 200, 1))
+    _, single = turned(np.zeros((200, 200, 3), np.uint8), labels, math.radians(45), (200, 200))
+    np.testing.assert_allclose(single.boxes[0] * 200 - 100, better, atol=1e-6)
+    pictures = [(np.zeros((200, 200, 3), np.uint8), labels)] * 4
+    for around_points, expected in ((False, guess), (True, better)):
+        turn = Turn(1.0, math.radians(45), (0.0, 0.0))
+        _, joined = mosaic_of_whole(pictures, turn, (400, 400), 1.0, around_points)
+        np.testing.assert_allclose(joined.boxes[0, 2:] - joined.boxes[0, :2], (expected[2:] - expected[:2]) / 400)
+
 
 def test_estimated_boxes_hold_the_keypoints_and_lie_within_the_turned_corners() -> None:
     rng = np.random.default_rng(0)
@@ -163,6 +172,10 @@ def test_scaled_views_lie_anywhere_around_the_image_or_in_it(change: float) -> N
     views = np.array([rescale(WHOLE, change, rng) for _ in range(300)])
     sides = views[:, 2:] - views[:, :2]
     np.testing.assert_allclose(sides[:, 0], sides[:, 1])
+    room = np.abs(1 - sides[:, 0])
+    places = np.abs(views[:, :2])[room > 0.1] / room[room > 0.1, None]
+    assert places.min() < 0.05
+    assert places.max() > 0.95
     assert 1 / (1 + change) <= sides.min() < 1 / (1 + change) + 0.05
     assert sides.max() <= 1 / (1 - change)
     smaller = sides[:, 0] < 1
@@ -222,6 +235,23 @@ def test_turns_are_drawn_up_to_the_angle() -> None:
     assert 50 < max(angles) < 61
     turns = [Turn.draw(np.random.default_rng(seed), math.radians(120)).angle for seed in range(60)]
     assert ANGLE < max(turns) <= math.radians(120)
+
+
+@pytest.mark.parametrize("angle", [0.0, 40.0])
+def test_every_tile_of_a_filled_mosaic_is_turned(angle: float) -> None:
+    """Of pictures with a slope of brightness from top to bottom, every row of a tile is even, unless it is turned."""
+
+    class Slopes(Pictures):
+        def image(self, index: int, at_least: tuple[int, int] | None = None) -> np.ndarray:
+            return np.tile(np.arange(200, dtype=np.uint8)[:, None, None], (1, 200, 3))
+
+    transform = TrainTransform(AugmentConfig.model_validate({**OFF, "mosaic": 1.0, "rotate": angle}))
+    uneven = 0
+    for seed in range(10):
+        image, _ = transform(Slopes(), 0, (192, 192), np.random.default_rng(seed))
+        for corner in (image[4:50, 4:50], image[4:50, -50:-4], image[-50:-4, 4:50], image[-50:-4, -50:-4]):
+            uneven += corner.astype(int).std(axis=1).max() > 1
+    assert uneven == 0 if angle == 0 else uneven > 35
 
 
 def test_masks_of_small_objects_are_turned_in_small_parts() -> None:

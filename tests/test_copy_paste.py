@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from mvision.commands.data import show
 from mvision.config import AugmentConfig, DataConfig
 from mvision.data.augment import copy_paste
 from mvision.data.augment.copy_paste import LARGEST, most_pasted, paste_objects
@@ -19,6 +20,7 @@ from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.dataset import Dataset, SampleKey
 from mvision.data.loading.loader import build_train_loader
 from mvision.data.loading.sources import read_data_sources
+from mvision.errors import UserError
 from tests.coco_files import annotation, coco, write_set
 from tests.test_augment_mixing import COLOURS, Pictures
 from tests.test_mosaic import labels_of, rectangle
@@ -282,6 +284,17 @@ def test_the_number_of_objects_with_pasted_ones_is_foreseen(squares: Path) -> No
     dataset = Dataset(source.train, augment)
     found = [len(dataset[SampleKey(n, n % 4, (64, 64))].targets or ()) for n in range(200)]
     assert np.mean(objects_of_mixed(source.train, augment)) == pytest.approx(np.mean(found), rel=0.1)
+
+
+def test_the_sheet_of_a_data_set_shows_the_augmentation_of_a_config(squares: Path, tmp_path: Path) -> None:
+    sheets = []
+    for name, extra in (("plain", []), ("pasted", ["data.augment.copy_paste=1", "data.augment.rotate=30"])):
+        off = ["data.augment.mosaic=0", "data.augment.mixup=0", "data.augment.photometric=0", *extra]
+        show(str(squares), str(tmp_path / f"{name}.png"), count=2, augmented=True, assignments=off)
+        sheets.append((tmp_path / f"{name}.png").read_bytes())
+    assert sheets[0] != sheets[1]
+    with pytest.raises(UserError, match="--augmented"):
+        show(str(squares), str(tmp_path / "sheet.png"), assignments=["data.augment.copy_paste=1"])
 
 
 def test_a_cut_object_that_is_hidden_in_part_is_measured_on_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:

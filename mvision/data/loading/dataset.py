@@ -39,9 +39,9 @@ class SampleKey:
         epoch: counted from 0.
         index: of the image.
         image_size: (height, width) of the sample in pixels.
-        light: without mosaic, mixup and zoom-out (the end of a run).
+        light: without mosaic, mixup, pasted objects and zoom-out (the end of a run).
         repeat: how often the epoch showed the image before.
-        mixing: mosaic and mixup are allowed.
+        mixing: mosaic, mixup and pasted objects are allowed.
     """
 
     epoch: int
@@ -150,7 +150,7 @@ class Dataset(data.Dataset[Sample]):
                 image, labels = transform(self, index, key.image_size, rng)
             except BadImage as error:
                 skipped.append((error.path, error.reason))
-                if error.path == str(self.path(index)):  # else it was another image of a mosaic
+                if error.path == str(self.path(index)):  # else it was another image of a mosaic or the like
                     index = int(rng.integers(len(self)))
                 continue
             return Sample(image, self._targets(labels, index, key.image_size), skipped)
@@ -245,7 +245,7 @@ class Dataset(data.Dataset[Sample]):
 
 
 class MixedDataset(data.Dataset[Sample]):
-    """The samples of several data sets, one after the other. Mosaic and mixup take the images of one."""
+    """The samples of several data sets, one after the other. Mosaics and the like take the images of one."""
 
     def __init__(self, datasets: Sequence[Dataset]) -> None:
         self.datasets = list(datasets)
