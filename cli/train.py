@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import click
 
@@ -46,6 +47,7 @@ TASKS = known_tasks()
 @click.option(
     "--freeze", multiple=True, type=OneOf(["backbone", "neck"]), metavar="PART", help="Keep backbone or neck as it is."
 )
+@click.option("--folds", type=int, metavar="K", help="K runs, each validated on another part of the images.")
 @click.option("--resume", type=EXISTING_FOLDER, metavar="RUN", help="Continue a stopped run, exactly where it was.")
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="The run's folder.  [default: runs/TASK/N]")
 @device_option
@@ -69,6 +71,7 @@ def train(
     init: str | None,
     family: str | None,
     freeze: tuple[str, ...],
+    folds: int | None,
     resume: Path | None,
     output: Path | None,
     device: str | None,
@@ -87,6 +90,7 @@ def train(
     from mvision.commands.early import expect_workers
 
     expect_workers(workers, assignments, config_follows=file is not None or resume is not None)
+    from mvision.commands.folds import is_folded, train_folds
     from mvision.commands.train import run_config
     from mvision.commands.train import train as train_model
 
@@ -100,14 +104,19 @@ def train(
         "train.seed": seed,
         "train.freeze": list(freeze) or None,
     }
-    config = run_config(
-        tasks=list(tasks),
-        model=model,
-        file=file,
-        init=init,
-        family=family,
-        resume=resume,
-        options={key: value for key, value in options.items() if value is not None},
-        assignments=list(assignments),
+    given = {key: value for key, value in options.items() if value is not None}
+    configure = partial(
+        run_config, tasks=list(tasks), model=model, file=file, init=init, family=family, assignments=list(assignments)
     )
+    if folds is not None or is_folded(resume):
+        start: dict[str, Any] = {
+            "output": output,
+            "init": init,
+            "init_family": family,
+            "resume": resume,
+            "device": device,
+        }
+        click.echo(train_folds(configure, folds, options=given, **start))
+        return
+    config = configure(resume=resume, options=given)
     train_model(config, output=output, init=init, init_family=family, resume=resume, device=device)

@@ -185,5 +185,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             parse_config({"data": {"fold": fold}})
     for key in ("fraction", "val_fraction"):
-        with pytest.raises(UserError, match=f"leave {key} out"):
+        with pytest.raises(
+            UserError, match=f"^data.fold: folds decide which images are trained on; leave data.{key} out$"
+        ):
             parse_config({"data": {"fold": [1, 5], key: 0.5}})

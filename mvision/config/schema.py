@@ -286,9 +286,9 @@ class DataConfig(Settings):
     def _no_other_share_than_a_fold(self) -> DataConfig:
         if self.fold is not None:
             shares = {"fraction": self.fraction < 1, "val_fraction": self.val_fraction > 0}
-            shares["more: val_fraction"] = any(more.val_fraction > 0 for more in self.more)
+            shares["more.val_fraction"] = any(more.val_fraction > 0 for more in self.more)
             for name in (name for name, is_given in shares.items() if is_given):
-                raise ValueError(f"folds decide which images are trained on; leave {name} out")
+                raise UserError(f"data.fold: folds decide which images are trained on; leave data.{name} out")
         return self
 
 
