@@ -177,6 +177,25 @@ def test_a_keypoint_beside_the_cut_out_part_is_not_labelled(monkeypatch: pytest.
     np.testing.assert_allclose(seen.boxes[1], (0.6, 0.7, 0.8, 0.8))
 
 
+def test_an_outline_without_a_pixel_is_not_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    thin = labels_of([(0.1, 0.1, 0.1001, 0.5)], [rectangle(0.1, 0.1, 0.1001, 0.5)])
+    below = labels_of([(0.4, 0.4, 0.6, 0.6)], [rectangle(0.4, 0.4, 0.6, 0.6)])
+    image, seen = paste(monkeypatch, below, painted(((0, 0, 40, 40), RED)), thin, (50, 50, 51, 90))
+    assert not image.any()
+    assert len(seen) == 1
+
+
+def test_a_damaged_image_to_paste_from_is_named_and_the_sample_made_anew(squares: Path) -> None:
+    (squares / "images" / "train_1.jpg").write_bytes(b"")
+    config = DataConfig.model_validate({"root": str(squares)})
+    (source,) = read_data_sources(config, ["detection"], 0, lambda _: None)
+    dataset = Dataset(source.train, AugmentConfig.model_validate({**OFF, "copy_paste": 1.0}))
+    samples = [dataset[SampleKey(epoch, 0, (64, 64))] for epoch in range(12)]
+    skipped = {file for one in samples for file, _ in one.skipped}
+    assert skipped == {str(squares / "images" / "train_1.jpg")}
+    assert {one.targets.image_id for one in samples if one.targets is not None} == {1}
+
+
 def test_crowds_are_not_pasted_and_stay_crowds_below() -> None:
     class WithCrowds(Pictures):
         def labels(self, index: int) -> PictureLabels:

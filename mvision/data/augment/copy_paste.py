@@ -70,9 +70,11 @@ def paste_objects(
     """
     size = (image.shape[0], image.shape[1])
     top = np.zeros(size, dtype=np.uint8)  # number of the patch that is seen at a pixel, 0 for the picture's own
-    layers, beside = [labels], [np.zeros(len(labels), dtype=bool)]
+    layers, numbers, beside = [labels], [0], [np.zeros(len(labels), dtype=bool)]
     for number, row in enumerate(_choose(others, rng), start=1):
         patch = cut_patch(other, others, row, size, tuple(rng.random(2) < flips), swap, rng)
+        if not patch.opacity.any():
+            continue  # an outline so thin that no pixel's centre is in it
         x0, y0, x1, y1 = patch.window
         below = image[y0:y1, x0:x1]
         if patch.cut_out:
@@ -82,14 +84,15 @@ def paste_objects(
             below[:] = (below + difference * patch.opacity[..., None]).round()
         top[y0:y1, x0:x1][patch.opacity > 0.5] = number
         layers.append(patch.labels)
+        numbers.append(number)
         beside.append(np.arange(len(patch.labels)) > (0 if patch.cut_out else len(patch.labels)))
     if len(layers) == 1:
         return image, labels
-    layer = np.repeat(np.arange(len(layers)), [len(one) for one in layers])
+    layer = np.repeat(numbers, [len(one) for one in layers])
     joined = join_labels(layers)
     if joined.keypoints is not None:
         joined.keypoints = _hidden_keypoints(joined.keypoints, layer, np.concatenate(beside), top)
-    return image, _what_is_seen(joined, layer, top)
+    return image, _what_is_seen(joined, layer, np.concatenate(beside), top)
 
 
 def most_pasted(objects: int | np.ndarray) -> int | np.ndarray:
@@ -179,12 +182,13 @@ def _fading(size: tuple[int, int], margin: float) -> np.ndarray:
     return np.minimum(ramps[0][:, None], ramps[1][None])
 
 
-def _what_is_seen(labels: PictureLabels, layer: np.ndarray, top: np.ndarray) -> PictureLabels:
+def _what_is_seen(labels: PictureLabels, layer: np.ndarray, beside: np.ndarray, top: np.ndarray) -> PictureLabels:
     """Labels without what lies below other layers, or beside what was cut out.
 
     Args:
         labels: in fractions of the picture.
         layer: (N,) number of the patch that an object belongs to, 0 for the picture's own.
+        beside: (N,) bool: not the object that its patch was cut out along.
         top: (H, W) number of the patch that is seen at a pixel.
     """
     size = (top.shape[0], top.shape[1])
@@ -195,14 +199,14 @@ def _what_is_seen(labels: PictureLabels, layer: np.ndarray, top: np.ndarray) -> 
     low = np.floor(boxes[:, :2] * sides).clip(0, sides - 1).astype(int)
     high = np.maximum(np.ceil(boxes[:, 2:] * sides).clip(0, sides).astype(int), low + 1)
     for index, ((x0, y0), (x1, y1)) in enumerate(zip(low.tolist(), high.tolist())):
-        own = top[y0:y1, x0:x1] == layer[index]
+        part = top[y0:y1, x0:x1]
+        own = part == layer[index] if beside[index] else part <= layer[index]
         if own.all():
             continue
         mask = _mask(labels, index, (x0, y0, x1, y1), size).astype(bool)
         seen = mask & own
         before, after = np.count_nonzero(mask), np.count_nonzero(seen)
         if before == after:
-            shares[index] = float(before > 0 or layer[index] == 0)  # too small to be seen at all
             continue
         shares[index] = after / before
         rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
@@ -227,8 +231,7 @@ def _hidden_keypoints(keypoints: np.ndarray, layer: np.ndarray, beside: np.ndarr
 
     Args:
         keypoints: (N, K, 3) in fractions of the picture.
-        layer, top: see ``_what_is_seen``.
-        beside: (N,) bool.
+        layer, beside, top: see ``_what_is_seen``.
     """
     height, width = top.shape
     columns = (keypoints[..., 0] * width).astype(int).clip(0, width - 1)
