@@ -169,6 +169,16 @@ def test_results_are_in_pixels_of_the_original_image_and_inside_it():
     np.testing.assert_allclose(found.keypoints, expected, rtol=1e-5)
 
 
+def test_duplicates_can_be_dropped():
+    outputs = outputs_of([[1.0, -9.0], [2.0, -9.0], [-9.0, 0.5], [0.2, -9.0]], [[30.0]] * 4)
+    outputs["boxes"] = torch.tensor([[[0.5, 0.5, 0.4, side] for side in (0.36, 0.4, 0.36, 0.2)]])
+    outputs["keypoints"] = torch.tensor([0.1, 0.2, 0.3, 0.4])[None, :, None, None].expand(1, 4, 1, 2)
+    for iou, expected in ((None, [0.2, 0.1, 0.3, 0.4]), (0.7, [0.2, 0.3, 0.4]), (0.95, [0.2, 0.1, 0.3, 0.4])):
+        (found,) = dense_head(1, 1, nms_iou=iou).postprocess(outputs, [(100, 100)], 0.5)
+        np.testing.assert_allclose(found.keypoints[:, 0, 0], [100 * x for x in expected], rtol=1e-5)
+        assert found.labels.tolist() == [int(x == 0.3) for x in expected]
+
+
 def test_one_grid_point_may_be_two_objects_of_different_classes():
     head = dense_head(1, 1)
     (found,) = head.postprocess(outputs_of([[3.0, 2.0], [-5.0, -5.0]], [[0.0], [0.0]]), [(96, 64)], 0.5)

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from mvision.evaluation import BoxMetric, KeypointMetric
 from mvision.heads.base import Head, OutputsT, only_best_class
-from mvision.heads.keypoints.settings import with_sigmas
+from mvision.heads.duplicates import without_duplicates
+from mvision.heads.keypoints.settings import PoseSettings, with_sigmas
 from mvision.heads.keypoints.targets import ClassTables
-from mvision.settings import Settings
 from mvision.structures import Category, Instances
 from mvision.structures.boxes import cxcywh_to_xyxy
 from mvision.structures.transfer import to_host
 
-ConfigT = TypeVar("ConfigT", bound=Settings)
+ConfigT = TypeVar("ConfigT", bound=PoseSettings)
 
 
 class PoseResults(Head[ConfigT, OutputsT]):
@@ -112,7 +112,8 @@ class PoseResults(Head[ConfigT, OutputsT]):
         threshold: float,
     ) -> Instances:
         """One image of ``select``."""
-        keep = scores >= threshold
+        keep = np.flatnonzero(scores >= threshold)
+        keep = keep[without_duplicates(boxes[keep], scores[keep], classes[keep], self.config.nms_iou)]
         labels = self.labels_of_classes[classes[keep]]
         height, width = size
         points = np.where(self.tables.point_exists[labels][..., None], points[keep], np.float32(0))

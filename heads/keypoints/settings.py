@@ -15,15 +15,27 @@ from mvision.structures.oks import check_sigmas
 ONLY_DENSE = ("pixel_dim", "map_dim", "box_weight", "giou_weight", "visible_weight", "map_weight")
 
 
-class KeypointSettings(Settings):
-    """Settings that both keypoint heads have.
+class PoseSettings(Settings):
+    """Settings of every head for keypoints.
+
+    Attributes:
+        nms_iou: post-processing drops an object whose box has an IoU above this with that of a better one of its class,
+            0..1. None keeps all.
+        sigmas: of the OKS, one for each point, in place of those of the data set; for training and evaluation.
+    """
+
+    nms_iou: float | None = Field(None, gt=0, le=1)
+    sigmas: list[float] = []
+
+
+class KeypointSettings(PoseSettings):
+    """Settings that both keypoint heads on a grid have, and those of ``PoseSettings``.
 
     Attributes:
         levels: ``all`` of the neck's maps, or the ``finest`` alone.
         depth: RepBlocks on each of them.
         embed_dim: their width.
         num_instances: the largest number of objects predicted in an image; may be changed after training.
-        sigmas: of the OKS, one for each point, in place of those of the data set; for training and evaluation.
         top_k: positives per object in one-to-many training.
         many_weight: weight of one-to-many training relative to one-to-one; 0 leaves its layers out.
         class_loss: ``vfl`` (varifocal) or ``mal`` (matchability-aware), with ``alpha`` (vfl alone) and ``gamma``.
@@ -35,7 +47,6 @@ class KeypointSettings(Settings):
     depth: int = Field(2, ge=1, le=MAX_LAYERS)
     embed_dim: int = Field(64, gt=0, le=MAX_WIDTH)
     num_instances: int = Field(100, gt=0, le=MAX_OBJECTS)
-    sigmas: list[float] = []
     top_k: int = Field(10, ge=1, le=MAX_OBJECTS)
     many_weight: float = Field(1.0, ge=0)
     class_loss: Literal["vfl", "mal"] = "vfl"

@@ -6,12 +6,14 @@ from typing import Literal
 
 from pydantic import Field
 
+from mvision.heads.keypoints.settings import PoseSettings
 from mvision.heads.query.settings import Points
-from mvision.settings import MAX_LAYERS, MAX_OBJECTS, MAX_WIDTH, Settings
+from mvision.settings import MAX_LAYERS, MAX_OBJECTS, MAX_WIDTH
 
 
-class PoseConfig(Settings):
-    """Settings of ``QueryPoseHead``. The defaults are those of DETRPose and ECPose, if not said otherwise.
+class PoseConfig(PoseSettings):
+    """Settings of ``QueryPoseHead``, and those of ``PoseSettings``. The defaults are those of DETRPose and ECPose, if
+    not said otherwise.
 
     Attributes:
         queries: ``own``: instances are selected among the tokens of the feature maps; ``shared``: they are the queries
@@ -30,7 +32,6 @@ class PoseConfig(Settings):
         num_bins, bin_scale, bin_reach: of the distributions of the points, see ``PointDistribution``; an even number of
             bins.
         visibility: predict which points are visible. The published models do not.
-        sigmas: of the OKS, one for each point, in place of those of the data set; for training and evaluation.
         num_denoising: denoising queries per image, about; 0 for none.
         label_noise: half of this share of them gets a random class.
         class_loss: ``vfl`` (varifocal) or ``mal`` (matchability-aware), with ``alpha`` (vfl alone) and ``gamma``.
@@ -61,7 +62,6 @@ class PoseConfig(Settings):
     bin_scale: float = Field(4.0, gt=0, le=1e4)
     bin_reach: float = Field(0.5, gt=0, le=1e4)
     visibility: bool = True
-    sigmas: list[float] = []
     num_denoising: int = Field(20, ge=0, le=MAX_OBJECTS)
     label_noise: float = Field(0.5, ge=0, le=1)
     class_loss: Literal["vfl", "mal"] = "vfl"

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
-from torchvision.ops import batched_nms
 
 from mvision.heads.base import Head, ObjectQueries, OutputsT, only_best_class
+from mvision.heads.duplicates import without_duplicates
 from mvision.heads.query.anchors import box_dtype
 from mvision.heads.query.decoder import Decoded, DenseOutputs, QueryDecoder
 from mvision.heads.query.denoising import Denoising, make_denoising
@@ -272,10 +272,7 @@ class QueryHead(Head[ConfigT, OutputsT]):
     def _keep(self, found: Predictions, threshold: float) -> Predictions:
         enough = found.scores >= threshold
         kept = Predictions(*(values[enough] for values in found))
-        if self.config.nms_iou is None:
-            return kept
-        boxes, scores, labels = (torch.from_numpy(values) for values in kept[:3])
-        best = batched_nms(boxes, scores, labels, self.config.nms_iou).numpy()
+        best = without_duplicates(kept.boxes, kept.scores, kept.labels, self.config.nms_iou)
         return Predictions(*(values[best] for values in kept))
 
     def instances(self, kept: Predictions, size: tuple[int, int]) -> Instances:
