@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,11 @@ from typing import Any
 import pytest
 
 from mvision.config import Config, DecidedTrain, load_config, parse_config
+from mvision.data.loading.samplers import TrainBatches
 from mvision.engine.auto import Start, decided, resumed, start_of
+from mvision.engine.train import train
 from mvision.errors import UserError
+from tests.small_runs import fast_config
 
 
 def settings(batches: int = 10, start: Start = "random", **train: Any) -> DecidedTrain:
@@ -88,3 +92,25 @@ def test_a_run_that_goes_on_decides_nothing() -> None:
     assert resumed(run, Path("run")).train == run.train
     with pytest.raises(UserError, match="train.warmup_steps: auto is decided when a run starts, and run goes on"):
         resumed(parse_config({"train": {**run.train.model_dump(), "warmup_steps": "auto"}}), Path("run"))
+
+
+def test_a_run_writes_and_follows_what_it_decided(
+    squares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planned = []
+    plan_epochs = TrainBatches.plan_epochs
+    monkeypatch.setattr(
+        TrainBatches, "plan_epochs", lambda self, *args: planned.append(args[0]) or plan_epochs(self, *args)
+    )
+    config = fast_config(squares, train__full_epochs=1, train__least_steps=5, train__warmup_steps="auto")
+    run = train(config, output=tmp_path / "run", device="cpu")
+    batches = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"]
+    epochs = math.ceil(5 / batches)
+    assert epochs > 1
+    assert len((run / "metrics.jsonl").read_text().splitlines()) == epochs
+    written = load_config(file=run / "config.yaml").train
+    assert written.model_dump() == decided(config, batches, "random").train.model_dump()
+    assert (written.epochs, written.warmup_steps) == (epochs, round(0.05 * epochs * batches))
+    assert planned == [epochs]
+    assert f"{epochs * batches} steps, " in capsys.readouterr().out
+    assert train(load_config(file=run / "config.yaml"), resume=run, device="cpu") == run  # complete
