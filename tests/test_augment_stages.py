@@ -148,5 +148,5 @@ def test_the_recipe_in_the_readme_is_deims() -> None:
     augment = config.data.augment
     assert augment.mixing(58) == range(4, 29)
     assert augment.count_last(58) == 8
-    assert falling_part(config.train, 58 * 100, 8 * 100) == (29 * 100, 50 * 100)
+    assert falling_part(decided(config, 100, "random").train, 58 * 100, 8 * 100) == (29 * 100, 50 * 100)
     assert (augment.mosaic, augment.mixup, augment.mosaic_form) == (0.5, 0.5, "whole")

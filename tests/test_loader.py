@@ -132,6 +132,15 @@ def test_a_data_set_smaller_than_a_batch_makes_one_batch() -> None:
     assert [sorted(key.index for key in keys) for keys in batches] == [[0, 1, 2]]
 
 
+def test_the_last_epochs_are_at_the_size_of_predictions() -> None:
+    batches = TrainBatches(40, 2, (320, 320), epochs=10, augment=AugmentConfig(multi_scale=0.25, last_epochs=0.2))
+    sizes = []
+    for batches.epoch in range(10):
+        sizes.append({key.image_size for batch in batches for key in batch})
+    assert all(len(found) > 1 for found in sizes[:8])
+    assert sizes[8:] == [{(320, 320)}] * 2
+
+
 def test_multi_scale_sizes_are_multiples_of_32_in_proportion() -> None:
     batches = TrainBatches(400, 2, (320, 640), augment=AugmentConfig(multi_scale=0.25))
     sizes = {keys[0].image_size for keys in batches}

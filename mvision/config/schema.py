@@ -175,7 +175,7 @@ class AugmentConfig(Settings):
             pasted objects (and never in ``last_epochs``). DEIM has them from its fifth epoch to the middle of the run.
         multi_scale: batches at random sizes within this fraction of ``image_size`` (0 switches it off).
         last_epochs: share of the run's epochs, 0..1, at its end that are trained without mosaic, mixup, pasted objects
-            and zoom-out.
+            and zoom-out, and at ``image_size``.
         extra: further transforms of albumentations, in this order, after all of the above::
 
                 extra:

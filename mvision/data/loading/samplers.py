@@ -105,7 +105,7 @@ class TrainBatches:
     def _size(self, number: int) -> tuple[int, int]:
         """Height and width of a batch: the longer side changes in steps of 32 pixels, the shorter one in proportion."""
         steps = self._scale_steps()
-        if steps == 0:
+        if steps == 0 or self.epoch >= self.light_from:  # the last epochs are trained at the size of predictions
             return self.image_size
         rng = np.random.default_rng((self.seed, self.epoch, number, SCALE))
         return self._scaled(int(rng.integers(-steps, steps + 1)))
