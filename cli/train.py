@@ -108,15 +108,8 @@ def train(
     configure = partial(
         run_config, tasks=list(tasks), model=model, file=file, init=init, family=family, assignments=list(assignments)
     )
+    start: dict[str, Any] = {"output": output, "init": init, "init_family": family, "resume": resume, "device": device}
     if folds is not None or is_folded(resume):
-        start: dict[str, Any] = {
-            "output": output,
-            "init": init,
-            "init_family": family,
-            "resume": resume,
-            "device": device,
-        }
         click.echo(train_folds(configure, folds, options=given, **start))
-        return
-    config = configure(resume=resume, options=given)
-    train_model(config, output=output, init=init, init_family=family, resume=resume, device=device)
+    else:
+        train_model(configure(resume=resume, options=given), **start)
