@@ -11,7 +11,7 @@ import pytest
 
 from mvision import UserError
 from mvision.commands.predict import images_of_split
-from mvision.config import DataConfig, parse_config
+from mvision.config import DataConfig, MoreDataConfig, parse_config
 from mvision.data import CocoSplit, Dataset, find_layout, read_data_sources, read_validation
 from mvision.data.formats.folds import draw_folds
 from mvision.data.loading.folders import open_folders
@@ -162,6 +162,13 @@ def test_the_folds_do_not_depend_on_what_is_read(tmp_path: Path) -> None:
     assert len(list(pictures)) == len(val)
     _, ((_, _, train),) = read_validation(config, "train", ["detection"], seed=5)
     assert len(train) == 6  # a split by its name is the file
+
+
+def test_every_data_set_of_a_run_is_divided(tmp_path: Path) -> None:
+    first, second = (write_squares(tmp_path / name, images=3, seed=seed) for seed, name in enumerate("ab"))
+    config = DataConfig(root=str(first), more=[MoreDataConfig(root=str(second))], fold=(1, 3))
+    found = read_data_sources(config, ["detection"], 0, lambda _: None)
+    assert [(len(source.train), len(source.val)) for source in found] == [(4, 2), (4, 2)]
 
 
 def test_a_class_that_is_too_rare_is_named(tmp_path: Path) -> None:
