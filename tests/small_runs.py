@@ -14,6 +14,7 @@ FAST: dict[str, Any] = {
     "train.batch_size": 2,
     "train.val_interval": 1,
     "train.warmup_steps": 2,
+    "train.lr": 8e-3,
     "train.precision": "fp32",
     "data.workers": 0,
     "model.image_size": 64,

@@ -19,6 +19,7 @@ from mvision.config import parse_config
 from mvision.data import Batch
 from mvision.engine import checkpoint
 from mvision.engine import train as train_module
+from mvision.engine.auto import decided
 from mvision.engine.checkpoint import start
 from mvision.engine.optim import Ema, build_optimizer
 from mvision.engine.state import read_state, run_facts
@@ -67,9 +68,16 @@ class Batches:
 
 def make_trainer(**settings: Any) -> Trainer:
     torch.manual_seed(0)
-    config = parse_config(
-        {"train": {"epochs": 3, "accumulate": 2, "warmup_steps": 2, "lr": 0.1, "ema_warmup": 3, **settings}}
-    )
+    given = {
+        "optimizer": "adamw",
+        "epochs": 3,
+        "accumulate": 2,
+        "warmup_steps": 2,
+        "lr": 0.1,
+        "ema_decay": 0.9999,
+        "ema_warmup": 3,
+    }
+    config = decided(parse_config({"train": {"val_interval": 1, **given, **settings}}), 5, "random")
     reset_accelerate()
     accelerator = Accelerator(cpu=True)
     model = Noisy()

@@ -83,7 +83,7 @@ def test_commands_of_the_readme_parse(tmp_path: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").touch()
-    blocks = "\n".join(_blocks("bash") + _blocks("console"))
+    blocks = "\n".join(_blocks("bash") + _blocks("console")).replace("\\\n", " ")
     lines = re.findall(r"^(?:\$ )?mvision (.*?)(?:\s+#.*)?$", blocks, flags=re.MULTILINE)
     assert len(lines) > 5
     for line in lines:
@@ -101,7 +101,8 @@ def test_yaml_of_the_readme_is_a_config(tmp_path: Path) -> None:
     for block in _blocks("yaml"):
         (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
         configs.append(load_config(file=tmp_path / "my.yaml", tasks=["detection"]))
-    augmented, _dense, mixed, own = configs
+    augmented, varied, _dense, mixed, own = configs
+    assert (varied.data.augment.copy_paste, varied.data.augment.rotate, varied.data.augment.scale) == (0.5, 30, 0.3)
     assert [(extra.name, extra.args["p"]) for extra in augmented.data.augment.extra] == [
         *(("GaussianBlur", 0.3), ("Rotate", 0.5))
     ]

@@ -192,7 +192,7 @@ def points_of_levels(tensors: Mapping[str, Tensor], source: Path) -> list[int] |
 
     Every layer has such a buffer, and all say the same.
     """
-    scales = {name: tensor for name, tensor in tensors.items() if re.search(r"\.n(um)?_points_scale$", name)}
+    scales = {name: tensors[name] for name in sorted(tensors) if re.search(r"\.n(um)?_points_scale$", name)}
     found = {name: _points_of_layer(name, scale.flatten().tolist(), source) for name, scale in scales.items()}
     for name, points in found.items():
         first = next(iter(found))
