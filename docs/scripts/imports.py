@@ -23,8 +23,8 @@ LAYERS = {
     ),
     "mvision.data": ("formats", "augment", "loading", "tools"),
     "mvision.heads": (
-        *("base", "pixel_features", "duplicates", "query", "detection", "instance_seg", "keypoints", "poses", "semantic"),
-        "linking",
+        *("base", "pixel_features", "duplicates", "query", "detection", "instance_seg", "keypoints", "poses"),
+        *("semantic", "linking"),
     ),
 }
 
