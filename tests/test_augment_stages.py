@@ -75,6 +75,7 @@ def test_shares_of_the_run_are_in_order() -> None:
         ),
         ({"mosaic": 0.1}, {"flat": 0.05, "schedule": "flat_cosine"}, "at step 810; mosaic in epochs 1 to 9 of 10"),
         ({"mixup": 0.1, "mixing_stop": 0.01}, {}, "of the peak; mixup in none of 10 epochs"),
+        ({}, {"warmup_steps": 0}, "900 steps, no warm-up, cosine to 0.01 of the peak"),
     ],
 )
 def test_a_run_says_what_it_will_do_when(augment: dict[str, float], train: dict[str, object], expected: str) -> None:

@@ -68,7 +68,7 @@ def _learning_rate(config: RunConfig, total: int, last: int) -> str:
     if settings.warmup_steps >= total:
         parts.append(f"all of them warm-up (train.warmup_steps {settings.warmup_steps})")
     else:
-        parts.append(f"warm-up to step {settings.warmup_steps}")
+        parts.append(f"warm-up to step {settings.warmup_steps}" if settings.warmup_steps else "no warm-up")
         begin, end = falling_part(config.train, total, last)
         if settings.schedule == "constant":
             parts.append("then constant")
