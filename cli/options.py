@@ -89,8 +89,8 @@ def family_option(command: Decorated) -> Decorated:
     return click.option(
         "--family",
         metavar="F",
-        help="Of an authors' .pth file whose name does not tell it: dfine, deim, rtdetrv4, deim-rtdetrv2, rtdetr, "
-        "rtdetrv2.",
+        help="Of an authors' .pth file whose name does not tell it: rtdetr, rtdetrv2, dfine, deim, "
+        "deim-rtdetrv2, rtdetrv4, ecdet, ecseg, ecpose, detrpose, mask-rtdetr.",
     )(command)
 
 

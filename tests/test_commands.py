@@ -12,14 +12,17 @@ from typing import Any
 import cv2
 import pytest
 import torch
+from click.testing import CliRunner
 
 from mvision import Model, UserError, __version__
+from mvision.cli.main import cli
 from mvision.commands import data, info, predict, val
 from mvision.commands.predict import newest_run, predict_job, sample_images
 from mvision.commands.val import validate
 from mvision.inference.sources import Source
 from mvision.structures import Category
 from mvision.weights import save_weights
+from mvision.weights.zoo import FAMILIES
 from tests.conftest import write_squares
 from tests.small_runs import fast_config
 
@@ -244,3 +247,9 @@ def test_data_is_checked_shown_and_converted(squares: Path, tmp_path: Path) -> N
     assert str(squares) in first
     assert str(tmp_path / "converted") in second
     assert [path.name for path in (tmp_path / "converted" / "annotations").iterdir()] == ["train.json"]
+
+
+def test_the_help_names_every_family_of_weights() -> None:
+    text = " ".join(CliRunner().invoke(cli, ["predict", "--help"]).output.split())
+    named = text.split("does not tell it: ")[1].split(".")[0].split(", ")
+    assert sorted(named) == sorted(FAMILIES)

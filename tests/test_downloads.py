@@ -94,7 +94,7 @@ def test_a_file_is_downloaded_once(host: str, tmp_path: Path, name: str, capsys:
     ("name", "message"),
     [
         ("cut.pth", "cut off after 1000 of 1280000 bytes; try again"),
-        ("missing.pth", "cannot be downloaded .*Not Found"),
+        ("missing.pth", "cannot be downloaded .*Not Found.* save it as .*missing.pth$"),
         ("elsewhere.pth", "cannot be downloaded .*unknown url type: http"),
         ("page.pth", "a web page, not a file of weights"),
         ("huge.pth", "1,000,000 MB or more to download; 8,590 MB is the limit"),

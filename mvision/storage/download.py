@@ -56,7 +56,7 @@ def download_file(url: str, target: Path, say: Callable[[str], None] = print, sh
         reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
         raise UserError(
             f"weights {shown}: cannot be downloaded ({' '.join(str(reason).split())[:120]}); on a machine with network "
-            "download the file, and give its path"
+            f"download the file, and give its path or save it as {target}"
         ) from error
     return target
 
