@@ -82,7 +82,7 @@ def test_a_run_says_what_it_will_do_when(augment: dict[str, float], train: dict[
     settings = {"data": {"augment": augment}, "train": {"epochs": 10, "warmup_steps": 100, **train}}
     line = describe_plan(decided(Config.model_validate(settings), 90, "random"), 900, 90)
     assert line.startswith(
-        "schedule: muon with a learning rate of 0.002; weights averaged over about 18 steps; 900 steps, "
+        "schedule: muon with a learning rate of 0.008; weights averaged over about 18 steps; 900 steps, "
     )
     assert line.endswith(expected)
 

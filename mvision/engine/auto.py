@@ -25,7 +25,7 @@ AVERAGED = 0.02  # share of the run's steps over which the moving average has it
 LARGEST_DECAY = 0.9999
 EVALUATIONS = 50
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "muon": {"base_lr": 2e-3, "weight_decay": 0.01, "beta2": 0.99, "clip_norm": 5.0},
+    "muon": {"base_lr": 8e-3, "weight_decay": 0.01, "beta2": 0.99, "clip_norm": 5.0},
     "adamw": {"base_lr": 2e-4, "weight_decay": 1e-4, "beta2": 0.999, "clip_norm": 0.1},
 }
 BACKBONE = {"random": 1.0, "backbone": 0.1, "model": 0.5}  # share of ``lr``, by what the run starts from
