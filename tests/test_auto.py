@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
 
 from mvision.config import Config, DecidedTrain, load_config, parse_config
 from mvision.data.loading.samplers import TrainBatches
@@ -50,6 +53,7 @@ def test_the_optimiser_and_what_belongs_to_it_follow_the_start() -> None:
     assert tuned.backbone_lr is not None
     assert tuned.backbone_lr < tuned.lr < new.lr
     assert settings(start="random", optimizer="adamw").lr == tuned.lr
+    assert settings(start="backbone").optimizer == "muon"
     assert settings(start="model", optimizer="muon").clip_norm == new.clip_norm
 
 
@@ -114,3 +118,14 @@ def test_a_run_writes_and_follows_what_it_decided(
     assert planned == [epochs]
     assert f"{epochs * batches} steps, " in capsys.readouterr().out
     assert train(load_config(file=run / "config.yaml"), resume=run, device="cpu") == run  # complete
+
+
+def test_a_run_from_weights_of_the_backbone_freezes_its_norms(squares: Path, tmp_path: Path) -> None:
+    weights = timm.create_model("test_resnet").state_dict()
+    save_file(weights, tmp_path / "own.safetensors")
+    for given, frozen in (({"model__backbone__weights": str(tmp_path / "own.safetensors")}, True), ({}, False)):
+        run = train(fast_config(squares, train__epochs=1, **given), output=tmp_path / str(frozen), device="cpu")
+        assert load_config(file=run / "config.yaml").model.backbone.freeze_norms is frozen
+        found = load_file(run / "best.safetensors")
+        (mean,) = (value for name, value in found.items() if name.endswith("net.bn1.running_mean"))
+        assert torch.equal(mean, weights["bn1.running_mean"]) is frozen

@@ -272,3 +272,23 @@ def test_frozen_norms_keep_their_statistics_and_train_their_scale(name: str) -> 
 def test_frozen_norms_need_batch_norms() -> None:
     with pytest.raises(UserError, match=r"freeze_norms: test_convnext has no batch norms.*set it to false"):
         build("test_convnext", freeze_norms=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "own_weights", "expected"),
+    [
+        ("test_resnet", "auto", True, True),
+        ("test_resnet", "auto", False, False),
+        ("test_convnext", "auto", True, False),
+        ("test_resnet", False, True, False),
+        ("test_resnet", True, False, True),
+    ],
+)
+def test_norms_are_frozen_where_the_backbone_starts_from_its_weights(
+    name: str, given: object, own_weights: bool, expected: bool
+) -> None:
+    backbone = build(name, freeze_norms=given)
+    backbone.decide_norms(own_weights)
+    assert backbone.config.freeze_norms is expected
+    norms = [m for m in backbone.train().net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert all(norm.training is not expected for norm in norms)

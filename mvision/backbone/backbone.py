@@ -82,7 +82,7 @@ class Backbone(nn.Module):
         self._channels_last = getattr(self.net, "output_fmt", "NCHW") == "NHWC"
         if config.stage1_shortcut:
             _add_stage1_shortcut(self.net, config.name)
-        if config.freeze_norms and not _batch_norms(self.net):
+        if config.freeze_norms is True and not _batch_norms(self.net):
             raise UserError(
                 f"model.backbone.freeze_norms: {config.name} has no batch norms, so there is nothing to freeze: set it "
                 "to false"
@@ -120,10 +120,15 @@ class Backbone(nn.Module):
             self.laterals = dict(zip(finer, widths))
             self.channels = [own + more for own, more in zip(self.channels, widths[len(finer) :])]
 
+    def decide_norms(self, own_weights: bool) -> None:
+        """Replace ``freeze_norms: auto`` in the config of a new run that starts from the backbone's weights, or not."""
+        if self.config.freeze_norms == "auto":
+            self.config.freeze_norms = own_weights and bool(_batch_norms(self.net))
+
     def train(self, mode: bool = True) -> Backbone:
         """As in torch; with ``freeze_norms`` the network's batch norms stay in eval mode."""
         super().train(mode)
-        if self.config.freeze_norms:
+        if self.config.norms_are_frozen:
             for norm in _batch_norms(self.net):
                 norm.eval()
         return self

@@ -28,7 +28,8 @@ class BackboneConfig(Settings):
         normalize: ``auto`` uses the mean and standard deviation of the library's weights; ``none`` keeps 0..1.
         stage1_shortcut: add the projection that the published ResNet-18/34 "vd" have on their first shortcut.
         freeze_norms: in training too, the network's batch norms use their stored mean and variance, which stay as they
-            are; their scale and shift are trained. For pretrained weights and batches too small to measure statistics.
+            are; their scale and shift are trained. ``auto``: where a new run starts from the backbone's own weights
+            (``pretrained`` or ``weights``), since small batches measure statistics badly.
     """
 
     name: str = Field("resnet18d", max_length=200)
@@ -39,7 +40,7 @@ class BackboneConfig(Settings):
     detail: int = Field(0, ge=0, le=MAX_WIDTH)
     normalize: Literal["auto", "none"] = "auto"
     stage1_shortcut: bool = False
-    freeze_norms: bool = False
+    freeze_norms: bool | Literal["auto"] = "auto"
 
     @model_validator(mode="after")
     def _pyramid_of_ecvit(self) -> BackboneConfig:
@@ -53,6 +54,11 @@ class BackboneConfig(Settings):
     def starts_trained(self) -> bool:
         """Whether a new model's backbone gets weights that were trained."""
         return self.pretrained or self.weights is not None
+
+    @property
+    def norms_are_frozen(self) -> bool:
+        """Whether the network's batch norms keep their statistics in training."""
+        return self.starts_trained if self.freeze_norms == "auto" else self.freeze_norms
 
     def forget_weights(self) -> None:
         """Ask for no weights: those of the whole model are loaded, or none are needed."""

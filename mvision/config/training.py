@@ -27,8 +27,8 @@ class TrainConfig(Settings):
         least_steps: of a small data set, with ``epochs: auto``; but at most ten times ``full_epochs``.
         optimizer: ``adamw``, or ``muon``: orthogonalised momentum for the weights of convolutions and linear
             layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
-            embeddings and the last layers of classifiers get AdamW with Nesterov momentum. ``auto`` is ``muon`` from
-            random weights, else ``adamw``.
+            embeddings and the last layers of classifiers get AdamW with Nesterov momentum. ``auto`` is ``adamw``
+            for a run that starts from weights of a whole model, else ``muon``.
         lr: peak learning rate of neck and heads; ``auto`` is ``base_lr`` times the root of the images in an optimiser
             step divided by 16.
         base_lr: peak learning rate at 16 images in a step; ``auto`` suits the optimiser.

@@ -53,7 +53,7 @@ def decided(config: Config, batches: int, start: Start, images: Sequence[tuple[i
     given = {name: getattr(train, name) for name in type(train).model_fields}
     auto = {name for name, value in given.items() if value == "auto" and name in _DECIDED}
     steps_of_epoch = math.ceil(batches / train.accumulate)
-    optimizer = given["optimizer"] if "optimizer" not in auto else "muon" if start == "random" else "adamw"
+    optimizer = given["optimizer"] if "optimizer" not in auto else "adamw" if start == "model" else "muon"
     epochs = given["epochs"] if "epochs" not in auto else _epochs(train, steps_of_epoch, start)
     total = epochs * steps_of_epoch
     base = OPTIMIZERS[optimizer]["base_lr"] if train.base_lr == "auto" else train.base_lr

@@ -171,6 +171,8 @@ def _build_model(
         model = Model(config.model)
     finally:
         backbone.pretrained, backbone.weights = wanted
+    if is_new:
+        model.backbone.decide_norms(begin is None and backbone.starts_trained)
     if begin is not None:
         log(begin(model))
     elif is_new and (line := published_start(config.model)):
