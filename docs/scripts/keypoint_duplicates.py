@@ -35,6 +35,7 @@ def main(run: str) -> None:
     split = CocoSplit(find_layout(config.data.root).split(config.data.val, fields, poses_only=True), fields)
     loader = build_eval_loader(split, config.data, batch_size=16, image_size=config.model.image_size)
     head = model.head("keypoints")
+    head.config.nms_iou = None  # it is done below
     assert isinstance(head, KeypointHead)
     print("| layers | NMS | AP | AP50 | AR |\n|---|---|---|---|---|")
     _row(model, split, loader, "one-to-one", None)
