@@ -33,7 +33,12 @@ TASKS = known_tasks()
     metavar="T",
     help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]}; several make one model.  [default: {TASKS[0]}]",
 )
-@click.option("--data", metavar="DIR", help="COCO, Roboflow or YOLO folder.  [default: the built-in data set]")
+@click.option(
+    "--data",
+    metavar="DIR",
+    help="COCO, Roboflow or YOLO folder, or builtin:N for the built-in data set with N training images.  [default: the "
+    "built-in data set]",
+)
 @click.option(
     "--model", metavar="NAME", help="A shipped model (see mvision info) or any timm backbone.  [default: tiny]"
 )

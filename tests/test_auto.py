@@ -30,7 +30,8 @@ def settings(batches: int = 10, start: Start = "random", **train: Any) -> Decide
         (5000, "random", 72),  # a large data set
         (28, "random", 72),  # 2016 steps
         (20, "random", 100),  # 2000 steps
-        (2, "random", 720),  # ten times 72
+        (2, "random", 1000),
+        (1, "random", 1440),  # twenty times 72
         (5000, "model", 36),
         (20, "model", 50),
         (20, "backbone", 100),

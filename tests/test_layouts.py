@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from mvision.builtin import ensure_builtin
 from mvision.config import DataConfig
 from mvision.data import read_data_sources, read_validation
 from mvision.data.formats.coco import CocoSplit
@@ -118,3 +120,19 @@ def test_none_is_the_built_in_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     write_set(tmp_path, coco([annotation()], CATEGORIES))
     monkeypatch.setattr("mvision.builtin.ensure_builtin", lambda progress, log: tmp_path)
     assert find_layout(None).root == tmp_path
+
+
+def test_more_pictures_of_the_built_in_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They begin with the same pictures, and their numbers are checked before anything is drawn."""
+    monkeypatch.setenv("MVISION_CACHE", str(tmp_path))
+    monkeypatch.setattr("mvision.builtin.ensure_builtin", partial(ensure_builtin, val=2))
+    few, more = (CocoSplit(find_layout(f"builtin:{count}").split("train")) for count in (3, 5))
+    assert [record.file for record in more.records][:3] == [record.file for record in few.records]
+    assert len(more.records) == 5
+    first = few.records[0].file
+    assert (few.folder / first).read_bytes() == (more.folder / first).read_bytes()
+    for number in (0, 100_001):
+        with pytest.raises(UserError, match=rf"--data builtin:{number}: give a number of training images"):
+            find_layout(f"builtin:{number}")
+    with pytest.raises(UserError, match="builtin:many: no such folder"):
+        find_layout("builtin:many")

@@ -48,7 +48,8 @@ def ensure_builtin(
 
     Args:
         root: folder that holds it, by default the cache folder (`MVISION_CACHE` or `~/.cache/mvision`).
-        train, val: number of images of each split. Other numbers or another seed live in a folder of their own.
+        train, val: number of images of each split. Other numbers or another seed live in a folder of their own. More
+            images begin with the same ones.
         seed: a different seed gives different pictures.
         progress: called with (images done, images in all) while generating.
         log: called with a line about processes that ended before their work did; what they left is done here.
@@ -81,7 +82,7 @@ def ensure_builtin(
         reason = error.strerror or str(error)
         raise UserError(
             f"Cannot write the built-in data set to {folder}: {reason}. "
-            "Set MVISION_CACHE to a writable folder with 50 MB free."
+            f"Set MVISION_CACHE to a writable folder with {_megabytes(train + val)} MB free."
         ) from error
     return folder
 
@@ -112,6 +113,11 @@ def generate_builtin(
         content = json.dumps(_coco(split, seed, splits[split], offset), separators=(",", ":"))
         (root / "annotations" / f"{split}.json").write_text(content, encoding="utf-8")
     (root / _STAMP).write_text(json.dumps(_stamp(train, val, seed)), encoding="utf-8")
+
+
+def _megabytes(images: int) -> int:
+    """What a folder with so many pictures needs, 25 kB each, rounded up to 50."""
+    return 50 * -(-images * 25 // 50_000)
 
 
 def _coco(split: str, seed: int, records: list[dict[str, Any]], offset: int) -> dict[str, Any]:

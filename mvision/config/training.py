@@ -24,7 +24,7 @@ class TrainConfig(Settings):
         epochs: ``auto`` is ``full_epochs``, or more where these would be fewer optimiser steps than ``least_steps``. A
             run that starts from weights of a whole model takes half of both.
         full_epochs: of a large data set, with ``epochs: auto``.
-        least_steps: of a small data set, with ``epochs: auto``; but at most ten times ``full_epochs``.
+        least_steps: of a small data set, with ``epochs: auto``; but at most twenty times ``full_epochs``.
         optimizer: ``adamw``, or ``muon``: orthogonalised momentum for the weights of convolutions and linear
             layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
             embeddings and the last layers of classifiers get AdamW with Nesterov momentum. ``auto`` is ``adamw``

@@ -18,7 +18,7 @@ from mvision.errors import UserError
 Start = Literal["random", "backbone", "model"]
 
 IMAGES = 16  # in an optimiser step, to which the learning rates below belong
-MOST_PASSES = 10  # times ``full_epochs``, however few images there are
+MOST_PASSES = 20  # times ``full_epochs``, however few images there are
 FINE_TUNED = 0.5  # share of the epochs and steps of other runs that a run from a whole model's weights takes
 WARM_UP, MOST_WARM_UP = 0.05, 1000
 AVERAGED = 0.02  # share of the run's steps over which the moving average has its weight

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -25,6 +26,8 @@ from mvision.errors import UserError, did_you_mean
 
 USUAL_SPLITS = ("train", "val", "test")
 YAML_SUFFIXES = (".yaml", ".yml")
+BUILTIN = re.compile(r"builtin:(\d+)")
+MOST_BUILTIN = 100_000  # images, 2.5 GB
 MAX_DESCENT = 3  # folders in folders with nothing else in them, as archives are unpacked
 
 
@@ -78,6 +81,9 @@ def usual_splits(layout: Layout) -> list[str]:
 def find_layout(root: str | Path | None = None) -> Layout:
     """Recognise the data set at ``root``; None is the built-in one, generated on first use.
 
+    ``builtin:N`` is the built-in one with N training images instead of its usual number; the first of them and the
+    images for validation are the same.
+
     Recognised: ``images/`` + ``annotations/{train,val}.json``; COCO's own (``annotations/instances_train2017.json``,
     ``train2017/``) and CVAT's, in any case; a folder for each split with one COCO file in it (Roboflow's
     ``train/_annotations.coco.json``, ``valid/``); COCO files beside the images or beside folders of them; a YOLO
@@ -87,12 +93,8 @@ def find_layout(root: str | Path | None = None) -> Layout:
     Raises:
         UserError: there is no such folder, or nothing in it is recognised.
     """
-    if root is None:
-        from mvision.builtin import ensure_builtin
-
-        with tqdm(desc="generating the built-in data set", unit="img", leave=False, delay=0.5) as bar:
-            folder = ensure_builtin(progress=partial(_show, bar), log=partial(bar.write, file=sys.stderr))
-        return find_layout(folder)
+    if is_builtin(root):
+        return find_layout(_builtin(root))
     root = Path(root).expanduser()
     if not root.exists():
         raise UserError(f"--data {root}: no such folder")
@@ -114,6 +116,23 @@ def find_layout(root: str | Path | None = None) -> Layout:
             break
         folder = below[0]
     raise UserError(_not_recognised(folder, root))
+
+
+def is_builtin(root: str | Path | None) -> bool:
+    """Whether ``find_layout`` takes this for the built-in data set."""
+    return root is None or BUILTIN.fullmatch(str(root)) is not None
+
+
+def _builtin(root: str | Path | None) -> Path:
+    """The built-in data set's folder."""
+    from mvision.builtin import ensure_builtin
+
+    found = BUILTIN.fullmatch(str(root))
+    train = {} if found is None else {"train": int(found[1])}
+    if train and not 1 <= train["train"] <= MOST_BUILTIN:
+        raise UserError(f"--data {root}: give a number of training images from 1 to {MOST_BUILTIN}")
+    with tqdm(desc="generating the built-in data set", unit="img", leave=False, delay=0.5) as bar:
+        return ensure_builtin(progress=partial(_show, bar), log=partial(bar.write, file=sys.stderr), **train)
 
 
 def _show(bar: tqdm[Any], done: int, total: int) -> None:

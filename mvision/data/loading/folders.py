@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mvision.config import DataConfig, MoreDataConfig
-from mvision.data.formats.layouts import Layout, find_layout
+from mvision.data.formats.layouts import Layout, find_layout, is_builtin
 from mvision.data.formats.split import Fold, Split
 from mvision.errors import UserError
 from mvision.heads import head_class
@@ -33,7 +33,8 @@ class Folder:
     @property
     def name(self) -> str:
         """The folder's name."""
-        return "built-in" if self.config.root is None else Path(self.config.root).resolve().name
+        root = self.config.root
+        return "built-in" if root is None or is_builtin(root) else Path(root).resolve().name
 
     @property
     def holds_out(self) -> bool:
