@@ -17,6 +17,7 @@ from mvision.inference.predict_sources import predict_sources
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Source, Sources, find_sources
 from mvision.inference.summary import Summary
+from mvision.inference.tracking import check_tracker
 from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 from mvision.structures import Category
@@ -42,6 +43,7 @@ def predict_job(
     device: str | None = None,
     precision: PrecisionOption = "auto",
     pictures: bool = True,
+    track: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Summary:
     """Predict, and write ``predictions.json`` and pictures.
@@ -60,6 +62,7 @@ def predict_job(
         device: None: the first GPU, else the CPU.
         precision: see ``open_fastest``.
         pictures: without, ``predictions.json`` is written alone.
+        track: follow the objects of videos by this method, see ``predict_sources``.
         log: is called with what names the runtime, and with what is left out of the results.
 
     Raises:
@@ -69,6 +72,10 @@ def predict_job(
         head_class(task)  # report an unknown task, not that it has no run
     if sources and (data is not None or split is not None):
         raise UserError(f"source {sources[0]}: give either sources or --data with --split, not both")
+    if track is not None:
+        check_tracker(track)
+        if not sources:
+            raise UserError("--track: name a video, a stream or a camera; sample images and data sets are pictures")
     chosen = Selection(DEFAULT_THRESHOLD if threshold is None else threshold, multi_label, nms)
     folder = output or Path("predictions")
     source = str(newest_run(tasks)) if weights is None else weights
@@ -76,6 +83,10 @@ def predict_job(
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
     found = find_sources(sources, leave_out=folder) if sources else None
+    if track is not None and all(head_class(task).kind == "regions" for task in model.tasks):
+        raise UserError(
+            f"--track: {', '.join(model.tasks)} finds regions of a class, no objects that could be followed"
+        )
     log("\n".join([runtime, *_left_out_of_pictures(model.tasks)]))
     for_metrics = None
     if of_split is not None:
@@ -84,7 +95,9 @@ def predict_job(
         for_metrics = ForMetrics(every, model.config.categories, categories)
     elif found is None:
         found = _samples(source)
-    run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
+    run = partial(
+        predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures, track=track
+    )
     with decoder_messages_hidden():
         return run(model, found, folder, chosen.threshold)
 

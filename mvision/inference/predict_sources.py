@@ -19,6 +19,7 @@ from mvision.inference.reading import Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Sources, find_sources
 from mvision.inference.summary import Summary
+from mvision.inference.tracked import TrackedVideos
 from mvision.structures import Category
 from mvision.structures.images import resize_image
 
@@ -35,6 +36,7 @@ def predict_sources(
     nms: float | None = None,
     for_metrics: ForMetrics | None = None,
     pictures: bool = True,
+    track: str | None = None,
 ) -> Summary:
     """Predict on files, folders, globs, videos, streams and cameras; write pictures and ``predictions.json``.
 
@@ -54,20 +56,28 @@ def predict_sources(
         progress: show a progress bar.
         for_metrics: for the images of a data set, what ``predictions.json`` holds in place of what the pictures show.
         pictures: without, nothing is drawn, and ``predictions.json`` is the only file.
+        track: follow the objects of every video, stream and camera by this method, see ``Tracker``. Their entries get
+            a ``track_id``, and each video a text file in the format of the MOT challenge. ``threshold`` is then the
+            score from which a track starts; weaker detections can continue it.
 
     Raises:
         UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
-            be written, a threshold or IoU outside 0..1, a class that the model does not have.
+            be written, a threshold or IoU outside 0..1, a class that the model does not have; with ``track``, no video
+            among the sources, or the package ``trackers`` is missing.
     """
     chosen = [Selection(threshold, multi_label, nms), *([] if for_metrics is None else [for_metrics.selection])]
     for selection in chosen:
         selection.check(model.config.categories)
     inputs = sources if isinstance(sources, Sources) else find_sources(sources, leave_out=output)
+    videos = None
+    if track is not None:
+        videos = TrackedVideos(inputs, track, threshold)
+        chosen = [Selection(videos.threshold_of_detections, multi_label, nms)]
     started = time.monotonic()
-    with Output(output, inputs, for_metrics, pictures) as writer:
+    with Output(output, inputs, for_metrics, pictures, tracks=videos is not None) as writer:
         try:
             with eval_mode(model):
-                _run(model, inputs, writer, chosen, batch_size, progress)
+                _run(model, inputs, writer, chosen, batch_size, progress, videos)
         except KeyboardInterrupt:
             if not any(source.is_live for source in inputs):
                 raise
@@ -76,6 +86,8 @@ def predict_sources(
             name, reason = summary.skipped[0]
             raise UserError(f"none of {len(inputs)} sources can be read; the first is {name}: {reason}")
     _add_notes(summary, inputs, model.config.categories if pictures else [])
+    if videos is not None:
+        summary.tracks, summary.notes = videos.counts, [*summary.notes, *videos.notes()]
     summary.seconds = time.monotonic() - started
     return summary
 
@@ -99,8 +111,9 @@ def _run(
     chosen: Sequence[Selection],
     batch_size: int | None,
     progress: bool,
+    videos: TrackedVideos | None = None,
 ) -> None:
-    """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, draw and encode, write.
+    """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, track, draw and encode, write.
 
     With several forward passes at once, post-processing belongs to them.
     """
@@ -108,6 +121,8 @@ def _run(
     frames = read_frames(inputs, ahead=WORKERS, pixel_range=pixel_range, input_size=size, keep=writer.pictures)
     prepared = ordered_map(partial(_prepare_frame, size), frames, workers=2, ahead=2)
     inferred = infer(model, prepared, chosen, batch_size, _wanted_at_once(inputs))
+    if videos is not None:
+        inferred = ordered_map(videos.follow, inferred, workers=1, ahead=1)
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))
     rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
     total = len(inputs) if all(source.kind == "image" for source in inputs) else None
