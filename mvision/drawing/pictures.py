@@ -67,8 +67,8 @@ def draw_instances(
 
     Every class has the same colour in all pictures; masks of a single class get a colour each, because they touch each
     other. Objects with a track have its number in front of the label, a colour of their own in all frames, and a line
-    where they have been. Labels are moved apart where they would overlap. In dense scenes and on tiny images, only as many of the best
-    instances get one as fit on a fifth of the picture.
+    where they have been. Labels are moved apart where they would overlap. In dense scenes and on tiny images, only as
+    many of the best instances get one as fit on a fifth of the picture.
 
     Args:
         image: (H, W, 3) uint8 RGB of the size that the instances refer to.

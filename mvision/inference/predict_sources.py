@@ -113,7 +113,8 @@ def _run(
     progress: bool,
     videos: TrackedVideos | None = None,
 ) -> None:
-    """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, track, draw and encode, write.
+    """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, track, draw and encode,
+    write.
 
     With several forward passes at once, post-processing belongs to them.
     """

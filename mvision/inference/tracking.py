@@ -73,9 +73,9 @@ def check_tracker(name: str) -> None:
 class Tracker:
     """Follows the objects of one video, frame by frame, for a loop of one's own.
 
-    Every class is tracked apart: a person never continues the track of a dog. Ids count from 1, over all classes, in the
-    order in which the objects are confirmed: most methods take two frames in succession for that. The same detections
-    give the same ids.
+    Every class is tracked apart: a person never continues the track of a dog. Ids count from 1, over all classes, in
+    the order in which the objects are confirmed: bytetrack, botsort, cbiou and mcbyte take two frames in succession for
+    that, the others three. The same detections give the same ids.
 
     .. code-block:: python
 
@@ -152,7 +152,7 @@ class Tracker:
     def _new(self, threshold: float) -> Any:
         import trackers
 
-        given = {name: threshold for name in self._method.thresholds} | dict(self._method.more or {})
+        given = dict.fromkeys(self._method.thresholds, threshold) | dict(self._method.more or {})
         tracker = getattr(trackers, self._method.name)(frame_rate=self._rate, **given)
         if self._method.picture:
             self._movement = self._movement or _Movement(tracker.cmc)
