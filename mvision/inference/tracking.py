@@ -67,7 +67,7 @@ def check_tracker(name: str) -> None:
             "mvision predict video.mp4 --track)"
         )
     if find_spec("trackers") is None:
-        raise UserError("the package trackers is missing: pip install 'trackers>=2.6', or mvision's extra [tracking]")
+        raise UserError("the package trackers is missing: pip install 'trackers>=2.6' (mvision's extra [tracking])")
 
 
 class Tracker:
