@@ -79,7 +79,7 @@ class Tracker:
 
     .. code-block:: python
 
-        tracker = Tracker(rate=30)
+        tracker = mvision.Tracker(rate=30)
         for picture in pictures:
             found = model.predict([picture], threshold=tracker.threshold_of_detections)[0]
             found = tracker.update(found, picture)
