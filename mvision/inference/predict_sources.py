@@ -56,28 +56,23 @@ def predict_sources(
         progress: show a progress bar.
         for_metrics: for the images of a data set, what ``predictions.json`` holds in place of what the pictures show.
         pictures: without, nothing is drawn, and ``predictions.json`` is the only file.
-        track: follow the objects of every video, stream and camera by this method, see ``Tracker``. Their entries get
-            a ``track_id``, and each video a text file in the format of the MOT challenge. ``threshold`` is then the
-            score from which a track starts; weaker detections can continue it.
+        track: follow the objects of videos, streams and cameras by this method, see ``Tracker``: ``track_id`` in their
+            entries, and a text file for each. ``threshold`` starts tracks; weaker detections can continue them.
 
     Raises:
         UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
-            be written, a threshold or IoU outside 0..1, a class that the model does not have; with ``track``, no video
-            among the sources, or the package ``trackers`` is missing.
+            be written, a threshold or IoU outside 0..1, a class that the model does not have, no video to track.
     """
     chosen = [Selection(threshold, multi_label, nms), *([] if for_metrics is None else [for_metrics.selection])]
     for selection in chosen:
         selection.check(model.config.categories)
     inputs = sources if isinstance(sources, Sources) else find_sources(sources, leave_out=output)
-    videos = None
-    if track is not None:
-        videos = TrackedVideos(inputs, track, threshold)
-        chosen = [Selection(videos.threshold_of_detections, multi_label, nms)]
+    videos = None if track is None else TrackedVideos(inputs, track, chosen[0])
     started = time.monotonic()
     with Output(output, inputs, for_metrics, pictures, tracks=videos is not None) as writer:
         try:
             with eval_mode(model):
-                _run(model, inputs, writer, chosen, batch_size, progress, videos)
+                _run(model, inputs, writer, chosen if videos is None else videos.chosen, batch_size, progress, videos)
         except KeyboardInterrupt:
             if not any(source.is_live for source in inputs):
                 raise
@@ -85,17 +80,20 @@ def predict_sources(
         if not summary.images and summary.skipped:
             name, reason = summary.skipped[0]
             raise UserError(f"none of {len(inputs)} sources can be read; the first is {name}: {reason}")
-    _add_notes(summary, inputs, model.config.categories if pictures else [])
-    if videos is not None:
-        summary.tracks, summary.notes = videos.counts, [*summary.notes, *videos.notes()]
+    _add_notes(summary, inputs, model.config.categories if pictures else [], videos)
     summary.seconds = time.monotonic() - started
     return summary
 
 
-def _add_notes(summary: Summary, inputs: Sources, drawn: Sequence[Category]) -> None:
+def _add_notes(
+    summary: Summary, inputs: Sources, drawn: Sequence[Category], videos: TrackedVideos | None = None
+) -> None:
     """What the user is told of the sources, and of the names of classes that were drawn."""
     summary.skipped += inputs.skipped
     summary.notes += inputs.notes()
+    if videos is not None:
+        summary.tracks = videos.counts
+        summary.notes += videos.notes()
     if summary.instances and (numbered := unwritable(drawn)):
         shown = ", ".join(f"{number} is {printable(name)}" for number, name in list(numbered.items())[:3])
         summary.notes.append(

@@ -35,17 +35,18 @@ class TrackedVideos:
 
     Args:
         sources: what is to be predicted on.
-        method, threshold: see ``Tracker``.
+        method: see ``Tracker``.
+        wanted: what is reported without tracking; its threshold is that from which a track starts.
 
     Attributes:
-        threshold_of_detections: for the prediction of every frame.
+        chosen: the detections that are needed of every frame, one selection.
         counts: number of tracks by class name, in all videos together.
 
     Raises:
         UserError: there is no video among the sources, the method is unknown, or its package is missing.
     """
 
-    def __init__(self, sources: Sources, method: str, threshold: Threshold) -> None:
+    def __init__(self, sources: Sources, method: str, wanted: Selection) -> None:
         check_tracker(method)
         pictures = [source for source in sources if source.kind == "image"]
         if len(pictures) == len(sources):
@@ -54,9 +55,8 @@ class TrackedVideos:
                 "is a picture; frames that are pictures of their own: model.track(files) in Python"
             )
         self._pictures = len(pictures)
-        self._method, self._threshold = method, threshold
-        self._selection = Selection(threshold)
-        self.threshold_of_detections = detection_threshold(method, threshold)
+        self._method, self._wanted = method, wanted
+        self.chosen = [replace(wanted, threshold=detection_threshold(method, wanted.threshold))]
         self.counts: Counter[str] = Counter()
         self._source: Any = None
         self._tracker: Tracker | None = None
@@ -67,9 +67,9 @@ class TrackedVideos:
         if found is None:
             return item
         if frame.index is None:
-            return frame, [self._selection.reached(one) for one in found]
+            return frame, [self._wanted.reached(one) for one in found]
         if self._tracker is None or frame.source != self._source:
-            self._source, self._tracker = frame.source, Tracker(self._method, self._threshold, frame.rate)
+            self._source, self._tracker = frame.source, Tracker(self._method, self._wanted.threshold, frame.rate)
         before = Counter(self._tracker.counts)
         tracked = self._tracker.update(found[0], frame.image, frame.time)
         self.counts += Counter(self._tracker.counts) - before
@@ -119,8 +119,8 @@ class TracksVideos:
             for image, found, seconds in model.track("street.mp4"):
                 print(seconds, found.track_ids, found.class_names)
 
-        Every call starts anew, with ids from 1 on. A frame may be read, and the model run on it, before the result of
-        the one before is handed out. Where that is in the way, such as in a control loop, take ``Tracker``.
+        Every call starts anew, with ids from 1 on. The frame after the one that is handed out may have been read
+        already; where that is in the way, such as in a control loop, take ``Tracker``.
 
         Args:
             source: a video file, a URL or a camera's number; or frames in their order, each a file, a PIL image or an
@@ -128,8 +128,7 @@ class TracksVideos:
             tracker: bytetrack, botsort, cbiou, mcbyte, ocsort or sort.
             threshold: the score (0..1) from which a detection starts a track and is reported without one; with most
                 methods, weaker detections continue a track. See ``predict_images``.
-            batch_size: frames per forward pass; None: one, and 8 for files on a GPU. Frames of an iterable that has no
-                length are waited for, so None is one.
+            batch_size: frames per forward pass; None: one, but 8 on a GPU where frames need not be waited for.
             rate: frames per second of an iterable; None: 25. A video has its own.
             multi_label, nms, precision, device: see ``Model.predict``.
 
@@ -137,9 +136,8 @@ class TracksVideos:
             ``Tracked``: the picture, its ``Instances`` and the time.
 
         Raises:
-            UserError: as ``predict``; an unknown tracker, a source that is a picture or several, or the package
-                ``trackers`` is missing. While frames are read: one that cannot be read; a video that breaks off, after
-                its last frame.
+            UserError: as ``predict``; an unknown tracker, a source that is no video, or the package ``trackers`` is
+                missing. What cannot be decoded of a video is a warning of the logger ``mvision``.
         """
         model: Predictor = self._for_prediction(precision, device)  # type: ignore[attr-defined]
         if all(self.head(task).kind == "regions" for task in self.tasks):  # type: ignore[attr-defined]
