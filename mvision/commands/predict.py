@@ -76,8 +76,7 @@ def predict_job(
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
     found = find_sources(sources, leave_out=folder) if sources else None
-    if track is not None:
-        _check_objects(model.tasks)
+    _check_objects(track, model.tasks)
     log("\n".join([runtime, *_left_out_of_pictures(model.tasks)]))
     for_metrics = None
     if of_split is not None:
@@ -103,9 +102,9 @@ def _check_before(tasks: Sequence[str], sources: Sequence[str], is_data: bool, t
             raise UserError("--track: name a video, a stream or a camera; sample images and data sets are pictures")
 
 
-def _check_objects(tasks: Sequence[str]) -> None:
+def _check_objects(track: str | None, tasks: Sequence[str]) -> None:
     """Raise a ``UserError`` where no task finds objects that could be followed."""
-    if all(head_class(task).kind == "regions" for task in tasks):
+    if track is not None and all(head_class(task).kind == "regions" for task in tasks):
         raise UserError(f"--track: {', '.join(tasks)} finds regions of a class, no objects that could be followed")
 
 

@@ -117,14 +117,14 @@ class TracksVideos:
         .. code-block:: python
 
             for image, found, seconds in model.track("street.mp4"):
-                print(seconds, found.track_ids, found.class_names)
+                print(seconds, found.track_ids)
 
         Every call starts anew, with ids from 1 on. The frame after the one that is handed out may have been read
         already; where that is in the way, such as in a control loop, take ``Tracker``.
 
         Args:
             source: a video file, a URL or a camera's number; or frames in their order, each a file, a PIL image or an
-                (H, W, 3) uint8 RGB array, from any iterable.
+                (H, W, 3) uint8 RGB array.
             tracker: bytetrack, botsort, cbiou, mcbyte, ocsort or sort.
             threshold: the score (0..1) from which a detection starts a track and is reported without one; with most
                 methods, weaker detections continue a track. See ``predict_images``.
@@ -149,11 +149,9 @@ class TracksVideos:
             video = _video(source, rate)
             live, frames = video.is_live, _frames_of_video(model, video)
         elif isinstance(source, Iterable) and not isinstance(source, Image.Image):
-            live, frames = (
-                not isinstance(source, Sized),
-                _frames_given(model, source, DEFAULT_RATE if rate is None else rate),
-            )
-            tracker_of(rate=DEFAULT_RATE if rate is None else rate)
+            of_frames = DEFAULT_RATE if rate is None else rate
+            tracker_of(rate=of_frames)  # one that cannot be is said now, not when the first frame comes
+            live, frames = not isinstance(source, Sized), _frames_given(model, source, of_frames)
         else:
             raise UserError(f"track: a {type(source).__name__}; give a video, a URL, a camera's number, or frames")
         size = 1 if batch_size is None and live else batch_size
