@@ -48,6 +48,13 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
 )
 @click.option("--multi-label", is_flag=True, help="A place may be several classes.  [default: its best one]")
 @click.option("--nms", type=float, metavar="IOU", help="Keep the better of two boxes of any classes that overlap more.")
+@click.option(
+    "--track",
+    is_flag=False,
+    flag_value="bytetrack",
+    metavar="[NAME]",
+    help="Follow objects through videos, by bytetrack, botsort, cbiou, mcbyte, ocsort or sort.  [default: bytetrack]",
+)
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
 @click.option(
     "--precision",
@@ -69,6 +76,7 @@ def predict(
     thresholds: Any,
     multi_label: bool,
     nms: float | None,
+    track: str | None,
     output: Path | None,
     precision: PrecisionOption,
     no_pictures: bool,
@@ -76,7 +84,8 @@ def predict(
 ) -> None:
     """Find objects in every SOURCE: an image, a folder, a glob, a video, a URL (http, rtsp) or a camera's number.
 
-    Writes predictions.json (a COCO results list) and one picture per image. Without SOURCE it takes sample images of
+    Writes predictions.json (a COCO results list) and one picture per image; with --track, also a text file in the
+    format of the MOT challenge for every video. Without SOURCE it takes sample images of
     the data that the run was trained on. With --data, predictions.json has the data set's image ids, and results of
     every score unless a threshold is given: what an evaluation needs.
 
@@ -96,6 +105,7 @@ def predict(
         threshold=thresholds,
         multi_label=multi_label,
         nms=nms,
+        track=track,
         output=output,
         device=device,
         precision=precision,

@@ -20,6 +20,7 @@ _LAZY = {
     "Model": "mvision.model",
     "Instances": "mvision.structures",
     "Targets": "mvision.structures",
+    "Tracker": "mvision.inference.tracking",
     "UserError": "mvision.errors",
 }
 __all__ = [*_LAZY, "__version__"]
@@ -27,6 +28,7 @@ __all__ = [*_LAZY, "__version__"]
 if TYPE_CHECKING:
     from mvision.deploy.loading import load
     from mvision.errors import UserError
+    from mvision.inference.tracking import Tracker
     from mvision.model import Model, create_model
     from mvision.structures import Instances, Targets
 

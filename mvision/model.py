@@ -22,6 +22,7 @@ from mvision.heads.base import Head
 from mvision.heads.linking import link_by_query, link_poses
 from mvision.inference.predict import predict_images
 from mvision.inference.selection import Selection, Threshold
+from mvision.inference.tracked import TracksVideos
 from mvision.machine import PrecisionOption, inference_precision, resolve_device, torch_dtype
 from mvision.neck import HybridEncoder
 from mvision.neck.layers import fuse_modules
@@ -62,7 +63,7 @@ def query_sources(config: ModelConfig) -> dict[str, str]:
     return found
 
 
-class Model(nn.Module):
+class Model(TracksVideos, nn.Module):
     """Backbone, neck and heads, each built for the channels and strides of the one before.
 
     Args:

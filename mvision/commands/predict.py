@@ -17,6 +17,7 @@ from mvision.inference.predict_sources import predict_sources
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Source, Sources, find_sources
 from mvision.inference.summary import Summary
+from mvision.inference.tracking import check_tracker
 from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 from mvision.structures import Category
@@ -42,6 +43,7 @@ def predict_job(
     device: str | None = None,
     precision: PrecisionOption = "auto",
     pictures: bool = True,
+    track: str | None = None,
     log: Callable[[str], None] = print,
 ) -> Summary:
     """Predict, and write ``predictions.json`` and pictures.
@@ -60,15 +62,13 @@ def predict_job(
         device: None: the first GPU, else the CPU.
         precision: see ``open_fastest``.
         pictures: without, ``predictions.json`` is written alone.
+        track: follow the objects of videos by this method, see ``predict_sources``.
         log: is called with what names the runtime, and with what is left out of the results.
 
     Raises:
         UserError: there is no run, or the sources, data, weights, device or folder cannot be used.
     """
-    for task in tasks:
-        head_class(task)  # report an unknown task, not that it has no run
-    if sources and (data is not None or split is not None):
-        raise UserError(f"source {sources[0]}: give either sources or --data with --split, not both")
+    _check_before(tasks, sources, is_data=data is not None or split is not None, track=track)
     chosen = Selection(DEFAULT_THRESHOLD if threshold is None else threshold, multi_label, nms)
     folder = output or Path("predictions")
     source = str(newest_run(tasks)) if weights is None else weights
@@ -76,6 +76,7 @@ def predict_job(
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
     found = find_sources(sources, leave_out=folder) if sources else None
+    _check_objects(track, model.tasks)
     log("\n".join([runtime, *_left_out_of_pictures(model.tasks)]))
     for_metrics = None
     if of_split is not None:
@@ -86,7 +87,25 @@ def predict_job(
         found = _samples(source)
     run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
-        return run(model, found, folder, chosen.threshold)
+        return run(model, found, folder, chosen.threshold, track=track)
+
+
+def _check_before(tasks: Sequence[str], sources: Sequence[str], is_data: bool, track: str | None) -> None:
+    """Raise a ``UserError`` for what can be known before the model is loaded."""
+    for task in tasks:
+        head_class(task)  # report an unknown task, not that it has no run
+    if sources and is_data:
+        raise UserError(f"source {sources[0]}: give either sources or --data with --split, not both")
+    if track is not None:
+        check_tracker(track)
+        if not sources:
+            raise UserError("--track: name a video, a stream or a camera; sample images and data sets are pictures")
+
+
+def _check_objects(track: str | None, tasks: Sequence[str]) -> None:
+    """Raise a ``UserError`` where no task finds objects that could be followed."""
+    if track is not None and all(head_class(task).kind == "regions" for task in tasks):
+        raise UserError(f"--track: {', '.join(tasks)} finds regions of a class, no objects that could be followed")
 
 
 def images_of_split(folder: Folder, split: str | None, tasks: Sequence[str]) -> tuple[Sources, list[Category]]:

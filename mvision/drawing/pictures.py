@@ -41,6 +41,7 @@ class Drawable(Protocol):
     masks: Any
     keypoints: np.ndarray | None
     regions: Any
+    tracks: Any
 
     def __len__(self) -> int: ...
 
@@ -65,8 +66,9 @@ def draw_instances(
     """A copy of the image with masks, boxes, skeletons and labels on it.
 
     Every class has the same colour in all pictures; masks of a single class get a colour each, because they touch each
-    other. Labels are moved apart where they would overlap. In dense scenes and on tiny images, only as many of the best
-    instances get one as fit on a fifth of the picture.
+    other. Objects with a track have its number in front of the label, a colour of their own in all frames, and a line
+    where they have been. Labels are moved apart where they would overlap. In dense scenes and on tiny images, only as
+    many of the best instances get one as fit on a fifth of the picture.
 
     Args:
         image: (H, W, 3) uint8 RGB of the size that the instances refer to.
@@ -91,6 +93,8 @@ def draw_instances(
     line, thin = max(1, round(2.7 * scale)), max(1, round(1.3 * scale))
     by_class = instances.masks is None or len(instances.categories) > 1
     colours = instances.labels.astype(int) if by_class else np.arange(len(instances))
+    if instances.tracks is not None:
+        colours = np.where(instances.tracks.ids > 0, instances.tracks.ids, instances.labels).astype(int)
     for areas, of_each in _areas(instances, colours):
         _draw_masks(canvas, areas, of_each, max(1, line - 1))
     limits = np.array([width, height] * 2) - 1
@@ -98,6 +102,8 @@ def draw_instances(
     plain = instances.masks is None and instances.keypoints is None
     box_annotator = sv.BoxAnnotator(_palette(), thickness=line if plain else thin)
     box_annotator.annotate(canvas, _best_last(boxes, colours))
+    if instances.tracks is not None:
+        _draw_trails(canvas, instances.tracks.trails, colours, line)
     if instances.keypoints is not None:
         _draw_skeletons(canvas, instances, scale, keypoint_threshold)
     texts, font = _texts(instances, scores)
@@ -185,6 +191,9 @@ def _texts(instances: Drawable, scores: bool) -> tuple[list[str], str]:
     for part in parts:
         texts += [names.texts[first + label] for label in part.labels.tolist()]
         first += len(part.categories)
+    if instances.tracks is not None:
+        numbers = [f"#{number} " if number > 0 else "" for number in instances.tracks.ids.tolist()]
+        texts[: len(numbers)] = [number + text for number, text in zip(numbers, texts)]
     if scores:
         values = [score for part in parts for score in part.scores.tolist()]
         texts = [f"{text} {score:.2f}" for text, score in zip(texts, values)]
@@ -226,6 +235,20 @@ def _draw_masks(canvas: np.ndarray, masks: Any, colours: np.ndarray, line: int) 
     detections = sv.Detections(boxes, mask=compact, class_id=colours)
     sv.MaskAnnotator(_palette(), MASK_OPACITY).annotate(canvas, detections)
     sv.PolygonAnnotator(_palette(), line).annotate(canvas, detections)
+
+
+def _draw_trails(canvas: np.ndarray, trails: Sequence[np.ndarray], colours: np.ndarray, line: int) -> None:
+    """A line through the places of each track, those of the best instances on top.
+
+    supervision's ``TraceAnnotator`` remembers the places itself, so that it has to be called frame by frame in their
+    order; frames are drawn by several threads.
+    """
+    import cv2
+
+    for trail, colour in reversed(list(zip(trails, colours.tolist()))):
+        if len(trail) > 1:
+            points = np.round(trail * 2**SUBPIXEL).astype(np.int32)
+            cv2.polylines(canvas, [points], False, class_colour(colour % COLOURS)[::-1], line, cv2.LINE_AA, SUBPIXEL)
 
 
 def _draw_skeletons(canvas: np.ndarray, instances: Drawable, scale: float, threshold: float) -> None:

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 
 from mvision.errors import UserError
+from mvision.inference.mot import MotFiles, mot_lines, mot_paths
 from mvision.inference.reading import Frame
 from mvision.inference.selection import Selection
 from mvision.inference.sources import Source
@@ -25,7 +26,7 @@ from mvision.storage.atomic import remove_partial_files, whole_file
 from mvision.structures import Category, Instances
 from mvision.structures.images import BadImage, write_image
 
-OPTIONAL_KEYS = ("segmentation", "keypoints", "region")  # of its entries, after those that all have
+OPTIONAL_KEYS = ("track_id", "segmentation", "keypoints", "region")  # of its entries, after those that all have
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Rendered:
         found, regions: the class names of what is drawn.
         unknown: the class names of results that the data set has no class for.
         not_drawn: why there is no picture.
+        tracks: lines for the text file of a tracked video.
     """
 
     frame: Frame
@@ -67,6 +69,7 @@ class Rendered:
     regions: list[str] = field(default_factory=list)
     unknown: list[str] = field(default_factory=list)
     not_drawn: str = ""
+    tracks: str = ""
 
 
 class Output:
@@ -81,17 +84,23 @@ class Output:
     """
 
     def __init__(
-        self, folder: Path, sources: Sequence[Source], for_metrics: ForMetrics | None = None, pictures: bool = True
+        self,
+        folder: Path,
+        sources: Sequence[Source],
+        for_metrics: ForMetrics | None = None,
+        pictures: bool = True,
+        tracks: bool = False,
     ) -> None:
         """Open ``predictions.json``; with ``for_metrics``, its numbers are not rounded. Without ``pictures`` it is the
-        only file.
+        only file, but for a text file of each video with ``tracks``.
         """
         self.folder = folder
         self.summary = Summary(folder, pictures)
         self.pictures = pictures
         self._exact = for_metrics is not None
         self._category_ids = None if for_metrics is None else for_metrics.category_ids
-        self._paths = _paths(folder, sources) if pictures else {}
+        self._paths = _paths(folder, sources) if pictures or tracks else {}
+        self._mot = MotFiles(mot_paths(self._paths)) if tracks else None
         repeated = {name for name, count in Counter(source.name for source in sources).items() if count > 1}
         self._names = {s: _posix(s) if s.name in repeated else s.name for s in sources}
         self._video: VideoWriter | None = None
@@ -119,11 +128,15 @@ class Output:
         if error is not None:
             # Closing a file writes the rest of its buffer, which fails again if the error was a full disk.
             self._close_video(error)
+            if self._mot is not None:
+                self._mot.close(error)
             with suppress(OSError):
                 self._files.__exit__(kind, error, trace)
             return
         with errors_name(self.folder / PREDICTIONS), self._files:
             self._close_video()
+            if self._mot is not None:
+                self._mot.close()
             self._file.write("[]\n" if self._separator == "[\n" else "\n]\n")
 
     def render(self, item: tuple[int, Frame, list[Instances] | None]) -> Rendered:
@@ -136,7 +149,7 @@ class Output:
             return Rendered(frame)
         shown = found[0]
         regions = [] if shown.regions is None else shown.regions.class_names
-        rendered = Rendered(frame, found=shown.class_names, regions=regions)
+        rendered = Rendered(frame, found=shown.class_names, regions=regions, tracks=mot_lines(frame, shown))
         rendered.entries = self._entries(number, frame, found[-1], rendered.unknown)
         if self.pictures and frame.source != self._undrawable:
             with nullcontext() if frame.again is None else self._one_large:
@@ -180,6 +193,9 @@ class Output:
             for entry in rendered.entries:
                 self._file.write(self._separator + json.dumps(entry))
                 self._separator = ",\n"
+        if self._mot is not None and frame.index is not None:
+            self._forget_earlier()
+            self._mot.add(frame.source, rendered.tracks)
         if rendered.picture is not None and frame.source != self._undrawable:
             rendered.not_drawn = self._add_to_video(frame, rendered.picture)
         if rendered.not_drawn:

@@ -152,11 +152,17 @@ def eval_mode(model: Predictor) -> Iterator[None]:
     Several threads may do this with one model at once, as long as none trains it: the first one switches the mode, and
     the last one restores it.
     """
+    # Not torch.inference_mode: tensors that a module caches in it (positions, anchors) cannot be used in training.
+    with modules_in_eval_mode(model), torch.no_grad():
+        yield
+
+
+@contextmanager
+def modules_in_eval_mode(model: Predictor) -> Iterator[None]:
+    """As ``eval_mode``, with gradients as they are."""
     _evaluations.enter(model)
     try:
-        # Not torch.inference_mode: tensors that a module caches in it (positions, anchors) cannot be used in training.
-        with torch.no_grad():
-            yield
+        yield
     finally:
         _evaluations.leave(model)
 
@@ -344,11 +350,11 @@ def _postprocess(
 
 def _prepare_image(config: Sized, image: str | Path | Image.Image | np.ndarray) -> Prepared[str | None]:
     path = str(image) if isinstance(image, str | Path) else None
-    array = _to_array(image, config.pixel_range)
+    array = picture_array(image, config.pixel_range)
     return path, resize_image(array, config.image_size), array.shape[:2]
 
 
-def _to_array(image: str | Path | Image.Image | np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
+def picture_array(image: str | Path | Image.Image | np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
     """(H, W, 3) uint8 RGB of anything that ``predict_images`` takes."""
     if isinstance(image, str | Path):
         try:

@@ -19,6 +19,7 @@ from mvision.inference.reading import Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Sources, find_sources
 from mvision.inference.summary import Summary
+from mvision.inference.tracked import TrackedVideos
 from mvision.structures import Category
 from mvision.structures.images import resize_image
 
@@ -35,6 +36,7 @@ def predict_sources(
     nms: float | None = None,
     for_metrics: ForMetrics | None = None,
     pictures: bool = True,
+    track: str | None = None,
 ) -> Summary:
     """Predict on files, folders, globs, videos, streams and cameras; write pictures and ``predictions.json``.
 
@@ -54,20 +56,23 @@ def predict_sources(
         progress: show a progress bar.
         for_metrics: for the images of a data set, what ``predictions.json`` holds in place of what the pictures show.
         pictures: without, nothing is drawn, and ``predictions.json`` is the only file.
+        track: follow the objects of videos, streams and cameras by this method, see ``Tracker``: ``track_id`` in their
+            entries, and a text file for each. ``threshold`` starts tracks; weaker detections can continue them.
 
     Raises:
         UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
-            be written, a threshold or IoU outside 0..1, a class that the model does not have.
+            be written, a threshold or IoU outside 0..1, a class that the model does not have, no video to track.
     """
     chosen = [Selection(threshold, multi_label, nms), *([] if for_metrics is None else [for_metrics.selection])]
     for selection in chosen:
         selection.check(model.config.categories)
     inputs = sources if isinstance(sources, Sources) else find_sources(sources, leave_out=output)
+    videos = None if track is None else TrackedVideos(inputs, track, chosen[0])
     started = time.monotonic()
-    with Output(output, inputs, for_metrics, pictures) as writer:
+    with Output(output, inputs, for_metrics, pictures, tracks=videos is not None) as writer:
         try:
             with eval_mode(model):
-                _run(model, inputs, writer, chosen, batch_size, progress)
+                _run(model, inputs, writer, chosen if videos is None else videos.chosen, batch_size, progress, videos)
         except KeyboardInterrupt:
             if not any(source.is_live for source in inputs):
                 raise
@@ -75,15 +80,20 @@ def predict_sources(
         if not summary.images and summary.skipped:
             name, reason = summary.skipped[0]
             raise UserError(f"none of {len(inputs)} sources can be read; the first is {name}: {reason}")
-    _add_notes(summary, inputs, model.config.categories if pictures else [])
+    _add_notes(summary, inputs, model.config.categories if pictures else [], videos)
     summary.seconds = time.monotonic() - started
     return summary
 
 
-def _add_notes(summary: Summary, inputs: Sources, drawn: Sequence[Category]) -> None:
+def _add_notes(
+    summary: Summary, inputs: Sources, drawn: Sequence[Category], videos: TrackedVideos | None = None
+) -> None:
     """What the user is told of the sources, and of the names of classes that were drawn."""
     summary.skipped += inputs.skipped
     summary.notes += inputs.notes()
+    if videos is not None:
+        summary.tracks = videos.counts
+        summary.notes += videos.notes()
     if summary.instances and (numbered := unwritable(drawn)):
         shown = ", ".join(f"{number} is {printable(name)}" for number, name in list(numbered.items())[:3])
         summary.notes.append(
@@ -99,8 +109,10 @@ def _run(
     chosen: Sequence[Selection],
     batch_size: int | None,
     progress: bool,
+    videos: TrackedVideos | None = None,
 ) -> None:
-    """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, draw and encode, write.
+    """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, track, draw and encode,
+    write.
 
     With several forward passes at once, post-processing belongs to them.
     """
@@ -108,6 +120,8 @@ def _run(
     frames = read_frames(inputs, ahead=WORKERS, pixel_range=pixel_range, input_size=size, keep=writer.pictures)
     prepared = ordered_map(partial(_prepare_frame, size), frames, workers=2, ahead=2)
     inferred = infer(model, prepared, chosen, batch_size, _wanted_at_once(inputs))
+    if videos is not None:
+        inferred = ordered_map(videos.follow, inferred, workers=1, ahead=1)
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))
     rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
     total = len(inputs) if all(source.kind == "image" for source in inputs) else None

@@ -75,6 +75,10 @@ class Selection:
         # In float32, as the heads compare: 0.3 as float64 is above a score that is printed as 0.3.
         return instances.filter(instances.scores >= self.of_each(instances).astype(np.float32))
 
+    def reached(self, instances: Instances) -> Instances:
+        """Those that reach the threshold of their class, of instances with any score."""
+        return instances.filter(instances.scores >= self.of_each(instances).astype(np.float32))
+
     def without_overlaps(self, instances: Instances) -> Instances:
         """The instances, sorted by falling score, without those that ``nms`` leaves out."""
         if self.nms is None or len(instances) < 2:

@@ -26,6 +26,7 @@ class Summary:
         not_drawn: (file, reason) of each picture whose results are in ``predictions.json`` alone.
         unknown: number of results by class name that ``predictions.json`` lacks, because the data set lacks the class.
         remarks: number of pictures by what was left out of them or replaced in them.
+        tracks: number of tracks in videos by class name; None: nothing was tracked.
         notes: further lines for the user.
         seconds: duration in seconds.
     """
@@ -39,6 +40,7 @@ class Summary:
     not_drawn: list[tuple[str, str]] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     remarks: Counter[str] = field(default_factory=Counter)
+    tracks: Counter[str] | None = None
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -47,6 +49,9 @@ class Summary:
         counts += [f"region {name} in {count}" for name, count in self.regions.most_common()]
         rate = self.images / max(self.seconds, 1e-9)
         lines = [f"{self.images} images in {self.seconds:.1f} s ({rate:.1f}/s): {', '.join(counts) or 'nothing found'}"]
+        if self.tracks is not None:
+            counts = [f"{count} {name}" for name, count in self.tracks.most_common()]
+            lines.append(f"tracks: {', '.join(counts) or 'none'}")
         lines += _named("skipped", self.skipped) + _named("not drawn", self.not_drawn)
         if self.unknown:
             names = ", ".join(list(self.unknown)[:5])

@@ -11,6 +11,7 @@ from mvision.drawing import draw_instances
 from mvision.errors import UserError
 from mvision.structures.category import Category
 from mvision.structures.masks import Masks, encode_logits
+from mvision.structures.tracks import NO_TRACK, Tracks
 
 if TYPE_CHECKING:
     import supervision
@@ -34,6 +35,7 @@ class Instances:
             the image.
         query: (N,) int64, the index of the query that found each instance, or None. In a joint model whose poses share
             the queries of the objects it says which pose is whose.
+        tracks: of a frame of a video that was tracked: which object each instance is.
     """
 
     boxes: np.ndarray
@@ -46,6 +48,7 @@ class Instances:
     path: str | None = None
     regions: Instances | None = None
     query: np.ndarray | None = None
+    tracks: Tracks | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.masks, np.ndarray):
@@ -65,9 +68,15 @@ class Instances:
         names = self.names
         return [names[label] for label in self.labels.tolist()]
 
+    @property
+    def track_ids(self) -> np.ndarray | None:
+        """(N,) int64: the number of the object in the video, from 1 on, or -1 without a track; None: not tracked."""
+        return None if self.tracks is None else self.tracks.ids
+
     def filter(self, keep: np.ndarray) -> Instances:
         """The instances that ``keep`` (bool mask or indices) selects."""
-        parts = {name: getattr(self, name) for name in ("boxes", "scores", "labels", "masks", "keypoints", "query")}
+        names = ("boxes", "scores", "labels", "masks", "keypoints", "query", "tracks")
+        parts = {name: getattr(self, name) for name in names}
         kept: dict[str, Any] = {name: part[keep] for name, part in parts.items() if part is not None}
         return replace(self, **kept)
 
@@ -82,14 +91,16 @@ class Instances:
             keypoints = self.keypoints * np.array([x, y, 1], np.float32)
         boxes = self.boxes * np.array([x, y, x, y], np.float32)
         regions = None if self.regions is None else self.regions.resized(size)
-        return replace(self, boxes=boxes, size=size, masks=masks, keypoints=keypoints, regions=regions)
+        tracks = None if self.tracks is None else self.tracks.scaled(x, y)
+        return replace(self, boxes=boxes, size=size, masks=masks, keypoints=keypoints, regions=regions, tracks=tracks)
 
     def to_coco(self, image_id: Any) -> list[dict[str, Any]]:
         """Entries of COCO's result format, in the order of the instances, then those of ``regions``.
 
         Each has image_id, category_id (the data set's id, not the label), bbox as xywh in pixels and score; with masks
         also segmentation (compressed run lengths of the whole image), with keypoints also keypoints (x, y, score of
-        each of the class's points in a flat list; left out for a class without keypoints if other classes have some).
+        each of the class's points in a flat list; left out for a class without keypoints if other classes have some),
+        and with tracks track_id (left out for an instance without one).
         Entries of ``regions`` have ``"region": True`` besides.
         """
         corners = self.boxes.astype(np.float64).reshape(-1, 4)
@@ -109,12 +120,16 @@ class Instances:
             for entry, label, points in zip(results, self.labels.tolist(), flat.tolist()):
                 if counts[label] or not any(counts):
                     entry["keypoints"] = points[: counts[label] or None]
+        if self.tracks is not None:
+            for entry, track_id in zip(results, self.tracks.ids.tolist()):
+                if track_id != NO_TRACK:
+                    entry["track_id"] = track_id
         if self.regions is not None:
             results += [{**entry, "region": True} for entry in self.regions.to_coco(image_id)]
         return results
 
     def to_supervision(self) -> supervision.Detections:
-        """Boxes, scores, labels, masks and class names as ``supervision.Detections``.
+        """Boxes, scores, labels, masks, class names and the ids of tracks as ``supervision.Detections``.
 
         Keypoints have a type of their own there: ``to_supervision_keypoints``, row by row the same instances.
         """
@@ -125,6 +140,7 @@ class Instances:
             confidence=self.scores,
             class_id=self.labels.astype(int),
             mask=None if self.masks is None else np.asarray(self.masks),
+            tracker_id=None if self.tracks is None else self.tracks.ids.astype(int),
             data={"class_name": np.array(self.class_names, dtype=object)},
         )
 
