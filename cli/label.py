@@ -43,7 +43,9 @@ FORMATS = ("coco", "yolo", "cvat", "label-studio", "fiftyone")
     metavar="FORM",
     help="Masks as polygons with few points, or rle: exact, for tools with a brush.  [default: polygon]",
 )
-@click.option("--image-url", metavar="URL", help="Label Studio: what the pictures' addresses begin with, such as s3://b/.")
+@click.option(
+    "--image-url", metavar="URL", help="Label Studio: what the pictures' addresses begin with, such as s3://b/."
+)
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="A new folder.  [default: labelled]")
 @click.option(
     "--precision",

@@ -47,7 +47,9 @@ def _write(path: Path, request: Request, pictures: Pictures) -> None:
     ids = [category.id for category in request.categories]
     with path.open("w", encoding="utf-8") as file:
         info = {"description": f"predictions of {request.model}", "version": "1.0"}
-        file.write(f'{{"info": {json.dumps(info)}, "licenses": [], "categories": {json.dumps(categories)},\n"images": [')
+        file.write(
+            f'{{"info": {json.dumps(info)}, "licenses": [], "categories": {json.dumps(categories)},\n"images": ['
+        )
         separator = "\n"
         for number, picture in enumerate(pictures(), start=1):
             entry = {"id": number, "file_name": picture.name, "width": picture.width, "height": picture.height}

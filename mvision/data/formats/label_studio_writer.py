@@ -73,7 +73,9 @@ def _interface(request: Request) -> str:
 
 
 def _task(picture: LabelledPicture, request: Request) -> dict[str, Any]:
-    regions = [region for number, one in enumerate(picture.objects) for region in _regions(number, one, picture, request)]
+    regions = [
+        region for number, one in enumerate(picture.objects) for region in _regions(number, one, picture, request)
+    ]
     prediction: dict[str, Any] = {"model_version": request.model, "result": regions}
     if picture.objects:  # the least certain object decides which pictures come first when they are sorted by it
         prediction["score"] = min(one.score for one in picture.objects)

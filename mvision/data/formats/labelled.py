@@ -181,7 +181,7 @@ def outlines(mask: RunLengths, notes: Counter[str]) -> list[list[float]]:
         if kept and _area(polygon) < SPECK * _area(polygons[0]):
             notes[SPECKS] += 1
             continue
-        simple = _simplified(polygon, tolerance) + (x0, y0)
+        simple = _simplified(polygon, tolerance) + np.array((x0, y0))
         kept.append(np.round(simple.reshape(-1), 2).tolist())
     return kept
 
@@ -196,7 +196,9 @@ def _simplified(polygon: np.ndarray, tolerance: float) -> np.ndarray:
 
 def _hole(mask: np.ndarray) -> int:
     """The number of pixels that lie in holes."""
-    count, _, stats, _ = cv2.connectedComponentsWithStats(np.pad(~mask, 1, constant_values=True).view(np.uint8), None, 4)
+    count, _, stats, _ = cv2.connectedComponentsWithStats(
+        np.pad(~mask, 1, constant_values=True).view(np.uint8), None, 4
+    )
     return int(stats[1:, cv2.CC_STAT_AREA].sum() - stats[1:, cv2.CC_STAT_AREA].max()) if count > 2 else 0
 
 

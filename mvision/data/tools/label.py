@@ -33,7 +33,9 @@ from mvision.structures import Instances
 
 LOWEST = 0.1  # scores from which objects that are left out are counted
 SHOWN = 20  # files that are named; of more, the number
-ODD = re.compile(r"[\x00-\x1f\x7f\\\ud800-\udfff\ufffe\uffff]")  # what XML, JSON or another system cannot hold in a name
+ODD = re.compile(
+    r"[\x00-\x1f\x7f\\\ud800-\udfff\ufffe\uffff]"
+)  # what XML, JSON or another system cannot hold in a name
 
 REGIONS = "pictures with regions of semantic-seg, which are left out (--task semantic-seg writes them alone)"
 RENAMED = "pictures under another name, because two names differ in their ending alone or have an odd character"
@@ -229,9 +231,7 @@ def _prepared(frames: Iterator[Frame]) -> Iterator[Prepared[Frame]]:
             yield frame, frame.model_input, frame.size
 
 
-def _make(
-    wanted: Selection, review: Selection, rle: bool, item: tuple[Frame, list[Instances] | None]
-) -> _Made:
+def _make(wanted: Selection, review: Selection, rle: bool, item: tuple[Frame, list[Instances] | None]) -> _Made:
     frame, found = item
     if found is None:
         return _Made(frame, [], None, Counter())
@@ -294,8 +294,9 @@ def _link(
     taken: set[str] = set()
     renamed: dict[str, str] = {}
     parents: set[Path] = set()
-    entries = tqdm(journal.entries(), desc="writing", total=len(journal), unit="img", leave=False,
-                   disable=not progress or None)
+    entries = tqdm(
+        journal.entries(), desc="writing", total=len(journal), unit="img", leave=False, disable=not progress or None
+    )
     for picture, _ in entries:
         name = _new_name(picture.name, taken)
         if name != picture.name:

@@ -55,7 +55,9 @@ class Journal:
         except Timeout as error:
             raise UserError(f"--output {target}: another process is writing it; choose another folder") from error
         except OSError as error:
-            raise UserError(f"--output {target}: cannot be written ({error.strerror or error}); choose another") from error
+            raise UserError(
+                f"--output {target}: cannot be written ({error.strerror or error}); choose another"
+            ) from error
         except UserError:
             self._file.close()
             self._lock.release()
@@ -134,7 +136,9 @@ class Journal:
                 self._lines[tree["picture"]["name"]] = (place, tree["stamp"])
                 place += len(line)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{self.path}: damaged ({error}); delete the folder {self.folder} and start again") from error
+            raise UserError(
+                f"{self.path}: damaged ({error}); delete the folder {self.folder} and start again"
+            ) from error
         self._file.truncate(place)
 
     def _compare(self, earlier: dict[str, Any]) -> None:
