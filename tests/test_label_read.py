@@ -106,7 +106,10 @@ def test_a_skeleton_belongs_to_the_box_of_its_group_or_around_it(tmp_path: Path,
     assert found[-1]["bbox"] == [10, 10, 40, 60]
     assert found[-1]["keypoints"] == [30, 20, 2, 30, 60, 1]
     assert len(found) == 1 + bool(group)
-    assert problems(folder).get("skeleton without a group: it belongs to the smallest object of its class around it", 0) == said
+    assert (
+        problems(folder).get("skeleton without a group: it belongs to the smallest object of its class around it", 0)
+        == said
+    )
     categories = CocoSplit(find_layout(folder).split("train"), ("keypoints",)).own
     assert [(c.name, c.keypoints, c.skeleton) for c in categories] == [("person", ["head", "foot"], [(0, 1)])]
 

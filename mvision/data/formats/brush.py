@@ -3,8 +3,8 @@
 Red, green, blue and opacity of every pixel, row by row, as one list of bytes. A stream of bits holds it: its length (32
 bits), the bits of a value less one (5), four widths less one (4 each), and then blocks. A block has a bit that says
 whether one value is repeated or each has its own, two bits that choose one of the four widths, the number of values
-less one in so many bits, and the value or values. Label Studio's own reader in Python looks at one bit after another; for a
-picture of 12 megapixels it takes minutes.
+less one in so many bits, and the value or values. Label Studio's own reader in Python makes a text of every value; a
+picture of 12 megapixels takes it minutes, and its package asks for older versions of numpy and OpenCV.
 """
 
 from __future__ import annotations

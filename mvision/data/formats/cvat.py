@@ -66,7 +66,7 @@ def read_cvat(split: Split, problems: Problems) -> dict[str, Any]:
     Raises:
         UserError: the file cannot be read, is damaged, or is an export of a video.
     """
-    subsets = [name for name in cvat_subsets(split.annotations)] if split.annotations.is_file() else []
+    subsets = cvat_subsets(split.annotations) if split.annotations.is_file() else []
     own = {name for name in subsets if (split_of(name) or name) == split.name}
     target = _Target(split, own if len(subsets) > 1 else set(), problems)
     parser = XMLParser(target=target)
@@ -251,7 +251,7 @@ class _Target:
         """What was read."""
         if self.tracks and not self.images:
             raise UserError(
-                f"{self.where}: {self.tracks} tracks of a video and no pictures: export as 'CVAT for images 1.1' instead"
+                f"{self.where}: {self.tracks} tracks of a video, no pictures: export as 'CVAT for images 1.1' instead"
             )
         for _ in range(self.tracks):
             self.problems.add("track of a video: left out", self.where)
