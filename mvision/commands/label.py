@@ -75,7 +75,7 @@ def label_job(
     request = _request(model, masks, source, image_url)
     check_request(form, request)
     marking = Marking(_with_default(threshold, THRESHOLD), _with_default(review, REVIEW), nms)
-    settings = {
+    settings: dict[str, object] = {
         "source": str(Path(folder).resolve()),
         "weights": _identity(source),
         "tasks": list(model.tasks),

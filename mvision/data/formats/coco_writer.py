@@ -21,8 +21,8 @@ REVIEW = "review"
 def write_coco(folder: Path, request: Request, pictures: Pictures, notes: Counter[str]) -> None:
     """``annotations/instances_train.json`` and, of a model with keypoints, ``person_keypoints_train.json``.
 
-    These are COCO's own names. The second file has the objects of classes with keypoints once more, under the same numbers. CVAT and others read
-    keypoints from a file of this name, and want every object in it to have some.
+    These are COCO's own names. The second file has the objects of classes with keypoints once more, under the same
+    numbers. CVAT and others read keypoints from a file of this name, and want every object in it to have some.
     """
     (folder / "annotations").mkdir()
     _write(folder / "annotations" / "instances_train.json", replace(request, points=False), pictures)

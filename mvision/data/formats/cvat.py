@@ -202,8 +202,8 @@ class _Target:
         elif tag == "polygon":
             shape.polygons = [_places(attributes.get("points", ""))]
         elif tag == "ellipse":
-            values = [_number(attributes, key) for key in ("cx", "cy", "rx", "ry")]
-            shape.polygons = [ellipse(*values, number(attributes.get("rotation")) or 0.0)]
+            cx, cy, rx, ry = (_number(attributes, key) for key in ("cx", "cy", "rx", "ry"))
+            shape.polygons = [ellipse(cx, cy, rx, ry, number(attributes.get("rotation")) or 0.0)]
         elif tag == "mask":
             shape.mask = run_lengths(_mask(attributes, entry))
         else:
@@ -305,7 +305,7 @@ def _mask(attributes: dict[str, str], entry: dict[str, Any]) -> np.ndarray:
         raise ValueError(reason)
     if min(left, top) < 0 or min(width, height) < 1 or left + width > columns or top + height > rows:
         raise ValueError(f"a mask of {width} x {height} at {left}, {top} in a picture of {columns} x {rows}")
-    runs = np.fromstring(attributes.get("rle", ""), dtype=np.int64, sep=",") if attributes.get("rle") else np.zeros(0)
+    runs = np.fromstring(attributes.get("rle", ""), dtype=np.int64, sep=",")
     if not len(runs) or runs.min() < 0 or runs.max() > width * height or runs.sum() != width * height:
         raise ValueError(f"run lengths that do not add up to {width} x {height} pixels")
     pixels = np.zeros((rows, columns), dtype=bool)

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOBase
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 from xml.sax.saxutils import XMLGenerator
+from xml.sax.xmlreader import AttributesImpl
 
 import numpy as np
 
@@ -121,14 +123,14 @@ def _escaped(text: str) -> str:
 class _Xml:
     """Writes the elements; of the pictures one is in memory at a time."""
 
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIOBase) -> None:
         self.xml = XMLGenerator(file, "utf-8", short_empty_elements=True)
         self.depth = 0
 
     @contextmanager
-    def element(self, name: str, attributes: dict[str, Any] | None = None, text: str | None = None) -> Any:
+    def element(self, name: str, attributes: dict[str, Any] | None = None, text: str | None = None) -> Iterator[None]:
         self.xml.ignorableWhitespace("\n" + "  " * self.depth)
-        self.xml.startElement(name, {key: str(value) for key, value in (attributes or {}).items()})
+        self.xml.startElement(name, AttributesImpl({key: str(value) for key, value in (attributes or {}).items()}))
         self.depth += 1
         yield
         self.depth -= 1

@@ -87,7 +87,7 @@ def _task(picture: LabelledPicture, request: Request) -> dict[str, Any]:
 def _regions(number: int, one: LabelledObject, picture: LabelledPicture, request: Request) -> Iterator[dict[str, Any]]:
     category, first = request.categories[one.label], f"o{number}"
     if one.mask is not None:
-        value = {"format": "rle", "rle": encode_brush(decode_mask(one.mask))}
+        value: dict[str, Any] = {"format": "rle", "rle": encode_brush(decode_mask(one.mask))}
         yield _region(first, BRUSH, BRUSH, value, [category.name], one, picture)
     for part, polygon in enumerate(one.polygons or ()):
         points = [_percent(place, picture) for place in zip(polygon[::2], polygon[1::2])]
