@@ -312,7 +312,7 @@ def test_the_names_of_keypoints_go_along(tmp_path: Path, monkeypatch: pytest.Mon
     for form in FORMATS:
         out = tmp_path / form
         assert label(monkeypatch, photos(tmp_path / "in"), out, "--format", form, tasks=["keypoints"]) == 0
-        red = CocoSplit(find_layout(out).split("train"), ("keypoints",)).own[0]
+        red = CocoSplit(find_layout(out).split("train", ("boxes", "keypoints")), ("keypoints",)).own[0]
         assert red.keypoints == POINTS, form
         if form not in ("yolo", "label-studio"):
             assert red.skeleton == [(0, 1), (1, 2)], form

@@ -75,18 +75,23 @@ def label_job(
     request = _request(model, masks, source, image_url)
     check_request(form, request)
     marking = Marking(_with_default(threshold, THRESHOLD), _with_default(review, REVIEW), nms)
-    settings: dict[str, object] = {
+    settings = _settings(folder, source, model, request, marking)
+    log(runtime)
+    with decoder_messages_hidden():
+        return label(model, found, target, form, request, marking, settings)
+
+
+def _settings(folder: str, source: str, model: Predictor, request: Request, marking: Marking) -> dict[str, object]:
+    """What the predictions depend on, by the name of its option: a run that goes on needs the same."""
+    return {
         "source": str(Path(folder).resolve()),
         "weights": _identity(source),
         "tasks": list(model.tasks),
         "threshold": marking.threshold,
         "review": marking.review,
-        "nms": nms,
+        "nms": marking.nms,
         "masks": request.masks,
     }
-    log(runtime)
-    with decoder_messages_hidden():
-        return label(model, found, target, form, request, marking, settings)
 
 
 def _with_default(given: Threshold | None, default: float) -> Threshold:
