@@ -37,9 +37,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for command in COMMANDS:
         arguments = [text.replace("person=", f"{names[0]}=") for text in command]
         if command[0] == "label":
-            arguments += (
-                ["--threshold", "0", "--device", "cpu"] if "--threshold" not in command else ["--device", "cpu"]
-            )
+            arguments += ["--device", "cpu", *(["--threshold", "0"] if "--threshold" not in command else [])]
         if command[0] == "train":
             arguments += ["--epochs", "1", "--device", "cpu", "--workers", "0", "--output", "run"]
         assert run(arguments) == 0, command

@@ -81,9 +81,8 @@ def test_masks_in_datumaro(form: str, masks: str, tmp_path: Path, monkeypatch: p
 
 def test_keypoints_in_datumaro(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     datumaro = pytest.importorskip("datumaro")
-    data = datumaro.Dataset.import_from(
-        str(made(tmp_path, monkeypatch, "coco", "", "keypoints")), "coco_person_keypoints"
-    )
+    out = made(tmp_path, monkeypatch, "coco", "", "keypoints")
+    data = datumaro.Dataset.import_from(str(out), "coco_person_keypoints")
     items = [item for item in data if Path(item.id).name == "a"]
     (points,) = (a for item in items for a in item.annotations if a.type.name == "points")
     assert points.points[:4] == pytest.approx([22, 12, 68, 12], abs=0.02)

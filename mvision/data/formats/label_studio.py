@@ -333,7 +333,7 @@ def _path(address: str) -> str:
 
 def _labels(region: dict[str, Any]) -> list[str]:
     value = region.get("value")
-    found = next((value[key] for key in value if key.endswith("labels")), []) if isinstance(value, dict) else []
+    found: Any = next((value[key] for key in value if key.endswith("labels")), []) if isinstance(value, dict) else []
     return [str(label) for label in found] if isinstance(found, list) else []
 
 

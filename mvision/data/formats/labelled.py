@@ -126,7 +126,7 @@ def labelled_picture(
         The picture, and the number of things by what was left out or replaced.
     """
     notes: Counter[str] = Counter()
-    picture = LabelledPicture(name, *map(int, found.size))
+    picture = LabelledPicture(name, int(found.size[0]), int(found.size[1]))
     boxes = np.round(found.boxes.astype(np.float64).reshape(-1, 4), 2).tolist()
     areas = None if found.masks is None else found.masks.areas
     for index, (label, box, score) in enumerate(zip(found.labels.tolist(), boxes, found.scores.tolist())):
@@ -196,9 +196,9 @@ def _simplified(polygon: np.ndarray, tolerance: float) -> np.ndarray:
 
 def _hole(mask: np.ndarray) -> int:
     """The number of pixels that lie in holes."""
-    count, _, stats, _ = cv2.connectedComponentsWithStats(
-        np.pad(~mask, 1, constant_values=True).view(np.uint8), None, 4
-    )
+    outside = np.pad(~mask, 1, constant_values=True).view(np.uint8)
+    count, _, found, _ = cv2.connectedComponentsWithStats(outside, connectivity=4)
+    stats = np.asarray(found)
     return int(stats[1:, cv2.CC_STAT_AREA].sum() - stats[1:, cv2.CC_STAT_AREA].max()) if count > 2 else 0
 
 

@@ -89,7 +89,7 @@ def give_points(shapes: list[Shape], problems: Problems, kind: str) -> list[Shap
 
 def _owner(points: Shape, shapes: Sequence[Shape]) -> Shape | None:
     places = [(x, y) for x, y, v in (points.points or {}).values() if v]
-    fitting = []
+    fitting: list[tuple[float, int, Shape]] = []
     for shape in shapes:
         extent = shape.extent
         if shape is points or shape.name != points.name or extent is None or not places:
