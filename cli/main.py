@@ -22,6 +22,7 @@ from mvision.cli.benchmark import benchmark
 from mvision.cli.data import data
 from mvision.cli.export import export
 from mvision.cli.info import info
+from mvision.cli.label import label
 from mvision.cli.models import models
 from mvision.cli.options import SuggestingGroup
 from mvision.cli.predict import predict
@@ -63,7 +64,7 @@ def cli() -> None:
     """
 
 
-for _command in (train, val, predict, export, models, benchmark, transfer, data, info):
+for _command in (train, val, predict, label, export, models, benchmark, transfer, data, info):
     cli.add_command(_command)
 
 

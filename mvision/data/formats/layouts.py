@@ -20,6 +20,7 @@ from mvision.data.formats.coco_layouts import (
     folders_with_files,
 )
 from mvision.data.formats.split import Split
+from mvision.data.formats.tool_layouts import tool_file, tool_files
 from mvision.data.formats.yolo_plain import is_plain_yolo, plain_yolo
 from mvision.data.formats.yolo_yaml import YoloSet, is_yolo_file, yolo_splits
 from mvision.errors import UserError, did_you_mean
@@ -87,8 +88,8 @@ def find_layout(root: str | Path | None = None) -> Layout:
     Recognised: ``images/`` + ``annotations/{train,val}.json``; COCO's own (``annotations/instances_train2017.json``,
     ``train2017/``) and CVAT's, in any case; a folder for each split with one COCO file in it (Roboflow's
     ``train/_annotations.coco.json``, ``valid/``); COCO files beside the images or beside folders of them; a YOLO
-    ``data.yaml``, or YOLO's label files with a ``classes.txt`` or ``obj.names``. A folder that holds one folder and
-    nothing else stands for that one.
+    ``data.yaml``, or YOLO's label files with a ``classes.txt`` or ``obj.names``; CVAT's XML and Label Studio's JSON. A
+    folder that holds one folder and nothing else stands for that one.
 
     Raises:
         UserError: there is no such folder, or nothing in it is recognised.
@@ -101,6 +102,8 @@ def find_layout(root: str | Path | None = None) -> Layout:
     if root.is_file():
         if root.suffix.lower() in YAML_SUFFIXES:
             return _yolo(root.parent, yolo_splits(root))
+        if (found := tool_file(root)).splits:
+            return _coco(root.parent, found)
         ways = {".json": "give the folder that it lies in", ".zip": "unpack it and give the folder"}
         way = ways.get(root.suffix.lower(), "")
         raise UserError(
@@ -141,7 +144,7 @@ def _show(bar: tqdm[Any], done: int, total: int) -> None:
 
 
 def _recognise(root: Path) -> Layout | None:
-    for recognise in (annotations_folder, folders_with_files):
+    for recognise in (annotations_folder, tool_files, folders_with_files):
         if (found := recognise(root)).splits:
             return _coco(root, found)
     files = [entry for entry in _entries(root) if entry.suffix in YAML_SUFFIXES and not entry.name.startswith(".")]
@@ -186,5 +189,5 @@ def _not_recognised(root: Path, given: Path) -> str:
     return (
         f"--data {given}: no data set recognised{place} (found: {found}); expected images/ + "
         f"annotations/{{train,val}}.json, COCO's own layout, Roboflow's train/{ROBOFLOW_FILE}, "
-        f"a COCO file beside its images, or a YOLO data.yaml{hint}"
+        f"a COCO file beside its images, a YOLO data.yaml, CVAT's XML or Label Studio's JSON{hint}"
     )

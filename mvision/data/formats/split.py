@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import posixpath
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ class Split:
         fold: the split is, drawn with the same seed, a fold of the images of several splits (where ``held_out`` is set)
             or all their other images. The files named above are those of the first of them.
         ignore_iscrowd: read regions that are marked as crowds as single objects.
+        reader: reads the annotations where they are the export of a tool with a format of its own.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Split:
     held_out: bool = False
     fold: Fold | None = None
     ignore_iscrowd: bool = False
+    reader: Callable[[Split, Problems], dict[str, Any]] | None = None
 
     @property
     def parts(self) -> tuple[Split, ...]:
@@ -93,6 +96,8 @@ class Split:
     def _load(self, problems: Problems) -> dict[str, Any]:
         if self.yolo is not None:
             return read_yolo_split(self.yolo, self.name, problems)
+        if self.reader is not None:
+            return self.reader(self, problems)
         raw = read_json(self.annotations)
         if "annotations" not in raw:
             raw["annotations"] = []
