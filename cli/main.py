@@ -25,6 +25,7 @@ from mvision.cli.info import info
 from mvision.cli.models import models
 from mvision.cli.options import SuggestingGroup
 from mvision.cli.predict import predict
+from mvision.cli.push import push
 from mvision.cli.train import train
 from mvision.cli.transfer import transfer
 from mvision.cli.val import val
@@ -63,7 +64,7 @@ def cli() -> None:
     """
 
 
-for _command in (train, val, predict, export, models, benchmark, transfer, data, info):
+for _command in (train, val, predict, export, push, models, benchmark, transfer, data, info):
     cli.add_command(_command)
 
 

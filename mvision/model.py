@@ -25,6 +25,7 @@ from mvision.inference.selection import Selection, Threshold
 from mvision.machine import PrecisionOption, inference_precision, resolve_device, torch_dtype
 from mvision.neck import HybridEncoder
 from mvision.neck.layers import fuse_modules
+from mvision.storage.hub_model import HubModel
 from mvision.structures import Category, Instances, Targets
 
 
@@ -62,7 +63,7 @@ def query_sources(config: ModelConfig) -> dict[str, str]:
     return found
 
 
-class Model(nn.Module):
+class Model(HubModel, nn.Module):
     """Backbone, neck and heads, each built for the channels and strides of the one before.
 
     Args:

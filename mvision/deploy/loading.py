@@ -11,6 +11,7 @@ from mvision.deploy.exported import ExportedModel, is_exported
 from mvision.errors import UserError
 from mvision.model import Model
 from mvision.weights import load as load_weights
+from mvision.weights import push as push  # gives models their way to the Hub
 
 
 def load(

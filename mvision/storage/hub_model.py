@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol
 
 from huggingface_hub import ModelHubMixin
-from typing_extensions import Self
 
 from mvision.errors import UserError
 from mvision.storage.hub import Access
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
+    from typing_extensions import Self
 
 
 class Source(NamedTuple):
@@ -32,10 +32,10 @@ class Source(NamedTuple):
 
 
 class HubFiles(Protocol):
-    """Writes a model into a folder, describes it in a card, pushes it and loads it; see ``mvision.weights.push``."""
+    """Saves a model in a folder, describes it in a card, pushes it and loads it; see ``mvision.weights.push``."""
 
-    def write(self, model: Any, folder: Path) -> None:
-        """Write the weights and ``config.json``."""
+    def save(self, model: Any, folder: Path, card: dict[str, Any]) -> None:
+        """Write all files of a repository, the card included."""
 
     def card(self, model: Any, options: dict[str, Any]) -> ModelCard:
         """The model card."""
@@ -50,9 +50,6 @@ class HubFiles(Protocol):
 class HubModel(ModelHubMixin, library_name="mvision", tags=["mvision"]):
     """``save_pretrained``, ``push_to_hub`` and ``from_pretrained``, with the arguments of huggingface_hub's mixin.
 
-    ``save_pretrained(folder)`` is the mixin's own: it writes ``model.safetensors``, ``config.json`` and the model card,
-    ``README.md``; ``mvision.load`` reads the folder.
-
     Attributes:
         source: where the weights were read from; None for those of ``create_model``. The card has the figures of that
             run as long as the weights are still the same.
@@ -64,11 +61,39 @@ class HubModel(ModelHubMixin, library_name="mvision", tags=["mvision"]):
     @classmethod
     def _files(cls) -> HubFiles:
         if cls.hub is None:
-            raise UserError("a model on the Hub: 'import mvision.weights.push' first, or take the class as mvision.Model")
+            raise UserError(
+                "a model on the Hub: 'import mvision.weights.push' first, or take the class as mvision.Model"
+            )
         return cls.hub
 
-    def _save_pretrained(self, save_directory: Path) -> None:
-        self._files().write(self, save_directory)
+    def save_pretrained(  # type: ignore[override]  # the config is the model's own
+        self,
+        save_directory: str | Path,
+        *,
+        repo_id: str | None = None,
+        push_to_hub: bool = False,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write what ``push_to_hub`` would push into a folder; ``mvision.load`` reads it.
+
+        Args:
+            save_directory: is created; files of the same names are replaced.
+            repo_id: None: the name of the folder, in the account of the token's user.
+            push_to_hub: push as well; returns the address of the commit then.
+            model_card_kwargs: see ``mvision.weights.card.CardOptions``.
+            push_to_hub_kwargs: of ``push_to_hub``.
+
+        Raises:
+            UserError: the folder cannot be written, or as ``push_to_hub``.
+        """
+        if push_to_hub_kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained: {', '.join(push_to_hub_kwargs)} without push_to_hub=True")
+        self._files().save(self, Path(save_directory), {"repo_id": repo_id, **(model_card_kwargs or {})})
+        if not push_to_hub:
+            return None
+        name = repo_id or Path(save_directory).absolute().name
+        return self.push_to_hub(name, model_card_kwargs=model_card_kwargs, **push_to_hub_kwargs)
 
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The model card, with metadata and text; keyword arguments: see ``mvision.weights.card.CardOptions``."""

@@ -84,6 +84,10 @@ class Upload:
                     self.repo_id = f"{self._api.whoami()['name']}/{self.repo_id}"
         return self._api
 
+    def connect(self) -> str:
+        """Check that there are a token and a connection; returns the whole name of the repository."""
+        return self.repo_id if self.api else ""
+
     def look(self) -> Repository | None:
         """What there is at the name; None where there is nothing, or nothing that the token may see."""
         from huggingface_hub.utils import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError

@@ -98,6 +98,12 @@ def _from_zoo(model: zoo.ZooModel) -> Path:
     return path
 
 
+def hub_id(source: str) -> str | None:
+    """The repository of the Hub that a text names, without its revision; None: it is no such name."""
+    named = _AT_REVISION.fullmatch(source)
+    return named[1] if named else None
+
+
 def is_repository(source: str) -> bool:
     """Whether a source can only be a repository of the Hub: an id with or without a revision, and no file or folder."""
     return not Path(source).exists() and source not in zoo.MODELS and bool(_AT_REVISION.fullmatch(source))
