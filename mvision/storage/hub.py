@@ -156,7 +156,7 @@ def _cached(
 
 
 def cached_commit(name: str, revision: str | None = None) -> str | None:
-    """The commit of a repository, or of its branch or tag, that was downloaded last; None: there is none in the cache."""
+    """The commit of a repository, or of its branch or tag, that was downloaded last; None: none is in the cache."""
     folder = _cached(name, (), revision, lambda folder: True)
     return folder.name if folder is not None else None
 

@@ -84,7 +84,10 @@ def write(model: Model, folder: Path, run: RunFacts, options: CardOptions) -> Ex
     """
     config = model.config.model_copy(deep=True)
     config.backbone.forget_weights()
-    save_weights(model, folder / PUBLISHED, run.header, config)
+    if run.file is not None and run.file_says == (config.model_dump(mode="json"), run.started_from):
+        (folder / PUBLISHED).write_bytes(run.file.read_bytes())  # the same file, by its checksum too
+    else:
+        save_weights(model, folder / PUBLISHED, run.header, config)
     described = {
         "library_name": LIBRARY,
         "mvision_version": mvision.__version__,
@@ -128,8 +131,8 @@ def _check(name: str, there: Repository | None, private: bool | None, create_pr:
         )
     if private and not there.is_private and not create_pr:
         raise UserError(
-            f"push {name}: --private is for new repositories, and this one exists and is public; make it private in its "
-            "settings on the Hub, or choose another name"
+            f"push {name}: --private is for new repositories, and this one exists and is public; make it private in "
+            "its settings on the Hub, or choose another name"
         )
 
 
@@ -146,8 +149,8 @@ def _notes(
         ]
     if is_kept:
         lines += [
-            f"note: {CARD} of {name} was written by people: its text stays, and only its metadata is renewed; for a new "
-            f"one delete {CARD} there and push again"
+            f"note: {CARD} of {name} was written by people: its text stays, and only its metadata is renewed; for a "
+            f"new one delete {CARD} there and push again"
         ]
     return lines
 

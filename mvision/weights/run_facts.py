@@ -35,6 +35,8 @@ class RunFacts:
         started_from: the published weights that the run began with, and a repository of the Hub that they are in.
         images: numbers of training and validation images of every data set.
         pictures: files that the run left.
+        file: the weights file, where the model still has its weights.
+        file_says: the model's config and the ``started_from`` in the header of that file.
     """
 
     config: Config | None = None
@@ -44,6 +46,8 @@ class RunFacts:
     base_model: str | None = None
     images: list[list[int]] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
+    file: Path | None = None
+    file_says: tuple[Any, str | None] = (None, None)
 
     @property
     def header(self) -> dict[str, Any]:
@@ -92,6 +96,8 @@ def _of_file(model: Model, source: Source) -> RunFacts:
         base_model,
         _numbers_of_images(RunFolder(folder).state),
         [folder / name for name in PICTURES if (folder / name).is_file()],
+        path,
+        (header.get("model"), header.get("started_from")),
     )
 
 
