@@ -17,7 +17,7 @@ from mvision.storage.run_folder import RunFolder
 from mvision.weights import zoo
 from mvision.weights.files import built, read_weights
 from mvision.weights.sources import hub_id
-from mvision.weights.stored import read_header, read_json
+from mvision.weights.stored import read_header, read_json, read_tensors
 
 METRICS = "metrics.json"
 STATE = "mvision_state"
@@ -103,14 +103,15 @@ def _of_file(model: Model, source: Source) -> RunFacts:
 
 def _is_as_read(model: Model, path: Path) -> bool:
     """Whether a model still has the weights of its file, bit by bit."""
+    now = model.state_dict()
     try:
-        before = built(read_weights(path), model.tasks, path)
-    except (UserError, OSError):  # the file is gone, or another one
+        then = read_tensors(path)
+        if then.keys() - now.keys():  # of tasks that were left out: names of tensors can differ then
+            then = built(read_weights(path), model.tasks, path).state_dict()
+    except UserError:  # the file is gone, or another one
         return False
-    if before.fused != model.fused:
-        return False
-    now, then = model.state_dict(), before.state_dict()
-    return now.keys() == then.keys() and all(
+    counters = {name for name in now if name.endswith("num_batches_tracked")}  # files can lack them
+    return now.keys() - counters <= then.keys() <= now.keys() and all(
         now[name].dtype == tensor.dtype and torch.equal(now[name].cpu(), tensor) for name, tensor in then.items()
     )
 
