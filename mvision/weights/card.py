@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-import mvision
-from mvision.config import Config
 from mvision.errors import UserError, did_you_mean
-from mvision.evaluation.tables import figure_text, markdown_table, markdown_text
 from mvision.heads import head_class
 from mvision.model import Model
+from mvision.weights import card_text
 from mvision.weights.card_use import use_of
 from mvision.weights.run_facts import RunFacts
 
-_NO_LICENCE = "Where the metadata of this page names no licence, ask the author before you use these weights."
-MOST_ROWS = 100  # classes that a table lists; more are counted
+_LICENCE = ("license", "license_name", "license_link")
 _MARK = re.compile(r"\n*<!-- written by mvision, sha256 ([0-9a-f]{64}) -->\s*$")
 
 TEMPLATE = """\
@@ -120,16 +117,16 @@ def make_card(model: Model, run: RunFacts, options: CardOptions, example: Exampl
         _metadata(model, run, options, title),
         template_str=TEMPLATE,
         title=title,
-        summary=_summary(model),
-        facts="\n".join(_facts(model, run)),
-        results="\n".join(_results(model, run)),
+        summary=card_text.summary(model),
+        facts="\n".join(card_text.facts(model, run)),
+        results="\n".join(card_text.results(run)),
         example=example,
         predictions=options.pictures and any(path.name == "predictions.jpg" for path in run.pictures),
         curves=any(path.name == "results.png" for path in run.pictures),
         use=use,
-        classes="\n".join(_classes(model)),
-        training="\n".join(_training(run.config)) if run.config else "",
-        licence=_licence(run, options),
+        classes="\n".join(card_text.classes(model)),
+        training="\n".join(card_text.training(run.config)) if run.config else "",
+        licence=card_text.licence(run, options.license_name or options.license, options.license_link),
     )
     text = re.sub(r"\n{3,}", "\n\n", card.text).rstrip()
     card.text = f"{text}\n\n<!-- written by mvision, sha256 {_digest(text)} -->\n"
@@ -156,11 +153,11 @@ def with_old(options: CardOptions, old: ModelCard | None) -> CardOptions:
     """The options, with the licence and the data sets that the repository's card names where they name none."""
     if old is None:
         return options
-    data = old.data
-    if not options.license and isinstance(data.license, str):
-        options = replace(options, license=data.license, license_name=data.license_name, license_link=data.license_link)
-    if not options.datasets and data.datasets:
-        options = replace(options, datasets=[data.datasets] if isinstance(data.datasets, str) else data.datasets)
+    if not options.license:
+        options = replace(options, **{name: old.data.get(name) for name in _LICENCE})
+    datasets = old.data.get("datasets")
+    if not options.datasets and datasets:
+        options = replace(options, datasets=[datasets] if isinstance(datasets, str) else datasets)
     return options
 
 
@@ -180,7 +177,8 @@ def merged(card: ModelCard, old: ModelCard | None) -> tuple[ModelCard, bool]:
     for key, value in old.data.to_dict().items():
         if key not in told_anew and new.get(key) is None:
             new[key] = value
-    new.tags = list(dict.fromkeys([*(new.tags or []), *(old.data.tags or [])]))
+    tags = old.data.get("tags") or []
+    new["tags"] = list(dict.fromkeys([*new.get("tags"), *([tags] if isinstance(tags, str) else tags)]))
     if is_own or not old.text.strip():
         return card, False
     card.text = old.text
@@ -217,7 +215,7 @@ def _digest(text: str) -> str:
 
 def _metadata(model: Model, run: RunFacts, options: CardOptions, title: str) -> ModelCardData:
     tags = pipeline_tags(model)
-    name = ", ".join(_data_names(run.config)) or "validation data"
+    name = ", ".join(card_text.data_names(run.config)) or "validation data"
     results = [
         EvalResult(
             task_type=_pipeline_tag(model, task),
@@ -231,7 +229,7 @@ def _metadata(model: Model, run: RunFacts, options: CardOptions, title: str) -> 
         )
         for task, figures in run.metrics.items()
         for figure, value in figures.items()
-        if value >= 0 and not _class_of(figure, figures)
+        if value >= 0 and not card_text.class_of(figure, figures)
     ]
     return ModelCardData(
         library_name="mvision",
@@ -246,138 +244,3 @@ def _metadata(model: Model, run: RunFacts, options: CardOptions, title: str) -> 
         eval_results=results or None,
         model_name=title if results else None,
     )
-
-
-def _summary(model: Model) -> str:
-    tasks = " and ".join(filter(None, (", ".join(model.tasks[:-1]), model.tasks[-1])))
-    number = len(model.categories)
-    classes = f"{number} classes" if number > 1 else f"the class {markdown_text(model.categories[0].name)}"
-    return f"A model of mvision for {tasks}, with {classes}."
-
-
-def _facts(model: Model, run: RunFacts) -> Iterator[str]:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    height, width = model.config.image_size
-    rows = [
-        ["Backbone", f"{markdown_text(model.config.backbone.name)}"],
-        ["Parameters", f"{parameters / 1e6:,.1f} million"],
-        ["Input", f"{height} x {width} pixels (height x width); pictures of any size are resized"],
-        ["Started from", markdown_text(_start(run))],
-    ]
-    if names := _data_names(run.config):
-        rows.append(["Trained on", markdown_text(_with_numbers(names, run.images))])
-    if run.epoch is not None:
-        rows.append(["Epoch", str(run.epoch)])
-    rows.append(["mvision", mvision.__version__])
-    return iter(markdown_table(["", ""], rows))
-
-
-def _start(run: RunFacts) -> str:
-    if run.started_from:
-        return run.started_from
-    backbone = run.config.model.backbone if run.config else None
-    if backbone is not None and backbone.starts_trained:
-        return (
-            f"{backbone.weights or 'the pretrained weights'} of the backbone {backbone.name}; the rest from random ones"
-        )
-    return "random weights, or weights of the author's own"
-
-
-def _data_names(config: Config | None) -> list[str]:
-    if config is None:
-        return []
-    roots = [config.data.root, *(more.root for more in config.data.more)]
-    return [root or "mvision's built-in, generated data set" for root in roots]
-
-
-def _with_numbers(names: list[str], images: list[list[int]]) -> str:
-    if len(names) != len(images):
-        return "; ".join(names)
-    return "; ".join(f"{name} ({train} images, {val} for validation)" for name, (train, val) in zip(names, images))
-
-
-def _results(model: Model, run: RunFacts) -> Iterator[str]:
-    """A table of every task's figures, and one of its classes."""
-    if not run.metrics:
-        return
-    where = f"the split {markdown_text(run.config.data.val)}" if run.config else "the validation split"
-    yield f"On {where} of the data above; - stands for figures that it has no objects for."
-    for task, figures in run.metrics.items():
-        whole = {name: value for name, value in figures.items() if not _class_of(name, figures)}
-        if not whole:
-            continue
-        yield from ("", f"**{task}**", "")
-        shown = [(markdown_text(name), figure_text(value)) for name, value in whole.items()]
-        yield from markdown_table(["figure", "value"], shown)
-        yield from _results_by_class(model, figures)
-
-
-def _results_by_class(model: Model, figures: dict[str, float]) -> Iterator[str]:
-    rows: dict[str, dict[str, float]] = {}
-    for name, value in figures.items():
-        if found := _class_of(name, figures):
-            rows.setdefault(found[1], {})[found[0]] = value
-    if not rows:
-        return
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    shown = [
-        [markdown_text(name), *(figure_text(row[column]) if column in row else "-" for column in columns)]
-        for name, row in rows.items()
-    ]
-    yield ""
-    yield from markdown_table(["class", *map(markdown_text, columns)], shown[:MOST_ROWS])
-    if len(shown) > MOST_ROWS:
-        yield from ("", f"{len(shown) - MOST_ROWS} more classes are in metrics.json.")
-
-
-def _class_of(name: str, figures: dict[str, float]) -> tuple[str, str] | None:
-    """Figure and class of a class's figure, such as ``AP/cat``; None for a figure of all classes, such as ``bbox/AP``.
-
-    Names of classes can have slashes in them.
-    """
-    parts = name.split("/")
-    figure = next(("/".join(parts[:end]) for end in range(1, len(parts)) if "/".join(parts[:end]) in figures), None)
-    return None if figure is None else (figure, name.removeprefix(f"{figure}/"))
-
-
-def _classes(model: Model) -> Iterator[str]:
-    rows = [
-        [str(label), markdown_text(category.name), markdown_text(", ".join(category.keypoints)) or "-"]
-        for label, category in enumerate(model.categories)
-    ]
-    has_points = any(category.keypoints for category in model.categories)
-    header = ["label", "name", "keypoints"] if has_points else ["label", "name"]
-    yield from markdown_table(header, [row[: len(header)] for row in rows[:MOST_ROWS]])
-    if len(rows) > MOST_ROWS:
-        yield from ("", f"{len(rows) - MOST_ROWS} more are in config.json.")
-
-
-def _training(config: Config) -> Iterator[str]:
-    train, augment = config.train, config.data.augment
-    used = {name: value for name, value in augment.model_dump(mode="json").items() if value}
-    rows = [
-        ["epochs", train.epochs],
-        ["images in a step", f"{train.batch_size} x {train.accumulate}" if train.accumulate > 1 else train.batch_size],
-        ["optimizer", f"{train.optimizer}, learning rate {train.lr}, backbone {train.backbone_lr or train.lr}"],
-        ["schedule", f"{train.schedule}, {train.warmup_steps} steps of warm-up"],
-        ["weight decay", train.weight_decay],
-        ["moving average", train.ema_decay],
-        ["precision", train.precision],
-        ["seed", train.seed],
-        ["augmentation", ", ".join(f"{name} {value}" for name, value in used.items() if name != "extra") or "none"],
-    ]
-    yield from markdown_table(["setting", "value"], [[name, markdown_text(str(value))] for name, value in rows])
-    yield from ("", "All settings are in [config.yaml](config.yaml).")
-
-
-def _licence(run: RunFacts, options: CardOptions) -> str:
-    name = options.license_name or options.license
-    shown = (
-        f"[{markdown_text(name)}]({options.license_link})"
-        if name and options.license_link
-        else markdown_text(name or "")
-    )
-    own = f"These weights: {shown}." if name else _NO_LICENCE
-    if not run.started_from:
-        return own
-    return f"{own} They come from {markdown_text(run.started_from)}, whose licence holds as well."

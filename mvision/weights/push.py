@@ -143,7 +143,7 @@ def _notes(
     shows = [path.name for path in run.pictures if path.name == PICTURES[0] and options.pictures]
     if shows:
         lines += [f"note: {shows[0]} shows validation images of the run; --no-pictures leaves it out"]
-    if not card.data.license:
+    if not card.data.get("license"):
         lines += [
             "note: the model card names no licence; --license NAME, such as apache-2.0, says how others may use it"
         ]

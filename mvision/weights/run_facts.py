@@ -132,12 +132,17 @@ def _figures(content: Any, where: str, tasks: list[str]) -> dict[str, dict[str, 
 def _without_paths(config: Config) -> Config:
     """A copy that names data by the last part of its path: folders of this machine are nobody's business."""
     config = config.model_copy(deep=True)
-    for data in (config.data, *config.data.more):
-        if data.root is not None:
-            data.root = Path(data.root).expanduser().absolute().name or "data"
+    if config.data.root is not None:
+        config.data.root = _folder_name(config.data.root)
+    for more in config.data.more:
+        more.root = _folder_name(more.root)
     if config.model.backbone.weights is not None:
         config.model.backbone.weights = Path(config.model.backbone.weights).name
     return config
+
+
+def _folder_name(path: str) -> str:
+    return Path(path).expanduser().absolute().name or "data"
 
 
 def _numbers_of_images(state: Path) -> list[list[int]]:

@@ -39,7 +39,7 @@ def fetch(source: str) -> Path | None:
     if re.match(r"\w+://", source):
         return _from_web(source)
     repository = _AT_REVISION.fullmatch(source)
-    return fetch_repository(*repository.groups()) if repository else None
+    return fetch_repository(repository[1], repository[2]) if repository else None
 
 
 def tell_of_shadow(source: str) -> None:
