@@ -177,6 +177,7 @@ def test_the_code_of_the_card_runs_as_it_is(trained: Path, server: FakeHub, tmp_
         ("me/open", ["--license", "gpl"], r'nothing was pushed: .*"license" must be one of apache-2.0, mit'),
         ("me/a/b", [], "push 'me/a/b': not the name of a repository .*; give user/name"),
         ("me/sq uares", [], "not the name of a repository"),
+        ("me/open", ["--create-pr", "--revision=v1"], "leave out either the branch v1 or it"),
         ("me/none", ["--create-pr"], "there is no such repository to propose a pull request to"),
     ],
 )

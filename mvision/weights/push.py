@@ -59,6 +59,8 @@ def push(
         log: is called with the lines that a user has to know.
     """
     upload, options = Upload(repo_id, token, branch), options or CardOptions()
+    if branch is not None and create_pr:
+        raise UserError(f"push {repo_id}: a pull request is one to main; leave out either the branch {branch} or it")
     run, warning = facts_of(model)
     with tempfile.TemporaryDirectory(prefix="mvision-push-") as name:
         folder = Path(name)
