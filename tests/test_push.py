@@ -170,7 +170,11 @@ def test_the_code_of_the_card_runs_as_it_is(trained: Path, server: FakeHub, tmp_
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("them/squares", [], r"push them/squares: it cannot be created: the token in HF_TOKEN has no right to write"),
+        (
+            "them/squares",
+            [],
+            r"push them/squares: it cannot be created: the token in HF_TOKEN has no right .*that may write$",
+        ),
         ("them/open", [], r"the token in HF_TOKEN has no right to write there \(.*no write access.*--create-pr"),
         ("me/rtdetr", [], r"the name is taken: .* another kind of model \(config.json, model.safetensors\)"),
         ("me/open", ["--private"], "--private is for new repositories, and this one exists and is public"),

@@ -65,6 +65,7 @@ class Upload:
     def __init__(self, repo_id: str, token: str | None = None, branch: str | None = None) -> None:
         self.repo_id, self.branch, self._given = check_name(repo_id), branch, token
         self._api: HfApi | None = None
+        self._exists = False
 
     @property
     def api(self) -> HfApi:
@@ -102,6 +103,7 @@ class Upload:
                 raise
             except RepositoryNotFoundError:
                 return None
+            self._exists = True
             files = [file.rfilename for file in info.siblings or []]
             config = self._read(info.sha, "config.json") if "config.json" in files else None
             card = self._read(info.sha, "README.md") if "README.md" in files else None
@@ -158,7 +160,7 @@ class Upload:
         if status == 403:
             return (
                 f"the token {self._named_token()} has no right to write there ({said}); choose a name of your own or a "
-                "token that may write, or propose it as a pull request: --create-pr"
+                f"token that may write{', or propose it as a pull request: --create-pr' if self._exists else ''}"
             )
         if status == 404:
             return f"there is no such repository or branch, or the token may not see it ({said})"
