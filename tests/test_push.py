@@ -19,6 +19,7 @@ from mvision.cli.main import run as run_cli
 from mvision.storage import hub
 from mvision.storage.hub_upload import Upload
 from mvision.weights.files import read_weights
+from mvision.weights.run_facts import facts_of
 from tests.conftest import write_squares
 from tests.fake_hub import FakeHub, running_hub
 from tests.small_runs import run_in_process
@@ -264,7 +265,9 @@ def test_branches_and_pull_requests(trained: Path, server: FakeHub, capsys: pyte
     repo = server.repos["me/squares"]
     assert "model.safetensors" not in repo.files
     assert_same_weights(mvision.load("me/squares@small"), trained)
-    assert mvision.load("me/squares@small").source.published == f"me/squares@small (commit {repo.branches['small']})"
+    facts = facts_of(mvision.Model.from_pretrained("me/squares", revision="small"))[0]
+    assert facts.started_from == f"me/squares@small (commit {repo.branches['small']})"
+    assert facts.base_model == "me/squares"
     other = mvision.create_model("tiny", num_classes=2, image_size=64)
     other.push_to_hub("me/squares", branch="small")  # a branch moves, so the copy in the cache is not what it is now
     assert mvision.Model.from_pretrained("me/squares", revision="small").config == other.config

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 class Source(NamedTuple):
     """Where a model's weights were read from.
 
-    ``path``: the file or folder on this machine. ``published``: how records name a model that was downloaded, with its
-    repository and licence; None for weights that lay on the disk.
+    ``path``: the file or folder on this machine. ``name``: of a published model or a repository of the Hub, as it was
+    given; None for weights that lay on the disk.
     """
 
     path: Path
-    published: str | None
+    name: str | None
 
 
 class HubFiles(Protocol):

@@ -238,7 +238,7 @@ def _metadata(model: Model, run: RunFacts, options: CardOptions, title: str) -> 
         license_name=options.license_name,
         license_link=options.license_link,
         language=list(options.language) or None,
-        base_model=run.base_model,
+        base_model=run.base_model if run.base_model != options.repo_id else None,
         datasets=list(options.datasets) or None,
         tags=list(dict.fromkeys(["mvision", *tags, *model.tasks, "model_hub_mixin", *options.tags])),
         eval_results=results or None,

@@ -32,7 +32,7 @@ from mvision.storage.atomic import whole_file
 from mvision.storage.hub_model import Source
 from mvision.storage.run_folder import BEST
 from mvision.weights.readers import read_any, refuse_family
-from mvision.weights.sources import PUBLISHED, described, fetch, origin, tell_of_shadow
+from mvision.weights.sources import PUBLISHED, described, fetch, tell_of_shadow
 from mvision.weights.stored import (
     Stored,
     check_finite,
@@ -127,7 +127,7 @@ def load(
         say(f"weights {source}: {'; '.join(weights.notes)}")
     model = built(weights, tasks, source)
     if weights.path is not None:
-        model.source = Source(weights.path, origin(str(source)))
+        model.source = Source(weights.path, None if Path(source).exists() else str(source))
     return model.to(device).eval()
 
 

@@ -27,7 +27,7 @@ from mvision.structures.images import read_image, write_image
 from mvision.weights.card import CardOptions, Example, make_card, merged, read_card, with_old
 from mvision.weights.files import load, save_weights
 from mvision.weights.run_facts import METRICS, PICTURES, RunFacts, facts_of
-from mvision.weights.sources import PUBLISHED, described, fetch_repository, is_repository
+from mvision.weights.sources import PUBLISHED, fetch_repository, is_repository
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
@@ -187,7 +187,7 @@ class _OnTheHub:
         folder = fetch_repository(source, revision, access)
         model = load(folder, tasks, device)
         if model.source is not None:
-            model.source = model.source._replace(published=described(f"{source}@{revision}" if revision else source))
+            model.source = model.source._replace(name=f"{source}@{revision}" if revision else source)
         return model
 
 

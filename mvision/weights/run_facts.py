@@ -16,7 +16,7 @@ from mvision.storage.hub_model import Source
 from mvision.storage.run_folder import RunFolder
 from mvision.weights import zoo
 from mvision.weights.files import built, read_weights
-from mvision.weights.sources import hub_id
+from mvision.weights.sources import described, hub_id
 from mvision.weights.stored import read_header, read_json, read_tensors
 
 METRICS = "metrics.json"
@@ -65,7 +65,7 @@ def facts_of(model: Model) -> tuple[RunFacts, str | None]:
     if source is None:
         return RunFacts(), None
     if source.path.is_dir() or source.path.suffix.lower() != ".safetensors":  # published weights, in another format
-        started_from, base_model = _public(source.published)
+        started_from, base_model = _public(source.name and described(source.name))
         return RunFacts(started_from=started_from, base_model=base_model), None
     if not _is_as_read(model, source.path):
         return RunFacts(), (
@@ -87,7 +87,7 @@ def _of_file(model: Model, source: Source) -> RunFacts:
     if (folder / METRICS).is_file():
         where = str(folder / METRICS)
         figures = read_json((folder / METRICS).read_text(encoding="utf-8", errors="replace"), f"{where}: not JSON")
-    started_from, base_model = _public(source.published or header.get("started_from"))
+    started_from, base_model = _public(described(source.name) if source.name else header.get("started_from"))
     return RunFacts(
         config,
         _figures(figures, where, model.tasks),
