@@ -26,6 +26,7 @@ from mvision.cli.label import label
 from mvision.cli.models import models
 from mvision.cli.options import SuggestingGroup
 from mvision.cli.predict import predict
+from mvision.cli.push import push
 from mvision.cli.train import train
 from mvision.cli.transfer import transfer
 from mvision.cli.val import val
@@ -64,7 +65,7 @@ def cli() -> None:
     """
 
 
-for _command in (train, val, predict, label, export, models, benchmark, transfer, data, info):
+for _command in (train, val, predict, label, export, push, models, benchmark, transfer, data, info):
     cli.add_command(_command)
 
 

@@ -15,9 +15,9 @@ if (_root / "heads" / "base.py").is_file() and (_root / "setup.cfg").is_file():
     __path__.append(str(_root))
 
 _LAZY = {
-    "create_model": "mvision.model",
+    "create_model": "mvision.weights.push",  # of mvision.model; there they can go to the Hub and come from it
     "load": "mvision.deploy.loading",
-    "Model": "mvision.model",
+    "Model": "mvision.weights.push",
     "Instances": "mvision.structures",
     "Targets": "mvision.structures",
     "Tracker": "mvision.inference.tracking",

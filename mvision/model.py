@@ -26,6 +26,7 @@ from mvision.inference.tracked import TracksVideos
 from mvision.machine import PrecisionOption, inference_precision, resolve_device, torch_dtype
 from mvision.neck import HybridEncoder
 from mvision.neck.layers import fuse_modules
+from mvision.storage.hub_model import HubModel
 from mvision.structures import Category, Instances, Targets
 
 
@@ -63,7 +64,7 @@ def query_sources(config: ModelConfig) -> dict[str, str]:
     return found
 
 
-class Model(TracksVideos, nn.Module):
+class Model(HubModel, TracksVideos, nn.Module):
     """Backbone, neck and heads, each built for the channels and strides of the one before.
 
     Args:

@@ -78,7 +78,9 @@ def test_a_name_that_is_nearly_right() -> None:
 def test_the_name_asks_for_the_pinned_revision(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
 
-    def repository(name: str, files: object, is_complete: object, revision: str | None, say: object) -> Path:
+    def repository(
+        name: str, files: object, is_complete: object, revision: str | None, say: object, access: object = None
+    ) -> Path:
         asked.append((name, revision))
         raise RuntimeError("enough")
 

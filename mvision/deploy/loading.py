@@ -11,6 +11,7 @@ from mvision.deploy.exported import ExportedModel, is_exported
 from mvision.errors import UserError
 from mvision.model import Model
 from mvision.weights import load as load_weights
+from mvision.weights import push as push  # gives models their way to the Hub
 
 
 def load(
@@ -22,8 +23,9 @@ def load(
     """The model of a source of weights, in eval mode.
 
     Args:
-        source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, or a Hub id; or an exported
-            model: an ``.onnx`` file or a folder of OpenVINO. An exported model predicts, and refuses everything else.
+        source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, or a Hub id (``user/name``,
+            or ``user/name@revision`` for a branch, a tag or a commit); or an exported model: an ``.onnx`` file or a
+            folder of OpenVINO. An exported model predicts, and refuses everything else.
         tasks: the tasks that the model keeps; None keeps all.
         device: exported models run on the CPU.
         family: of a ``.pth`` file of the authors: ``dfine``, ``deim``, ``rtdetrv4``, ``deim-rtdetrv2``, ``rtdetr`` or

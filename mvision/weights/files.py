@@ -29,6 +29,7 @@ from mvision.heads import serving_task
 from mvision.model import Model
 from mvision.neck.layers import ConvNorm
 from mvision.storage.atomic import whole_file
+from mvision.storage.hub_model import Source
 from mvision.storage.run_folder import BEST
 from mvision.weights.readers import read_any, refuse_family
 from mvision.weights.sources import PUBLISHED, described, fetch, tell_of_shadow
@@ -62,21 +63,26 @@ class Weights:
         tensors: by mvision's names, as in ``Model.state_dict()``.
         fused: whether the model was fused for inference (``Model.fuse``).
         notes: what a reader chose or left out, for the user to know; each is a part of a line.
+        path: the file or folder that they were read from.
     """
 
     config: ModelConfig
     tensors: dict[str, Tensor]
     fused: bool = False
     notes: list[str] = field(default_factory=list)
+    path: Path | None = None
 
 
-def save_weights(model: Model, path: str | Path, extra: dict[str, Any] | None = None) -> None:
+def save_weights(
+    model: Model, path: str | Path, extra: dict[str, Any] | None = None, config: ModelConfig | None = None
+) -> None:
     """Write the weights and, in the file's header, everything that is needed to build the model.
 
     Args:
         model: its weights are stored in their own precision.
         path: a ``.safetensors`` file; its folder is created.
         extra: anything that JSON can represent, such as the epoch and its metrics; stored in the header too.
+        config: what the header says in place of the model's own config, such as one without the paths of a machine.
 
     Raises:
         UserError: the file cannot be written; a file that was at ``path`` before is unchanged.
@@ -86,7 +92,7 @@ def save_weights(model: Model, path: str | Path, extra: dict[str, Any] | None = 
         **(extra or {}),
         "version": mvision.__version__,
         "fused": _is_fused(model),
-        "model": model.config.model_dump(mode="json"),
+        "model": (config or model.config).model_dump(mode="json"),
     }
     # Copied, because safetensors refuses tensors that share memory, such as tied weights.
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
@@ -119,6 +125,14 @@ def load(
     weights = read_weights(source, family)
     if weights.notes:
         say(f"weights {source}: {'; '.join(weights.notes)}")
+    model = built(weights, tasks, source)
+    if weights.path is not None:
+        model.source = Source(weights.path, None if Path(source).exists() else str(source))
+    return model.to(device).eval()
+
+
+def built(weights: Weights, tasks: Sequence[str] | None, source: str | Path) -> Model:
+    """The model of weights that have been read; ``tasks`` and errors as in ``load``."""
     if tasks is not None:
         weights = _keep_tasks(weights, tasks, source)
     model = Model(weights.config)
@@ -129,7 +143,7 @@ def load(
         names = model.state_dict().keys()
         weights.tensors = {name: tensor for name, tensor in weights.tensors.items() if name in names}
     model.load_state_dict(weights.tensors, strict=False)  # counters of batches may be missing, see ``check_fit``
-    return model.to(device).eval()
+    return model
 
 
 def init_from(model: Model, source: str | Path, parts: Collection[str] | None = None, family: str | None = None) -> str:
@@ -196,13 +210,13 @@ def read_weights(source: str | Path, family: str | None = None) -> Weights:
     path = resolve_weights(source)
     if _is_foreign(path):
         published = read_any(path, family)
-        weights = Weights(published.config, published.tensors, notes=published.notes)
+        weights = Weights(published.config, published.tensors, notes=published.notes, path=path)
         check_fit(weights.config, False, {name: stored(tensor) for name, tensor in weights.tensors.items()}, path)
     else:
         refuse_family(path, family)
         config, fused, tensors = _describe(path)
         check_fit(config, fused, tensors, path)
-        weights = Weights(config, read_tensors(path), fused)
+        weights = Weights(config, read_tensors(path), fused, path=path)
     check_finite(weights.tensors, path)
     return weights
 

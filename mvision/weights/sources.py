@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from mvision.errors import UserError
 from mvision.fast.copies import say
 from mvision.storage.download import download_file, sha256_of, shown_url
-from mvision.storage.hub import cached_commit, download_problem, download_repository
+from mvision.storage.hub import EVERYBODY, Access, cached_commit, download_problem, download_repository
 from mvision.storage.run_folder import BEST
 from mvision.weights import zoo
 
@@ -18,13 +18,15 @@ PUBLISHED = "model.safetensors"
 FILES = ("config.json", "preprocessor_config.json", PUBLISHED, BEST)
 """What is downloaded from a repository of the Hub: nothing that could run code."""
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_AT_REVISION = re.compile(rf"({_HUB_ID.pattern})(?:@([\w.][\w./-]*))?")
 
 
 def fetch(source: str) -> Path | None:
     """The file or folder that a source stands for which is not on the disk, downloaded where necessary.
 
     Args:
-        source: a short name of the zoo, a Hub id, the address of a repository of the Hub, or that of a file (https).
+        source: a short name of the zoo, a Hub id (``user/name``, or ``user/name@revision`` for a branch, a tag or a
+            commit), the address of a repository of the Hub, or that of a file (https).
 
     Returns:
         None: it is none of these.
@@ -36,7 +38,8 @@ def fetch(source: str) -> Path | None:
         return _from_zoo(zoo.MODELS[source])
     if re.match(r"\w+://", source):
         return _from_web(source)
-    return _from_hub(source) if _HUB_ID.fullmatch(source) else None
+    repository = _AT_REVISION.fullmatch(source)
+    return fetch_repository(repository[1], repository[2]) if repository else None
 
 
 def tell_of_shadow(source: str) -> None:
@@ -48,12 +51,14 @@ def tell_of_shadow(source: str) -> None:
 def described(source: str) -> str:
     """A source that has been read, for messages and records: with the repository, the commit and the licence."""
     model = zoo.MODELS.get(source)
-    if Path(source).exists() or not (model or _HUB_ID.fullmatch(source)):
+    named = _AT_REVISION.fullmatch(source)
+    if Path(source).exists() or not (model or named):
         return source
     if model is not None and (copy := zoo.own_copy(model)):
         return f"{source} ({copy}, {model.licence})"
-    repository = model.hub if model is not None and model.hub else source
-    commit = (model and model.revision) or cached_commit(repository)
+    name, revision = named.groups() if named else (source, None)
+    repository = model.hub if model is not None and model.hub else name
+    commit = (model and model.revision) or cached_commit(repository, revision)
     facts = [repository if model else "", f"commit {commit}" if commit else "", model.licence if model else ""]
     known = ", ".join(filter(None, facts))
     return f"{source} ({known})" if known else source
@@ -93,10 +98,28 @@ def _from_zoo(model: zoo.ZooModel) -> Path:
     return path
 
 
-def _from_hub(name: str, revision: str | None = None) -> Path:
-    """Download a repository of the Hub, or take it from the local cache; the path of its folder."""
+def hub_id(source: str) -> str | None:
+    """The repository of the Hub that a text names, without its revision; None: it is no such name."""
+    named = _AT_REVISION.fullmatch(source)
+    return named[1] if named else None
+
+
+def is_repository(source: str) -> bool:
+    """Whether a source can only be a repository of the Hub: an id with or without a revision, and no file or folder."""
+    return not Path(source).exists() and source not in zoo.MODELS and bool(_AT_REVISION.fullmatch(source))
+
+
+def fetch_repository(name: str, revision: str | None = None, access: Access = EVERYBODY) -> Path:
+    """Download a repository of the Hub, or take it from the local cache; the path of its folder.
+
+    Args:
+        revision: a branch, a tag or a commit; None: ``main``.
+
+    Raises:
+        UserError: it cannot be had, with the way to get it by hand.
+    """
     try:
-        return download_repository(name, FILES, _is_complete, revision, say)
+        return download_repository(name, FILES, _is_complete, revision, say, access)
     except UserError:
         raise
     except Exception as error:  # errors of network, host, cache and disk have no common base class
@@ -111,7 +134,7 @@ def _from_web(url: str) -> Path:
     parts = urlsplit(url)
     repository = re.fullmatch(rf"/({_HUB_ID.pattern})(?:/tree/([\w.-]+))?/?", parts.path)
     if parts.hostname == "huggingface.co" and repository:
-        return _from_hub(repository[1], repository[2])
+        return fetch_repository(repository[1], repository[2])
     name = re.sub(r"[^\w.()-]", "_", Path(parts.path).name)
     if not name.strip("._"):
         raise UserError(f"weights {shown_url(url)}: the address does not end with the name of a file")
