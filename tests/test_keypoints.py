@@ -38,6 +38,30 @@ def test_two_sets_of_layers_learn_and_one_predicts():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_blocks_of_their_own_for_the_one_to_one_layers():
+    """What predicts sees them, in training as in prediction, and the one-to-many layers do not."""
+    head = dense_head(3, own_depth=1, num_instances=4).eval()
+    torch.nn.init.normal_(head.one.score.weight, std=0.1)
+    torch.nn.init.normal_(head.many.score.weight, std=0.1)
+    features, targets = make_features(1), [make_objects(head)]
+    with torch.no_grad():
+        before, found = head(features, targets=targets), head(features)
+        for number, block in enumerate(head.own):
+            for parameter in block.parameters():
+                parameter.mul_(1.5 + number)
+        after = head(features, targets=targets)
+    best = before.one2one.logits[0].amax(-1).topk(4).values
+    torch.testing.assert_close(found["logits"][0].amax(-1), best)
+    assert torch.equal(before.one2many.logits, after.one2many.logits)
+    for shape in (slice(0, 96), slice(96, 120), slice(120, None)):  # the grid points of every map
+        assert not torch.equal(before.one2one.logits[:, shape], after.one2one.logits[:, shape])
+    losses = head.train().loss(head(features, targets=targets), targets)
+    sum(value for name, value in losses.items() if name.endswith("one2many")).backward(retain_graph=True)
+    assert not any(parameter.grad is not None and parameter.grad.any() for parameter in head.own.parameters())
+    losses["class_one2one"].backward()
+    assert all(parameter.grad.any() for parameter in head.own.parameters())
+
+
 def test_without_one_to_many_there_are_no_layers_for_it():
     head = dense_head(3, many_weight=0.0)
     targets = [make_objects(head)]

@@ -228,7 +228,7 @@ def make_model(kind: str) -> Model:
     torch.manual_seed(0)
     names = OLD_KEYS.keys() - (ONLY_DENSE if kind == "minimal" else set())
     settings = {f"heads__keypoints__{name}": OLD_KEYS[name] for name in names}
-    settings |= {"heads__keypoints__kind": kind, "heads__keypoints__nms_iou": None}
+    settings |= {"heads__keypoints__kind": kind, "heads__keypoints__nms_iou": None, "heads__keypoints__own_depth": 0}
     model = create_model("tiny", ["keypoints"], categories=[PERSON], image_size=64, **settings).eval()
     head = model.head("keypoints")
     torch.nn.init.normal_(head.one.points.weight, std=0.5)

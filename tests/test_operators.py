@@ -23,7 +23,7 @@ OPERATORS = {
     "detection": (324, 1545, 1377),
     "detection as in D-FINE": (331, 1648, 1476),
     "instance-seg": (379, 2009, 1619),
-    "keypoints": (299, 1368, 1228),
+    "keypoints": (308, 1431, 1291),
     "keypoints minimal": (201, 974, 974),
     "semantic-seg": (223, 717, 717),
     "joint": (611, 3038, 2508),

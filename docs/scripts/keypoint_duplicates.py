@@ -56,7 +56,7 @@ def _predict_one2many(head: KeypointHead) -> None:
         score.weight.copy_(layers.score.weight[head.class_labels])
         score.bias.copy_(layers.score.bias[head.class_labels])
     layers.score = score
-    head.one = layers
+    head.one, head.own = layers, nn.ModuleList()
 
 
 @torch.no_grad()

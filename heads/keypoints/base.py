@@ -78,11 +78,15 @@ class BaseKeypointHead(PoseResults[ConfigT, KeypointOutputs]):
         self.register_buffer("class_labels", labels, persistent=False)
         self.register_buffer("sigmas", torch.from_numpy(self.tables.sigmas.copy()), persistent=False)
         levels = 1 if config.levels == "finest" else len(self.channels)
-        # ``towers``, ``one`` (one-to-one), ``many`` (one-to-many) and ``maps`` are the names in weights files: they
-        # have to stay.
+        # ``towers``, ``own``, ``one`` (one-to-one), ``many`` (one-to-many) and ``maps`` are the names in weights files:
+        # they have to stay.
         self.towers = nn.ModuleList(
             nn.Sequential(*(RepBlock(width if index else inside, width) for index in range(config.depth)))
             for inside in self.channels[:levels]
+        )
+        self.own = nn.ModuleList(
+            nn.Sequential(*(RepBlock(width, width) for _ in range(config.own_depth)))
+            for _ in range(levels if config.own_depth else 0)
         )
         self.one = self.new_last_layers("one2one")
         self.many = self.new_last_layers("one2many") if config.many_weight else None
@@ -122,10 +126,11 @@ class BaseKeypointHead(PoseResults[ConfigT, KeypointOutputs]):
         """The best grid points of the neck's maps, or (with ``targets``, in training) all of them."""
         pixels = None if self.maps is None else self.maps.pixels(maps, lateral)
         maps = [tower(x) for tower, x in zip(self.towers, maps)]
-        tokens, grid = torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1), self._grid(maps)
+        grid = self._grid(maps)
+        tokens = _tokens([block(x) for block, x in zip(self.own, maps)] if len(self.own) else maps)
         if targets is not None:
             shape = (maps[0].shape[-2], maps[0].shape[-1])
-            one2one, one2many = self.one(tokens), None if self.many is None else self.many(tokens)
+            one2one, one2many = self.one(tokens), None if self.many is None else self.many(_tokens(maps))
             return KeypointOutputs(tokens, grid, shape, one2one, one2many, pixels)
         # Boxes, points and heatmaps are computed for the grid points with the best scores alone.
         logits = self.one.rank(tokens)
@@ -270,3 +275,8 @@ class BaseKeypointHead(PoseResults[ConfigT, KeypointOutputs]):
             * self.score_term(self.score_logits(raw), tuple(own), own_quality, own_counted, ignored, labelled)
             for raw, labelled, (own_quality, own_counted, *own) in zip(raws, gt.labelled_classes, parts)
         ]
+
+
+def _tokens(maps: list[Tensor]) -> Tensor:
+    """(B, S, C) of maps (B, C, h, w), in the order of ``make_grid``."""
+    return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)

@@ -34,6 +34,9 @@ class KeypointSettings(PoseSettings):
     Attributes:
         levels: ``all`` of the neck's maps, or the ``finest`` alone.
         depth: RepBlocks on each of them.
+        own_depth: further RepBlocks on each of them that the one-to-one layers, which predict, have for themselves. In
+            one-to-many training neighbours of an object's best grid point are positives too; layers that see the same
+            features give them nearly the score of the best one.
         embed_dim: their width.
         num_instances: the largest number of objects predicted in an image; may be changed after training.
         top_k: positives per object in one-to-many training.
@@ -45,6 +48,7 @@ class KeypointSettings(PoseSettings):
 
     levels: Literal["finest", "all"] = "all"
     depth: int = Field(2, ge=1, le=MAX_LAYERS)
+    own_depth: int = Field(0, ge=0, le=MAX_LAYERS)
     embed_dim: int = Field(64, gt=0, le=MAX_WIDTH)
     num_instances: int = Field(100, gt=0, le=MAX_OBJECTS)
     top_k: int = Field(10, ge=1, le=MAX_OBJECTS)
