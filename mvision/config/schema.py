@@ -258,6 +258,9 @@ class DataConfig(Settings):
         fold: ``[2, 5]``: the images of both splits together (of ``train`` where there is no other) are divided into
             five parts, drawn with the run's seed, and the second one is the validation set. Each part has about its
             share of every class. ``mvision train --folds 5`` trains five times, each time with another part.
+        repeat_threshold: images with rare classes are shown several times in an epoch, see
+            ``mvision.data.loading.repeats``: those of a class that is in a smaller share of the images than this one
+            (0..1). 0 shows all images equally often. LVIS is trained with 0.001, data sets of few classes need more.
         augment: what happens to training images.
         workers: loading processes; None picks by the number of cores.
     """
@@ -272,6 +275,7 @@ class DataConfig(Settings):
     more: list[MoreDataConfig] = []
     fraction: float = Field(1.0, gt=0, le=1)
     fold: tuple[int, int] | None = None
+    repeat_threshold: float = Field(0.0, ge=0, le=1)
     augment: AugmentConfig = AugmentConfig()
     workers: int | None = Field(None, ge=0, le=1024)
 
