@@ -19,6 +19,19 @@ NAMED = 12  # classes in a line; of more, the first and the last ones
 HEAVY = 20.0  # weight of a class above which a run warns
 
 
+def help_rare_classes(
+    config: Config, sources: Sequence[DataSource], model: Model, log: Callable[[str], None]
+) -> Repeats | None:
+    """How often the images are shown, and the heads' weights of classes, as far as the config asks for them.
+
+    Raises:
+        UserError: see ``weigh_classes``.
+    """
+    repeats = plan_repeats(config, sources, model, log)
+    weigh_classes(config, sources, model, repeats, log)
+    return repeats
+
+
 def plan_repeats(
     config: Config, sources: Sequence[DataSource], model: Model, log: Callable[[str], None]
 ) -> Repeats | None:

@@ -22,7 +22,6 @@ from mvision.compat import reset_accelerate
 from mvision.config import Config, RunConfig
 from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader, read_data_sources
 from mvision.data.loading.pixel_range import choose_pixel_range
-from mvision.data.loading.repeats import Repeats
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
 from mvision.data.loading.workers import pick_workers, worker_context
@@ -48,7 +47,7 @@ from mvision.engine.checks import (
 )
 from mvision.engine.epoch import train_epoch
 from mvision.engine.graphs import can_record, record_features
-from mvision.engine.imbalance import plan_repeats, weigh_classes
+from mvision.engine.imbalance import help_rare_classes
 from mvision.engine.optim import Ema, build_optimizer
 from mvision.engine.plan import describe_run, images_of, plural
 from mvision.engine.report import write_prediction_grid
@@ -108,9 +107,7 @@ def train(
         sources = _read_data(config, saved is None, log)
         set_seed(config.train.seed)
         model = _build_model(config, begin, saved is None, log)
-        repeats = plan_repeats(config, sources, model, log)
-        weigh_classes(config, sources, model, repeats, log)
-        train_loader, validation = _loaders(config, sources, model, accelerator, repeats)
+        train_loader, validation = _loaders(config, sources, model, accelerator, log)
         stack.callback(_close, train_loader, validation)
         config = decided(config, len(train_loader), start_of(config, init, init_parts), images_of(sources))
         facts = run_facts(config, images_of(sources), len(train_loader))
@@ -310,7 +307,7 @@ def _loaders(
     sources: Sequence[DataSource],
     model: Model,
     accelerator: Accelerator,
-    repeats: Repeats | None,
+    log: Callable[[str], None],
 ) -> tuple[Loader, list[Validation]]:
     """Batches to train on, and for every data set those to evaluate on, with its metrics."""
     shared: dict[str, Any] = {
@@ -323,6 +320,7 @@ def _loaders(
     }
     settings = config.train
     split = sources if len(sources) > 1 or sources[0].weight != 1 else sources[0].train
+    repeats = help_rare_classes(config, sources, model, log)
     factors = None if repeats is None else repeats.factors
     train_loader = build_train_loader(split, config.data, seed=settings.seed, factors=factors, **shared)
     validation = []
