@@ -10,18 +10,25 @@ import click
 from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option
 from mvision.machine import PrecisionOption
 
+BEST = "best"  # the thresholds with the largest F1 in validation, which the weights have
 EVERY = "*"  # stands for all classes without a threshold of their own
 
 
 def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> Any:
-    """``0.5`` and ``CLASS=0.3`` as one number, or as a dictionary where there are thresholds of classes."""
-    given: dict[str, float] = {}
+    """``0.5``, ``best`` and ``CLASS=0.3`` as one value, or as a dictionary where there are thresholds of classes."""
+    given: dict[str, float | str] = {}
     for text in texts:
+        if text == BEST:
+            if given.setdefault(EVERY, BEST) != BEST:
+                raise click.BadParameter("two values for all classes", context, option)
+            continue
         name, has_name, value = text.rpartition("=")
         try:
             number = float(value)
         except ValueError:
-            raise click.BadParameter(f"'{text}' is neither a number nor CLASS=NUMBER", context, option) from None
+            raise click.BadParameter(
+                f"'{text}' is no number, not CLASS=NUMBER and not {BEST}", context, option
+            ) from None
         if not 0 <= number <= 1:
             raise click.BadParameter(f"{text} is not in the range from 0 to 1", context, option)
         if given.setdefault(name if has_name else EVERY, number) != number:
@@ -44,7 +51,7 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
     multiple=True,
     callback=_thresholds,
     metavar="X",
-    help="Lowest score that is kept, or CLASS=X for one class. Repeatable.  [default: 0.5]",
+    help="Lowest score that is kept, CLASS=X for one class, or best. Repeatable.  [default: 0.5]",
 )
 @click.option("--multi-label", is_flag=True, help="A place may be several classes.  [default: its best one]")
 @click.option("--nms", type=float, metavar="IOU", help="Keep the better of two boxes of any classes that overlap more.")

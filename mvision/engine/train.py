@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import shlex
@@ -57,6 +56,14 @@ from mvision.engine.trainer import Trainer
 from mvision.engine.zero_shot import tell_zero_shot
 from mvision.errors import Stopped, UserError, printable_lines
 from mvision.evaluation import Validation, evaluate_all, make_metrics, tables
+from mvision.evaluation.analyses import (
+    analyse_all,
+    analysis_tables,
+    best_thresholds,
+    with_analyses,
+    write_all_pictures,
+    write_metrics,
+)
 from mvision.evaluation.tables import figure_text
 from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.model import Model
@@ -65,6 +72,7 @@ from mvision.weights import load
 from mvision.weights.files import starting_from
 from mvision.weights.sources import origin
 from mvision.weights.start import published_start
+from mvision.weights.thresholds import write_thresholds
 
 
 def train(
@@ -360,8 +368,11 @@ def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) 
     best = load(str(run.path / BEST)).to(accelerator.device)
     figures = evaluate_all(best, validation, accelerator=accelerator)
     if accelerator.is_main_process:
-        run.write_text("metrics.json", json.dumps(figures, indent=2) + "\n")
-        accelerator.print("\n\n".join(tables(validation)))
+        analyses = analyse_all(validation)
+        write_metrics(run.path / "metrics.json", with_analyses(figures, analyses))
+        accelerator.print("\n\n".join([*tables(validation), *analysis_tables(analyses)]))
+        write_thresholds(run.path / BEST, best_thresholds(analyses))
+        write_all_pictures(analyses, run.path)
         loader = validation[0].loader
         assert isinstance(loader, Loader)
         dataset = loader.dataset

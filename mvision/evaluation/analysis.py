@@ -126,8 +126,8 @@ class Analysis:
         """For ``metrics.json``: numbers by name, and under ``curves`` the numbers of the pictures.
 
         ``F1`` is the mean of the classes' best F1, ``F1/<class>``, ``precision/<class>``, ``recall/<class>`` and
-        ``threshold/<class>`` belong to the best threshold of a class, ``D-ECE`` is the error of the calibration. -1: there
-        is no such object. A class that has objects and no right result has no threshold, and 0 for the others.
+        ``threshold/<class>`` belong to the best threshold of a class, ``D-ECE`` is the error of the calibration. -1:
+        there is no such object. A class that has objects and no right result has no threshold, and 0 for the others.
         """
         known = [0.0 if best is None else best.f1 for best, n in zip(self.best, self.objects) if n]
         figures: dict[str, Any] = {"F1": float(np.mean(known)) if known else -1.0, "D-ECE": self.calibration.error}
@@ -169,8 +169,8 @@ class Analysis:
             f"Best thresholds: the largest F1 of every class at {self.similarity}={IOU:.2f}; the mean F1 is "
             f"{figure_text(figures['F1'])}",
             *text_table(rows),
-            f"Calibration: D-ECE = {figure_text(figures['D-ECE'])} ({self.calibration.counts.sum()} results with scores "
-            f"from {LOWEST})",
+            f"Calibration: D-ECE = {figure_text(figures['D-ECE'])} of {self.calibration.counts.sum()} results with "
+            f"scores from {LOWEST}",
         ]
         return "\n".join(lines)
 
@@ -217,7 +217,7 @@ def confusion_matrix(results: Results, matches: Matches, classes: int) -> np.nda
     counted = ~matches.ignored
     # NONE is -1, which is the last row.
     np.add.at(matrix, (matches.matched[counted], results.labels[counted]), 1)
-    np.add.at(matrix, (matches.missed, classes), 1)
+    matrix[:-1, classes] += np.bincount(matches.missed, minlength=classes)
     return matrix
 
 

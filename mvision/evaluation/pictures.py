@@ -56,9 +56,10 @@ def draw_confusion(analysis: Analysis) -> Figure:
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the row")
     if count <= NAMES:
         size = 9 if count <= NUMBERS else 5
-        style = {"fontproperties": _font(analysis.names), "fontsize": size}
-        axes.set_xticks(range(count), names, rotation=90, **style)
-        axes.set_yticks(range(count), names, **style)
+        font = _font(analysis.names)
+        font.set_size(size)
+        axes.set_xticks(range(count), names, rotation=90, fontproperties=font)
+        axes.set_yticks(range(count), names, fontproperties=font)
     if count <= NUMBERS:
         for row, column in np.argwhere(matrix > 0).tolist():
             colour = "white" if share[row, column] > 0.5 else "black"
