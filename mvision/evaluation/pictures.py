@@ -10,7 +10,7 @@ import numpy as np
 
 from mvision.drawing.fonts import font_with
 from mvision.errors import printable, shortened
-from mvision.evaluation.analysis import GRID, IOU, LOWEST, Analysis
+from mvision.evaluation.analysis import BINS, GRID, IOU, LOWEST, Analysis
 from mvision.storage.atomic import whole_file
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def draw_calibration(analysis: Analysis) -> Figure:
     shares.set(ylabel=f"share of right results ({analysis.similarity}={IOU:.2f})", ylim=(0, 1.02), xlim=(0, 1))
     error = "no results" if found.error < 0 else f"D-ECE {found.error:.3f}"
     shares.set_title(f"{error}, scores from {LOWEST}", fontsize=10)
-    counts.bar(found.scores, found.counts, width=0.04, color="tab:blue", alpha=0.6)
+    left = np.floor(found.scores * BINS).clip(max=BINS - 1) / BINS
+    counts.bar(left, found.counts, width=0.9 / BINS, align="edge", color="tab:blue", alpha=0.6)
     counts.set(xlabel="score", ylabel="results")
     if len(found.counts):
         counts.set_yscale("log")
