@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -109,14 +111,14 @@ def match(metric: CocoMetric, results: Results, iou: float, across_classes: bool
         across_classes: a result may be matched with an object of any class. Poses of classes with other keypoints, or
             other tolerances of these, cannot be compared and are never matched.
     """
-    counted = Matches(
+    matches = Matches(
         matched=np.full(len(results.image), NONE),
         ignored=np.zeros(len(results.image), dtype=bool),
         missed=np.zeros(0, dtype=np.int64),
         objects=np.zeros(len(metric.categories), dtype=np.int64),
     )
     images = sorted(metric.ground_truth.image_numbers[image_id] for image_id in metric.measured)
-    missed = []
+    class_of = metric.ground_truth.classes_of_objects()
     for classes, sigmas in metric.ground_truth.groups if images else []:
         own = np.flatnonzero(np.isin(results.rows[:, 5], classes))
         with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
@@ -126,29 +128,32 @@ def match(metric: CocoMetric, results: Results, iou: float, across_classes: bool
             params.iouThrs, params.maxDets = np.array([iou]), [NO_LIMIT]
             params.areaRng, params.areaRngLbl = [[0, 1e10]], ["all"]
             evaluator.evaluate()
-        class_of = metric.ground_truth.classes_of_objects()
-        for entry in evaluator.evalImgs:
-            if entry is not None:
-                missed.append(_read(entry, own, class_of, counted))
-    counted.missed = np.concatenate([counted.missed, *missed])
-    return counted
+        _read([entry for entry in evaluator.evalImgs if entry is not None], own, class_of, matches)
+    return matches
 
 
-def _read(entry: dict[str, Any], own: np.ndarray, class_of: np.ndarray, counted: Matches) -> np.ndarray:
-    """Put what the evaluator says of an image (of a class) into ``counted``; returns the classes of missed objects.
+def _read(entries: list[dict[str, Any]], own: np.ndarray, class_of: np.ndarray, matches: Matches) -> None:
+    """Put what the evaluator says into ``matches``.
 
     Args:
+        entries: one for every image and class that has an object or a result.
         own: places of the evaluator's results among all; it numbers them from 1.
         class_of: index of the class by the number of an object.
     """
-    place = own[np.asarray(entry["dtIds"], dtype=np.int64) - 1]
-    found = np.asarray(entry["dtMatches"], dtype=np.int64).reshape(-1)
-    counted.matched[place] = np.where(found > 0, class_of[found], NONE)
-    counted.ignored[place] = np.asarray(entry["dtIgnore"], dtype=bool).reshape(-1)
-    is_object = ~np.asarray(entry["gtIgnore"], dtype=bool)
-    classes = class_of[np.asarray(entry["gtIds"], dtype=np.int64)][is_object]
-    np.add.at(counted.objects, classes, 1)
-    return classes[np.asarray(entry["gtMatches"], dtype=np.int64).reshape(-1)[is_object] == 0]
+
+    def joined(values: Iterable[Iterable[Any]]) -> np.ndarray:
+        return np.fromiter(chain.from_iterable(values), dtype=np.int64)
+
+    # The evaluator's matches have a row for every overlap, of which there is one.
+    place = own[joined(entry["dtIds"] for entry in entries) - 1]
+    found = joined(entry["dtMatches"][0] for entry in entries)
+    matches.matched[place] = np.where(found > 0, class_of[found], NONE)
+    matches.ignored[place] = joined(entry["dtIgnore"][0] for entry in entries) > 0
+    is_object = joined(entry["gtIgnore"] for entry in entries) == 0
+    classes = class_of[joined(entry["gtIds"] for entry in entries)][is_object]
+    is_missed = joined(entry["gtMatches"][0] for entry in entries)[is_object] == 0
+    matches.objects += np.bincount(classes, minlength=len(matches.objects))
+    matches.missed = np.append(matches.missed, classes[is_missed])
 
 
 def _entries(metric: CocoMetric, results: Results, label: int | None) -> np.ndarray | list[dict[str, Any]]:
