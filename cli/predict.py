@@ -27,7 +27,7 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
             number = float(value)
         except ValueError:
             raise click.BadParameter(
-                f"'{text}' is no number, not CLASS=NUMBER and not {BEST}", context, option
+                f"'{text}' is neither a number nor CLASS=NUMBER nor {BEST}", context, option
             ) from None
         if not 0 <= number <= 1:
             raise click.BadParameter(f"{text} is not in the range from 0 to 1", context, option)

@@ -252,6 +252,7 @@ class TestRun:
             "calibration.png",
             "config.yaml",
             "confusion_matrix.png",
+            "curves.json",
             "curves.png",
             "last",
             "metrics.json",

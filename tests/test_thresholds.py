@@ -130,4 +130,4 @@ class TestRun:
             assert value == figures[f"threshold/{name}"]
         assert load(place / "run").best_thresholds
         names = {path.name for path in (tmp_path / "val").iterdir()}
-        assert {"curves.png", "confusion_matrix.png", "calibration.png", "metrics.json"} <= names
+        assert {"curves.png", "confusion_matrix.png", "calibration.png", "curves.json", "metrics.json"} <= names

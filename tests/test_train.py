@@ -32,7 +32,7 @@ def records_of(run):
 def test_a_run_leaves_everything_it_promises(squares, tmp_path, capsys):
     run = run_in_process(squares, tmp_path / "run", train__epochs=2)
     expected = {"best.safetensors", "last", "config.yaml", "metrics.jsonl", "results.png", "predictions.jpg"}
-    expected |= {"metrics.json", ".lock", "confusion_matrix.png", "curves.png", "calibration.png"}
+    expected |= {"metrics.json", ".lock", "confusion_matrix.png", "curves.png", "curves.json", "calibration.png"}
     assert {path.name for path in run.iterdir()} == expected
     figures = json.loads((run / "metrics.json").read_text())
     assert {"AP", "AP50", "AP/blue", "AP/red"} <= set(figures["detection"])

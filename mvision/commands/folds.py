@@ -159,8 +159,6 @@ def summarised(figures: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str
     for task in figures[0]:
         for name in dict.fromkeys(name for of_fold in figures for name in of_fold[task]):
             given = [of_fold[task].get(name, -1.0) for of_fold in figures]
-            if not all(isinstance(value, int | float) for value in given):
-                continue  # the numbers of the curves
             values = [value if math.isfinite(value) and value >= 0 else None for value in given]
             measured = [value for value in values if value is not None]
             summary.setdefault(task, {})[name] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -22,11 +23,10 @@ from mvision.evaluation.analyses import (
     analysis_tables,
     best_thresholds,
     with_analyses,
-    write_all_pictures,
-    write_metrics,
+    write_curves,
 )
 from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device, resolve_precision, torch_dtype
-from mvision.storage.atomic import remove_partial_files
+from mvision.storage.atomic import remove_partial_files, write_text
 from mvision.weights import load
 from mvision.weights.thresholds import thresholds_file
 from mvision.weights.thresholds import write_thresholds as put_thresholds
@@ -103,8 +103,8 @@ def _analysed(
     analyses = analyse_all(validation)
     if output is not None:
         try:
-            write_metrics(output / METRICS, with_analyses(metrics, analyses))
-            write_all_pictures(analyses, output)
+            write_text(output / METRICS, json.dumps(with_analyses(metrics, analyses), indent=2) + "\n")
+            write_curves(analyses, output)
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"--output {output}: cannot be written ({reason}); choose another") from error

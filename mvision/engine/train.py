@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import shlex
@@ -61,8 +62,7 @@ from mvision.evaluation.analyses import (
     analysis_tables,
     best_thresholds,
     with_analyses,
-    write_all_pictures,
-    write_metrics,
+    write_curves,
 )
 from mvision.evaluation.tables import figure_text
 from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
@@ -369,10 +369,10 @@ def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) 
     figures = evaluate_all(best, validation, accelerator=accelerator)
     if accelerator.is_main_process:
         analyses = analyse_all(validation)
-        write_metrics(run.path / "metrics.json", with_analyses(figures, analyses))
+        run.write_text("metrics.json", json.dumps(with_analyses(figures, analyses), indent=2) + "\n")
         accelerator.print("\n\n".join([*tables(validation), *analysis_tables(analyses)]))
         write_thresholds(run.path / BEST, best_thresholds(analyses))
-        write_all_pictures(analyses, run.path)
+        write_curves(analyses, run.path)
         loader = validation[0].loader
         assert isinstance(loader, Loader)
         dataset = loader.dataset

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from mvision.evaluation.analysis import Analysis, analyse
 from mvision.evaluation.coco import CocoMetric
@@ -38,7 +38,9 @@ def analyse_all(validation: Sequence[Validation]) -> list[TaskAnalysis]:
     return found
 
 
-def with_analyses(figures: dict[str, dict[str, Any]], analyses: Sequence[TaskAnalysis]) -> dict[str, dict[str, Any]]:
+def with_analyses(
+    figures: dict[str, dict[str, float]], analyses: Sequence[TaskAnalysis]
+) -> dict[str, dict[str, float]]:
     """The figures of an evaluation with those of its analyses, named as ``evaluate_all`` names them."""
     figures = {task: dict(of_task) for task, of_task in figures.items()}
     for one in analyses:
@@ -63,8 +65,8 @@ def analysis_tables(analyses: Sequence[TaskAnalysis]) -> list[str]:
     return [f"{f'{one.data}, ' if several else ''}{one.task}\n{one.analysis.table()}" for one in analyses]
 
 
-def write_all_pictures(analyses: Sequence[TaskAnalysis], folder: Path) -> list[Path]:
-    """The pictures of every analysis, with the names of task and data set where there are several.
+def write_curves(analyses: Sequence[TaskAnalysis], folder: Path) -> list[Path]:
+    """The pictures of every analysis, with the names of task and data set where there are several, and ``curves.json``.
 
     Raises:
         OSError: a file cannot be written.
@@ -76,19 +78,16 @@ def write_all_pictures(analyses: Sequence[TaskAnalysis], folder: Path) -> list[P
         if folder / f"curves{suffix}.png" in paths:  # two data sets of one name
             suffix += f"-{number}"
         paths += write_pictures(one.analysis, folder, suffix)
+    if analyses:
+        lists = {one.task if one.first else f"{one.data}/{one.task}": one.analysis.lists() for one in analyses}
+        # A list of numbers or names in a line of its own: those have no brackets inside.
+        text = re.sub(_LIST, _in_one_line, json.dumps(lists, indent=2))
+        paths.append(folder / "curves.json")
+        write_text(paths[-1], text + "\n")
     return paths
 
 
-def write_metrics(path: Path, figures: dict[str, dict[str, Any]]) -> None:
-    """``metrics.json``: a figure per line, and a list per line where there are lists.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
-    text = json.dumps(figures, indent=2)
-    # Lists of numbers and names, which have no brackets inside.
-    text = re.sub(r'\[\n((?:\s+(?:[-\d][^\n"\[\]{}]*|"(?:[^"\\]|\\.)*",?)\n)+)\s+\]', _in_one_line, text)
-    write_text(path, text + "\n")
+_LIST = re.compile(r'\[\n((?:\s+(?:[-\d][^\n"\[\]{}]*|"(?:[^"\\]|\\.)*",?)\n)+)\s+\]')
 
 
 def _in_one_line(found: re.Match[str]) -> str:

@@ -122,23 +122,35 @@ class Analysis:
         """The best one of every class that has one."""
         return {name: best.threshold for name, best in zip(self.names, self.best) if best is not None}
 
-    def figures(self) -> dict[str, Any]:
-        """For ``metrics.json``: numbers by name, and under ``curves`` the numbers of the pictures.
+    def figures(self) -> dict[str, float]:
+        """Numbers by name, for ``metrics.json``.
 
-        ``F1`` is the mean of the classes' best F1, ``F1/<class>``, ``precision/<class>``, ``recall/<class>`` and
-        ``threshold/<class>`` belong to the best threshold of a class, ``D-ECE`` is the error of the calibration. -1:
+        ``F1``, ``precision`` and ``recall`` are the means over the classes with objects at the best threshold of each,
+        ``threshold`` is the one for all classes with the largest mean F1, in hundredths. ``F1/<class>``,
+        ``precision/<class>``, ``recall/<class>`` and ``threshold/<class>`` belong to the best threshold of a class, ``D-ECE`` is the error of the calibration. -1:
         there is no such object. A class that has objects and no right result has no threshold, and 0 for the others.
         """
-        known = [0.0 if best is None else best.f1 for best, n in zip(self.best, self.objects) if n]
-        figures: dict[str, Any] = {"F1": float(np.mean(known)) if known else -1.0, "D-ECE": self.calibration.error}
-        for name, best, count in zip(self.names, self.best, self.objects):
-            missing = 0.0 if count else -1.0
-            for figure, attribute in (("F1", "f1"), ("precision", "precision"), ("recall", "recall")):
-                figures[f"{figure}/{name}"] = missing if best is None else getattr(best, attribute)
-            figures[f"threshold/{name}"] = -1.0 if best is None else best.threshold
-        return {**figures, "curves": self._numbers()}
+        figures: dict[str, float] = {}
+        for figure, attribute in (("F1", "f1"), ("precision", "precision"), ("recall", "recall")):
+            values = [0.0 if best is None else getattr(best, attribute) for best in self.best]
+            known = [value for value, count in zip(values, self.objects) if count]
+            figures[figure] = float(np.mean(known)) if known else -1.0
+            of_classes = zip(self.names, values, self.objects)
+            figures |= {f"{figure}/{name}": value if count else -1.0 for name, value, count in of_classes}
+        figures["threshold"] = -1.0 if self.mean_f1 is None else float(GRID[self.mean_f1.argmax()])
+        of_best = zip(self.names, self.best)
+        figures |= {f"threshold/{name}": -1.0 if best is None else best.threshold for name, best in of_best}
+        return {**figures, "D-ECE": self.calibration.error}
 
-    def _numbers(self) -> dict[str, Any]:
+    @property
+    def mean_f1(self) -> np.ndarray | None:
+        """(101,) the mean over classes at the thresholds ``GRID``; None where no class has a right result."""
+        known = [curve.at(GRID).f1 for curve in self.curves if curve is not None]
+        mean = np.mean(known, axis=0) if known else np.zeros(1)
+        return mean if mean.any() else None
+
+    def lists(self) -> dict[str, Any]:
+        """The numbers of the pictures, for ``curves.json``; those of the calibration are score, share and count."""
         found = self.calibration
         columns = zip(found.scores.tolist(), found.precision.tolist(), found.counts.tolist())
         by_class = {}

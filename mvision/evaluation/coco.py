@@ -137,7 +137,9 @@ class CocoMetric(Metric):
         rows[:, 4] = [entry["score"] for entry in results]
         rows[:, 5] = [self._class_numbers[entry["category_id"]] for entry in results]
         if results:
-            rows[:, :4] = [entry["bbox"] for entry in results]
+            # Masks and points may come without a box: then each is in a place of its own.
+            nowhere = ((-1.0 - place, 0.0, 0.0, 0.0) for place in range(len(results)))
+            rows[:, :4] = [entry.get("bbox", other) for entry, other in zip(results, nowhere)]
         return ImageResults(rows, [] if self.key == "bbox" else [entry[self.key] for entry in results])
 
     def compute(self) -> dict[str, float]:

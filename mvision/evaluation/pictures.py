@@ -77,24 +77,21 @@ def draw_curves(analysis: Analysis) -> Figure:
     by_recall, by_threshold = figure.subplots(1, 2)
     known = [(index, curve) for index, curve in enumerate(analysis.curves) if curve is not None]
     named = len(known) <= LEGEND
-    of_classes = []
     for index, curve in known:
         best = analysis.best[index]
-        f1 = curve.at(GRID).f1
-        of_classes.append(f1)
         style = {"linewidth": 1.2 if named else 0.5, "alpha": 0.9 if named else 0.5}
         name = _label(analysis.names[index])
         precision = analysis.precision[:, index]
         by_recall.plot(GRID, precision, label=f"{name} ({precision.mean():.3f})" if named else None, **style)
         mark = "" if best is None else f" ({best.f1:.3f} at {best.threshold:g})"
-        by_threshold.plot(GRID, f1, label=f"{name}{mark}" if named else None, **style)
+        by_threshold.plot(GRID, curve.at(GRID).f1, label=f"{name}{mark}" if named else None, **style)
     if known:
         mean = analysis.precision[:, [index for index, _ in known]].mean(1)
         by_recall.plot(GRID, mean, color="black", linewidth=2.2, label=f"mean (AP{IOU * 100:.0f} {mean.mean():.3f})")
-        mean = np.mean(of_classes, axis=0)
-        top = int(mean.argmax())
-        label = f"mean ({mean[top]:.3f} at {GRID[top]:g})"
-        by_threshold.plot(GRID, mean, color="black", linewidth=2.2, label=label)
+    if (mean_f1 := analysis.mean_f1) is not None:
+        top = int(mean_f1.argmax())
+        label = f"mean ({mean_f1[top]:.3f} at {GRID[top]:g})"
+        by_threshold.plot(GRID, mean_f1, color="black", linewidth=2.2, label=label)
     by_recall.set(xlabel="recall", ylabel=f"precision at {analysis.similarity}={IOU:.2f}")
     by_threshold.set(xlabel="threshold", ylabel=f"F1 at {analysis.similarity}={IOU:.2f}")
     for axes in (by_recall, by_threshold):
