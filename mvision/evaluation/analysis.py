@@ -127,8 +127,9 @@ class Analysis:
 
         ``F1``, ``precision`` and ``recall`` are the means over the classes with objects at the best threshold of each,
         ``threshold`` is the one for all classes with the largest mean F1, in hundredths. ``F1/<class>``,
-        ``precision/<class>``, ``recall/<class>`` and ``threshold/<class>`` belong to the best threshold of a class, ``D-ECE`` is the error of the calibration. -1:
-        there is no such object. A class that has objects and no right result has no threshold, and 0 for the others.
+        ``precision/<class>``, ``recall/<class>`` and ``threshold/<class>`` belong to the best threshold of a class, and
+        ``D-ECE`` is the error of the calibration. -1: there is no such object. A class that has objects and no right
+        result has no threshold, and 0 for the others.
         """
         figures: dict[str, float] = {}
         for figure, attribute in (("F1", "f1"), ("precision", "precision"), ("recall", "recall")):
