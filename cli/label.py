@@ -7,8 +7,15 @@ from typing import Any, get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option
-from mvision.cli.predict import _thresholds
+from mvision.cli.options import (
+    OUTPUT_FOLDER,
+    WEIGHTS,
+    OneOf,
+    device_option,
+    echo,
+    family_option,
+    thresholds_callback,
+)
 from mvision.machine import PrecisionOption
 
 FORMATS = ("coco", "yolo", "cvat", "label-studio", "fiftyone")
@@ -24,17 +31,17 @@ FORMATS = ("coco", "yolo", "cvat", "label-studio", "fiftyone")
     "--threshold",
     "thresholds",
     multiple=True,
-    callback=_thresholds,
+    callback=thresholds_callback,
     metavar="X",
-    help="Lowest score that is written, or CLASS=X for one class. Repeatable.  [default: 0.3]",
+    help="Lowest score that is written, CLASS=X for one class, or best. Repeatable.  [default: 0.3]",
 )
 @click.option(
     "--review",
     "reviews",
     multiple=True,
-    callback=_thresholds,
+    callback=thresholds_callback,
     metavar="X",
-    help="Objects with a lower score are marked for review, or CLASS=X. Repeatable.  [default: 0.5]",
+    help="Objects with a lower score are marked for review; CLASS=X, or best. Repeatable.  [default: 0.5]",
 )
 @click.option("--nms", type=float, metavar="IOU", help="Keep the better of two boxes of any classes that overlap more.")
 @click.option(

@@ -17,6 +17,8 @@ EXISTING_FOLDER = click.Path(path_type=Path, file_okay=False, exists=True)
 EXISTING_FILE = click.Path(path_type=Path, dir_okay=False, exists=True)
 OUTPUT_FOLDER = click.Path(path_type=Path, file_okay=False)
 WEIGHTS = "a run folder, .safetensors file, Hugging Face folder, Hub id or name from mvision models"
+BEST = "best"  # the thresholds with the largest F1 in validation, which the weights have
+EVERY = "*"  # stands for all classes without a threshold of their own
 
 
 def echo(text: object) -> None:
@@ -75,6 +77,30 @@ class ImageSize(click.ParamType):
             self.fail(f"'{value}' is neither N nor HxW, such as 640 or 480x640", param, ctx)
         height, width = match.group(1), match.group(2) or match.group(1)
         return int(height), int(width)
+
+
+def thresholds_callback(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> Any:
+    """``0.5``, ``best`` and ``CLASS=0.3`` as one value, or as a dictionary where there are thresholds of classes."""
+    given: dict[str, float | str] = {}
+    for text in texts:
+        if text == BEST:
+            if given.setdefault(EVERY, BEST) != BEST:
+                raise click.BadParameter("two values for all classes", context, option)
+            continue
+        name, has_name, value = text.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            raise click.BadParameter(
+                f"'{text}' is neither a number nor CLASS=NUMBER nor {BEST}", context, option
+            ) from None
+        if not 0 <= number <= 1:
+            raise click.BadParameter(f"{text} is not in the range from 0 to 1", context, option)
+        if given.setdefault(name if has_name else EVERY, number) != number:
+            raise click.BadParameter(
+                f"two values for {f'class {name!r}' if has_name else 'all classes'}", context, option
+            )
+    return given.get(EVERY) if set(given) <= {EVERY} else given
 
 
 def device_option(command: Decorated) -> Decorated:

@@ -7,28 +7,16 @@ from typing import Any, get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option
+from mvision.cli.options import (
+    OUTPUT_FOLDER,
+    WEIGHTS,
+    OneOf,
+    device_option,
+    echo,
+    family_option,
+    thresholds_callback,
+)
 from mvision.machine import PrecisionOption
-
-EVERY = "*"  # stands for all classes without a threshold of their own
-
-
-def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> Any:
-    """``0.5`` and ``CLASS=0.3`` as one number, or as a dictionary where there are thresholds of classes."""
-    given: dict[str, float] = {}
-    for text in texts:
-        name, has_name, value = text.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            raise click.BadParameter(f"'{text}' is neither a number nor CLASS=NUMBER", context, option) from None
-        if not 0 <= number <= 1:
-            raise click.BadParameter(f"{text} is not in the range from 0 to 1", context, option)
-        if given.setdefault(name if has_name else EVERY, number) != number:
-            raise click.BadParameter(
-                f"two values for {f'class {name!r}' if has_name else 'all classes'}", context, option
-            )
-    return given.get(EVERY) if set(given) <= {EVERY} else given
 
 
 @click.command(short_help="Find objects in images, folders and videos.")
@@ -42,9 +30,9 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
     "--threshold",
     "thresholds",
     multiple=True,
-    callback=_thresholds,
+    callback=thresholds_callback,
     metavar="X",
-    help="Lowest score that is kept, or CLASS=X for one class. Repeatable.  [default: 0.5]",
+    help="Lowest score that is kept, CLASS=X for one class, or best. Repeatable.  [default: 0.5]",
 )
 @click.option("--multi-label", is_flag=True, help="A place may be several classes.  [default: its best one]")
 @click.option("--nms", type=float, metavar="IOU", help="Keep the better of two boxes of any classes that overlap more.")

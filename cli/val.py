@@ -21,8 +21,9 @@ from mvision.machine import PrecisionOption
     "--output",
     type=OUTPUT_FOLDER,
     metavar="DIR",
-    help="Also write metrics.json and predictions.json there.",
+    help="Also write metrics.json, predictions.json and curves there.",
 )
+@click.option("--write-thresholds", is_flag=True, help="Put the best thresholds into the weights.")
 @click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images per step.  [default: 16]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
 @click.option(
@@ -39,12 +40,13 @@ def val(
     data: str | None,
     split: str | None,
     output: Path | None,
+    write_thresholds: bool,
     batch_size: int | None,
     workers: int | None,
     precision: PrecisionOption | None,
     device: str | None,
 ) -> None:
-    """Evaluate weights on a split of the data: the COCO table and AP of every class.
+    """Evaluate weights on a split of the data: the COCO table, AP and the best threshold of every class.
 
     \b
     Example:
@@ -62,6 +64,7 @@ def val(
         data=data,
         split=split,
         output=output,
+        write_thresholds=write_thresholds,
         batch_size=batch_size,
         workers=workers,
         precision=precision,

@@ -48,6 +48,7 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
         more_evaluators: further metrics; their figures are reported with their name in front, such as ``bbox/AP``.
         kind: what ``postprocess`` returns: ``objects``, ``poses`` of objects, or ``regions``, one for each class in the
             image. A joint model links poses to objects and returns regions separately.
+        weighs_classes: whether ``loss`` multiplies its class term by ``class_weights``.
         includes: other tasks whose outputs are part of this head's, see ``outputs_of``. In a joint model they get no
             head of their own. ``Config`` has to have all settings of theirs.
     """
@@ -58,7 +59,9 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
     primary_metric: ClassVar[str] = "AP"
     more_evaluators: ClassVar[tuple[type[Metric], ...]] = ()
     kind: ClassVar[Literal["objects", "poses", "regions"]] = "objects"
+    weighs_classes: ClassVar[bool] = False
     includes: ClassVar[tuple[str, ...]] = ()
+    class_weights: Tensor | None
 
     def __init__(
         self,
@@ -80,6 +83,9 @@ class Head(nn.Module, ABC, Generic[ConfigT, OutputsT]):
         self.config = config
         self.categories = categories
         self.channels, self.strides, self.lateral_dim = channels, strides, lateral
+        # (categories,) how often an object of each class counts in the class term; None: all count once. It belongs to
+        # a training and is not in weights files.
+        self.register_buffer("class_weights", None, persistent=False)
         self.build()
 
     def build(self) -> None:

@@ -6,6 +6,7 @@ Heads that share their queries say themselves which pose is whose (``link_by_que
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -99,3 +100,20 @@ def _concatenated(objects: Instances, poses: Instances) -> Instances:
         query=None,
     )
     return both.filter(np.argsort(-both.scores, kind="stable"))
+
+
+def thresholds_of_results(of_tasks: Mapping[str, Mapping[str, float]], kinds: Mapping[str, str]) -> dict[str, float]:
+    """One threshold for every class of merged results, from those of the tasks.
+
+    The score of a merged result is that of the object, so the thresholds of objects come before those of poses, and
+    these before those of regions.
+
+    Args:
+        of_tasks: task -> class -> threshold.
+        kinds: ``Head.kind`` of the tasks of the model.
+    """
+    order = ("objects", "poses", "regions")
+    merged: dict[str, float] = {}
+    for task in sorted(kinds, key=lambda task: order.index(kinds[task])):
+        merged = {**of_tasks.get(task, {}), **merged}
+    return merged

@@ -71,6 +71,7 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
     evaluator = SemanticMetric
     primary_metric = "mIoU"
     kind = "regions"
+    weighs_classes = True
 
     def build(self) -> None:
         """See ``Head.build``."""
@@ -105,7 +106,8 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
         gt = np.stack([class_map(target, (logits.shape[-2], logits.shape[-1])) for target in targets])
         if not (gt != IGNORED).any():
             return {"focal": 0 * logits.sum(), "dice": 0 * logits.sum()}
-        focal, dice = focal_and_dice(logits, to_device({"gt": torch.from_numpy(gt)}, logits.device)["gt"])
+        on_device = to_device({"gt": torch.from_numpy(gt)}, logits.device)
+        focal, dice = focal_and_dice(logits, on_device["gt"], self.class_weights)
         return {"focal": FOCAL_WEIGHT * focal, "dice": DICE_WEIGHT * dice}
 
     def postprocess(
@@ -144,7 +146,7 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
         )
 
 
-def focal_and_dice(logits: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
+def focal_and_dice(logits: Tensor, gt: Tensor, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The focal loss of every class against all others (Lin et al., 2017), and the Dice loss (Milletari et al., 2016).
 
     Both are those of segmentation-models-pytorch, the focal one the mean over labelled pixels and classes, Dice the
@@ -154,13 +156,20 @@ def focal_and_dice(logits: Tensor, gt: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         logits: (B, C, h, w) before the softmax.
         gt: (B, h, w) int64 in 0..C - 1, or ``IGNORED``; at least one pixel has a label.
+        class_weights: (C - 1,) how much a pixel of each class counts in the mean that the focal loss is; the background
+            counts 1. None: 1 for all. Dice is not weighted: in it every class counts as much as any other.
     """
     valid = (gt != IGNORED)[:, None]
     is_class = gt[:, None] == torch.arange(logits.shape[1], device=gt.device)[:, None, None]
     target = is_class.to(logits.dtype)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     focal = (1 - torch.exp(-cross_entropy)) ** GAMMA * cross_entropy
-    focal = torch.where(valid, focal, 0).sum() / (valid.sum() * logits.shape[1])
+    if class_weights is None:
+        focal = torch.where(valid, focal, 0).sum() / (valid.sum() * logits.shape[1])
+    else:
+        of_classes = F.pad(class_weights.to(logits.dtype), (1, 0), value=1.0)
+        weights = torch.where(valid, of_classes[gt.clamp(min=0)][:, None], 0)
+        focal = (weights * focal).sum() / (weights.sum() * logits.shape[1])
     prob = torch.where(valid, logits.softmax(1), 0)
     both, either = (prob * target).sum((0, 2, 3)), prob.sum((0, 2, 3)) + target.sum((0, 2, 3))
     dice = 1 - 2 * both / either.clamp(min=1e-7)

@@ -19,9 +19,9 @@ from mvision.evaluation import Metric
 from mvision.fast.copies import prepared_copy
 from mvision.heads import head_class, serving_task
 from mvision.heads.base import Head
-from mvision.heads.linking import link_by_query, link_poses
+from mvision.heads.linking import link_by_query, link_poses, thresholds_of_results
 from mvision.inference.predict import predict_images
-from mvision.inference.selection import Selection, Threshold
+from mvision.inference.selection import AskedThreshold, Selection, Threshold
 from mvision.inference.tracked import TracksVideos
 from mvision.machine import PrecisionOption, inference_precision, resolve_device, torch_dtype
 from mvision.neck import HybridEncoder
@@ -132,6 +132,11 @@ class Model(HubModel, TracksVideos, nn.Module):
     def device(self) -> torch.device:
         """The device of the weights."""
         return next(self.parameters()).device
+
+    @property
+    def best_thresholds(self) -> dict[str, float]:
+        """The threshold of every class with the largest F1, see ``thresholds_of_results``; empty if not known."""
+        return thresholds_of_results(self.config.thresholds, {task: self.head(task).kind for task in self.tasks})
 
     @property
     def own_threads(self) -> bool:
@@ -296,7 +301,7 @@ class Model(HubModel, TracksVideos, nn.Module):
     def predict(
         self,
         images: Sequence[str | Image | np.ndarray],
-        threshold: Threshold = 0.5,
+        threshold: AskedThreshold = 0.5,
         batch_size: int | None = None,
         *,
         multi_label: bool = False,

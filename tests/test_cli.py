@@ -249,7 +249,11 @@ class TestRun:
         assert {path.name for path in folder.iterdir()} == {
             ".lock",
             "best.safetensors",
+            "calibration.png",
             "config.yaml",
+            "confusion_matrix.png",
+            "curves.json",
+            "curves.png",
             "last",
             "metrics.json",
             "metrics.jsonl",

@@ -32,12 +32,14 @@ def records_of(run):
 def test_a_run_leaves_everything_it_promises(squares, tmp_path, capsys):
     run = run_in_process(squares, tmp_path / "run", train__epochs=2)
     expected = {"best.safetensors", "last", "config.yaml", "metrics.jsonl", "results.png", "predictions.jpg"}
-    assert {path.name for path in run.iterdir()} == expected | {"metrics.json", ".lock"}
+    expected |= {"metrics.json", ".lock", "confusion_matrix.png", "curves.png", "curves.json", "calibration.png"}
+    assert {path.name for path in run.iterdir()} == expected
     figures = json.loads((run / "metrics.json").read_text())
     assert {"AP", "AP50", "AP/blue", "AP/red"} <= set(figures["detection"])
     records = records_of(run)
     assert [record["step"] for record in records] == [2, 4]
-    assert figures["detection"] == max((r["metrics"]["detection"] for r in records), key=lambda m: m["AP"])
+    best = max((r["metrics"]["detection"] for r in records), key=lambda m: m["AP"])
+    assert {name: figures["detection"][name] for name in best} == best
     assert cv2.imread(str(run / "predictions.jpg")) is not None
     assert cv2.imread(str(run / "results.png")) is not None
     model = load(run)

@@ -196,6 +196,7 @@ class BaseKeypointHead(PoseResults[ConfigT, KeypointOutputs]):
         counted: Tensor,
         ignored: Tensor | None,
         labelled: Tensor | None,
+        class_weights: Tensor | None = None,
     ) -> Tensor:
         """Sum of the scores' loss over all grid points, divided by ``scores_of_object``.
 
@@ -206,11 +207,13 @@ class BaseKeypointHead(PoseResults[ConfigT, KeypointOutputs]):
             counted: bool, in that shape: which of them are positives.
             ignored: (B, S) bool: grid points that are not negatives; None: no grid point.
             labelled: ``labelled_classes`` of ``KeypointTargets``: grid points are no negatives of the other classes.
+            class_weights: (C,) of positives, see ``quality_focal``.
         """
         config = self.config
         if labelled is not None:
             labelled = labelled[:, None]
-        loss = quality_focal(logits, index, quality, config.class_loss, config.alpha, config.gamma, labelled, counted)
+        settings = config.class_loss, config.alpha, config.gamma
+        loss = quality_focal(logits, index, quality, *settings, labelled, counted, class_weights)
         if ignored is not None:
             # Positives count anyway. What is no positive is written behind the end.
             place = torch.where(counted, torch.add(index[1], index[0], alpha=ignored.shape[1]), ignored.numel())
@@ -272,9 +275,17 @@ class BaseKeypointHead(PoseResults[ConfigT, KeypointOutputs]):
         parts = zip(*(values.split(gt.sizes) for values in (quality, counted, *index)))
         return [
             self._weight("class")
-            * self.score_term(self.score_logits(raw), tuple(own), own_quality, own_counted, ignored, labelled)
-            for raw, labelled, (own_quality, own_counted, *own) in zip(raws, gt.labelled_classes, parts)
+            * self.score_term(self.score_logits(raw), tuple(own), own_quality, own_counted, ignored, labelled, weights)
+            for raw, labelled, (own_quality, own_counted, *own), weights in zip(
+                raws, gt.labelled_classes, parts, map(self.weights_of, BRANCHES)
+            )
         ]
+
+    def weights_of(self, branch: Branch) -> Tensor | None:
+        """``class_weights`` of the classes that a set of last layers predicts."""
+        if self.class_weights is None or len(self.labels_of(branch)) == len(self.class_weights):
+            return self.class_weights
+        return self.class_weights.index_select(0, self.class_labels)
 
 
 def _tokens(maps: list[Tensor]) -> Tensor:

@@ -58,6 +58,9 @@ class MinimalKeypointHead(BaseKeypointHead[MinimalKeypointConfig]):
         """(B, S, K), the scores of the points."""
         return raw.points[..., 2 * self.num_points :]
 
+    def weights_of(self, branch: Branch) -> None:
+        """None: there is one class, and the scores are those of its points."""
+
     @property
     def scores_of_object(self) -> int:
         """One for each point."""

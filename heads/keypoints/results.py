@@ -38,6 +38,7 @@ class PoseResults(Head[ConfigT, OutputsT]):
     evaluator = KeypointMetric
     more_evaluators = (BoxMetric,)
     kind = "poses"
+    weighs_classes = True
 
     def read_classes(self, sigmas: list[float]) -> None:
         """Set what follows from the categories; the first thing that ``build`` has to do.

@@ -112,7 +112,8 @@ class QueryPoseHead(PoseResults[PoseConfig, PoseOutputs]):
 
     def loss(self, outputs: PoseOutputs, targets: list[Targets]) -> dict[str, Tensor]:
         """See ``pose_terms``."""
-        return pose_terms(outputs.decoded, outputs.targets, self.config)
+        weights = None if self.class_weights is None else self.class_weights.index_select(0, self.class_labels)
+        return pose_terms(outputs.decoded, outputs.targets, self.config, weights)
 
     def _targets(self, maps: list[Tensor], targets: list[Targets], num_queries: int) -> PoseTargets:
         config, finest = self.config, maps[0]

@@ -160,11 +160,14 @@ class Objects:
         return torch.where(self.points[..., 2:] > 0, (points - self.points[..., :2]).abs(), 0).sum((1, 2))
 
 
-def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> dict[str, Tensor]:
+def pose_terms(
+    decoded: Decoded, targets: PoseTargets, config: PoseConfig, class_weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """The weighted terms of ``pose_losses`` and of ``point_distillation``, by their names with the suffix of a layer.
 
     Args:
         decoded: outputs of all layers, made with ``targets.denoising``.
+        class_weights: (C,) of the class terms of poses, see ``quality_focal``.
     """
     count = 0 if targets.denoising is None else targets.denoising.labels.shape[1]
     found, noisy = separated(decoded, count)
@@ -176,7 +179,9 @@ def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> di
     )  # fmt: skip
     sets = [] if noisy is None else [denoising_set(noisy, targets)]
     sets.insert(0, matched_set(found, targets, matches()))
-    losses = pose_losses(sets, targets, config.class_loss, config.alpha, config.gamma, own_boxes, config.quality_power)
+    losses = pose_losses(
+        sets, targets, config.class_loss, config.alpha, config.gamma, own_boxes, config.quality_power, class_weights
+    )
     if config.ddf_weight and config.num_layers > 1:
         losses["ddf"] = point_distillation(sets, targets)
     terms: dict[str, Tensor] = {}
@@ -184,10 +189,12 @@ def pose_terms(decoded: Decoded, targets: PoseTargets, config: PoseConfig) -> di
         weight = getattr(config, f"{name}_weight")
         for one, values in zip(sets, of_sets):
             terms |= {f"{name}{suffix}": weight * value for suffix, value in zip(one.suffixes, values)}
-    return terms if decoded.dense is None else terms | dense_terms(decoded.dense, targets, config)
+    return terms if decoded.dense is None else terms | dense_terms(decoded.dense, targets, config, class_weights)
 
 
-def dense_terms(dense: DensePoses, targets: PoseTargets, config: PoseConfig) -> dict[str, Tensor]:
+def dense_terms(
+    dense: DensePoses, targets: PoseTargets, config: PoseConfig, class_weights: Tensor | None = None
+) -> dict[str, Tensor]:
     """One-to-many supervision: the weighted terms ``class_dense``, ``point_dense`` and ``oks_dense``.
 
     Every pose teaches its points to the tokens whose anchors overlap its box most, and their score is to be 1 however
@@ -203,7 +210,7 @@ def dense_terms(dense: DensePoses, targets: PoseTargets, config: PoseConfig) -> 
     index = (rows.row, targets.labels.flatten().index_select(0, rows.gt_row))
     loss = quality_focal(
         dense.logits.flatten(0, 1), index, torch.ones_like(gt.areas), config.class_loss, config.alpha, config.gamma,
-        labelled_rows([shape], targets.labelled_classes), rows.counted,
+        labelled_rows([shape], targets.labelled_classes), rows.counted, class_weights,
     )  # fmt: skip
     if targets.ignored is not None:  # but not where a pose is to be predicted
         ignored = F.pad(_inside(dense.anchors[None, :, :2], targets.ignored).flatten(), (0, 1))
@@ -224,11 +231,12 @@ def pose_losses(
     gamma: float,
     own_boxes: bool = True,
     quality_power: float = 1.0,
+    class_weights: Tensor | None = None,
 ) -> dict[str, list[Tensor]]:
     """The unweighted terms of every layer of every set.
 
     Args:
-        kind, alpha, gamma: of the class term, see ``quality_focal``.
+        kind, alpha, gamma, class_weights: of the class term, see ``quality_focal``.
         own_boxes: whether the boxes are predicted here; the head that objects are taken from teaches its boxes itself.
         quality_power: of the OKS, as the target of the class term.
 
@@ -254,7 +262,8 @@ def pose_losses(
             quality = Objects.at(own, targets).oks(points.index_select(0, own.row))
     index = (own.row, targets.labels.flatten().index_select(0, own.gt_row))
     labelled = labelled_rows(shapes, targets.labelled_classes)
-    loss = quality_focal(logits, index, quality**quality_power, kind, alpha, gamma, labelled)
+    quality = quality**quality_power
+    loss = quality_focal(logits, index, quality, kind, alpha, gamma, labelled, class_weights=class_weights)
     ignored = _ignored_rows(sets, points)
     if ignored is not None:  # but not where a pose is to be predicted
         loss = torch.where(ignored.index_fill(0, own.row, False)[:, None], 0, loss)

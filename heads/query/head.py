@@ -118,6 +118,8 @@ class Predictions(NamedTuple):
 class QueryHead(Head[ConfigT, OutputsT]):
     """RT-DETR's decoder with its loss and post-processing; subclasses add ``forward`` and ``loss``."""
 
+    weighs_classes = True
+
     def build(self) -> None:
         """See ``Head.build``."""
         config = self.config
@@ -212,7 +214,7 @@ class QueryHead(Head[ConfigT, OutputsT]):
         With distributions also ``fgl`` of the decoder layers, and ``ddf`` of all of them but the last.
         """
         config = self.config
-        losses = set_losses(sets, targets, config.class_loss, config.alpha, config.gamma)
+        losses = set_losses(sets, targets, config.class_loss, config.alpha, config.gamma, self.class_weights)
         terms = self.named(losses, [suffix for one in sets for suffix in one.suffixes])
         sets = [one for one in sets if one.corners is not None]
         return terms | self._distribution_terms(sets, targets) if sets else terms

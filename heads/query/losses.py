@@ -52,13 +52,14 @@ def set_losses(
     kind: Literal["vfl", "mal"] = "vfl",
     alpha: float = 0.75,
     gamma: float = 2.0,
+    class_weights: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Class, L1 and GIoU terms of every layer of every set.
 
     The predictions of all sets are put one below the other, so that several sets take as many operators as one.
 
     Args:
-        kind, alpha, gamma: of the class term, see ``quality_focal``.
+        kind, alpha, gamma, class_weights: of the class term, see ``quality_focal``.
 
     Returns:
         ``class``, ``box`` (L1) and ``giou``, each with one number per layer, set after set. A class that is not
@@ -77,7 +78,7 @@ def set_losses(
     quality = box_iou if own is of_boxes else _pair_iou(boxes, own, targets.boxes)
     labels = targets.labels.flatten().index_select(0, own.gt_row)
     labelled = labelled_rows(shapes, targets.labelled_classes)
-    loss = quality_focal(logits, (own.row, labels), quality, kind, alpha, gamma, labelled, own.counted)
+    loss = quality_focal(logits, (own.row, labels), quality, kind, alpha, gamma, labelled, own.counted, class_weights)
     of_sets = loss.split([one.logits[..., 0].numel() for one in sets])
     class_sums = torch.cat([part.view(length, -1).sum(1) for part, length in zip(of_sets, lengths)])
     sums = torch.cat((class_sums[None], box_sums)).split(lengths, 1)
@@ -164,6 +165,7 @@ def quality_focal(
     gamma: float,
     labelled: Tensor | None = None,
     counted: Tensor | None = None,
+    class_weights: Tensor | None = None,
 ) -> Tensor:
     """Element-wise classification loss whose target is the quality of a positive's prediction (IoU or OKS).
 
@@ -178,14 +180,18 @@ def quality_focal(
         labelled: bool, of a shape that can be broadcast to that of ``logits``, see ``Targets.labelled_classes``: where
             it is False, negatives have no loss. None: all are labelled.
         counted: (P,) bool, which of the P are positives; the others may have the index of one that is. None: all.
+        class_weights: (C,) of the loss of positives; None: 1 for all.
     """
     target, is_positive = _class_targets(logits, index, quality, counted)
     logits = logits.to(quality.dtype)
     prob = logits.detach().sigmoid()
+    of_positives = target if kind == "vfl" else torch.ones_like(prob)
+    if class_weights is not None:
+        of_positives = of_positives * class_weights.to(prob)
     if kind == "vfl":
-        weight = torch.where(is_positive, target, alpha * prob**gamma)
+        weight = torch.where(is_positive, of_positives, alpha * prob**gamma)
     else:
-        weight = torch.where(is_positive, torch.ones_like(prob), prob**gamma)
+        weight = torch.where(is_positive, of_positives, prob**gamma)
         target = target**gamma
     loss = F.binary_cross_entropy_with_logits(logits, target, weight=weight, reduction="none")
     return loss if labelled is None else torch.where(labelled | is_positive, loss, 0)

@@ -14,7 +14,7 @@ from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.inference.predict import Predictor
-from mvision.inference.selection import OTHERS, Threshold
+from mvision.inference.selection import OTHERS, AskedThreshold, Threshold, resolve_threshold
 from mvision.inference.sources import find_sources
 from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
@@ -32,8 +32,8 @@ def label_job(
     weights: str | None = None,
     family: str | None = None,
     tasks: tuple[str, ...] = (),
-    threshold: Threshold | None = None,
-    review: Threshold | None = None,
+    threshold: AskedThreshold | None = None,
+    review: AskedThreshold | None = None,
     nms: float | None = None,
     masks: str | None = None,
     image_url: str | None = None,
@@ -49,8 +49,8 @@ def label_job(
         format_name: a key of ``FORMATS``.
         weights, family: any source that ``mvision.load`` takes; None: the newest run with the tasks.
         tasks: those to run; empty: all that the weights have.
-        threshold: the lowest score that is written, or one for each class; None: 0.3.
-        review: objects with a lower score are marked; None: 0.5.
+        threshold: the lowest score that is written, or one for each class, see ``predict_images``; None: 0.3.
+        review: objects with a lower score are marked, given as ``threshold`` is; None: 0.5.
         nms: see ``predict_images``.
         masks: ``polygon`` or ``rle``; None: polygons.
         image_url: what the addresses of pictures begin with; of Label Studio alone.
@@ -74,7 +74,7 @@ def label_job(
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
     request = _request(model, masks, source, image_url)
     check_request(form, request)
-    marking = Marking(_with_default(threshold, THRESHOLD), _with_default(review, REVIEW), nms)
+    marking = Marking(_numbers(threshold, model, THRESHOLD), _numbers(review, model, REVIEW), nms)
     settings = _settings(folder, source, model, request, marking)
     log(runtime)
     with decoder_messages_hidden():
@@ -94,11 +94,10 @@ def _settings(folder: str, source: str, model: Predictor, request: Request, mark
     }
 
 
-def _with_default(given: Threshold | None, default: float) -> Threshold:
+def _numbers(asked: AskedThreshold | None, model: Predictor, default: float) -> Threshold:
     """A threshold with that of the classes that it does not name."""
-    if isinstance(given, Mapping):
-        return {OTHERS: default, **given}
-    return default if given is None else given
+    given = default if asked is None else resolve_threshold(asked, model)
+    return {OTHERS: default, **given} if isinstance(given, Mapping) else given
 
 
 def _request(model: Predictor, masks: str | None, source: str, image_url: str | None) -> Request:

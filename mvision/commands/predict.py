@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,10 +11,18 @@ from mvision.data import CocoSplit
 from mvision.data.loading.folders import Folder, open_folders
 from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
+from mvision.evaluation import Evaluated
 from mvision.heads import head_class, known_tasks, serving_task
 from mvision.inference.output import ForMetrics
 from mvision.inference.predict_sources import predict_sources
-from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
+from mvision.inference.selection import (
+    OTHERS,
+    AskedThreshold,
+    Selection,
+    resolve_threshold,
+    wants_best,
+    without_best,
+)
 from mvision.inference.sources import Source, Sources, find_sources
 from mvision.inference.summary import Summary
 from mvision.inference.tracking import check_tracker
@@ -25,6 +33,7 @@ from mvision.structures.messages import decoder_messages_hidden
 from mvision.weights import zoo
 
 SAMPLES = 8
+NAMED = 20  # classes with their thresholds in a line
 RUNS = Path("runs")
 
 
@@ -36,7 +45,7 @@ def predict_job(
     family: str | None = None,
     data: str | None = None,
     split: str | None = None,
-    threshold: Threshold | None = None,
+    threshold: AskedThreshold | None = None,
     multi_label: bool = False,
     nms: float | None = None,
     output: Path | None = None,
@@ -55,9 +64,8 @@ def predict_job(
         weights, family: any source that ``mvision.load`` takes; None: the newest run with these tasks.
         data: a data set in place of ``sources``, see ``images_of_split``; None with ``split``: that of the run.
         split: the name of its split; None: the one that a run evaluates on.
-        threshold: the lowest score that is kept, 0..1, or one for each class, see ``predict_images``; None: 0.5. For a
-            data set ``predictions.json`` has results of every score unless a threshold is given.
-        multi_label, nms: see ``predict_images``.
+        threshold, multi_label, nms: see ``predict_images``. Without a threshold ``predictions.json`` of a data set has
+            results of every score.
         output: a folder; None: ``predictions``.
         device: None: the first GPU, else the CPU.
         precision: see ``open_fastest``.
@@ -69,7 +77,7 @@ def predict_job(
         UserError: there is no run, or the sources, data, weights, device or folder cannot be used.
     """
     _check_before(tasks, sources, is_data=data is not None or split is not None, track=track)
-    chosen = Selection(DEFAULT_THRESHOLD if threshold is None else threshold, multi_label, nms)
+    Selection(without_best(threshold), multi_label, nms)  # mistakes are reported before the model is opened
     folder = output or Path("predictions")
     source = str(newest_run(tasks)) if weights is None else weights
     of_split = _folder_of(source, data) if data is not None or split is not None else None
@@ -77,11 +85,12 @@ def predict_job(
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
     found = find_sources(sources, leave_out=folder) if sources else None
     _check_objects(track, model.tasks)
-    log("\n".join([runtime, *_left_out_of_pictures(model.tasks)]))
+    chosen = Selection(resolve_threshold(threshold, model), multi_label, nms)
+    log("\n".join([runtime, *_left_out_of_pictures(model.tasks), *_best_thresholds(threshold, chosen, model)]))
     for_metrics = None
     if of_split is not None:
         found, categories = images_of_split(of_split, split, model.tasks)
-        every = Selection(0.0 if threshold is None else threshold, multi_label=True, nms=nms)
+        every = Selection(0.0 if threshold is None else chosen.threshold, multi_label=True, nms=nms)
         for_metrics = ForMetrics(every, model.config.categories, categories)
     elif found is None:
         found = _samples(source)
@@ -174,6 +183,18 @@ def _folder_of(weights: str, data: str | None) -> Folder:
     run = config_of_run(weights)
     config = run.data if run is not None and data is None else DataConfig(root=data)
     return open_folders(config, 0 if run is None else run.train.seed)[0]
+
+
+def _best_thresholds(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:
+    """A line that says which thresholds are used, where the best ones are asked for."""
+    chosen, names = selection.threshold, [category.name for category in model.config.categories]
+    if not wants_best(asked) or not isinstance(chosen, Mapping):
+        return []
+    given = [f"{name} {chosen[name]:g}" for name in names if name in chosen]
+    without = [name for name in names if name not in chosen]
+    more = f", ... ({len(given) - NAMED} more)" if len(given) > NAMED else ""
+    others = f"; {chosen[OTHERS]:g} for {len(without)} without one, such as {without[0]}" if without else ""
+    return [f"thresholds: {', '.join(given[:NAMED])}{more}{others}"]
 
 
 def _left_out_of_pictures(tasks: Sequence[str]) -> list[str]:

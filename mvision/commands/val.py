@@ -18,9 +18,18 @@ from mvision.deploy.exported import is_exported
 from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated, Validation, evaluate_all, make_metrics, tables
+from mvision.evaluation.analyses import (
+    analyse_all,
+    analysis_tables,
+    best_thresholds,
+    with_analyses,
+    write_curves,
+)
 from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device, resolve_precision, torch_dtype
 from mvision.storage.atomic import remove_partial_files, write_text
 from mvision.weights import load
+from mvision.weights.thresholds import thresholds_file
+from mvision.weights.thresholds import write_thresholds as put_thresholds
 
 METRICS = "metrics.json"
 
@@ -33,6 +42,7 @@ def validate(
     data: str | None = None,
     split: str | None = None,
     output: Path | None = None,
+    write_thresholds: bool = False,
     batch_size: int | None = None,
     workers: int | None = None,
     precision: PrecisionOption | None = None,
@@ -45,10 +55,10 @@ def validate(
         tasks: the tasks to evaluate; empty: all that the weights have.
         data: data folder; None: the one of the weights' run if they lie in one, else the built-in data set.
         split: name of the split; None: the validation split of the run, else ``val``.
-        output: folder for ``metrics.json`` and ``predictions.json``, a COCO results list of what was evaluated: every
-            score, not rounded. Several tasks or data sets have a list each, such as ``predictions-keypoints.json``.
-        batch_size: images per step; None: 16.
-        workers: loading processes; None: chosen by the number of cores.
+        output: folder for ``metrics.json``, pictures, and ``predictions.json``, a COCO results list of what was
+            evaluated: every score, not rounded. Several tasks or data sets have a list each.
+        write_thresholds: put the best thresholds of the classes into the weights file, see ``thresholds_file``.
+        batch_size, workers: images per step (None: 16), and loading processes (None: by the number of cores).
         precision: None: the precision of the run, so that the metrics are those at the end of training. Otherwise, and
             for an exported model always, the model is opened as ``mvision predict`` does, see ``open_fastest``.
         device: None: the first GPU, else the CPU.
@@ -56,6 +66,7 @@ def validate(
     Raises:
         UserError: the weights, data, device or folder cannot be used.
     """
+    written = thresholds_file(weights) if write_thresholds else None  # fail before the evaluation, not after it
     keep_freed_memory()
     chosen, run = resolve_device(device), config_of_run(weights)
     model, runtime = _open(weights, tasks, chosen, precision, family)
@@ -81,10 +92,27 @@ def validate(
             metrics = evaluate_all(model, validation, keep=partial(_keep, results) if results else None)
         if output is not None:
             (output / METRICS).unlink(missing_ok=True)  # an earlier one does not belong to the new predictions
+    analysed = _analysed(validation, metrics, output, written)
+    return "\n".join([*messages, *_left_out(results), *filter(None, [runtime]), *tables(validation), *analysed])
+
+
+def _analysed(
+    validation: Sequence[Validation], metrics: dict[str, dict[str, float]], output: Path | None, weights: Path | None
+) -> list[str]:
+    """The tables of the analyses; figures and pictures go into a folder, best thresholds into the weights."""
+    analyses = analyse_all(validation)
     if output is not None:
-        write_text(output / METRICS, json.dumps(metrics, indent=2) + "\n")
-    messages += _left_out(results)
-    return "\n".join([*messages, *filter(None, [runtime]), *tables(validation)])
+        try:
+            write_text(output / METRICS, json.dumps(with_analyses(metrics, analyses), indent=2) + "\n")
+            write_curves(analyses, output)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--output {output}: cannot be written ({reason}); choose another") from error
+    lines = analysis_tables(analyses)
+    if weights is not None:
+        put_thresholds(weights, best_thresholds(analyses))
+        lines.append(f"best thresholds written into {weights}")
+    return lines
 
 
 def _results_files(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, SerializeAsAny, ValidationError, field_validator, model_validator
@@ -56,6 +56,8 @@ class ModelConfig(Settings):
         image_size: (height, width) of the model's input in pixels, multiples of 32. One number stands for both.
         pixel_range: the values that become 0 and 255 in pictures of more than 8 bits (16-bit, 32-bit, floating point).
             A training run measures it on its data where none is given; None: there are only pictures of 8 bits.
+        thresholds: task -> class -> the score from which results are kept, so that the F1 on the validation images is
+            the largest. They are written into the best weights at the end of a training.
     """
 
     backbone: BackboneConfig = BackboneConfig()
@@ -64,6 +66,7 @@ class ModelConfig(Settings):
     categories: list[Category] = Field([], max_length=MAX_CLASSES)
     image_size: tuple[int, int] = (640, 640)
     pixel_range: tuple[float, float] | None = None
+    thresholds: dict[str, dict[str, Annotated[float, Field(ge=0, le=1)]]] = {}
 
     @field_validator("pixel_range")
     @classmethod
@@ -258,6 +261,9 @@ class DataConfig(Settings):
         fold: ``[2, 5]``: the images of both splits together (of ``train`` where there is no other) are divided into
             five parts, drawn with the run's seed, and the second one is the validation set. Each part has about its
             share of every class. ``mvision train --folds 5`` trains five times, each time with another part.
+        repeat_threshold: images with rare classes are shown several times in an epoch, see
+            ``mvision.data.loading.repeats``: those of a class that is in a smaller share of the images than this one
+            (0..1). 0 shows all images equally often. LVIS is trained with 0.001, data sets of few classes need more.
         augment: what happens to training images.
         workers: loading processes; None picks by the number of cores.
     """
@@ -272,6 +278,7 @@ class DataConfig(Settings):
     more: list[MoreDataConfig] = []
     fraction: float = Field(1.0, gt=0, le=1)
     fold: tuple[int, int] | None = None
+    repeat_threshold: float = Field(0.0, ge=0, le=1)
     augment: AugmentConfig = AugmentConfig()
     workers: int | None = Field(None, ge=0, le=1024)
 

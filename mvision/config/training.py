@@ -65,6 +65,10 @@ class TrainConfig(Settings):
         freeze: parts that are not trained.
         task_weights: by head, the factor of its loss terms in the loss; 1 for the others. A head that serves two tasks
             has one factor: that of instance-seg applies to its boxes too.
+        class_weights: how much an object counts in the class terms of the losses (for semantic-seg: its pixels), by its
+            class: ``{name: weight}``, 1 for the others, or ``balanced``: in inverse proportion to the number of objects
+            of the class. Both are scaled so that the mean over all objects is 1. Where an object is, its mask and its
+            points are learned with the same weight for all classes. None: all count alike.
         seed: of all random numbers; NumPy takes 32 bits.
         trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
     """
@@ -95,6 +99,7 @@ class TrainConfig(Settings):
     cuda_graphs: bool = True
     freeze: list[Literal["backbone", "neck"]] = []
     task_weights: dict[str, float] = {}
+    class_weights: Literal["balanced"] | dict[str, Annotated[float, Field(gt=0, le=1e6)]] | None = None
     seed: int = Field(0, ge=0, lt=2**32)
     trackers: list[str] = []
 

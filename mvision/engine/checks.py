@@ -213,8 +213,10 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any], *, in
             f"{today} now, so that its epochs and figures are no longer the same; bring the images back, or {new}"
         )
     if inside_epoch and saved["batches"] != now["batches"]:
+        is_repeated = any("repeat_threshold" in side["batches"] for side in (saved, now))
         before, today = (
             f"{side['batches']['number']} batches of {side['batches']['size']} with seed {side['batches']['seed']}"
+            + (f" and data.repeat_threshold {side['batches'].get('repeat_threshold', 0):g}" if is_repeated else "")
             for side in (saved, now)
         )
         raise UserError(

@@ -153,7 +153,8 @@ def run_facts(config: Config, images: list[tuple[int, int]], batches: int) -> di
         "tasks": list(config.model.heads),
         "classes": [{"name": c.name, "keypoints": list(c.keypoints)} for c in config.model.categories],
         "images": [list(numbers) for numbers in images],
-        "batches": {"number": batches, "size": config.train.batch_size, "seed": config.train.seed},
+        "batches": {"number": batches, "size": config.train.batch_size, "seed": config.train.seed}
+        | ({"repeat_threshold": config.data.repeat_threshold} if config.data.repeat_threshold else {}),
         "optimizer": config.train.optimizer,
     }
 

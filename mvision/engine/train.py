@@ -47,6 +47,7 @@ from mvision.engine.checks import (
 )
 from mvision.engine.epoch import train_epoch
 from mvision.engine.graphs import can_record, record_features
+from mvision.engine.imbalance import help_rare_classes
 from mvision.engine.optim import Ema, build_optimizer
 from mvision.engine.plan import describe_run, images_of, plural
 from mvision.engine.report import write_prediction_grid
@@ -56,6 +57,13 @@ from mvision.engine.trainer import Trainer
 from mvision.engine.zero_shot import tell_zero_shot
 from mvision.errors import Stopped, UserError, printable_lines
 from mvision.evaluation import Validation, evaluate_all, make_metrics, tables
+from mvision.evaluation.analyses import (
+    analyse_all,
+    analysis_tables,
+    best_thresholds,
+    with_analyses,
+    write_curves,
+)
 from mvision.evaluation.tables import figure_text
 from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_device, resolve_precision
 from mvision.model import Model
@@ -64,6 +72,7 @@ from mvision.weights import load
 from mvision.weights.files import starting_from
 from mvision.weights.sources import origin
 from mvision.weights.start import published_start
+from mvision.weights.thresholds import write_thresholds
 
 
 def train(
@@ -106,7 +115,7 @@ def train(
         sources = _read_data(config, saved is None, log)
         set_seed(config.train.seed)
         model = _build_model(config, begin, saved is None, log)
-        train_loader, validation = _loaders(config, sources, model, accelerator)
+        train_loader, validation = _loaders(config, sources, model, accelerator, log)
         stack.callback(_close, train_loader, validation)
         config = decided(config, len(train_loader), start_of(config, init, init_parts), images_of(sources))
         facts = run_facts(config, images_of(sources), len(train_loader))
@@ -302,7 +311,11 @@ def _check_trackers(trackers: Sequence[str]) -> None:
 
 
 def _loaders(
-    config: Config, sources: Sequence[DataSource], model: Model, accelerator: Accelerator
+    config: Config,
+    sources: Sequence[DataSource],
+    model: Model,
+    accelerator: Accelerator,
+    log: Callable[[str], None],
 ) -> tuple[Loader, list[Validation]]:
     """Batches to train on, and for every data set those to evaluate on, with its metrics."""
     shared: dict[str, Any] = {
@@ -315,7 +328,9 @@ def _loaders(
     }
     settings = config.train
     split = sources if len(sources) > 1 or sources[0].weight != 1 else sources[0].train
-    train_loader = build_train_loader(split, config.data, seed=settings.seed, **shared)
+    repeats = help_rare_classes(config, sources, model, log)
+    factors = None if repeats is None else repeats.factors
+    train_loader = build_train_loader(split, config.data, seed=settings.seed, factors=factors, **shared)
     validation = []
     for source in sources:
         loader = build_eval_loader(source.val, config.data, **shared)
@@ -353,8 +368,11 @@ def _finish_run(trainer: Trainer, run: RunFolder, validation: list[Validation]) 
     best = load(str(run.path / BEST)).to(accelerator.device)
     figures = evaluate_all(best, validation, accelerator=accelerator)
     if accelerator.is_main_process:
-        run.write_text("metrics.json", json.dumps(figures, indent=2) + "\n")
-        accelerator.print("\n\n".join(tables(validation)))
+        analyses = analyse_all(validation)
+        run.write_text("metrics.json", json.dumps(with_analyses(figures, analyses), indent=2) + "\n")
+        accelerator.print("\n\n".join([*tables(validation), *analysis_tables(analyses)]))
+        write_thresholds(run.path / BEST, best_thresholds(analyses))
+        write_curves(analyses, run.path)
         loader = validation[0].loader
         assert isinstance(loader, Loader)
         dataset = loader.dataset

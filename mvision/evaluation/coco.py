@@ -136,11 +136,11 @@ class CocoMetric(Metric):
         rows = np.zeros((len(results), 6))
         rows[:, 4] = [entry["score"] for entry in results]
         rows[:, 5] = [self._class_numbers[entry["category_id"]] for entry in results]
-        if self.key != "bbox":
-            return ImageResults(rows, [entry[self.key] for entry in results])
         if results:
-            rows[:, :4] = [entry["bbox"] for entry in results]
-        return ImageResults(rows, [])
+            # Masks and points may come without a box: then each is in a place of its own.
+            nowhere = ((-1.0 - place, 0.0, 0.0, 0.0) for place in range(len(results)))
+            rows[:, :4] = [entry.get("bbox", other) for entry, other in zip(results, nowhere)]
+        return ImageResults(rows, [] if self.key == "bbox" else [entry[self.key] for entry in results])
 
     def compute(self) -> dict[str, float]:
         """The figures of COCO's table by name, and ``AP/<class>`` for every class; -1 as in COCO's table."""
@@ -205,16 +205,40 @@ class CocoMetric(Metric):
 
     def _evaluate(self, images: list[int], classes: list[int], sigmas: list[float] | None) -> dict[str, np.ndarray]:
         """The evaluator's arrays, with the classes in the order of ``classes``."""
-        new_evaluator = _hotcoco_evaluator if self._backend == "hotcoco" else _pycocotools_evaluator
-        gt = self.ground_truth.dataset(set(classes))
-        evaluator = new_evaluator(gt, self._results(set(classes)), self.name)
-        params = evaluator.params
-        params.imgIds, params.catIds, params.maxDets = images, classes, list(self.max_results)
-        if sigmas is not None:
-            params.kpt_oks_sigmas = np.asarray(sigmas)
+        evaluator = self.new_evaluator(self._results(set(classes)), images, classes, sigmas)
+        evaluator.params.maxDets = list(self.max_results)
         evaluator.evaluate()
         evaluator.accumulate()
         return evaluator.eval
+
+    def new_evaluator(
+        self,
+        results: Results,
+        images: list[int],
+        classes: list[int],
+        sigmas: list[float] | None,
+        as_one: bool = False,
+    ) -> Any:
+        """COCO's evaluator of some results, not yet run; images and classes by their numbers in ``ground_truth``.
+
+        With ``as_one`` the objects of all these classes get the first one's number, which the results have to have too.
+        (The evaluators' own setting for that, ``useCats``, compares no poses in pycocotools.)
+        """
+        new_evaluator = _hotcoco_evaluator if self._backend == "hotcoco" else _pycocotools_evaluator
+        gt = self.ground_truth.dataset(set(classes))
+        if as_one:
+            gt["annotations"] = [{**entry, "category_id": classes[0]} for entry in gt["annotations"]]
+        evaluator = new_evaluator(gt, results, self.name)
+        params = evaluator.params
+        params.imgIds, params.catIds = images, classes[:1] if as_one else classes
+        if sigmas is not None:
+            params.kpt_oks_sigmas = np.asarray(sigmas)
+        return evaluator
+
+    def precision_at(self, iou: float) -> np.ndarray:
+        """(101, classes) precision at the recalls 0, 0.01, ..., 1, as AP is computed from it; -1 without objects."""
+        precision, _ = self._arrays()
+        return precision[int(np.abs(IOUS - iou).argmin()), :, :, self.areas.index("all"), -1]
 
     def _results(self, classes: set[int]) -> Results:
         """All results of some classes, for the evaluator.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from pycocotools import mask as coco_mask
 
 from mvision.errors import UserError
@@ -23,6 +24,7 @@ class GroundTruth:
         image_numbers: the data's image id -> number.
         groups: class numbers that are evaluated together, with the sigmas of their keypoints (one group unless the
             classes have different numbers of keypoints).
+        in_data: the numbers of the classes that the data has.
         notes: what a reader of the figures should know.
     """
 
@@ -59,6 +61,7 @@ class GroundTruth:
             {"id": number, "name": c.name} for number, c in enumerate(categories, start=1)
         ]
         numbers = self._match_classes(coco_dict["categories"], coco_dict["annotations"])
+        self.in_data = frozenset(numbers.values())
         self._point_orders = self._match_points(coco_dict["categories"], numbers) if metric == "keypoints" else {}
         self._annotations = [
             self._renumbered(annotation, number, numbers[annotation["category_id"]], records[annotation["image_id"]])
@@ -75,6 +78,13 @@ class GroundTruth:
             "categories": [c for c in self._classes if c["id"] in classes],
             "annotations": [dict(a) for a in self._annotations if a["category_id"] in classes],
         }
+
+    def classes_of_objects(self) -> np.ndarray:
+        """(annotations + 1,) int64: the index of the class by the number of the annotation, which begins at 1."""
+        classes = np.zeros(1 + max((a["id"] for a in self._annotations), default=0), dtype=np.int64)
+        for annotation in self._annotations:
+            classes[annotation["id"]] = annotation["category_id"] - 1
+        return classes
 
     def by_image(self) -> dict[int, list[dict[str, Any]]]:
         """Objects by the number of their image, no crowds; images without any are missing."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from mvision.errors import UserError
 from mvision.inference.passes import forward_passes, pool
 from mvision.inference.pipeline import ordered_map
-from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
+from mvision.inference.selection import DEFAULT_THRESHOLD, AskedThreshold, Selection, Threshold, resolve_threshold
 from mvision.machine import cores
 from mvision.structures import Category, Instances
 from mvision.structures.images import BadImage, PixelRange, read_image, resize_image
@@ -72,6 +72,10 @@ class Predictor(Protocol):
     @property
     def device(self) -> torch.device:
         """The device that images have to be on."""
+
+    @property
+    def best_thresholds(self) -> dict[str, float]:
+        """By class, see ``HasBestThresholds``."""
 
     @property
     def own_threads(self) -> bool:
@@ -170,7 +174,7 @@ def modules_in_eval_mode(model: Predictor) -> Iterator[None]:
 def predict_images(
     model: Predictor,
     images: Sequence[str | Path | Image.Image | np.ndarray],
-    threshold: Threshold = DEFAULT_THRESHOLD,
+    threshold: AskedThreshold = DEFAULT_THRESHOLD,
     batch_size: int | None = None,
     *,
     multi_label: bool = False,
@@ -183,7 +187,8 @@ def predict_images(
         images: files, PIL images, or uint8 arrays: (H, W, 3) RGB, (H, W, 4) RGBA or (H, W) grey; also a single one.
             A model with a ``pixel_range`` takes arrays of other numbers too.
         threshold: instances with a lower score (0..1) are left out; or a score for each class by its name, where "*" is
-            for the others (0.5 where it is not given).
+            for the others (0.5 where it is not given). ``"best"``, or that for "*": of every class the threshold with
+            the largest F1 on the validation images, from the weights.
         batch_size: images per forward pass; None is 1 on CPU, where more do not help, and
             ``BATCH_SIZE_ON_GPU`` elsewhere. On a CPU several passes run at once, see ``forward_passes``.
         multi_label: one place may be reported as several classes; without it only as the best one.
@@ -191,9 +196,9 @@ def predict_images(
 
     Raises:
         UserError: a file that cannot be read, an array of another kind, a threshold or IoU outside 0..1, a class that
-            the model does not have.
+            the model does not have, or weights without best thresholds.
     """
-    chosen = Selection(threshold, multi_label, nms)
+    chosen = Selection(resolve_threshold(threshold, model), multi_label, nms)
     chosen.check(model.config.categories)
     if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
         images = [images]  # type: ignore[list-item]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +17,56 @@ Threshold = float | Mapping[str, float]
 """The lowest score that is kept, 0..1: of all classes, or by class name, where ``OTHERS`` stands for the rest."""
 OTHERS = "*"
 DEFAULT_THRESHOLD = 0.5  # also of the classes that a mapping without ``OTHERS`` does not name
+BEST = "best"
+AskedThreshold = Threshold | str | Mapping[str, float | str]
+"""A threshold, or ``BEST`` in its place or in that of ``OTHERS``: of every class the one with the largest F1."""
+
+
+class HasBestThresholds(Protocol):
+    """What is read of a model."""
+
+    @property
+    def best_thresholds(self) -> dict[str, float]:
+        """The thresholds of its classes with the largest F1 on validation images; empty if they are not known."""
+
+
+def wants_best(asked: AskedThreshold | None) -> bool:
+    """Whether ``BEST`` is asked for."""
+    return (asked.get(OTHERS) if isinstance(asked, Mapping) else asked) == BEST
+
+
+def without_best(asked: AskedThreshold | None) -> Threshold:
+    """What can be checked before there is a model: numbers, with ``DEFAULT_THRESHOLD`` in place of ``BEST`` and None.
+
+    Raises:
+        UserError: another word stands in place of a number.
+    """
+    if asked is None:
+        return DEFAULT_THRESHOLD
+    numbers: dict[str, float] = {}
+    for name, value in (asked if isinstance(asked, Mapping) else {OTHERS: asked}).items():
+        if isinstance(value, str) and (value != BEST or name != OTHERS):
+            raise UserError(f"threshold '{value}': give a number from 0 to 1, one for each class, or '{BEST}' for all")
+        numbers[name] = DEFAULT_THRESHOLD if isinstance(value, str) else value
+    return numbers if isinstance(asked, Mapping) else numbers[OTHERS]
+
+
+def resolve_threshold(asked: AskedThreshold | None, model: HasBestThresholds) -> Threshold:
+    """Numbers in place of ``BEST``: those in the model's weights. Classes without one get ``DEFAULT_THRESHOLD``, as
+    all do where nothing was asked for.
+
+    Raises:
+        UserError: the weights have none, or another word stands in place of a number.
+    """
+    numbers = without_best(asked)
+    if not wants_best(asked):
+        return numbers
+    if not model.best_thresholds:
+        raise UserError(
+            f"threshold '{BEST}': these weights have none; a training writes them at its end, and mvision val "
+            "--write-thresholds into the weights of an earlier one (for boxes, masks and poses)"
+        )
+    return {**model.best_thresholds, **(numbers if isinstance(numbers, Mapping) else {OTHERS: numbers})}
 
 
 @dataclass(frozen=True)

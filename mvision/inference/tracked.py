@@ -19,7 +19,7 @@ from mvision.errors import UserError, printable
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.predict import Predictor, Prepared, infer, modules_in_eval_mode, picture_array
 from mvision.inference.reading import DEFAULT_RATE, Frame, read_frames
-from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
+from mvision.inference.selection import DEFAULT_THRESHOLD, AskedThreshold, Selection, resolve_threshold
 from mvision.inference.sources import Source, Sources, find_sources
 from mvision.inference.tracking import DEFAULT_TRACKER, Tracker, check_tracker, detection_threshold
 from mvision.machine import PrecisionOption
@@ -103,7 +103,7 @@ class TracksVideos:
         self,
         source: str | Path | int | Iterable[Picture],
         tracker: str = DEFAULT_TRACKER,
-        threshold: Threshold = DEFAULT_THRESHOLD,
+        threshold: AskedThreshold = DEFAULT_THRESHOLD,
         batch_size: int | None = None,
         *,
         rate: float | None = None,
@@ -142,8 +142,9 @@ class TracksVideos:
         model: Predictor = self._for_prediction(precision, device)  # type: ignore[attr-defined]
         if all(self.head(task).kind == "regions" for task in self.tasks):  # type: ignore[attr-defined]
             raise UserError("track: this model finds regions of a class, no objects that could be followed")
-        Selection(threshold, multi_label, nms).check(model.config.categories)
-        tracker_of = partial(Tracker, tracker, threshold)
+        from_score = resolve_threshold(threshold, model)
+        Selection(from_score, multi_label, nms).check(model.config.categories)
+        tracker_of = partial(Tracker, tracker, from_score)
         chosen = Selection(tracker_of(rate=DEFAULT_RATE).threshold_of_detections, multi_label, nms)
         if isinstance(source, str | Path | int):
             video = _video(source, rate)

@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -153,6 +154,7 @@ def build_train_loader(
     image_size: tuple[int, int],
     seed: int = 0,
     epochs: int | None = None,
+    factors: Sequence[np.ndarray] | None = None,
     mask_stride: int = 2,
     rank: int = 0,
     world_size: int = 1,
@@ -167,6 +169,7 @@ def build_train_loader(
         batch_size: total over all processes.
         image_size: (height, width) of the model's input.
         seed: of shuffling and augmentation; both depend on (seed, epoch, index) alone.
+        factors: how often an epoch shows each image, see ``Repeats``; None: by the weights of the data sets.
         epochs: of the whole run; its last ones are without strong augmentation.
         mask_stride: masks are drawn at 1 / stride of the input size.
         rank, world_size: this process among all.
@@ -187,7 +190,7 @@ def build_train_loader(
         ]
         dataset = MixedDataset(datasets)
         images = [(len(one), source.weight) for one, source in zip(datasets, split)]
-    batches = TrainBatches(images, batch_size, image_size, seed, epochs, config.augment, rank, world_size)
+    batches = TrainBatches(images, batch_size, image_size, seed, epochs, config.augment, rank, world_size, factors)
     on_cuda = torch.device(device).type == "cuda"
     return Loader(dataset, batches, pick_workers(config.workers, on_cuda, world_size), pin_memory=on_cuda)
 

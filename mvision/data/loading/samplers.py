@@ -9,6 +9,7 @@ import numpy as np
 
 from mvision.config import AugmentConfig
 from mvision.data.loading.dataset import SampleKey
+from mvision.data.loading.repeats import draw, number_drawn
 
 SHUFFLE, SCALE = 1, 2  # so that shuffling, image sizes and samples do not draw the same numbers from (seed, epoch)
 STEP = 32  # image sizes are multiples of the coarsest stride
@@ -33,6 +34,7 @@ class TrainBatches:
         augment: AugmentConfig | None = None,
         rank: int = 0,
         world_size: int = 1,
+        factors: Sequence[np.ndarray] | None = None,
     ) -> None:
         """Plan the batches.
 
@@ -44,9 +46,14 @@ class TrainBatches:
             epochs: of the run; None: unknown, and all of them are augmented alike.
             augment: which epochs have which augmentation, and how far sizes differ; None: all of it, and one size.
             rank, world_size: this process among all.
+            factors: of each data set (N,): how often an epoch shows each of its images, in place of the numbers that
+                ``num_images`` has for that.
         """
         self.sources = [(num_images, 1.0)] if isinstance(num_images, int) else list(num_images)
         self.drawn = [max(1, round(count * weight)) for count, weight in self.sources]
+        self.factors = factors
+        if factors is not None:
+            self.drawn = [number_drawn(of_set) for of_set in factors]
         self.num_images, self.batch_size, self.image_size = sum(self.drawn), batch_size, image_size
         self.seed, self.multi_scale = seed, 0.0 if augment is None else augment.multi_scale
         self.rank, self.world_size = rank, world_size
@@ -77,9 +84,13 @@ class TrainBatches:
     def _order(self) -> np.ndarray:
         """(n, 2) indices of this epoch's images, and how often each occurs in it before.
 
-        A data set of weight 2.5 is passed over twice, and half of it a third time.
+        A data set of weight 2.5 is passed over twice, and half of it a third time. With ``factors`` see ``draw``.
         """
         rng = np.random.default_rng((self.seed, self.epoch, SHUFFLE))
+        if self.factors is not None:
+            starts = np.cumsum([0, *map(len, self.factors)])
+            shown = [np.add(draw(of_set, rng), (start, 0)) for of_set, start in zip(self.factors, starts)]
+            return rng.permutation(np.concatenate(shown))
         if self.drawn == [count for count, _ in self.sources]:
             images = rng.permutation(self.num_images)
             return np.stack((images, np.zeros_like(images)), axis=1)
