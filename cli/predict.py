@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option, tile_options
 from mvision.machine import PrecisionOption
 
 EVERY = "*"  # stands for all classes without a threshold of their own
@@ -48,6 +48,10 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
 )
 @click.option("--multi-label", is_flag=True, help="A place may be several classes.  [default: its best one]")
 @click.option("--nms", type=float, metavar="IOU", help="Keep the better of two boxes of any classes that overlap more.")
+@tile_options
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), metavar="N", help="Images or tiles at once.  [default: by device]"
+)
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
 @click.option(
     "--precision",
@@ -69,6 +73,10 @@ def predict(
     thresholds: Any,
     multi_label: bool,
     nms: float | None,
+    tile: tuple[int, int] | None,
+    overlap: float | None,
+    no_whole: bool,
+    batch_size: int | None,
     output: Path | None,
     precision: PrecisionOption,
     no_pictures: bool,
@@ -79,6 +87,9 @@ def predict(
     Writes predictions.json (a COCO results list) and one picture per image. Without SOURCE it takes sample images of
     the data that the run was trained on. With --data, predictions.json has the data set's image ids, and results of
     every score unless a threshold is given: what an evaluation needs.
+
+    With --tile, pictures that are larger than a tile are predicted on window by window, so that small objects in them
+    are seen at their size. Objects that a border cuts are joined.
 
     \b
     Example:
@@ -96,6 +107,10 @@ def predict(
         threshold=thresholds,
         multi_label=multi_label,
         nms=nms,
+        tile=tile,
+        overlap=overlap,
+        whole=not no_whole,
+        batch_size=batch_size,
         output=output,
         device=device,
         precision=precision,

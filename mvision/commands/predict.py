@@ -17,6 +17,7 @@ from mvision.inference.predict_sources import predict_sources
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Source, Sources, find_sources
 from mvision.inference.summary import Summary
+from mvision.inference.tiles import Tiling, make_tiling
 from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
 from mvision.structures import Category
@@ -38,6 +39,10 @@ def predict_job(
     threshold: Threshold | None = None,
     multi_label: bool = False,
     nms: float | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: float | None = None,
+    whole: bool = True,
+    batch_size: int | None = None,
     output: Path | None = None,
     device: str | None = None,
     precision: PrecisionOption = "auto",
@@ -47,18 +52,16 @@ def predict_job(
     """Predict, and write ``predictions.json`` and pictures.
 
     Args:
-        sources: see ``find_sources``; empty: the first validation images of the run that the weights lie in, else of
-            the built-in data set.
+        sources: see ``find_sources``; empty: the first validation images of the weights' run, else of built-in data.
         tasks: the tasks to run; empty: all that the weights have.
         weights, family: any source that ``mvision.load`` takes; None: the newest run with these tasks.
         data: a data set in place of ``sources``, see ``images_of_split``; None with ``split``: that of the run.
         split: the name of its split; None: the one that a run evaluates on.
-        threshold: the lowest score that is kept, 0..1, or one for each class, see ``predict_images``; None: 0.5. For a
-            data set ``predictions.json`` has results of every score unless a threshold is given.
-        multi_label, nms: see ``predict_images``.
+        threshold, multi_label, nms: see ``predict_images``; None: 0.5. For a data set ``predictions.json`` has results
+            of every score unless a threshold is given.
+        tile, overlap, whole, batch_size: predict on tiles, see ``make_tiling``, so many of them (or of images) at once.
         output: a folder; None: ``predictions``.
-        device: None: the first GPU, else the CPU.
-        precision: see ``open_fastest``.
+        device, precision: None: the first GPU, else the CPU; see ``open_fastest``.
         pictures: without, ``predictions.json`` is written alone.
         log: is called with what names the runtime, and with what is left out of the results.
 
@@ -70,23 +73,22 @@ def predict_job(
     if sources and (data is not None or split is not None):
         raise UserError(f"source {sources[0]}: give either sources or --data with --split, not both")
     chosen = Selection(DEFAULT_THRESHOLD if threshold is None else threshold, multi_label, nms)
+    tiling = make_tiling(tile, overlap, whole)
     folder = output or Path("predictions")
     source = str(newest_run(tasks)) if weights is None else weights
     of_split = _folder_of(source, data) if data is not None or split is not None else None
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
     found = find_sources(sources, leave_out=folder) if sources else None
-    log("\n".join([runtime, *_left_out_of_pictures(model.tasks)]))
+    log("\n".join([runtime, *_about_tiles(source, tile, tiling), *_left_out_of_pictures(model.tasks)]))
     for_metrics = None
     if of_split is not None:
         found, categories = images_of_split(of_split, split, model.tasks)
         every = Selection(0.0 if threshold is None else threshold, multi_label=True, nms=nms)
         for_metrics = ForMetrics(every, model.config.categories, categories)
-    elif found is None:
-        found = _samples(source)
     run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
-        return run(model, found, folder, chosen.threshold)
+        return run(model, found or _samples(source), folder, chosen.threshold, batch_size, tiling=tiling)
 
 
 def images_of_split(folder: Folder, split: str | None, tasks: Sequence[str]) -> tuple[Sources, list[Category]]:
@@ -155,6 +157,15 @@ def _folder_of(weights: str, data: str | None) -> Folder:
     run = config_of_run(weights)
     config = run.data if run is not None and data is None else DataConfig(root=data)
     return open_folders(config, 0 if run is None else run.train.seed)[0]
+
+
+def _about_tiles(weights: str, tile: tuple[int, int] | None, tiling: Tiling | None) -> list[str]:
+    """A line on the tiles, or that the run of the weights was trained on some."""
+    run = config_of_run(weights) if tile is None else None
+    if run is not None and run.data.tile is not None:
+        height, width = run.data.tile.size
+        return [f"! trained on tiles of {width} x {height} pixels: add --tile {height}x{width} to predict on such"]
+    return [] if tiling is None else [f"on {tiling.text}"]
 
 
 def _left_out_of_pictures(tasks: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 
 from mvision.backbone.config import BackboneConfig
 from mvision.config.explain import explain
+from mvision.config.tiles import TileConfig
 from mvision.config.training import DecidedTrain, TrainConfig
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
@@ -258,6 +259,7 @@ class DataConfig(Settings):
         fold: ``[2, 5]``: the images of both splits together (of ``train`` where there is no other) are divided into
             five parts, drawn with the run's seed, and the second one is the validation set. Each part has about its
             share of every class. ``mvision train --folds 5`` trains five times, each time with another part.
+        tile: divide large pictures into tiles, see ``TileConfig``; None: pictures are stretched to the model's input.
         augment: what happens to training images.
         workers: loading processes; None picks by the number of cores.
     """
@@ -272,6 +274,7 @@ class DataConfig(Settings):
     more: list[MoreDataConfig] = []
     fraction: float = Field(1.0, gt=0, le=1)
     fold: tuple[int, int] | None = None
+    tile: TileConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     workers: int | None = Field(None, ge=0, le=1024)
 

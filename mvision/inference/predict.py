@@ -77,6 +77,9 @@ class Predictor(Protocol):
     def own_threads(self) -> bool:
         """Whether a runtime with threads of its own computes the forward pass, not PyTorch."""
 
+    def head(self, task: str) -> Any:
+        """The head that serves a task; of it, ``kind`` is read."""
+
     def modules(self) -> Iterator[nn.Module]:
         """As of every ``nn.Module``."""
 
@@ -189,8 +192,7 @@ def predict_images(
     """
     chosen = Selection(threshold, multi_label, nms)
     chosen.check(model.config.categories)
-    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
-        images = [images]  # type: ignore[list-item]
+    images = as_list(images)
     prepared = ordered_map(partial(_prepare_image, model.config), images, WORKERS)
     count = len(images) if hasattr(images, "__len__") else None
     with eval_mode(model), closing(infer(model, prepared, [chosen], batch_size, count)) as results:
@@ -342,13 +344,20 @@ def _postprocess(
     return [(key, None if image is None else next(results)) for key, image, _ in batch]
 
 
+def as_list(images: Sequence[str | Path | Image.Image | np.ndarray]) -> Sequence[Any]:
+    """Images that a user gave, also a single one."""
+    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
+        return [images]
+    return images
+
+
 def _prepare_image(config: Sized, image: str | Path | Image.Image | np.ndarray) -> Prepared[str | None]:
     path = str(image) if isinstance(image, str | Path) else None
-    array = _to_array(image, config.pixel_range)
+    array = as_array(image, config.pixel_range)
     return path, resize_image(array, config.image_size), array.shape[:2]
 
 
-def _to_array(image: str | Path | Image.Image | np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
+def as_array(image: str | Path | Image.Image | np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
     """(H, W, 3) uint8 RGB of anything that ``predict_images`` takes."""
     if isinstance(image, str | Path):
         try:
