@@ -39,7 +39,7 @@ class FakeModel(nn.Module):
 
     def head(self, task: str) -> SimpleNamespace:
         assert task == "detection"
-        return SimpleNamespace(classes=self.categories)
+        return SimpleNamespace(classes=self.categories, kind="objects")
 
     def evaluators(self, task: str) -> list[type[Metric]]:
         assert task == "detection"

@@ -142,7 +142,8 @@ class TiffPicture:
         self._colours = COLOURS[page.samplesperpixel]
         self._range = pixel_range
         if page.dtype == np.uint16 and pixel_range is None:
-            self._range = (0.0, 65535.0)
+            # As Pillow reads them: of 16-bit colours the upper 8 bits, 16-bit grey is scaled.
+            self._range = (0.0, 65535.0) if self._colours == 1 else None
             self.notes.append(RANGE_OF_TYPE)
         self._plain = page.compression == 1 and page.is_contiguous and page.planarconfig == 1
         self._part = (ROWS, self.size[1])
@@ -244,8 +245,8 @@ class TiffPicture:
 
     def _as_pixels(self, values: np.ndarray) -> np.ndarray:
         values = values[..., : self._colours]
-        if self._range is not None and values.dtype != np.uint8:
-            values = scale_colours(values, self._range)
+        if values.dtype != np.uint8:
+            values = values >> 8 if self._range is None else scale_colours(values, self._range)
         values = np.ascontiguousarray(values, dtype=np.uint8)
         return np.invert(values) if self._inverted else values
 
