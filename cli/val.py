@@ -7,7 +7,7 @@ from typing import get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option, tile_options
 from mvision.machine import PrecisionOption
 
 
@@ -23,7 +23,8 @@ from mvision.machine import PrecisionOption
     metavar="DIR",
     help="Also write metrics.json and predictions.json there.",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images per step.  [default: 16]")
+@tile_options
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images or tiles per step.  [default: 16]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
 @click.option(
     "--precision",
@@ -39,12 +40,18 @@ def val(
     data: str | None,
     split: str | None,
     output: Path | None,
+    tile: tuple[int, int] | None,
+    overlap: float | None,
+    no_whole: bool,
     batch_size: int | None,
     workers: int | None,
     precision: PrecisionOption | None,
     device: str | None,
 ) -> None:
     """Evaluate weights on a split of the data: the COCO table and AP of every class.
+
+    With --tile, pictures are evaluated as predict finds objects in them on tiles: the default for weights that were
+    trained on tiles (data.tile); --tile 0 takes whole pictures.
 
     \b
     Example:
@@ -66,5 +73,8 @@ def val(
         workers=workers,
         precision=precision,
         device=device,
+        tile=tile,
+        overlap=overlap,
+        whole=not no_whole,
     )
     echo(tables)

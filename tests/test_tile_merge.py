@@ -78,9 +78,7 @@ def boxes_of(merged: Merged) -> list[tuple[int, ...]]:
         ((50, 300), (100, 100), 0.2),
     ],
 )
-def test_tiles_fill_the_picture(
-    size: tuple[int, int], tile: tuple[int, int], overlap: float
-) -> None:
+def test_tiles_fill_the_picture(size: tuple[int, int], tile: tuple[int, int], overlap: float) -> None:
     grid = Tiling(tile, overlap).grid(size)
     counts, cores = np.zeros(size, int), np.zeros(size, int)
     for number in range(len(grid)):

@@ -16,8 +16,9 @@ class TileConfig(Settings):
     Attributes:
         size: (height, width) of a tile in pixels of the picture; one number stands for both.
         overlap: of neighbouring tiles, see ``mvision.inference.tiles.Tiling``.
-        visible: a tile has those objects of which it shows at least this share (of the box), 0..1, and parts of larger
-            objects that cover a tenth of the tile. Smaller parts are left out, and their number is said.
+        visible: a tile has those objects of which it shows at least this share (of the box), 0.25..1 (augmentation
+            leaves smaller rests out everywhere), and parts of larger objects that cover a tenth of the tile. Smaller
+            parts are left out, and their number is said.
         empty: of the tiles without objects, so many for each tile with some are trained on, drawn with the run's seed;
             the others are left out. Evaluation takes all.
         whole: evaluate with the whole picture at low resolution besides, see ``Tiling``.
@@ -25,7 +26,7 @@ class TileConfig(Settings):
 
     size: tuple[int, int]
     overlap: float = Field(DEFAULT_OVERLAP, ge=0, le=MOST_OVERLAP)
-    visible: float = Field(0.3, gt=0, le=1)
+    visible: float = Field(0.3, ge=0.25, le=1)
     empty: float = Field(1.0, ge=0, le=1e6)
     whole: bool = True
 

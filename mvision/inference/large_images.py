@@ -89,6 +89,8 @@ class PreparedPicture:
 class DecodedPicture:
     """A large picture of a format that can only be decoded whole: when its first window is asked for."""
 
+    in_parts = False
+
     def __init__(self, path: str | Path, size: tuple[int, int], pixel_range: PixelRange | None) -> None:
         self.path, self.size = path, size
         self.notes: list[str] = []
@@ -128,6 +130,8 @@ class TiffPicture:
     Raises:
         BadImage: of a kind whose parts cannot be read alone; the reason says what it is.
     """
+
+    in_parts = True
 
     def __init__(self, path: str | Path, page: Any, rows: int, pixel_range: PixelRange | None) -> None:
         self.path, self.page = path, page

@@ -6,7 +6,6 @@ Tiles of several pictures share batches. A picture that is not larger than a til
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
@@ -26,7 +25,7 @@ from mvision.inference.predict import WORKERS, Predictor, Prepared, as_array, as
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.tile_merge import Merged
 from mvision.inference.tile_results import merge_tiles
-from mvision.inference.tiles import Grid, Tiling
+from mvision.inference.tiles import Grid, Tiling, limited_size
 from mvision.structures import Instances
 from mvision.structures.decoding import BIG
 from mvision.structures.images import BadImage, image_size, resize_image
@@ -222,7 +221,7 @@ def _prepare(size: tuple[int, int], job: _Job[T]) -> Prepared[_Job[T]]:
         if picture is None or opened.problem is not None:
             return job, None, (0, 0)
         if job.number == WHOLE:
-            return job, small_input(picture, size), _limited(picture.size)
+            return job, small_input(picture, size), limited_size(picture.size)
         left, top, right, bottom = opened.grid.window(job.number)
         return job, resize_image(picture.window(left, top, right, bottom), size), (bottom - top, right - left)
     except BadImage as error:
@@ -230,13 +229,6 @@ def _prepare(size: tuple[int, int], job: _Job[T]) -> Prepared[_Job[T]]:
         return job, None, (0, 0)
     finally:
         opened.done()
-
-
-def _limited(size: tuple[int, int]) -> tuple[int, int]:
-    """(height, width) at which results of the whole picture are wanted: masks of all of a large one would fill the
-    memory."""
-    factor = max(math.sqrt(size[0] * size[1] / BIG), 1.0)
-    return max(int(size[0] / factor), 1), max(int(size[1] / factor), 1)
 
 
 Gathered = tuple[_Open[T], list[list[Instances]], "list[Instances] | None"]
@@ -270,13 +262,12 @@ def _merge(
         return opened.key, None
     if len(opened.grid) == 1:
         return opened.key, list(tiles[0])
-    height, width = (max(side * tiling.overlap, 1.0) for side in opened.grid.tile)
     return opened.key, [
         merge_tiles(
             opened.grid,
             [of_tile[number] for of_tile in tiles],
             None if whole is None else whole[number],
-            (height, width),
+            tiling.pixels(opened.grid),
             regions,
             selection,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mvision.errors import UserError
+from mvision.structures.decoding import BIG
 
 SMALLEST, LARGEST = 32, 16_384  # pixels of a side of a tile
 MOST_OVERLAP = 0.9  # with more, every place would be predicted on a hundred times and more
@@ -62,6 +63,11 @@ class Tiling:
                 f"would be {len(tops) * len(lefts):,} tiles; choose larger ones"
             )
         return Grid(size, (height, width), tops, lefts)
+
+    def pixels(self, grid: Grid) -> tuple[float, float]:
+        """Height and width of the overlap on a picture: an object up to this size lies whole in a tile."""
+        height, width = (max(self.overlap * side, 1.0) for side in grid.tile)
+        return height, width
 
     @property
     def text(self) -> str:
@@ -142,6 +148,13 @@ def make_tiling(tile: int | tuple[int, int] | None, overlap: float | None = None
     if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(side, int) for side in size):
         raise UserError(f"tile {tile!r}: a number of pixels or (height, width) is needed")
     return Tiling((size[0], size[1]), DEFAULT_OVERLAP if overlap is None else overlap, whole)
+
+
+def limited_size(size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) at which results of the whole picture are wanted: masks of all of a large one would fill the
+    memory."""
+    factor = max(math.sqrt(size[0] * size[1] / BIG), 1.0)
+    return max(int(size[0] / factor), 1), max(int(size[1] / factor), 1)
 
 
 def _starts(side: int, tile: int, overlap: float) -> list[int]:

@@ -96,7 +96,7 @@ def read_data_sources(
         same_categories(train, val)
         refuse(val, wanted, empty_is_fine=True)
         for read in (train, val):
-            refuse_unreadable(read)
+            refuse_unreadable(read, config.tile)
             count_oddities(read)
             for task in wanted:
                 count_above_queries(read, task, (heads or {}).get(task))
