@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mvision.errors import UserError
 from mvision.inference import large_images
 from mvision.inference.large_images import DecodedPicture, TiffPicture, open_large
 from mvision.structures import decoding
@@ -150,7 +149,7 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(BadImage, match="its parts are of 301 x 213 pixels"):
         large_images._windowed(write(tmp_path / "c.tif", noise(3), compression="zlib", rowsperstrip=HEIGHT), 64, None)
     monkeypatch.setattr(large_images, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="are allowed.*the package tifffile is missing: pip install"):
+    with pytest.raises(BadImage, match="are allowed.*the package tifffile is missing: pip install"):
         open_large(path, 64)
     monkeypatch.delenv("MVISION_MAX_IMAGE_BYTES")
     assert isinstance(open_large(path, 64), DecodedPicture)

@@ -62,7 +62,7 @@ def seen(
 
 
 def merge(found: list[Instances], grid: Grid, whole: Instances | None = None, **more: object) -> Merged:
-    return merge_tiles(grid, found, whole, (30, 30), **more)  # type: ignore[arg-type]
+    return merge_tiles(grid, found, whole, **more)  # type: ignore[arg-type]
 
 
 def boxes_of(merged: Merged) -> list[tuple[int, ...]]:
@@ -201,6 +201,16 @@ def test_weak_results_do_not_shape_an_object() -> None:
     assert boxes_of(merge([strong, one((70, 20, 140, 70), 0.8, 1, grid)[1]], grid)) == [(40, 20, 140, 70)]
 
 
+def test_a_tile_has_each_object_once() -> None:
+    """Two objects close to each other, both of which another tile's result is like."""
+    grid = Grid((100, 170), (100, 100), [0], [0, 70])
+    left = one((74, 20, 94, 60), 0.9, 0, grid)[0]
+    left.boxes = np.concatenate((left.boxes, left.boxes + 5)).astype(np.float32)
+    left.scores, left.labels = np.array([0.9, 0.8], np.float32), np.array([0, 0])
+    merged = merge([left, one((76, 21, 96, 61), 0.7, 1, grid)[1]], grid)
+    assert boxes_of(merged) == [(74, 20, 94, 60), (79, 25, 99, 65)]
+
+
 def test_poses_are_complete_and_of_the_surest_tile() -> None:
     grid = Grid((100, 170), (100, 100), [0], [0, 70])
     left, right = one((60, 20, 100, 60), 0.8, 0, grid)[0], one((70, 20, 110, 60), 0.9, 1, grid)[1]
@@ -225,12 +235,12 @@ def whole_picture(
     return Instances(corners, np.array(scores, np.float32), np.zeros(len(boxes), int), (100, 150), CLASSES, kept)
 
 
-def test_the_whole_picture_adds_what_is_larger_than_the_overlap() -> None:
+def test_the_whole_picture_adds_what_no_tile_shows() -> None:
     grid = TILING.grid(SIZE)
     small: tuple[Box, float, int] = ((80, 20, 100, 40), 0.6, 0)
     tiles = seen(grid, [small])
     large = (20, 60, 280, 190)
-    merged = merge(tiles, grid, whole_picture([large, (200, 20, 225, 40)], [0.7, 0.9]))
+    merged = merge(tiles, grid, whole_picture([large, (200, 20, 225, 40), (5, 5, 95, 95)], [0.7, 0.9, 0.9]))
     assert boxes_of(merged) == sorted([large, small[0]])
     # The tiles have found it too: once, with their finer outline.
     merged = merge(seen(grid, [small, (large, 0.5, 0)]), grid, whole_picture([(24, 64, 276, 186)], [0.7]))

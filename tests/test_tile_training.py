@@ -220,13 +220,15 @@ def test_train_val_and_predict_from_the_command_line(
     assert "val: 2 images are 20 tiles of 128 x 96 pixels, overlap 0.25" in shown
     assert "never learned" not in shown
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    for more, said in (([], "evaluated on tiles of 128 x 96"), (["--tile", "0"], ""), (["--tile", "64"], "64 x 64")):
+    for more, said in (([], "evaluated on tiles of 128 x 96"), (["--tile", "0"], None), (["--tile", "64"], "64 x 64")):
         with pytest.raises(SystemExit) as ended:
             main(["val", "--weights", "run", "--workers", "0", "--output", "eval", "--device", "cpu", *more])
         assert not ended.value.code
-        assert said in capsys.readouterr().out
-        found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-        assert (found == figures) == (not more)
+        shown = capsys.readouterr().out
+        assert (said or "AP") in shown
+        assert ("evaluated on tiles" in shown) == (said is not None)
+        if not more:
+            assert json.loads((tmp_path / "eval" / "metrics.json").read_text()) == figures
     sources = [str(root / "images" / "val_1.png"), "--weights", "run", "--output", "found", "--device", "cpu"]
     for more, said in (
         ([], "trained on tiles of 128 x 96 pixels: add --tile 96x128"),

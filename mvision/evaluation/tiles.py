@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from mvision.inference.tile_results import merge_tiles
-from mvision.inference.tiles import Grid, Tiling
+from mvision.inference.tiles import Grid
 from mvision.structures import Instances
 
 Predicted = dict[str, list[Instances]]
@@ -15,8 +15,6 @@ Predicted = dict[str, list[Instances]]
 
 class Tiles(Protocol):
     """What is read of a data set of tiles; ``mvision.data.loading.tiles.TiledDataset`` is one."""
-
-    tiling: Tiling
 
     def place(self, number: int) -> tuple[int, Grid, int | None]:
         """Of a sample: the id of its picture, the picture's tiles, and its number among them; None: all of it."""
@@ -53,5 +51,4 @@ class TileCollector:
         if len(found) == 1:
             return found[0]
         whole = self._found[None][task] if None in self._found else None
-        overlap = self.tiles.tiling.pixels(grid)
-        return merge_tiles(grid, found, whole, overlap, task in self.regions).instances()
+        return merge_tiles(grid, found, whole, task in self.regions).instances()

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import cv2
 import numpy as np
 
-from mvision.errors import UserError
 from mvision.structures.decoding import BIG, ORIENTATION, BadImage, format_of, size_limit
 from mvision.structures.images import FIRST_IS_USED, RANGE_OF_TYPE, PixelRange, image_size, read_image, resize_image
 from mvision.structures.pixels import scale_colours
@@ -264,8 +263,8 @@ def open_large(
         rows: see ``TiffPicture``.
 
     Raises:
-        BadImage: it is no picture, or it can only be decoded whole and that needs more memory than allowed.
-        UserError: it would have to be read in parts, and the extra for that is missing.
+        BadImage: it is no picture, or it needs more memory than allowed and cannot be read in parts: as it is, or for
+            lack of the extra.
     """
     if _is_tiff(path):
         return _open_tiff(path, rows, pixel_range)
@@ -291,7 +290,7 @@ def _open_tiff(path: str | Path, rows: int, pixel_range: PixelRange | None) -> T
             return DecodedPicture(path, (height, width), pixel_range)
         if "are allowed" not in decodable.reason:
             raise decodable
-        raise UserError(f"{path}: {decodable.reason}; or read it in parts: the package tifffile is missing: {INSTALL}")
+        raise BadImage(path, f"{decodable.reason}; or read it in parts: the package tifffile is missing: {INSTALL}")
     try:
         picture, obstacle = _windowed(path, rows, pixel_range), ""
     except BadImage as error:

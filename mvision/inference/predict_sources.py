@@ -141,8 +141,8 @@ def _inferred_on_tiles(
     bar: tqdm[Any],
 ) -> Generator[tuple[Frame, list[Instances] | None], None, None]:
     """As ``infer``: every frame with its results, once for every selection."""
-    tiles = _wanted_at_once(inputs)
-    if tiles is not None and all(source.kind == "image" for source in inputs):
+    tiles = None
+    if all(source.kind == "image" for source in inputs):
         tiles = count_tiles((file_size(source.path) for source in inputs), tiling, batch_size or 1)
     pictures = ((frame, _picture(frame, tiling, model.config.image_size)) for frame in frames)
     with closing(frames), closing(infer_tiled(model, pictures, tiling, chosen, batch_size, tiles, bar.update)) as found:

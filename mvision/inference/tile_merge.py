@@ -291,10 +291,10 @@ def _join_pieces(clusters: Clusters, pairs: Pairs) -> None:
             seen = any(candidates.tile[index] == tile for index in clusters.members[other])
             if seen or clusters.has_complete(other):
                 continue  # that tile has found this object itself, or it is one of its own
-            if clusters.has_complete(one):
-                clusters.drop(other)
-            else:
+            if not clusters.has_complete(one):
                 clusters.join(one, other)
+            elif not clusters.share_a_tile(one, other):  # else its own tile has seen both of them
+                clusters.drop(other)
 
 
 def _cut_towards(candidates: Candidates, piece: np.ndarray, whole: np.ndarray) -> np.ndarray:

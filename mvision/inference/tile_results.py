@@ -19,7 +19,6 @@ def merge_tiles(
     grid: Grid,
     found: Sequence[Instances],
     whole: Instances | None,
-    overlap: tuple[float, float],
     are_regions: bool = False,
     chosen: Selection | None = None,
 ) -> Merged:
@@ -28,8 +27,6 @@ def merge_tiles(
     Args:
         found: of every tile, in pixels of it.
         whole: of the whole picture at ``whole.size``, or None.
-        overlap: height and width in pixels of what neighbouring tiles share: of the objects in ``whole``, those that
-            are larger on either axis count.
         are_regions: they are one region for each class (semantic segmentation), and not objects.
         chosen: its ``nms`` is applied once more, between tiles.
     """
@@ -38,7 +35,7 @@ def merge_tiles(
     merged, pieces = joined(cluster(Candidates.of_tiles(grid, found)))
     merged.categories = found[0].categories
     if whole is not None and len(whole):
-        merged = _with_large(merged, pieces, whole, overlap)
+        merged = _with_large(merged, pieces, whole, grid)
     regions = [one.regions for one in found]
     if all(one is not None for one in regions):
         merged.regions = merge_regions(grid, [one for one in regions if one is not None])
@@ -86,18 +83,17 @@ def _extent(mask: np.ndarray, height: int) -> tuple[int, int, int, int]:
     return int(first[0] // height), top, int(last[-1] // height) + 1, bottom + 1
 
 
-def _with_large(merged: Merged, pieces: np.ndarray, whole: Instances, overlap: tuple[float, float]) -> Merged:
-    """The objects of the tiles, and those of the whole picture that are larger than the overlap.
+def _with_large(merged: Merged, pieces: np.ndarray, whole: Instances, grid: Grid) -> Merged:
+    """The objects of the tiles, and those of the whole picture that lie in no tile as a whole.
 
-    What a tile has seen complete stays as it is. An object that was joined of pieces stays too where the whole picture
-    has it, because its outline is finer, and pieces of it that were left are joined to it. Otherwise the object of the
-    whole picture takes the place of the pieces in it.
+    Of the others the tiles have seen more. What a tile has seen complete stays as it is. An object that was joined of
+    pieces stays too where the whole picture has it, because its outline is finer, and pieces of it that were left are
+    joined to it. Otherwise the object of the whole picture takes the place of the pieces in it.
     """
     height, width = merged.size
     scale = np.tile((width / whole.size[1], height / whole.size[0]), 2)
     boxes = whole.boxes.astype(np.float64) * scale
-    sides = boxes[:, 2:] - boxes[:, :2]
-    large = np.flatnonzero((sides > overlap[::-1]).any(axis=1))
+    large = np.flatnonzero(~_in_one_tile(boxes, grid))
     alive, added = np.ones(len(pieces), dtype=bool), []
     pieces = pieces.copy()
     for number in large[np.argsort(-whole.scores[large], kind="stable")].tolist():
@@ -121,6 +117,17 @@ def _with_large(merged: Merged, pieces: np.ndarray, whole: Instances, overlap: t
         added.append(number)
     kept = merged.filter(np.flatnonzero(alive))
     return _appended(kept, whole.filter(np.array(added, dtype=np.int64)), boxes[added]) if added else kept
+
+
+def _in_one_tile(boxes: np.ndarray, grid: Grid) -> np.ndarray:
+    """(N,) bool: whether one of the tiles shows all of a box."""
+    fits = []
+    for axis, starts in ((0, grid.lefts), (1, grid.tops)):
+        first = np.array(starts)
+        # Of the tiles that begin before the box the last one reaches farthest.
+        last = np.searchsorted(first, boxes[:, axis], side="right") - 1
+        fits.append(boxes[:, axis + 2] <= first[last.clip(min=0)] + grid.tile[1 - axis])
+    return fits[0] & fits[1]
 
 
 def _absorb(merged: Merged, index: int, others: np.ndarray) -> None:

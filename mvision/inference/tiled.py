@@ -102,7 +102,7 @@ def infer_tiled(
     prepared = ordered_map(partial(_prepare, size), _jobs(pictures, tiling), WORKERS)
     results = infer(model, prepared, chosen, batch_size, tiles)
     gathered = _gather(results, tick)
-    merge = partial(_merge, tiling, chosen, regions)
+    merge = partial(_merge, chosen, regions)
     with closing(ordered_map(merge, gathered, workers=1, ahead=1)) as merged:
         yield from merged
 
@@ -253,7 +253,7 @@ def _gather(
 
 
 def _merge(
-    tiling: Tiling, chosen: Sequence[Selection], regions: bool, gathered: Gathered[T]
+    chosen: Sequence[Selection], regions: bool, gathered: Gathered[T]
 ) -> tuple[T, list[Found] | BadImage | None]:
     opened, tiles, whole = gathered
     if opened.problem is not None:
@@ -267,7 +267,6 @@ def _merge(
             opened.grid,
             [of_tile[number] for of_tile in tiles],
             None if whole is None else whole[number],
-            tiling.pixels(opened.grid),
             regions,
             selection,
         )

@@ -29,8 +29,8 @@ class Tiling:
             that size is seen pixel by pixel.
         overlap: of neighbouring tiles, as a share (0..0.9) of the side of a tile, at least. Objects up to this size lie
             whole in one of the tiles, wherever they are.
-        whole: predict on the whole picture too, as it is done without tiles, and take from that the objects that are
-            larger than the overlap and that the tiles do not show whole.
+        whole: predict on the whole picture too, as it is done without tiles, and take from that the objects of which
+            no tile shows all.
 
     Raises:
         UserError: a side or an overlap out of range.
@@ -63,11 +63,6 @@ class Tiling:
                 f"would be {len(tops) * len(lefts):,} tiles; choose larger ones"
             )
         return Grid(size, (height, width), tops, lefts)
-
-    def pixels(self, grid: Grid) -> tuple[float, float]:
-        """Height and width of the overlap on a picture: an object up to this size lies whole in a tile."""
-        height, width = (max(self.overlap * side, 1.0) for side in grid.tile)
-        return height, width
 
     @property
     def text(self) -> str:
