@@ -55,8 +55,7 @@ def predict_job(
         sources: see ``find_sources``; empty: the first validation images of the weights' run, else of built-in data.
         tasks: the tasks to run; empty: all that the weights have.
         weights, family: any source that ``mvision.load`` takes; None: the newest run with these tasks.
-        data: a data set in place of ``sources``, see ``images_of_split``; None with ``split``: that of the run.
-        split: the name of its split; None: the one that a run evaluates on.
+        data, split: a data set in place of ``sources``, and one of its splits, see ``images_of_split``.
         threshold, multi_label, nms: see ``predict_images``; None: 0.5. For a data set ``predictions.json`` has results
             of every score unless a threshold is given.
         tile, overlap, whole, batch_size: predict on tiles, see ``make_tiling``, so many of them (or of images) at once.
