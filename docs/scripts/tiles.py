@@ -4,8 +4,8 @@
     python docs/scripts/tiles.py large [--side 20000] [--weights W] [--work DIR]
 
 ``ap`` joins side x side validation pictures into one large picture, whose objects are small against it, and evaluates
-the weights on these mosaics: whole, on tiles, and on tiles and the whole picture; for comparison on the pictures as
-they are. ``large`` writes a TIFF of that side (noise with rectangles, in compressed tiles or in strips), predicts on it
+the weights on these mosaics: whole, on tiles, and on tiles and the whole picture; for comparison on the same pictures
+one by one, also on tiles that are smaller than they are, which cut the larger objects. ``large`` writes a TIFF of that side (noise with rectangles, in compressed tiles and uncompressed in one piece), predicts on it
 in a process of its own, and prints the time and the peak of that process's memory.
 """
 
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,10 +86,14 @@ def _moved(annotation: dict[str, Any], left: int, top: int, size: tuple[int, ...
 def compare(weights: str, data: Path, side: int, limit: int | None, overlap: float, work: Path) -> None:
     """Print a table of the figures on the pictures and on their mosaics."""
     mosaics = write_mosaics(data, work, side, limit)
-    record = json.loads((mosaics / "annotations" / "val.json").read_text())["images"][0]
-    tile = (record["height"] // side, record["width"] // side)
+    records = json.loads((mosaics / "annotations" / "val.json").read_text())["images"]
+    tile = (records[0]["height"] // side, records[0]["width"] // side)
+    pictures = write_mosaics(data, work, 1, len(records) * side**2)
+    half = (tile[0] // 2, tile[1] // 2)
     settings: dict[str, tuple[Path, dict[str, Any]]] = {
-        "the pictures themselves": (data, {"tile": (0, 0)}),
+        "the same pictures one by one": (pictures, {"tile": (0, 0)}),
+        "one by one, on tiles of half their sides": (pictures, {"tile": half, "overlap": overlap, "whole": False}),
+        "one by one, on such tiles and whole": (pictures, {"tile": half, "overlap": overlap}),
         "mosaics, whole": (mosaics, {"tile": (0, 0)}),
         "mosaics, on tiles": (mosaics, {"tile": tile, "overlap": overlap, "whole": False}),
         "mosaics, on tiles and whole": (mosaics, {"tile": tile, "overlap": overlap}),
@@ -104,32 +109,33 @@ def compare(weights: str, data: Path, side: int, limit: int | None, overlap: flo
 
 
 def write_large(path: Path, side: int, kind: str) -> None:
-    """A TIFF of side x side pixels, some rows at a time: grey noise with a coloured rectangle in every 500 pixels."""
+    """A TIFF of side x side pixels, some rows at a time: grey noise with a coloured rectangle in every 512 pixels."""
     import tifffile
 
     noise = np.random.default_rng(0).integers(100, 156, (512, side, 3), dtype=np.uint8)
-
-    def rows() -> Any:
+    for left in range(200, side - 60, 512):
+        noise[200:240, left : left + 60] = (220, 40, 40)
+    if kind == "one piece":
+        pixels = tifffile.memmap(path, shape=(side, side, 3), dtype=np.uint8, photometric="rgb")
         for top in range(0, side, 512):
-            band = noise[: min(512, side - top)].copy()
-            for left in range(200, side - 60, 500):
-                band[200:240, left : left + 60] = (220, 40, 40)
-            if kind == "strips":
-                yield band
-                continue
+            pixels[top : top + 512] = noise[: min(512, side - top)]
+        pixels.flush()
+        return
+
+    def tiles() -> Iterator[np.ndarray]:
+        for top in range(0, side, 512):
             for left in range(0, side, 512):
-                part = band[:, left : left + 512]
+                part = noise[: side - top, left : left + 512]
                 yield np.pad(part, ((0, 512 - part.shape[0]), (0, 512 - part.shape[1]), (0, 0)))
 
-    layout: dict[str, Any] = {"rowsperstrip": 512} if kind == "strips" else {"tile": (512, 512)}
-    layout |= {"photometric": "rgb", "compression": "zlib", "compressionargs": {"level": 1}}
-    tifffile.imwrite(path, rows(), shape=(side, side, 3), dtype=np.uint8, **layout)
+    options: dict[str, Any] = {"tile": (512, 512), "compression": "zlib", "compressionargs": {"level": 1}}
+    tifffile.imwrite(path, tiles(), shape=(side, side, 3), dtype=np.uint8, photometric="rgb", **options)
 
 
 def measure_large(side: int, weights: str | None, tile: int, work: Path) -> None:
     """Print the time and the memory of ``mvision predict --tile`` on large TIFFs."""
-    for kind in ("tiles", "strips"):
-        path = work / f"large-{kind}.tif"
+    for kind in ("tiles", "one piece"):
+        path = work / f"large-{kind.replace(' ', '-')}.tif"
         write_large(path, side, kind)
         code = (
             "import resource, sys, torch\nfrom mvision.cli.main import run\n"
