@@ -5,8 +5,9 @@
 
 ``ap`` joins side x side validation pictures into one large picture, whose objects are small against it, and evaluates
 the weights on these mosaics: whole, on tiles, and on tiles and the whole picture; for comparison on the same pictures
-one by one, also on tiles that are smaller than they are, which cut the larger objects. ``large`` writes a TIFF of that side (noise with rectangles, in compressed tiles and uncompressed in one piece), predicts on it
-in a process of its own, and prints the time and the peak of that process's memory.
+one by one, also on tiles that are smaller than they are, which cut the larger objects. ``large`` writes a TIFF of that
+side (noise with rectangles, in compressed tiles and uncompressed in one piece), predicts on it in a process of its own,
+and prints the time and the peak of that process's memory.
 """
 
 from __future__ import annotations
