@@ -98,7 +98,7 @@ def read_data_sources(
         for read in (train, val):
             refuse_unreadable(read, config.tile)
             count_oddities(read)
-            for task in wanted:
+            for task in wanted if config.tile is None else ():  # of tiles, the lines about them have the number
                 count_above_queries(read, task, (heads or {}).get(task))
         problems = compare_splits(train, val, "val")
         count_unlisted(train, val, folder.layout, problems)

@@ -37,6 +37,7 @@ class TileCounts:
         whole, cut: how often one is in a tile, uncut and cut.
         dropped: parts that are too small to be kept.
         lost: objects that are in no tile.
+        most: objects in one tile.
     """
 
     pictures: int = 0
@@ -48,6 +49,7 @@ class TileCounts:
     cut: int = 0
     dropped: int = 0
     lost: int = 0
+    most: int = 0
 
 
 class TiledDataset(Dataset):
@@ -148,7 +150,7 @@ class TiledDataset(Dataset):
         lines = [
             f"{name}: {counts.pictures} images are {used} tiles of {width} x {height} pixels, overlap "
             f"{settings.overlap:g} ({empty}); {counts.objects} objects are in them {counts.whole} times whole and "
-            f"{counts.cut} times cut"
+            f"{counts.cut} times cut, up to {counts.most} in one"
         ]
         if counts.dropped:
             lines.append(
@@ -176,6 +178,7 @@ class TiledDataset(Dataset):
             self.counts.whole += int((keep & is_whole).sum())
             self.counts.cut += int((keep & ~is_whole).sum())
             self.counts.dropped += int((~keep & (visible > 0)).sum())
+        self.counts.most = max(self.counts.most, int(found.max(initial=0)))
         self.counts.tiles += len(grid)
         self.counts.objects += len(boxes)
         self.counts.empty += int((found == 0).sum())
