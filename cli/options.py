@@ -103,6 +103,19 @@ def thresholds_callback(context: click.Context, option: click.Parameter, texts: 
     return given.get(EVERY) if set(given) <= {EVERY} else given
 
 
+def tile_options(command: Decorated) -> Decorated:
+    """``--tile``, ``--overlap`` and ``--no-whole``, the same in every command that can predict on tiles."""
+    for option in (
+        click.option(
+            "--no-whole", is_flag=True, help="With --tile: without the whole picture, which shows large objects."
+        ),
+        click.option("--overlap", type=float, metavar="X", help="Of neighbouring tiles, as a share.  [default: 0.2]"),
+        click.option("--tile", type=ImageSize(), metavar="N|HxW", help="Predict on windows of so many pixels."),
+    ):
+        command = option(command)
+    return command
+
+
 def device_option(command: Decorated) -> Decorated:
     """``--device``, the same in every command that runs a model."""
     return click.option(

@@ -15,6 +15,7 @@ from mvision.cli.options import (
     echo,
     family_option,
     thresholds_callback,
+    tile_options,
 )
 from mvision.machine import PrecisionOption
 
@@ -43,6 +44,10 @@ from mvision.machine import PrecisionOption
     metavar="[NAME]",
     help="Follow objects through videos, by bytetrack, botsort, cbiou, mcbyte, ocsort or sort.  [default: bytetrack]",
 )
+@tile_options
+@click.option(
+    "--batch-size", type=click.IntRange(min=1), metavar="N", help="Images or tiles at once.  [default: by device]"
+)
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
 @click.option(
     "--precision",
@@ -65,6 +70,10 @@ def predict(
     multi_label: bool,
     nms: float | None,
     track: str | None,
+    tile: tuple[int, int] | None,
+    overlap: float | None,
+    no_whole: bool,
+    batch_size: int | None,
     output: Path | None,
     precision: PrecisionOption,
     no_pictures: bool,
@@ -76,6 +85,9 @@ def predict(
     format of the MOT challenge for every video. Without SOURCE it takes sample images of
     the data that the run was trained on. With --data, predictions.json has the data set's image ids, and results of
     every score unless a threshold is given: what an evaluation needs.
+
+    With --tile, pictures that are larger than a tile are predicted on window by window, so that small objects in them
+    are seen at their size. Objects that a border cuts are joined.
 
     \b
     Example:
@@ -94,6 +106,10 @@ def predict(
         multi_label=multi_label,
         nms=nms,
         track=track,
+        tile=tile,
+        overlap=overlap,
+        whole=not no_whole,
+        batch_size=batch_size,
         output=output,
         device=device,
         precision=precision,

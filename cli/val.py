@@ -7,7 +7,7 @@ from typing import get_args
 
 import click
 
-from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option
+from mvision.cli.options import OUTPUT_FOLDER, WEIGHTS, OneOf, device_option, echo, family_option, tile_options
 from mvision.machine import PrecisionOption
 
 
@@ -24,7 +24,8 @@ from mvision.machine import PrecisionOption
     help="Also write metrics.json, predictions.json and curves there.",
 )
 @click.option("--write-thresholds", is_flag=True, help="Put the best thresholds into the weights.")
-@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images per step.  [default: 16]")
+@tile_options
+@click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images or tiles per step.  [default: 16]")
 @click.option("--workers", type=click.IntRange(min=0), metavar="N", help="Loading processes.  [default: by cores]")
 @click.option(
     "--precision",
@@ -41,12 +42,18 @@ def val(
     split: str | None,
     output: Path | None,
     write_thresholds: bool,
+    tile: tuple[int, int] | None,
+    overlap: float | None,
+    no_whole: bool,
     batch_size: int | None,
     workers: int | None,
     precision: PrecisionOption | None,
     device: str | None,
 ) -> None:
     """Evaluate weights on a split of the data: the COCO table, AP and the best threshold of every class.
+
+    With --tile, pictures are evaluated as predict finds objects in them on tiles: the default for weights that were
+    trained on tiles (data.tile); --tile 0 takes whole pictures.
 
     \b
     Example:
@@ -69,5 +76,8 @@ def val(
         workers=workers,
         precision=precision,
         device=device,
+        tile=tile,
+        overlap=overlap,
+        whole=not no_whole,
     )
     echo(tables)

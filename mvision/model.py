@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -22,6 +23,8 @@ from mvision.heads.base import Head
 from mvision.heads.linking import link_by_query, link_poses, thresholds_of_results
 from mvision.inference.predict import predict_images
 from mvision.inference.selection import AskedThreshold, Selection, Threshold
+from mvision.inference.tiled import predict_tiled
+from mvision.inference.tiles import make_tiling
 from mvision.inference.tracked import TracksVideos
 from mvision.machine import PrecisionOption, inference_precision, resolve_device, torch_dtype
 from mvision.neck import HybridEncoder
@@ -306,6 +309,9 @@ class Model(HubModel, TracksVideos, nn.Module):
         *,
         multi_label: bool = False,
         nms: float | None = None,
+        tile: int | tuple[int, int] | None = None,
+        overlap: float | None = None,
+        whole: bool = True,
         precision: PrecisionOption = "auto",
         device: str | torch.device | None = None,
     ) -> list[Instances]:
@@ -319,6 +325,8 @@ class Model(HubModel, TracksVideos, nn.Module):
 
         Args:
             images, threshold, batch_size, multi_label, nms: see ``mvision.inference.predict.predict_images``.
+            tile, overlap, whole: predict on tiles of so many pixels, see ``mvision.inference.tiles.make_tiling`` and
+                ``mvision.inference.tiled.predict_tiled``.
             precision: ``fp32``, ``bf16`` or ``fp16``; ``auto``: the fastest one of this device, see
                 ``mvision.machine.resolve_precision``. The difference in AP is in docs/measurements.md.
             device: None: where the model's weights are.
@@ -326,10 +334,12 @@ class Model(HubModel, TracksVideos, nn.Module):
         Raises:
             UserError: as ``predict_images``; a device that cannot be used, or a precision that it does not have.
         """
+        tiling = make_tiling(tile, overlap, whole)
+        run = predict_images if tiling is None else partial(predict_tiled, tiling=tiling)
         model = self._for_prediction(precision, device)
         # A copy computes in its own precision, whatever the caller's autocast is set to.
         with nullcontext() if model is self else torch.autocast(model.device.type, enabled=False):
-            return predict_images(model, images, threshold, batch_size, multi_label=multi_label, nms=nms)
+            return run(model, images, threshold=threshold, batch_size=batch_size, multi_label=multi_label, nms=nms)
 
     def _for_prediction(self, precision: PrecisionOption, device: str | torch.device | None) -> Model:
         """The model that ``predict`` runs: a prepared copy, or this one if it is prepared."""

@@ -32,6 +32,7 @@ class FakeModel(nn.Module):
         self.part = nn.BatchNorm2d(3)
         self.batch_sizes: list[int] = []
         self.own_threads = False
+        self.best_thresholds: dict[str, float] = {}
 
     @property
     def device(self) -> torch.device:
@@ -39,7 +40,7 @@ class FakeModel(nn.Module):
 
     def head(self, task: str) -> SimpleNamespace:
         assert task == "detection"
-        return SimpleNamespace(classes=self.categories)
+        return SimpleNamespace(classes=self.categories, kind="objects")
 
     def evaluators(self, task: str) -> list[type[Metric]]:
         assert task == "detection"

@@ -25,6 +25,7 @@ from mvision.inference.selection import (
 )
 from mvision.inference.sources import Source, Sources, find_sources
 from mvision.inference.summary import Summary
+from mvision.inference.tiles import Tiling, make_tiling
 from mvision.inference.tracking import check_tracker
 from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device
 from mvision.storage.run_folder import BEST
@@ -48,6 +49,10 @@ def predict_job(
     threshold: AskedThreshold | None = None,
     multi_label: bool = False,
     nms: float | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: float | None = None,
+    whole: bool = True,
+    batch_size: int | None = None,
     output: Path | None = None,
     device: str | None = None,
     precision: PrecisionOption = "auto",
@@ -58,17 +63,15 @@ def predict_job(
     """Predict, and write ``predictions.json`` and pictures.
 
     Args:
-        sources: see ``find_sources``; empty: the first validation images of the run that the weights lie in, else of
-            the built-in data set.
+        sources: see ``find_sources``; empty: the first validation images of the weights' run, else of built-in data.
         tasks: the tasks to run; empty: all that the weights have.
         weights, family: any source that ``mvision.load`` takes; None: the newest run with these tasks.
-        data: a data set in place of ``sources``, see ``images_of_split``; None with ``split``: that of the run.
-        split: the name of its split; None: the one that a run evaluates on.
-        threshold, multi_label, nms: see ``predict_images``. Without a threshold ``predictions.json`` of a data set has
-            results of every score.
+        data, split: a data set in place of ``sources``, and one of its splits, see ``images_of_split``.
+        threshold, multi_label, nms: see ``predict_images``; None: 0.5. For a data set ``predictions.json`` has results
+            of every score unless a threshold is given.
+        tile, overlap, whole, batch_size: predict on tiles, see ``make_tiling``, so many of them (or of images) at once.
         output: a folder; None: ``predictions``.
-        device: None: the first GPU, else the CPU.
-        precision: see ``open_fastest``.
+        device, precision: None: the first GPU, else the CPU; see ``open_fastest``.
         pictures: without, ``predictions.json`` is written alone.
         track: follow the objects of videos by this method, see ``predict_sources``.
         log: is called with what names the runtime, and with what is left out of the results.
@@ -78,6 +81,7 @@ def predict_job(
     """
     _check_before(tasks, sources, is_data=data is not None or split is not None, track=track)
     Selection(without_best(threshold), multi_label, nms)  # mistakes are reported before the model is opened
+    tiling = make_tiling(tile, overlap, whole)
     folder = output or Path("predictions")
     source = str(newest_run(tasks)) if weights is None else weights
     of_split = _folder_of(source, data) if data is not None or split is not None else None
@@ -86,17 +90,17 @@ def predict_job(
     found = find_sources(sources, leave_out=folder) if sources else None
     _check_objects(track, model.tasks)
     chosen = Selection(resolve_threshold(threshold, model), multi_label, nms)
-    log("\n".join([runtime, *_left_out_of_pictures(model.tasks), *_best_thresholds(threshold, chosen, model)]))
+    about = [*_about_tiles(source, tile, tiling), *_left_out_of_pictures(model.tasks)]
+    log("\n".join([runtime, *about, *_best_thresholds(threshold, chosen, model)]))
     for_metrics = None
     if of_split is not None:
         found, categories = images_of_split(of_split, split, model.tasks)
         every = Selection(0.0 if threshold is None else chosen.threshold, multi_label=True, nms=nms)
         for_metrics = ForMetrics(every, model.config.categories, categories)
-    elif found is None:
-        found = _samples(source)
+    found = _samples(source) if found is None else found
     run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
-        return run(model, found, folder, chosen.threshold, track=track)
+        return run(model, found, folder, chosen.threshold, batch_size, tiling=tiling, track=track)
 
 
 def _check_before(tasks: Sequence[str], sources: Sequence[str], is_data: bool, track: str | None) -> None:
@@ -195,6 +199,15 @@ def _best_thresholds(asked: AskedThreshold | None, selection: Selection, model: 
     more = f", ... ({len(given) - NAMED} more)" if len(given) > NAMED else ""
     others = f"; {chosen[OTHERS]:g} for {len(without)} without one, such as {without[0]}" if without else ""
     return [f"thresholds: {', '.join(given[:NAMED])}{more}{others}"]
+
+
+def _about_tiles(weights: str, tile: tuple[int, int] | None, tiling: Tiling | None) -> list[str]:
+    """A line on the tiles, or that the run of the weights was trained on some."""
+    run = config_of_run(weights) if tile is None else None
+    if run is not None and run.data.tile is not None:
+        height, width = run.data.tile.size
+        return [f"! trained on tiles of {width} x {height} pixels: add --tile {height}x{width} to predict on such"]
+    return [] if tiling is None else [f"on {tiling.text}"]
 
 
 def _left_out_of_pictures(tasks: Sequence[str]) -> list[str]:

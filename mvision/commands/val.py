@@ -13,7 +13,9 @@ import torch
 
 from mvision.commands.results import ResultsFile, results_path
 from mvision.config import DataConfig, config_of_run
+from mvision.config.tiles import TileConfig
 from mvision.data import CocoSplit, build_eval_loader, read_validation
+from mvision.data.loading.tiles import lines_of_tiles
 from mvision.deploy.exported import is_exported
 from mvision.deploy.runtimes import open_fastest
 from mvision.errors import UserError
@@ -25,6 +27,7 @@ from mvision.evaluation.analyses import (
     with_analyses,
     write_curves,
 )
+from mvision.inference.tiles import make_tiling
 from mvision.machine import PrecisionOption, keep_freed_memory, resolve_device, resolve_precision, torch_dtype
 from mvision.storage.atomic import remove_partial_files, write_text
 from mvision.weights import load
@@ -47,21 +50,26 @@ def validate(
     workers: int | None = None,
     precision: PrecisionOption | None = None,
     device: str | None = None,
+    tile: tuple[int, int] | None = None,
+    overlap: float | None = None,
+    whole: bool = True,
 ) -> str:
     """Evaluate weights; returns what to print: the data, the COCO table and AP by class of every task.
 
     Args:
         weights, family: any source that ``mvision.load`` takes.
         tasks: the tasks to evaluate; empty: all that the weights have.
-        data: data folder; None: the one of the weights' run if they lie in one, else the built-in data set.
-        split: name of the split; None: the validation split of the run, else ``val``.
+        data, split: folder and name of the split; None: those of the weights' run if they lie in one, else the built-in
+            data set and ``val``.
         output: folder for ``metrics.json``, pictures, and ``predictions.json``, a COCO results list of what was
             evaluated: every score, not rounded. Several tasks or data sets have a list each.
         write_thresholds: put the best thresholds of the classes into the weights file, see ``thresholds_file``.
         batch_size, workers: images per step (None: 16), and loading processes (None: by the number of cores).
-        precision: None: the precision of the run, so that the metrics are those at the end of training. Otherwise, and
-            for an exported model always, the model is opened as ``mvision predict`` does, see ``open_fastest``.
+        precision: None: that of the run, so that the metrics are those at the end of training. Otherwise, and for an
+            exported model always, the model is opened as ``mvision predict`` does, see ``open_fastest``.
         device: None: the first GPU, else the CPU.
+        tile, overlap, whole: evaluate on tiles, whose results are merged before they are measured, see ``make_tiling``;
+            None: as in training; (0, 0): without tiles.
 
     Raises:
         UserError: the weights, data, device or folder cannot be used.
@@ -73,17 +81,13 @@ def validate(
     config = DataConfig(root=data) if run is None or data is not None else run.data
     if run is not None:
         config.ignore_iscrowd = run.data.ignore_iscrowd  # what an object is has to mean the same as in training
+    tiles = _tiles(tile, overlap, whole, None if run is None else run.data.tile)
     messages, parts = read_validation(config, split, model.tasks, seed=0 if run is None else run.train.seed)
     _make_folder(output)  # fail before the evaluation, not after it
-    loader = partial(
-        build_eval_loader,
-        config=DataConfig(workers=workers),
-        batch_size=batch_size or 16,
-        image_size=model.config.image_size,
-        pixel_range=model.config.pixel_range,
-        device=chosen,
-    )
-    validation = [Validation(name, loader(part), make_metrics(model, part, tasks)) for name, tasks, part in parts]
+    loading = DataConfig(workers=workers, tile=tiles)
+    validation = _validation(model, parts, loading, batch_size or 16, chosen)
+    messages += lines_of_tiles(None, *(part.loader for part in validation))
+    messages += [] if tiles is None else [f"evaluated on {tiles.tiling.text}"]
     trained_in = "auto" if run is None else run.train.precision
     autocast = "fp32" if runtime is not None else resolve_precision(trained_in, chosen)
     with ExitStack() as files:
@@ -113,6 +117,33 @@ def _analysed(
         put_thresholds(weights, best_thresholds(analyses))
         lines.append(f"best thresholds written into {weights}")
     return lines
+
+
+def _validation(
+    model: Evaluated,
+    parts: Sequence[tuple[str, list[str], CocoSplit]],
+    config: DataConfig,
+    batch_size: int,
+    device: torch.device,
+) -> list[Validation]:
+    """The images (or tiles) of every data set, with its metrics."""
+    size, pixel_range = model.config.image_size, model.config.pixel_range
+    load = partial(
+        build_eval_loader, config=config, batch_size=batch_size, image_size=size, pixel_range=pixel_range, device=device
+    )
+    loaded = [(name, load(part), make_metrics(model, part, tasks)) for name, tasks, part in parts]
+    return [Validation(name, loader, metrics, loader.tiles) for name, loader, metrics in loaded]
+
+
+def _tiles(
+    tile: tuple[int, int] | None, overlap: float | None, whole: bool, trained: TileConfig | None
+) -> TileConfig | None:
+    """The tiles to evaluate on: those that were asked for, else those of the training."""
+    if tile is None and overlap is None and whole:
+        return trained
+    size = trained.size if tile is None and trained is not None else tile
+    tiling = make_tiling(size, overlap, whole)
+    return None if tiling is None else TileConfig(size=tiling.size, overlap=tiling.overlap, whole=tiling.whole)
 
 
 def _results_files(

@@ -9,6 +9,7 @@ from pydantic import Field, SerializeAsAny, ValidationError, field_validator, mo
 
 from mvision.backbone.config import BackboneConfig
 from mvision.config.explain import explain
+from mvision.config.tiles import TileConfig
 from mvision.config.training import DecidedTrain, TrainConfig
 from mvision.errors import UserError
 from mvision.heads import head_class, serving_task
@@ -264,6 +265,7 @@ class DataConfig(Settings):
         repeat_threshold: images with rare classes are shown several times in an epoch, see
             ``mvision.data.loading.repeats``: those of a class that is in a smaller share of the images than this one
             (0..1). 0 shows all images equally often. LVIS is trained with 0.001, data sets of few classes need more.
+        tile: divide large pictures into tiles, see ``TileConfig``; None: pictures are stretched to the model's input.
         augment: what happens to training images.
         workers: loading processes; None picks by the number of cores.
     """
@@ -279,6 +281,7 @@ class DataConfig(Settings):
     fraction: float = Field(1.0, gt=0, le=1)
     fold: tuple[int, int] | None = None
     repeat_threshold: float = Field(0.0, ge=0, le=1)
+    tile: TileConfig | None = None
     augment: AugmentConfig = AugmentConfig()
     workers: int | None = Field(None, ge=0, le=1024)
 
@@ -296,6 +299,12 @@ class DataConfig(Settings):
             shares["more.val_fraction"] = any(more.val_fraction > 0 for more in self.more)
             for name in (name for name, is_given in shares.items() if is_given):
                 raise UserError(f"data.fold: folds decide which images are trained on; leave data.{name} out")
+        return self
+
+    @model_validator(mode="after")
+    def _no_repeats_of_tiles(self) -> DataConfig:
+        if self.repeat_threshold and self.tile is not None:
+            raise UserError("data.repeat_threshold counts whole images, not tiles: leave it or data.tile out")
         return self
 
 

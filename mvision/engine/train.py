@@ -24,6 +24,7 @@ from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader,
 from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
+from mvision.data.loading.tiles import lines_of_tiles
 from mvision.data.loading.workers import pick_workers, worker_context
 from mvision.engine.acceleration import compiled, set_for_training
 from mvision.engine.auto import decided, resumed, start_of
@@ -334,7 +335,10 @@ def _loaders(
     validation = []
     for source in sources:
         loader = build_eval_loader(source.val, config.data, **shared)
-        validation.append(Validation(source.name, loader, make_metrics(model, source.val, source.tasks)))
+        metrics = make_metrics(model, source.val, source.tasks)
+        validation.append(Validation(source.name, loader, metrics, loader.tiles))
+    for line in lines_of_tiles(train_loader, *(part.loader for part in validation)):
+        _printer(accelerator)(line)
     return train_loader, validation
 
 

@@ -54,7 +54,9 @@ def tell_zero_shot(
         metrics = {task: of_task for task, of_task in metrics.items() if task not in found}
         if metrics:
             with _random_numbers_kept(trainer.accelerator.device), _some_images(trainer, part) as images:
-                figures = evaluate(trainer.eval_model, part.loader, metrics, accelerator=trainer.accelerator)
+                figures = evaluate(
+                    trainer.eval_model, part.loader, metrics, accelerator=trainer.accelerator, tiles=part.tiles
+                )
             found |= {task: _Figure(name, value, images) for task, name, value in primary_figures(figures)}
     for task, head in heads.items():
         figure = found.get(task)
@@ -100,11 +102,16 @@ def _some_images(trainer: Trainer, part: Validation) -> Iterator[str]:
     if number <= MOST_IMAGES:
         yield f"{number} validation images"
         return
-    chosen = np.linspace(0, number - 1, MOST_IMAGES).round().astype(int).tolist()
+    text, many, tiles = f"{MOST_IMAGES} of {number} validation images", MOST_IMAGES, loader.tiles
+    if tiles is not None:  # all tiles of as many pictures
+        number, many = len(tiles.pictures), max(1, MOST_IMAGES * len(tiles.pictures) // number)
+        text = f"the tiles of {many} of {number} validation images"
+    chosen = np.linspace(0, number - 1, many).round().astype(int).tolist()
     own = chosen[trainer.accelerator.process_index :: trainer.accelerator.num_processes]
+    own = own if tiles is None else tiles.of_pictures(own)
     batches.keys = [SampleKey(0, index, batches.image_size) for index in own]
     try:
-        yield f"{MOST_IMAGES} of {number} validation images"
+        yield text
     finally:
         batches.keys = everything
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from mvision.errors import printable
 from mvision.evaluation.metric import Metric
+from mvision.evaluation.tiles import TileCollector, Tiles
 from mvision.inference.predict import Predictor, eval_mode
 from mvision.structures import Category, Targets
 
@@ -44,6 +45,10 @@ class HasClasses(Protocol):
     def classes(self) -> list[Category]:
         """The classes that it predicts."""
 
+    @property
+    def kind(self) -> str:
+        """What it finds: ``objects``, ``poses`` or ``regions``."""
+
 
 class Evaluated(Predictor, Protocol):
     """A model that can be evaluated: ``mvision.model.Model``, or an exported one."""
@@ -61,11 +66,15 @@ Metrics = dict[str, list[Metric]]
 
 @dataclass
 class Validation:
-    """A data set that a model is evaluated on, with the metrics of the tasks that it is used for."""
+    """A data set that a model is evaluated on, with the metrics of the tasks that it is used for.
+
+    ``tiles``: where the loader has tiles of its pictures, what tells to which a sample belongs.
+    """
 
     name: str
     loader: Iterable[EvaluationBatch]
     metrics: Metrics
+    tiles: Tiles | None = None
 
 
 def make_metrics(model: Evaluated, split: Annotated, tasks: Sequence[str] | None = None) -> Metrics:
@@ -113,7 +122,8 @@ def evaluate_all(
     figures: dict[str, dict[str, float]] = {}
     for number, part in enumerate(validation):
         kept = None if keep is None else partial(keep, number)
-        for task, values in evaluate(model, part.loader, part.metrics, accelerator=accelerator, keep=kept).items():
+        found = evaluate(model, part.loader, part.metrics, accelerator=accelerator, keep=kept, tiles=part.tiles)
+        for task, values in found.items():
             if task not in figures:
                 figures[task] = values
             else:
@@ -129,6 +139,7 @@ def evaluate(
     accelerator: Accelerator | None = None,
     progress: bool = True,
     keep: Callable[[str, list[dict[str, Any]]], None] | None = None,
+    tiles: Tiles | None = None,
 ) -> dict[str, dict[str, float]]:
     """The figures of a model by task, over every image that the loaders of all processes yield, each counted once.
 
@@ -140,6 +151,7 @@ def evaluate(
         accelerator: for precision and the other processes; None is this process alone, in the weights' precision.
         progress: show a progress bar on the main process.
         keep: is called with a task and the results of some images, see ``evaluate_all``.
+        tiles: see ``Validation``; ``image_id`` of a target is then the number of a sample.
 
     Returns:
         ``{task: {"AP": ..., ...}}``, the same on every process. The figures of further metrics have the metric's name
@@ -148,6 +160,8 @@ def evaluate(
     all_metrics = [metric for of_task in metrics.values() for metric in of_task]
     for metric in all_metrics:
         metric.reset()
+    regions = [task for task in metrics if tiles is not None and model.head(task).kind == "regions"]
+    collector = None if tiles is None else TileCollector(tiles, regions)
     quiet = not progress or (accelerator is not None and not accelerator.is_main_process)
     with eval_mode(model):
         # With disable=None there is a bar in a terminal only.
@@ -155,7 +169,7 @@ def evaluate(
             for file, reason in batch.skipped:
                 tqdm.write(printable(f"skipped {file}: {reason}"))
             if batch.targets:
-                _evaluate_batch(model, batch, metrics, accelerator, keep)
+                _evaluate_batch(model, batch, metrics, accelerator, keep, collector)
     if accelerator is not None and accelerator.num_processes > 1:
         for measurements in gather_object([[metric.measured for metric in all_metrics]]):
             for metric, measured in zip(all_metrics, measurements):
@@ -174,6 +188,7 @@ def _evaluate_batch(
     metrics: Metrics,
     accelerator: Accelerator | None,
     keep: Callable[[str, list[dict[str, Any]]], None] | None,
+    collector: TileCollector | None,
 ) -> None:
     """Measure what every head predicts, with its own scores; poses are not linked to other heads' objects."""
     images = batch.images.to(model.device, non_blocking=True)
@@ -182,6 +197,10 @@ def _evaluate_batch(
     sizes = [target.size for target in batch.targets]
     image_ids = [target.image_id for target in batch.targets]
     predicted = model.results(outputs, sizes, threshold=0.0)
+    if collector is not None:
+        complete = list(collector.complete(image_ids, predicted))
+        image_ids = [image_id for image_id, _ in complete]
+        predicted = {task: [found[task] for _, found in complete] for task in predicted}
     for task, of_task in metrics.items():
         entries = [entry for i, instances in zip(image_ids, predicted[task]) for entry in instances.to_coco(i)]
         if keep is not None:

@@ -152,16 +152,20 @@ class Output:
         rendered = Rendered(frame, found=shown.class_names, regions=regions, tracks=mot_lines(frame, shown))
         rendered.entries = self._entries(number, frame, found[-1], rendered.unknown)
         if self.pictures and frame.source != self._undrawable:
-            with nullcontext() if frame.again is None else self._one_large:
+            with nullcontext() if frame.again is None and not frame.reduced else self._one_large:
                 self._draw(rendered, shown)
         return rendered
 
     def _draw(self, rendered: Rendered, shown: Instances) -> None:
-        frame = rendered.frame
+        frame, image = rendered.frame, rendered.frame.image
         try:
-            image = frame.image if frame.again is None else frame.again()
+            if frame.reduced and frame.large is not None and frame.shown is not None:
+                image, shown = frame.large.reduced(), frame.shown
+            elif frame.again is not None:
+                image = frame.again()
             assert image is not None
-            picture = (shown if shown.size == frame.size else shown.resized(frame.size)).draw(image)
+            size = image.shape[:2]
+            picture = (shown if shown.size == size else shown.resized(size)).draw(image)
             del image  # a large one is not needed any more
         except (BadImage, cv2.error, MemoryError, OverflowError) as error:  # of pictures of extraordinary size
             rendered.not_drawn = f"{frame.size[1]} x {frame.size[0]} pixels cannot be drawn on ({error})"

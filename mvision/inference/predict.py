@@ -81,6 +81,9 @@ class Predictor(Protocol):
     def own_threads(self) -> bool:
         """Whether a runtime with threads of its own computes the forward pass, not PyTorch."""
 
+    def head(self, task: str) -> Any:
+        """The head that serves a task; of it, ``kind`` is read."""
+
     def modules(self) -> Iterator[nn.Module]:
         """As of every ``nn.Module``."""
 
@@ -200,8 +203,7 @@ def predict_images(
     """
     chosen = Selection(resolve_threshold(threshold, model), multi_label, nms)
     chosen.check(model.config.categories)
-    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
-        images = [images]  # type: ignore[list-item]
+    images = as_list(images)
     prepared = ordered_map(partial(_prepare_image, model.config), images, WORKERS)
     count = len(images) if hasattr(images, "__len__") else None
     with eval_mode(model), closing(infer(model, prepared, [chosen], batch_size, count)) as results:
@@ -351,6 +353,13 @@ def _postprocess(
         ]
     results = map(list, zip(*found))  # by image
     return [(key, None if image is None else next(results)) for key, image, _ in batch]
+
+
+def as_list(images: Sequence[str | Path | Image.Image | np.ndarray]) -> Sequence[Any]:
+    """Images that a user gave, also a single one."""
+    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
+        return [images]
+    return images
 
 
 def _prepare_image(config: Sized, image: str | Path | Image.Image | np.ndarray) -> Prepared[str | None]:

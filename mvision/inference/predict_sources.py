@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from mvision.drawing import unwritable
 from mvision.errors import UserError, printable
+from mvision.inference.large_images import ArrayPicture, Picture, PreparedPicture
 from mvision.inference.output import ForMetrics, Output
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, infer
@@ -19,9 +21,12 @@ from mvision.inference.reading import Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
 from mvision.inference.sources import Sources, find_sources
 from mvision.inference.summary import Summary
+from mvision.inference.tile_merge import Merged
+from mvision.inference.tiled import Found, as_instances, count_tiles, file_size, infer_tiled
+from mvision.inference.tiles import Tiling
 from mvision.inference.tracked import TrackedVideos
-from mvision.structures import Category
-from mvision.structures.images import resize_image
+from mvision.structures import Category, Instances
+from mvision.structures.images import BadImage, resize_image
 
 
 def predict_sources(
@@ -37,6 +42,7 @@ def predict_sources(
     for_metrics: ForMetrics | None = None,
     pictures: bool = True,
     track: str | None = None,
+    tiling: Tiling | None = None,
 ) -> Summary:
     """Predict on files, folders, globs, videos, streams and cameras; write pictures and ``predictions.json``.
 
@@ -58,6 +64,7 @@ def predict_sources(
         pictures: without, nothing is drawn, and ``predictions.json`` is the only file.
         track: follow the objects of videos, streams and cameras by this method, see ``Tracker``: ``track_id`` in their
             entries, and a text file for each. ``threshold`` starts tracks; weaker detections can continue them.
+        tiling: predict on tiles, see ``infer_tiled``; ``batch_size`` then counts these.
 
     Raises:
         UserError: a source that is missing or cannot be read (in folders and globs: if none can), a folder that cannot
@@ -72,7 +79,7 @@ def predict_sources(
     with Output(output, inputs, for_metrics, pictures, tracks=videos is not None) as writer:
         try:
             with eval_mode(model):
-                _run(model, inputs, writer, chosen if videos is None else videos.chosen, batch_size, progress, videos)
+                _run(model, inputs, writer, chosen, batch_size, progress, tiling, videos)
         except KeyboardInterrupt:
             if not any(source.is_live for source in inputs):
                 raise
@@ -109,6 +116,7 @@ def _run(
     chosen: Sequence[Selection],
     batch_size: int | None,
     progress: bool,
+    tiling: Tiling | None = None,
     videos: TrackedVideos | None = None,
 ) -> None:
     """Stages that overlap, by default: decode, resize, infer (in this thread), post-process, track, draw and encode,
@@ -117,19 +125,69 @@ def _run(
     With several forward passes at once, post-processing belongs to them.
     """
     size, pixel_range = model.config.image_size, model.config.pixel_range
-    frames = read_frames(inputs, ahead=WORKERS, pixel_range=pixel_range, input_size=size, keep=writer.pictures)
-    prepared = ordered_map(partial(_prepare_frame, size), frames, workers=2, ahead=2)
-    inferred = infer(model, prepared, chosen, batch_size, _wanted_at_once(inputs))
+    chosen = chosen if videos is None else videos.chosen
+    ahead = WORKERS if tiling is None else 2  # pictures for tiles are larger, and each is work for longer
+    read = partial(read_frames, inputs, ahead, pixel_range, size, writer.pictures)
+    total = len(inputs) if all(source.kind == "image" for source in inputs) else None
+    bar = tqdm(desc="predicting", total=total, unit="img", disable=None if progress else True, leave=False)
+    if tiling is not None:
+        bar.total, bar.unit = None, "tile"
+        inferred = _inferred_on_tiles(model, inputs, read(tiling), chosen, batch_size, tiling, bar)
+    else:
+        prepared = ordered_map(partial(_prepare_frame, size), read(), workers=2, ahead=2)
+        inferred = infer(model, prepared, chosen, batch_size, _wanted_at_once(inputs))
     if videos is not None:
         inferred = ordered_map(videos.follow, inferred, workers=1, ahead=1)
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))
     rendered = ordered_map(writer.render, numbered, WORKERS, ahead=WORKERS)
-    total = len(inputs) if all(source.kind == "image" for source in inputs) else None
-    with closing(ordered_map(writer.add, rendered, workers=1, ahead=1)) as written:
-        for _ in tqdm(
-            written, desc="predicting", total=total, unit="img", disable=None if progress else True, leave=False
-        ):
-            pass
+    with bar, closing(ordered_map(writer.add, rendered, workers=1, ahead=1)) as written:
+        for _ in written:
+            if tiling is None:
+                bar.update()
+
+
+def _inferred_on_tiles(
+    model: Predictor,
+    inputs: Sources,
+    frames: Generator[Frame, None, None],
+    chosen: Sequence[Selection],
+    batch_size: int | None,
+    tiling: Tiling,
+    bar: tqdm[Any],
+) -> Generator[tuple[Frame, list[Instances] | None], None, None]:
+    """As ``infer``: every frame with its results, once for every selection."""
+    tiles = None
+    if all(source.kind == "image" for source in inputs):
+        tiles = count_tiles((file_size(source.path) for source in inputs), tiling, batch_size or 1)
+    pictures = ((frame, _picture(frame, tiling, model.config.image_size)) for frame in frames)
+    with closing(frames), closing(infer_tiled(model, pictures, tiling, chosen, batch_size, tiles, bar.update)) as found:
+        for frame, of_frame in found:
+            if isinstance(of_frame, BadImage):
+                if frame.source.required:
+                    raise UserError(f"source {frame.source.shown}: {of_frame.reason}") from of_frame
+                frame.problem = of_frame.reason
+                yield frame, None
+            else:
+                yield frame, None if of_frame is None else [_in_pixels_of(frame, one) for one in of_frame]
+
+
+def _picture(frame: Frame, tiling: Tiling, size: tuple[int, int]) -> Picture | None:
+    """What tiles are cut from; a picture that is a single tile is prepared as without tiles."""
+    if frame.large is not None:
+        return frame.large
+    if frame.image is None or len(tiling.grid(frame.size)) == 1:
+        _, model_input, labelled = _prepare_frame(size, frame)
+        return None if model_input is None else PreparedPicture(model_input, labelled)
+    return ArrayPicture(frame.image)
+
+
+def _in_pixels_of(frame: Frame, found: Found) -> Instances:
+    """Results in the pixels that the data set's annotations are in, and at the size at which the frame is drawn."""
+    if isinstance(found, Merged) and frame.reduced and frame.large is not None and frame.shown is None:
+        frame.shown = found.reduced(frame.large.reduced().shape[:2])
+    instances = as_instances(found)
+    size = frame.source.size or frame.size
+    return instances if instances.size == size else instances.resized(size)
 
 
 def _wanted_at_once(inputs: Sources) -> int | None:

@@ -12,11 +12,14 @@ import cv2
 import numpy as np
 
 from mvision.errors import UserError
+from mvision.inference.large_images import Picture, TiffPicture, open_large
 from mvision.inference.pipeline import background, ordered_map
 from mvision.inference.sources import Source
 from mvision.inference.streams import downloaded, ffmpeg_input
+from mvision.inference.tiles import Tiling
+from mvision.structures import Instances
 from mvision.structures.decoding import BIG, check_size
-from mvision.structures.images import BadImage, PixelRange, read_image, read_with_size, resize_image
+from mvision.structures.images import BadImage, PixelRange, image_size, read_image, read_with_size, resize_image
 
 DECODERS = 4
 DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not give a rate
@@ -43,6 +46,9 @@ class Frame:
         model_input: the picture at the size of the model's input; of pictures that are not kept.
         size: (height, width) of the picture in pixels, (0, 0) without one.
         again: reads a picture that is not kept: some of them at once would fill the memory.
+        large: a picture of which windows are read, for a prediction on tiles.
+        reduced: it is drawn at a part of its size, with ``shown``, because it is never decoded whole.
+        shown: the results at that size.
     """
 
     source: Source
@@ -55,6 +61,9 @@ class Frame:
     model_input: np.ndarray | None = None
     size: tuple[int, int] = (0, 0)
     again: Callable[[], np.ndarray] | None = None
+    large: Picture | None = None
+    reduced: bool = False
+    shown: Instances | None = None
 
     def __post_init__(self) -> None:
         if self.image is not None:
@@ -67,12 +76,14 @@ def read_frames(
     pixel_range: PixelRange | None = None,
     input_size: tuple[int, int] | None = None,
     keep: bool = True,
+    tiling: Tiling | None = None,
 ) -> Generator[Frame, None, None]:
     """Decode in the background, up to ``ahead`` pictures before they are taken, and yield frames in order.
 
     With ``input_size``, very large pictures are not kept, see ``Frame.again``. Without ``keep``, no image file's
     picture is: a JPEG of at least twice the input on both sides is decoded at a part of its size, unless it is of a
-    data set.
+    data set. With ``tiling``, pictures that are larger than a tile are kept at their size, and windows are read of very
+    large ones, see ``Frame.large``.
 
     A picture of a folder or a glob that cannot be read is a frame without image; so is what is missing in a video,
     after its readable frames.
@@ -83,6 +94,8 @@ def read_frames(
     for kind, group in groupby(sources, key=lambda source: source.kind):
         if kind == "image":
             read = partial(_read_image, pixel_range, input_size, keep)
+            if tiling is not None:
+                read = partial(_read_for_tiles, pixel_range, input_size, keep, tiling)
             yield from ordered_map(read, group, workers=DECODERS, ahead=ahead)
             continue
         for source in group:
@@ -106,6 +119,39 @@ def _read_image(
         frame.model_input, frame.image = resize_image(frame.image, input_size), None
         frame.again = partial(_decoded, source, pixel_range, [])
     return frame
+
+
+def _read_for_tiles(
+    pixel_range: PixelRange | None, input_size: tuple[int, int] | None, keep: bool, tiling: Tiling, source: Source
+) -> Frame:
+    if source.path.startswith(("http://", "https://")):
+        return _read_image(pixel_range, None, True, source)
+    try:
+        large = open_large(source.path, tiling.size[0], pixel_range)
+        if large is not None:
+            if source.size is not None:
+                _check_shape(source, large.size)
+            frame = Frame(source, None, notes=large.notes, size=large.size, large=large)
+            frame.reduced = keep and isinstance(large, TiffPicture)
+            if frame.reduced:
+                frame.notes.append("picture of more than 64 million pixels, read in parts: drawn at a part of its size")
+            elif keep:
+                frame.again = partial(_decoded, source, pixel_range, [])
+            return frame
+        height, width, _ = image_size(source.path)
+    except BadImage as error:
+        return _unreadable(source, error.reason, error)
+    if len(tiling.grid((height, width))) == 1:
+        return _read_image(pixel_range, input_size, keep, source)
+    return _read_image(pixel_range, None, True, source)
+
+
+def _check_shape(source: Source, size: tuple[int, int]) -> None:
+    """Raise a ``BadImage`` where the annotations of a data set are for a picture of another shape."""
+    assert source.size is not None
+    height, width = source.size
+    if abs(size[1] / size[0] * height / width - 1) > ASPECT_TOLERANCE:
+        raise BadImage(source.path, f"is {size[1]} x {size[0]}, its annotations are for {width} x {height}")
 
 
 def _model_input(source: Source, pixel_range: PixelRange | None, size: tuple[int, int], notes: list[str]) -> Frame:

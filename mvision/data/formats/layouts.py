@@ -94,7 +94,7 @@ def find_layout(root: str | Path | None = None) -> Layout:
     Raises:
         UserError: there is no such folder, or nothing in it is recognised.
     """
-    if is_builtin(root):
+    if root is None or is_builtin(root):
         return find_layout(_builtin(root))
     root = Path(root).expanduser()
     if not root.exists():
@@ -131,7 +131,7 @@ def _builtin(root: str | Path | None) -> Path:
     from mvision.builtin import ensure_builtin
 
     found = BUILTIN.fullmatch(str(root))
-    train = {} if found is None else {"train": int(found[1])}
+    train: dict[str, Any] = {} if found is None else {"train": int(found[1])}
     if train and not 1 <= train["train"] <= MOST_BUILTIN:
         raise UserError(f"--data {root}: give a number of training images from 1 to {MOST_BUILTIN}")
     with tqdm(desc="generating the built-in data set", unit="img", leave=False, delay=0.5) as bar:

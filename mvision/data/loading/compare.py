@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 
 from mvision.config import AugmentConfig
+from mvision.config.tiles import TileConfig
 from mvision.data.augment.copy_paste import most_pasted
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.formats.layouts import Layout
 from mvision.data.formats.problems import Problems
 from mvision.data.loading.dataset import Dataset
 from mvision.data.loading.folders import needs
+from mvision.data.loading.tiles import is_read_in_parts
 from mvision.errors import UserError
 from mvision.settings import Settings
 from mvision.structures.images import BadImage
@@ -19,8 +21,11 @@ MOSAIC_SHARE = {"filled": 0.5, "whole": 0.8}
 """The mean share of the objects of four images that is visible in a mosaic of them."""
 
 
-def refuse_unreadable(split: CocoSplit) -> None:
+def refuse_unreadable(split: CocoSplit, tile: TileConfig | None = None) -> None:
     """One picture has to be readable; in a sound data set the first one is, and no other is opened.
+
+    Args:
+        tile: with tiles, it is enough that a large one is read in parts.
 
     Raises:
         UserError: none of them can be read.
@@ -30,6 +35,8 @@ def refuse_unreadable(split: CocoSplit) -> None:
         try:
             dataset.image(index, at_least=(1, 1))
         except BadImage as error:
+            if tile is not None and is_read_in_parts(dataset.path(index), tile):
+                return
             reasons.append(error)
         else:
             return

@@ -30,6 +30,7 @@ from mvision.data.loading.dataset import Dataset, MixedDataset
 from mvision.data.loading.folders import needs
 from mvision.data.loading.samplers import EvalBatches, TrainBatches
 from mvision.data.loading.sources import DataSource
+from mvision.data.loading.tiles import TileBatches, TiledDataset
 from mvision.data.loading.workers import pick_workers, worker_context
 from mvision.errors import UserError
 from mvision.structures.images import PixelRange
@@ -79,6 +80,11 @@ class Loader:
         )
         # At exit multiprocessing ends workers that are left with SIGTERM, which they ignore, and waits for them.
         weakref.finalize(self, stop_workers, self._loader)
+
+    @property
+    def tiles(self) -> TiledDataset | None:
+        """The data set, if it is one of tiles that are evaluated."""
+        return self.dataset if isinstance(self.dataset, TiledDataset) and not self.dataset.augmented else None
 
     def __len__(self) -> int:
         """Batches per epoch in this process."""
@@ -208,6 +214,8 @@ def _train_dataset(
     drawn = mask_stride if tasks is None or "masks" in needs(tasks) else None  # some are for augmentation alone
     cache = make_cache(split.records, datasets, split.broken)
     small = is_small(split.records, datasets, split.broken)
+    if config.tile is not None:
+        return TiledDataset(split, config.tile, config.augment, seed, drawn, cache, tasks, not small, pixel_range)
     return Dataset(split, config.augment, seed, drawn, cache, tasks=tasks, reduce=not small, pixel_range=pixel_range)
 
 
@@ -222,12 +230,18 @@ def build_eval_loader(
     device: torch.device | str = "cpu",
     pixel_range: PixelRange | None = None,
 ) -> Loader:
-    """Every image once, stretched to ``image_size``, in the file's order. Arguments as in ``build_train_loader``.
+    """Every image (or tile) once, stretched to ``image_size``, in order. Arguments as in ``build_train_loader``.
 
     The targets have no masks: the metric compares with the annotations themselves.
     """
-    dataset = Dataset(split, mask_stride=None, pixel_range=pixel_range)
-    batches = EvalBatches(len(dataset), batch_size, image_size, rank, world_size)
+    dataset: Dataset
+    batches: EvalBatches
+    if config.tile is not None:
+        dataset = tiled = TiledDataset(split, config.tile, mask_stride=None, pixel_range=pixel_range)
+        batches = TileBatches(tiled, batch_size, image_size, rank, world_size)
+    else:
+        dataset = Dataset(split, mask_stride=None, pixel_range=pixel_range)
+        batches = EvalBatches(len(dataset), batch_size, image_size, rank, world_size)
     on_cuda = torch.device(device).type == "cuda"
     return Loader(dataset, batches, pick_workers(config.workers, on_cuda, world_size), pin_memory=on_cuda)
 

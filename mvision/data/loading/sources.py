@@ -96,9 +96,9 @@ def read_data_sources(
         same_categories(train, val)
         refuse(val, wanted, empty_is_fine=True)
         for read in (train, val):
-            refuse_unreadable(read)
+            refuse_unreadable(read, config.tile)
             count_oddities(read)
-            for task in wanted:
+            for task in wanted if config.tile is None else ():  # of tiles, the lines about them have the number
                 count_above_queries(read, task, (heads or {}).get(task))
         problems = compare_splits(train, val, "val")
         count_unlisted(train, val, folder.layout, problems)
