@@ -42,6 +42,7 @@ def predict_job(
     device: str | None = None,
     precision: PrecisionOption = "auto",
     pictures: bool = True,
+    batch_size: int | None = None,
     log: Callable[[str], None] = print,
 ) -> Summary:
     """Predict, and write ``predictions.json`` and pictures.
@@ -60,6 +61,7 @@ def predict_job(
         device: None: the first GPU, else the CPU.
         precision: see ``open_fastest``.
         pictures: without, ``predictions.json`` is written alone.
+        batch_size: see ``predict_sources``.
         log: is called with what names the runtime, and with what is left out of the results.
 
     Raises:
@@ -86,7 +88,7 @@ def predict_job(
         found = _samples(source)
     run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
-        return run(model, found, folder, chosen.threshold)
+        return run(model, found, folder, chosen.threshold, batch_size)
 
 
 def images_of_split(folder: Folder, split: str | None, tasks: Sequence[str]) -> tuple[Sources, list[Category]]:
