@@ -68,7 +68,9 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
     help="local, or ray: on many machines, into shards (needs the extra ray).",
 )
 @click.option("--actors", type=click.IntRange(1), metavar="N", help="With ray: how many hold the model.")
-@click.option("--format", "shard_format", type=OneOf(("parquet", "jsonl")), metavar="F", help="With ray: of the shards.")
+@click.option(
+    "--format", "shard_format", type=OneOf(("parquet", "jsonl")), metavar="F", help="With ray: of the shards."
+)
 @click.option("--shard-size", type=click.IntRange(1), metavar="N", help="With ray: images per shard.  [default: 1000]")
 @device_option
 def predict(

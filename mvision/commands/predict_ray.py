@@ -16,7 +16,9 @@ from typing import Any
 from tqdm import tqdm
 
 from mvision.commands.predict import newest_run
+from mvision.deploy.loading import load
 from mvision.deploy.portable import PortableModel, portable
+from mvision.deploy.ray_actor import ActorSettings, PredictStage
 from mvision.deploy.ray_session import (
     READ_CPUS,
     WRITE_CPUS,
@@ -26,19 +28,12 @@ from mvision.deploy.ray_session import (
     require_ray,
     user_error_in,
 )
-from mvision.deploy.ray_stages import (
-    ActorSettings,
-    PredictStage,
-    input_blocks,
-    read_stage,
-    rows_per_block,
-    write_stage,
-)
 from mvision.errors import Stopped, UserError, printable
 from mvision.heads import head_class
 from mvision.inference.output import file_names
 from mvision.inference.remote_sources import find_pictures
 from mvision.inference.selection import DEFAULT_THRESHOLD, Selection, Threshold
+from mvision.inference.shard_stages import input_blocks, read_stage, rows_per_block, write_stage
 from mvision.inference.shards import ShardFolder, ShardFormat, ShardPlan
 from mvision.inference.sources import Sources
 from mvision.inference.summary import Summary
@@ -119,10 +114,11 @@ def predict_ray_job(
     source = str(newest_run(tasks)) if weights is None else weights
     folder = ShardFolder(output or "predictions")
     found = find_pictures(sources, None if scheme_of(folder.place) else Path(folder.place))
+    loaded = load(source, list(tasks) or None, family=family)
+    chosen.check(loaded.config.categories)
     with _stopped_in_a_line(folder), ray_session():
         on_cpu = choose_actors(device, actors, own_threads=False).device == "cpu"
-        model, runtime = portable(source, tasks, on_cpu, precision, family)
-        chosen.check(model.config.categories)
+        model, runtime = portable(loaded, source, tasks, on_cpu, precision, family)
         many = choose_actors("cpu" if model.own_threads else device, actors, model.own_threads)
         plan = _plan(found, model, chosen, format, shard_size or SHARD_SIZE)
         missing = folder.prepare(plan)
@@ -222,7 +218,9 @@ def _stopped_in_a_line(folder: ShardFolder) -> Iterator[None]:
         yield
     except KeyboardInterrupt as error:
         number = error.number if isinstance(error, Stopped) else signal.SIGINT
-        raise Stopped(number, f"complete shards stay in {folder.shown}; the same command goes on with the others") from None
+        raise Stopped(
+            number, f"complete shards stay in {folder.shown}; the same command goes on with the others"
+        ) from None
     except UserError:
         raise
     except Exception as error:

@@ -17,7 +17,7 @@ from mvision.deploy.runtimes import open_fastest
 from mvision.evaluation import Evaluated
 from mvision.machine import PrecisionOption, inference_precision
 from mvision.model import Model
-from mvision.weights import load, save_weights
+from mvision.weights import save_weights
 
 WEIGHTS = "weights.safetensors"
 
@@ -58,11 +58,12 @@ class PortableModel:
 
 
 def portable(
-    source: str, tasks: Sequence[str], on_cpu: bool, precision: PrecisionOption, family: str | None = None
+    model: Model, source: str, tasks: Sequence[str], on_cpu: bool, precision: PrecisionOption, family: str | None = None
 ) -> tuple[PortableModel, str]:
     """The model that ``open_fastest`` would open, and the line about its runtime.
 
     Args:
+        model: what ``mvision.load`` has made of this source.
         source, tasks, family: see ``open_fastest``.
         on_cpu: of GPUs, each decides by itself on the precision ``auto``, and exports are not used.
 
@@ -80,7 +81,6 @@ def portable(
             files = {file.name: file.read_bytes() for file in opened.files}
             entry = opened.path.name if is_onnx else "."
             return _described(files, entry, chosen, opened, hashlib.sha256(b"".join(files.values()))), line
-    model = load(source, list(tasks) or None, family=family)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / WEIGHTS
         save_weights(model, file)
@@ -103,5 +103,3 @@ def _digest_of(model: Model) -> hashlib._Hash:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest
-
-

@@ -75,7 +75,9 @@ class ShardPlan:
             lines += [f"{option} {other.get(key)} and not {ours[key]}"] if other.get(key) != ours[key] else []
         theirs = other.get("settings")
         theirs = theirs if isinstance(theirs, dict) else {}
-        lines += [f"{key} {theirs.get(key)} and not {own}" for key, own in self.settings.items() if theirs.get(key) != own]
+        lines += [
+            f"{key} {theirs.get(key)} and not {own}" for key, own in self.settings.items() if theirs.get(key) != own
+        ]
         return list(dict.fromkeys(lines))
 
 
