@@ -17,8 +17,8 @@ from mvision.machine import cores
 
 ADDRESS = "RAY_ADDRESS"
 THREADS = 4  # of an actor on CPUs: as many forward passes share one copy of the model
-FOR_ACTORS = 0.75  # of the CPUs; the others read and write. Ray counts CPUs and ties no process to them
-READ_CPUS, WRITE_CPUS = 0.125, 0.0625  # reading waits for disks and networks
+FOR_ACTORS = 0.625  # of the CPUs; the others read and write. Ray counts CPUs and ties no process to them
+READ_CPUS, WRITE_CPUS = 0.25, 0.125  # of a task; reading waits for disks and networks
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ def ray_session() -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
-
     import ray.data  # sets the levels of its logger
 
     loggers = [logging.getLogger(name) for name in ("ray", "ray.data")]
@@ -92,11 +91,15 @@ def _start() -> None:
     is_main = threading.current_thread() is threading.main_thread()
     before = signal.getsignal(signal.SIGTERM)
     quiet = {"logging_level": logging.CRITICAL, "log_to_driver": False}
+    # Ray Data makes actors in a way that Ray's core calls an error in a line of its own (an actor whose arguments are
+    # lost cannot be restarted). With this level, which may be set otherwise, it says so as it starts, and no more.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
-        if address:
-            ray.init(address=address, **quiet)
-        else:
-            ray.init(address="local", num_cpus=cores(), include_dashboard=False, **quiet)
+        with _hidden_stderr():
+            if address:
+                ray.init(address=address, **quiet)
+            else:
+                ray.init(address="local", num_cpus=cores(), include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = f"{ADDRESS} {address}" if address else "--engine ray"
         what = "cannot join that cluster" if address else "Ray does not start on this machine"
@@ -104,6 +107,19 @@ def _start() -> None:
     finally:
         if is_main:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _hidden_stderr() -> Iterator[None]:
+    """What libraries in C++ print is lost inside this context."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def choose_actors(device: str | None, count: int | None, own_threads: bool) -> Actors:

@@ -69,7 +69,7 @@ class StopRequest:
             self._holds -= 1
 
     def waiting(self, items: Iterable[T], may_stop: Callable[[], bool], save: Callable[[], None]) -> Iterator[T]:
-        """The same items; a signal that comes while the next one is waited for need not wait for it, also inside ``held``.
+        """The same items. A signal that comes while one is waited for does not wait for it, not even inside ``held``.
 
         Args:
             may_stop: asked before each wait: whether the training can go on from here.

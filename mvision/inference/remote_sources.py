@@ -119,7 +119,7 @@ def _fetched(urls: Sequence[str]) -> dict[str, bytes | str]:
         def fetch(url: str, file_system: Any = file_system) -> bytes | str:
             try:  # one by one: the call for many takes "*", "?" and "[" in a name for a pattern
                 return bytes(file_system.cat_file(file_system._strip_protocol(url)))
-            except Exception as error:  # each package raises classes of its own
+            except Exception as error:  # noqa: BLE001 - each package raises classes of its own
                 return reason_of(error)
 
         fetched |= zip(group, ordered_map(fetch, group, CONNECTIONS))

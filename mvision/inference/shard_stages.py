@@ -1,7 +1,7 @@
 """The stages of a prediction by many processes that need no model: reading pictures, and writing shards.
 
-They run in processes of their own, on CPUs. Rows are pictures. Between the stages they have fixed columns: what was found travels as JSON, so that a block of pictures
-without results has the same types as any other.
+They run in processes of their own, on CPUs. Rows are pictures. Between the stages they have fixed columns: what was
+found travels as JSON, so that a block of pictures without results has the same types as any other.
 """
 
 from __future__ import annotations

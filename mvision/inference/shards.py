@@ -118,7 +118,7 @@ class ShardFolder:
             self._compare(plan, bool(shards))
         elif shards:
             raise UserError(
-                f"--output {self.shown}: has {len(shards)} shards and no {PLAN} that says of what; choose another folder"
+                f"--output {self.shown}: {len(shards)} shards and no {PLAN} that says of what; choose another folder"
             )
         self.write(PLAN, (json.dumps(asdict(plan), indent=1) + "\n").encode())
         return [number for number in range(plan.count) if plan.name(number) not in shards]
