@@ -35,8 +35,8 @@ def worker(folder: Path, resume: bool, fault: str) -> None:
     """``mvision train`` as a process of torchrun's.
 
     Args:
-        fault: in the second batch of the second epoch, ``kill`` ends the second process as a lost machine does; ``term``
-            sends SIGTERM to the agents of both.
+        fault: in the second batch of the second epoch, ``kill`` ends the second process as a lost machine does, or
+            ``term`` sends SIGTERM to the agents of both.
     """
     rank = int(os.environ["RANK"])
     log = os.open(folder / f"log{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -81,7 +81,7 @@ def agent(folder: Path, port: int, resume: bool, fault: str) -> None:
 
 
 def launch(folder: Path, config: Config, resume: bool = False, fault: str = "") -> list[str]:
-    """What the two processes printed; both agents have ended within a minute."""
+    """What the two processes printed; both agents have ended by themselves."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(config.to_yaml())
     for rank in range(2):
@@ -93,7 +93,7 @@ def launch(folder: Path, config: Config, resume: bool = False, fault: str = "") 
     agents = [context.Process(target=agent, args=(folder, port, resume, fault)) for _ in range(2)]
     for one in agents:
         one.start()
-    end = time.monotonic() + 120
+    end = time.monotonic() + 240
     for one in agents:
         one.join(max(end - time.monotonic(), 0))
     ended = [one.exitcode is not None for one in agents]

@@ -61,7 +61,8 @@ class ShardSummary(Summary):
     def __str__(self) -> str:
         lines = super().__str__().splitlines()[:-1]
         if self.errors:
-            lines.append(f"{self.errors} pictures cannot be read; each has a row with its error")
+            what = "picture" if self.errors == 1 else "pictures"
+            lines.append(f"{self.errors} {what} cannot be read; each has a row with its error")
         before = f", {self.complete} were complete before" if self.complete else ""
         return "\n".join([*lines, printable(f"{self.written} shards written{before}: {self.folder}")])
 
