@@ -8,6 +8,7 @@ from typing import Any, get_args
 import click
 
 from mvision.cli.options import WEIGHTS, FolderOrUrl, OneOf, device_option, echo, family_option
+from mvision.cli.ray_options import ray_options
 from mvision.machine import PrecisionOption
 
 EVERY = "*"  # stands for all classes without a threshold of their own
@@ -59,20 +60,8 @@ def _thresholds(context: click.Context, option: click.Parameter, texts: tuple[st
 )
 @click.option("--no-pictures", is_flag=True, help="Write predictions.json alone, which is faster.")
 @click.option("--batch-size", type=click.IntRange(1), metavar="N", help="Images per pass.  [default: CPU 1, GPU 8]")
-@click.option(
-    "--engine",
-    type=OneOf(("local", "ray")),
-    default="local",
-    show_default=True,
-    metavar="E",
-    help="local, or ray: on many machines, into shards (needs the extra ray).",
-)
-@click.option("--actors", type=click.IntRange(1), metavar="N", help="With ray: how many hold the model.")
-@click.option(
-    "--format", "shard_format", type=OneOf(("parquet", "jsonl")), metavar="F", help="With ray: of the shards."
-)
-@click.option("--shard-size", type=click.IntRange(1), metavar="N", help="With ray: images per shard.  [default: 1000]")
 @device_option
+@ray_options
 def predict(
     sources: tuple[str, ...],
     tasks: tuple[str, ...],
@@ -83,14 +72,10 @@ def predict(
     thresholds: Any,
     multi_label: bool,
     nms: float | None,
-    output: Path | str | None,
+    output: Path | None,
     precision: PrecisionOption,
     no_pictures: bool,
     batch_size: int | None,
-    engine: str,
-    actors: int | None,
-    shard_format: str | None,
-    shard_size: int | None,
     device: str | None,
 ) -> None:
     """Find objects in every SOURCE: an image, a folder, a glob, a video, a URL (http, rtsp) or a camera's number.
@@ -103,35 +88,6 @@ def predict(
     Example:
       mvision predict --task detection photos/ --weights runs/detection/1 --output found
     """
-    of_ray = {"--actors": actors, "--format": shard_format, "--shard-size": shard_size}
-    if engine == "ray":
-        for option in (option for option, value in {"--data": data, "--split": split}.items() if value is not None):
-            raise click.UsageError(f"{option} is not for --engine ray, which takes SOURCE")
-        from mvision.commands.predict_ray import predict_ray_job
-
-        ray_summary = predict_ray_job(
-            sources,
-            tasks=tasks,
-            weights=weights,
-            family=family,
-            threshold=thresholds,
-            multi_label=multi_label,
-            nms=nms,
-            output=None if output is None else str(output),
-            device=device,
-            precision=precision,
-            batch_size=batch_size,
-            actors=actors,
-            format="parquet" if shard_format is None else shard_format,
-            shard_size=shard_size,
-            log=echo,
-        )
-        echo(ray_summary)
-        return
-    for option in (option for option, value in of_ray.items() if value is not None):
-        raise click.UsageError(f"{option} is for --engine ray")
-    if isinstance(output, str):
-        raise click.UsageError(f"--output {output}: a URL is for --engine ray; give a folder")
     from mvision.commands.predict import predict_job
 
     summary = predict_job(

@@ -303,7 +303,7 @@ def test_devices_that_the_cluster_lacks(monkeypatch: pytest.MonkeyPatch) -> None
     [
         (["x", "--actors", "2"], "--actors is for --engine ray"),
         (["x", "--output", "s3://b/out"], "--output s3://b/out: a URL is for --engine ray; give a folder"),
-        (["--engine", "ray", "--data", "x"], "--data is not for --engine ray, which takes SOURCE"),
+        (["--engine", "ray", "--data", "x"], "--data is not for --engine ray (help"),
         (["x", "--engine", "rai"], "'rai' is unknown: did you mean 'ray'?"),
         (["x", "--engine", "ray"], "the package ray is missing: pip install 'ray[data]'"),
     ],

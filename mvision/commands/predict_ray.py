@@ -122,16 +122,26 @@ def predict_ray_job(
         model, runtime = portable(loaded, source, tasks, on_cpu, precision, family)
         many = choose_actors("cpu" if model.own_threads else device, actors, model.own_threads)
         plan = _plan(found, model, chosen, format, shard_size or SHARD_SIZE)
-        missing = folder.prepare(plan)
-        summary = ShardSummary(Path(folder.place), folder=folder.shown, complete=plan.count - len(missing))
-        summary.skipped += found.skipped
-        summary.notes += found.notes()
         log(f"{runtime}; {many.count} actor{'s' * (many.count > 1)} of Ray on {many.device}, {plan.count} shards")
-        started = time.monotonic()
-        settings = ActorSettings(many.device, many.threads, batch_size, chosen)
-        for written in _shards(found, missing, plan, folder, model, many, settings):
-            _add(summary, written)
-        summary.seconds = time.monotonic() - started
+        return _predict(found, plan, folder, model, many, ActorSettings(many.device, many.threads, batch_size, chosen))
+
+
+def _predict(
+    found: Sources,
+    plan: ShardPlan,
+    folder: ShardFolder,
+    model: PortableModel,
+    actors: Actors,
+    settings: ActorSettings,
+) -> ShardSummary:
+    missing = folder.prepare(plan)
+    summary = ShardSummary(Path(folder.place), folder=folder.shown, complete=plan.count - len(missing))
+    summary.skipped += found.skipped
+    summary.notes += found.notes()
+    started = time.monotonic()
+    for written in _shards(found, missing, plan, folder, model, actors, settings):
+        _add(summary, written)
+    summary.seconds = time.monotonic() - started
     return summary
 
 
