@@ -33,7 +33,7 @@ def store() -> Iterator[Any]:
         for name, value in {
             **keys,
             "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-            "AWS_DEFAULT_REGION": "eu-west-1",
+            "AWS_DEFAULT_REGION": "us-east-1",
         }.items():
             patch.setenv(name, value)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")

@@ -322,12 +322,10 @@ def test_wrong_usage_is_a_line(
 
 
 def test_errors_of_tasks_are_found_in_what_ray_raises() -> None:
-    inner = UserError("weights x: damaged")
-    outer = RuntimeError("traceback")
-    outer.cause = inner  # type: ignore[attr-defined]
-    task = ValueError("task failed")
-    task.__cause__ = outer
-    assert str(ray_session.user_error_in(task)) == "weights x: damaged"
+    text = (
+        "ray::Map() (pid=1)\n  File x\nmvision.errors.UserError: weights x: damaged\n\nThe above was the direct cause"
+    )
+    assert str(ray_session.user_error_in(RuntimeError(text))) == "weights x: damaged"
     assert ray_session.user_error_in(ValueError("a bug")) is None
 
 

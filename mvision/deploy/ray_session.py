@@ -6,6 +6,7 @@ import importlib
 import logging
 import math
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from mvision.errors import UserError
 from mvision.machine import cores
 
 ADDRESS = "RAY_ADDRESS"
+_USER_ERROR = re.compile(rf"{UserError.__module__}\.{UserError.__name__}: (.+)")
 THREADS = 4  # of an actor on CPUs: as many forward passes share one copy of the model
 FOR_ACTORS = 0.625  # of the CPUs; the others read and write. Ray counts CPUs and ties no process to them
 READ_CPUS, WRITE_CPUS = 0.25, 0.125  # of a task; reading waits for disks and networks
@@ -155,15 +157,9 @@ def choose_actors(device: str | None, count: int | None, own_threads: bool) -> A
 
 
 def user_error_in(error: BaseException) -> UserError | None:
-    """The error of a user's making that a task or an actor of Ray has ended with; None: it is another one."""
-    seen: set[int] = set()
-    waiting: list[BaseException | None] = [error]
-    while waiting:
-        one = waiting.pop()
-        if one is None or id(one) in seen:
-            continue
-        seen.add(id(one))
-        if isinstance(one, UserError):
-            return UserError(str(one).strip().splitlines()[-1].removeprefix("mvision.errors.UserError: "))
-        waiting += [one.__cause__, one.__context__, getattr(one, "cause", None)]
-    return None
+    """The error of a user's making that a task or an actor of Ray has ended with; None: it is another one.
+
+    Ray sends exceptions without their causes, but with the text of the traceback, which names them.
+    """
+    found = _USER_ERROR.findall(str(error))
+    return UserError(found[-1].strip()) if found else None
