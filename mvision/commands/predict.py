@@ -58,10 +58,8 @@ def predict_job(
             data set ``predictions.json`` has results of every score unless a threshold is given.
         multi_label, nms: see ``predict_images``.
         output: a folder; None: ``predictions``.
-        device: None: the first GPU, else the CPU.
-        precision: see ``open_fastest``.
-        pictures: without, ``predictions.json`` is written alone.
-        batch_size: see ``predict_sources``.
+        device, precision: see ``open_fastest``; None: the first GPU, else the CPU.
+        pictures, batch_size: see ``predict_sources``.
         log: is called with what names the runtime, and with what is left out of the results.
 
     Raises:
