@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--weights", required=True)
     parser.add_argument("--count", type=int, default=5000)
     parser.add_argument("--cpus", type=int, default=2)
-    parser.add_argument("--threshold", default="0.3")
+    parser.add_argument("--threshold", default="0.1")
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--shard-size", type=int, default=500)
     parser.add_argument("--formats", nargs="+", default=["jsonl", "parquet"], choices=["jsonl", "parquet"])
