@@ -79,6 +79,18 @@ class ImageSize(click.ParamType):
         return int(height), int(width)
 
 
+class FolderOrUrl(click.ParamType):
+    """A folder as a ``Path``, or a URL such as ``s3://bucket/folder`` as text."""
+
+    name = "DIR|URL"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """Check that a path is not that of a file."""
+        if isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", value):
+            return value
+        return OUTPUT_FOLDER.convert(value, param, ctx)
+
+
 def thresholds_callback(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> Any:
     """``0.5``, ``best`` and ``CLASS=0.3`` as one value, or as a dictionary where there are thresholds of classes."""
     given: dict[str, float | str] = {}

@@ -8,8 +8,8 @@ from typing import Any, get_args
 import click
 
 from mvision.cli.options import (
-    OUTPUT_FOLDER,
     WEIGHTS,
+    FolderOrUrl,
     OneOf,
     device_option,
     echo,
@@ -17,6 +17,7 @@ from mvision.cli.options import (
     thresholds_callback,
     tile_options,
 )
+from mvision.cli.ray_options import ray_options
 from mvision.machine import PrecisionOption
 
 
@@ -46,9 +47,9 @@ from mvision.machine import PrecisionOption
 )
 @tile_options
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), metavar="N", help="Images or tiles at once.  [default: by device]"
+    "--batch-size", type=click.IntRange(1), metavar="N", help="Images or tiles at once.  [default: CPU 1, GPU 8]"
 )
-@click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="Where to write.  [default: predictions]")
+@click.option("--output", type=FolderOrUrl(), metavar="DIR", help="Where to write.  [default: predictions]")
 @click.option(
     "--precision",
     type=OneOf(get_args(PrecisionOption)),
@@ -59,6 +60,7 @@ from mvision.machine import PrecisionOption
 )
 @click.option("--no-pictures", is_flag=True, help="Write predictions.json alone, which is faster.")
 @device_option
+@ray_options
 def predict(
     sources: tuple[str, ...],
     tasks: tuple[str, ...],

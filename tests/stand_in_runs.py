@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,19 +52,34 @@ class Noisy(nn.Module):
         return {"detection/box": outputs.square().mean()}
 
 
-class Batches:
-    """Five batches; ``before`` is called with the epoch and the number of each."""
+class Called(Batch):
+    """Makes a call when the training step takes it."""
 
-    def __init__(self, before: Callable[[int, int], None] = lambda epoch, index: None) -> None:
-        self.before = before
+    call: Callable[[], None]
+
+    def to(self, device: torch.device | str) -> Batch:
+        self.call()
+        return super().to(device)
+
+
+Call = Callable[[int, int], None]
+
+
+class Batches:
+    """Five batches; ``before`` is called with the epoch and the number of each in its step, ``wait`` while it loads."""
+
+    def __init__(self, before: Call = lambda epoch, index: None, wait: Call = lambda epoch, index: None) -> None:
+        self.before, self.wait = before, wait
 
     def __len__(self) -> int:
         return 5
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
         for index in range(start, len(self)):
-            self.before(number, index)
-            yield Batch(torch.rand(4, 3, generator=torch.Generator().manual_seed(5 * number + index)), [])
+            self.wait(number, index)
+            batch = Called(torch.rand(4, 3, generator=torch.Generator().manual_seed(5 * number + index)), [])
+            batch.call = partial(self.before, number, index)
+            yield batch
 
 
 def make_trainer(**settings: Any) -> Trainer:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mvision.engine import checkpoint
+from mvision.engine import checkpoint, stopping
 from mvision.engine import train as train_module
 from mvision.engine.state import read_state
 from mvision.errors import Stopped, UserError
@@ -156,6 +157,66 @@ def test_a_signal_while_the_epoch_is_saved_waits_for_it(
     monkeypatch.setattr(checkpoint, "plot_run", lambda records, path: write_text(path, f"{len(records)} epochs"))
     go_on(tmp_path / "run")
     assert_same_runs(tmp_path / "run", whole_run(whole))
+
+
+@pytest.mark.parametrize("place", [(0, 0), (0, 2), (1, 4), (2, 0)], ids=str)
+def test_a_signal_while_a_batch_is_loaded_does_not_wait_for_it(
+    place: tuple[int, int], tmp_path: Path, whole: dict[str, Path]
+) -> None:
+    """A disk that does not answer keeps a run from stopping no longer: it is saved as it was before that batch."""
+
+    def hang(epoch: int, index: int) -> None:
+        if (epoch, index) == place:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise AssertionError("waited for the batch")
+
+    with pytest.raises(Stopped) as stopped:
+        go_on(tmp_path / "run", Batches(wait=hang))
+    assert stopped.value.code == 143
+    progress = read_state(RunFolder(tmp_path / "run").state).progress
+    assert (progress.epoch, progress.batch) == place
+    go_on(tmp_path / "run")
+    assert_same_runs(tmp_path / "run", whole_run(whole))
+
+
+def test_a_signal_while_a_batch_of_a_group_is_loaded_waits_for_the_group(
+    tmp_path: Path, whole: dict[str, Path]
+) -> None:
+    """The gradients of its first batch would be lost."""
+
+    def send(epoch: int, index: int) -> None:
+        if (epoch, index) == (1, 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(Stopped):
+        go_on(tmp_path / "run", Batches(wait=send))
+    progress = read_state(RunFolder(tmp_path / "run").state).progress
+    assert (progress.epoch, progress.batch) == (1, 2)
+    go_on(tmp_path / "run")
+    assert_same_runs(tmp_path / "run", whole_run(whole))
+
+
+@pytest.mark.parametrize(("later", "launched"), [(2.5, False), (2.5, True), (0.5, False)])
+def test_a_second_sigterm_does_not_wait_but_a_repeated_one_is_the_same(
+    later: float, launched: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    after: list[int] = []
+    if launched:
+        monkeypatch.setattr(os, "environ", {**os.environ, stopping.LAUNCHED: "0"})
+
+    def send(epoch: int, index: int) -> None:
+        now = time.monotonic()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with monkeypatch.context() as patch:
+            patch.setattr(stopping.time, "monotonic", lambda: now + later)
+            os.kill(os.getpid(), signal.SIGTERM)
+        after.append(index)
+
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        go_on(tmp_path / "run", Batches(send), accumulate=1)
+    assert after == ([] if later > stopping.REPEATED else [0])
+    assert RunFolder(tmp_path / "run").state.exists() == (later < stopping.REPEATED)
+    assert "stopping after this step, to save the state; SIGTERM again stops at once" in capfd.readouterr().err
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -87,17 +87,14 @@ def predict_job(
     of_split = _folder_of(source, data) if data is not None or split is not None else None
     keep_freed_memory()
     model, runtime = open_fastest(source, tasks, resolve_device(device), precision, family)
-    found = find_sources(sources, leave_out=folder) if sources else None
     _check_objects(track, model.tasks)
     chosen = Selection(resolve_threshold(threshold, model), multi_label, nms)
-    about = [*_about_tiles(source, tile, tiling), *_left_out_of_pictures(model.tasks)]
-    log("\n".join([runtime, *about, *_best_thresholds(threshold, chosen, model)]))
-    for_metrics = None
-    if of_split is not None:
-        found, categories = images_of_split(of_split, split, model.tasks)
-        every = Selection(0.0 if threshold is None else chosen.threshold, multi_label=True, nms=nms)
-        for_metrics = ForMetrics(every, model.config.categories, categories)
-    found = _samples(source) if found is None else found
+    if of_split is None:
+        found, for_metrics = find_sources(sources, leave_out=folder) if sources else _samples(source), None
+    else:
+        found, for_metrics = _of_split(of_split, split, model, chosen, every_score=threshold is None)
+    about = [*_about_tiles(source, tile, tiling), *_best_thresholds(threshold, chosen, model)]
+    log("\n".join([runtime, *about, *_left_out_of_pictures(model.tasks)]))
     run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
         return run(model, found, folder, chosen.threshold, batch_size, tiling=tiling, track=track)
@@ -119,6 +116,15 @@ def _check_objects(track: str | None, tasks: Sequence[str]) -> None:
     """Raise a ``UserError`` where no task finds objects that could be followed."""
     if track is not None and all(head_class(task).kind == "regions" for task in tasks):
         raise UserError(f"--track: {', '.join(tasks)} finds regions of a class, no objects that could be followed")
+
+
+def _of_split(
+    folder: Folder, split: str | None, model: Evaluated, chosen: Selection, every_score: bool
+) -> tuple[Sources, ForMetrics | None]:
+    """The images of a split, and what ``predictions.json`` holds of them."""
+    sources, categories = images_of_split(folder, split, model.tasks)
+    every = Selection(0.0 if every_score else chosen.threshold, multi_label=True, nms=chosen.nms)
+    return sources, ForMetrics(every, model.config.categories, categories)
 
 
 def images_of_split(folder: Folder, split: str | None, tasks: Sequence[str]) -> tuple[Sources, list[Category]]:

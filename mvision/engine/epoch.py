@@ -51,7 +51,13 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
     start = read_at = time.monotonic()
     guard, readings = BufferGuard(trainer.bare_model), Readings(before)
     count = first
-    for count, loaded in enumerate(bar, start=first + 1):
+    batches = trainer.stop.waiting(
+        bar,
+        # Not inside a group, whose gradients would be lost; nor where other processes wait for this one's gradients.
+        may_stop=lambda: accelerator.num_processes == 1 and count % config.accumulate == 0,
+        save=lambda: _pause(trainer, count, readings),
+    )
+    for count, loaded in enumerate(batches, start=first + 1):
         for file, reason in loaded.skipped:
             tqdm.write(printable(f"skipped {file}: {reason}"))
         batch, begin = loaded.to(accelerator.device), time.monotonic()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -18,13 +19,17 @@ from mvision.errors import Stopped, UserError
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LAUNCHED = "LOCAL_RANK"
 """The environment variable by which torchrun and others tell a process that it is one of several."""
+REPEATED = 2.0
+"""Seconds in which a signal that comes again is the same request: ``timeout``, ``srun`` and ``torchrun`` send it to a
+process that has had it from its group already."""
+T = TypeVar("T")
 
 
 class StopRequest:
     """Turns signals into ``Stopped``: at once, or inside ``held`` at the next moment that asks for ``requested``.
 
-    A second Ctrl-C does not wait for that moment. Where a launcher has started several processes it sends signals
-    again, so there they all wait.
+    A second Ctrl-C or SIGTERM does not wait for that moment. SIGTERM is a second one only after ``REPEATED`` seconds,
+    and so is Ctrl-C where a launcher has started several processes, because it passes both on.
 
     Attributes:
         number: of the first signal that has come; None before.
@@ -33,6 +38,8 @@ class StopRequest:
     def __init__(self) -> None:
         self.number: int | None = None
         self._holds = 0
+        self._came = 0.0  # the time of the first signal
+        self._waits = False
         self._group: Any = None
         self._question: Any = None
         self._answer = torch.zeros(2, dtype=torch.int64)
@@ -60,6 +67,34 @@ class StopRequest:
             yield
         finally:
             self._holds -= 1
+
+    def waiting(self, items: Iterable[T], may_stop: Callable[[], bool], save: Callable[[], None]) -> Iterator[T]:
+        """The same items. A signal that comes while one is waited for does not wait for it, not even inside ``held``.
+
+        Args:
+            may_stop: asked before each wait: whether the training can go on from here.
+            save: called where a signal has ended the wait.
+
+        Raises:
+            Stopped: a signal has ended the wait.
+        """
+        iterator = iter(items)
+        while True:
+            waits = may_stop()
+            try:
+                self._waits = waits
+                if waits and self.number is not None:  # it came just before
+                    raise self.stopped()
+                item = next(iterator)
+            except StopIteration:
+                return
+            except Stopped:
+                if waits:
+                    save()
+                raise
+            finally:
+                self._waits = False
+            yield item
 
     def requested(self, accelerator: Accelerator) -> bool:
         """Whether a signal has come to any of the processes; all of them have to ask at the same moment."""
@@ -118,13 +153,19 @@ class StopRequest:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         is_first = self.number is None
-        self.number = self.number or number
-        if is_first and self._holds:
+        if is_first:
+            self.number, self._came = number, time.monotonic()
+        if is_first and self._holds and not self._waits:
             # Not print: the signal may have come while this thread writes to the same stream.
-            again = "; Ctrl-C again stops at once" if number == signal.SIGINT and LAUNCHED not in os.environ else ""
-            os.write(2, f"\nstopping after this step, to save the state{again}\n".encode())
-        elif is_first or (number == signal.SIGINT and LAUNCHED not in os.environ):
+            again = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+            os.write(2, f"\nstopping after this step, to save the state; {again} again stops at once\n".encode())
+        elif is_first or self._is_second(number):
             raise Stopped(number)
+
+    def _is_second(self, number: int) -> bool:
+        """Whether a signal that is not the first one is a request of its own."""
+        by_hand = number == signal.SIGINT and LAUNCHED not in os.environ
+        return by_hand or time.monotonic() - self._came > REPEATED
 
 
 @contextmanager

@@ -101,8 +101,7 @@ class Output:
         self._category_ids = None if for_metrics is None else for_metrics.category_ids
         self._paths = _paths(folder, sources) if pictures or tracks else {}
         self._mot = MotFiles(mot_paths(self._paths)) if tracks else None
-        repeated = {name for name, count in Counter(source.name for source in sources).items() if count > 1}
-        self._names = {s: _posix(s) if s.name in repeated else s.name for s in sources}
+        self._names = file_names(sources)
         self._video: VideoWriter | None = None
         self._undrawable: Source | None = None  # a video that the encoder has refused
         self._separator = "[\n"
@@ -225,14 +224,8 @@ class Output:
             if frame.index is not None:
                 named |= {"frame": frame.index, "time": round(frame.time, 3)}
             named |= {"category_id": category_id, "category_name": name}
-            named |= {"bbox": self._rounded(entry["bbox"], 2), "score": self._rounded([entry["score"]], 5)[0]}
-            if "keypoints" in entry:
-                entry["keypoints"] = self._rounded(entry["keypoints"], 2)
-            entries.append(named | {key: entry[key] for key in OPTIONAL_KEYS if key in entry})
+            entries.append(named | result_values(entry, self._exact))
         return entries
-
-    def _rounded(self, values: list[float], digits: int) -> list[float]:
-        return values if self._exact else [round(value, digits) for value in values]
 
     def _add_to_video(self, frame: Frame, picture: np.ndarray) -> str:
         """Append a picture; the reason where the encoder does not take pictures of this kind."""
@@ -267,6 +260,24 @@ class Output:
                 with errors_name(self.folder / PREDICTIONS):
                     (self.folder / PREDICTIONS).unlink(missing_ok=True)
                 self._earlier_is_there = False
+
+
+def file_names(sources: Sequence[Source]) -> dict[Source, str]:
+    """The name of every source in ``predictions.json``: below its folder, and with the path where two are equal."""
+    repeated = {name for name, count in Counter(source.name for source in sources).items() if count > 1}
+    return {source: _posix(source) if source.name in repeated else source.name for source in sources}
+
+
+def result_values(entry: dict[str, Any], exact: bool = False) -> dict[str, Any]:
+    """What an entry of ``predictions.json`` says of a result besides where and what it is; rounded unless ``exact``."""
+
+    def rounded(values: list[float], digits: int) -> list[float]:
+        return values if exact else [round(value, digits) for value in values]
+
+    values: dict[str, Any] = {"bbox": rounded(entry["bbox"], 2), "score": rounded([entry["score"]], 5)[0]}
+    if "keypoints" in entry:
+        entry["keypoints"] = rounded(entry["keypoints"], 2)
+    return values | {key: entry[key] for key in OPTIONAL_KEYS if key in entry}
 
 
 def _posix(source: Source) -> str:

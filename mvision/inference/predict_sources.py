@@ -84,12 +84,16 @@ def predict_sources(
             if not any(source.is_live for source in inputs):
                 raise
         summary = writer.summary
-        if not summary.images and summary.skipped:
-            name, reason = summary.skipped[0]
-            raise UserError(f"none of {len(inputs)} sources can be read; the first is {name}: {reason}")
+        _refuse_if_none_was_read(summary, len(inputs))
     _add_notes(summary, inputs, model.config.categories if pictures else [], videos)
     summary.seconds = time.monotonic() - started
     return summary
+
+
+def _refuse_if_none_was_read(summary: Summary, sources: int) -> None:
+    if not summary.images and summary.skipped:
+        name, reason = summary.skipped[0]
+        raise UserError(f"none of {sources} sources can be read; the first is {name}: {reason}")
 
 
 def _add_notes(

@@ -239,7 +239,7 @@ def _add(files: list[tuple[Path, bool]], root: Path, leave_out: Path | None, fou
         known = " ".join(sorted(suffix[1:] for suffix in IMAGE_SUFFIXES | VIDEO_SUFFIXES))
         raise UserError(f"source {problem} ({known}){f'; there are {there}' if there else ''}")
     found.left_out += left_out
-    found += sorted(pictures, key=lambda source: _natural(source.name))
+    found += sorted(pictures, key=lambda source: natural(source.name))
 
 
 def _left_out(file: Path, name: str, excluded: str | None) -> str:
@@ -257,6 +257,6 @@ def _left_out(file: Path, name: str, excluded: str | None) -> str:
     return "" if is_file else "neither file nor folder"  # reading a named pipe would wait for ever
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural(name: str) -> list[tuple[int, str]]:
     """A sorting key that compares numbers by value: frame-9 comes before frame-10."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
