@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from mvision.config import load_config
-from mvision.data.loading.repeats import draw, images_with_classes, number_drawn, repeat_factors
+from mvision.data.loading.draws import draw, number_drawn
+from mvision.data.loading.repeats import images_with_classes, repeat_factors
 from mvision.data.loading.samplers import TrainBatches
 from mvision.engine.epoch import train_epoch
 from mvision.engine.imbalance import class_weights

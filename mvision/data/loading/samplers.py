@@ -9,7 +9,7 @@ import numpy as np
 
 from mvision.config import AugmentConfig
 from mvision.data.loading.dataset import SampleKey
-from mvision.data.loading.repeats import draw, number_drawn
+from mvision.data.loading.draws import draw, number_drawn
 
 SHUFFLE, SCALE = 1, 2  # so that shuffling, image sizes and samples do not draw the same numbers from (seed, epoch)
 STEP = 32  # image sizes are multiples of the coarsest stride
