@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import cv2
 import numpy as np
@@ -24,6 +24,8 @@ SIZE = (96, 128)
 class FakeModel(nn.Module):
     """Class ``i`` is where channel ``i`` is above 200 and the others below 60."""
 
+    best_thresholds: Mapping[str, float] = MappingProxyType({})
+
     def __init__(self) -> None:
         super().__init__()
         self.config = SimpleNamespace(image_size=SIZE, categories=CATEGORIES, pixel_range=None)
@@ -32,7 +34,6 @@ class FakeModel(nn.Module):
         self.part = nn.BatchNorm2d(3)
         self.batch_sizes: list[int] = []
         self.own_threads = False
-        self.best_thresholds: dict[str, float] = {}
 
     @property
     def device(self) -> torch.device:

@@ -78,6 +78,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     monkeypatch.setattr(val, "build_eval_loader", build)
     monkeypatch.setattr(val, "evaluate_all", evaluate_all)
+    monkeypatch.setattr(val, "analyse_all", lambda validation: [])
     monkeypatch.setattr(val, "tables", lambda validation: [f"table of {part.name}" for part in validation])
     return seen
 
@@ -202,16 +203,17 @@ def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
     photo, output = str(tmp_path / "a.jpg"), tmp_path / "found"
     Path(photo).touch()
     choices: dict[str, Any] = {"multi_label": False, "nms": None, "for_metrics": None, "pictures": True}
+    choices |= {"tiling": None, "track": None}
     assert predict_job(
         [photo], weights="w", family="deim", threshold=0.3, output=output, precision="fp32", **options
     ) == (
-        (model, [Source("image", photo, "a.jpg")], output, 0.3),
+        (model, [Source("image", photo, "a.jpg")], output, 0.3, None),
         choices,
     )
     # Of the samples, one that is damaged costs itself alone.
     samples = [Source("image", "sample of runs/newest", "sample of runs/newest".rpartition("/")[2], required=False)]
     assert predict_job(multi_label=True, nms=0.4, pictures=False, **options) == (
-        (model, samples, Path("predictions"), 0.5),
+        (model, samples, Path("predictions"), 0.5, None),
         {**choices, "multi_label": True, "nms": 0.4, "pictures": False},
     )
     assert calls == [("w", ["detection"], CPU, "fp32", "deim"), ("runs/newest", ["detection"], CPU, "auto", None)]

@@ -197,9 +197,10 @@ def _folder_of(weights: str, data: str | None) -> Folder:
 
 def _best_thresholds(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:
     """A line that says which thresholds are used, where the best ones are asked for."""
-    chosen, names = selection.threshold, [category.name for category in model.config.categories]
+    chosen = selection.threshold
     if not wants_best(asked) or not isinstance(chosen, Mapping):
         return []
+    names = [category.name for category in model.config.categories]
     given = [f"{name} {chosen[name]:g}" for name in names if name in chosen]
     without = [name for name in names if name not in chosen]
     more = f", ... ({len(given) - NAMED} more)" if len(given) > NAMED else ""
