@@ -44,6 +44,7 @@ METRICS: dict[str, list[type[Metric]]] = {
     "keypoints": [KeypointMetric],
 }
 POINTS = ["a", "b", "c", "d"]
+FILES = ["calibration.png", "confusion_matrix.png", "curves.json", "curves.png", "metrics.json", "predictions.json"]
 CLASSES = {"red": 31, "green": 7, "blue": 90}  # the data set's numbers; the model has others
 
 
@@ -191,7 +192,8 @@ def test_predict_on_a_data_set_writes_what_val_evaluates(tasks: list[str], tmp_p
     options: dict[str, Any] = {"weights": weights, "data": str(data), "device": "cpu"}
     validate(output=tmp_path / "val", workers=0, batch_size=1, precision="fp32", **options)
     names = ["predictions.json"] if len(tasks) == 1 else [f"predictions-{task}.json" for task in tasks]
-    assert sorted(path.name for path in (tmp_path / "val").iterdir()) == sorted(["metrics.json", *names])
+    jsons = sorted(path.name for path in (tmp_path / "val").iterdir() if path.suffix == ".json")
+    assert jsons == sorted(["curves.json", "metrics.json", *names])
     written = [json.loads((tmp_path / "val" / name).read_text()) for name in names]
     for entries in written:
         assert {entry["image_id"] for entry in entries} == {1, 2, 3}
@@ -264,7 +266,7 @@ def test_an_interrupted_evaluation_leaves_the_earlier_files(tmp_path: Path, monk
     }
     validate("w", **options)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    assert sorted(before) == ["metrics.json", "predictions.json"]
+    assert sorted(before) == FILES
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
@@ -286,7 +288,7 @@ def test_what_a_killed_evaluation_has_left_is_removed(tmp_path: Path, monkeypatc
     left.parent.mkdir()
     left.write_bytes(b"half")
     validate("w", data=str(tmp_path / "data"), output=left.parent, workers=0, device="cpu")
-    assert sorted(path.name for path in left.parent.iterdir()) == ["metrics.json", "predictions.json"]
+    assert sorted(path.name for path in left.parent.iterdir()) == FILES
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is Linux's")

@@ -171,7 +171,8 @@ def test_the_command_line(
     photo = save(tmp_path / "a.png", paint((96, 128), []))
     seen = []
 
-    def predict_sources(model: object, sources: object, output: object, threshold: Any, **options: Any) -> str:
+    def predict_sources(*arguments: Any, **options: Any) -> str:
+        _, _, _, threshold, _ = arguments
         seen.append(Selection(threshold, options["multi_label"], options["nms"]))
         return "done"
 
