@@ -9,7 +9,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +243,22 @@ def test_signals_that_the_caller_ignores_stay_ignored(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert len(RunFolder(tmp_path / "run").records()) == 3
+
+
+def test_a_progress_bar_ends_before_a_stop_is_told() -> None:
+    """The signal comes between two waits, so the error is not raised inside the bar, which could end itself."""
+    happened: list[str] = []
+
+    def bar() -> Iterator[int]:
+        try:
+            yield from range(2)
+        finally:
+            happened.append("the bar ends")
+
+    stop = stopping.StopRequest()
+    taken = stop.waiting(bar(), lambda: True, lambda: happened.append("saved"))
+    next(taken)
+    stop.number = signal.SIGTERM
+    with pytest.raises(Stopped):
+        next(taken)
+    assert happened == ["the bar ends", "saved"]
