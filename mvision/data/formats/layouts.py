@@ -121,21 +121,22 @@ def find_layout(root: str | Path | None = None) -> Layout:
     raise UserError(_not_recognised(folder, root))
 
 
-def is_builtin(root: str | Path | None) -> bool:
+def is_builtin(root: str | Path) -> bool:
     """Whether ``find_layout`` takes this for the built-in data set."""
-    return root is None or BUILTIN.fullmatch(str(root)) is not None
+    return BUILTIN.fullmatch(str(root)) is not None
 
 
 def _builtin(root: str | Path | None) -> Path:
     """The built-in data set's folder."""
     from mvision.builtin import ensure_builtin
 
-    found = BUILTIN.fullmatch(str(root))
-    train: dict[str, Any] = {} if found is None else {"train": int(found[1])}
-    if train and not 1 <= train["train"] <= MOST_BUILTIN:
-        raise UserError(f"--data {root}: give a number of training images from 1 to {MOST_BUILTIN}")
+    ensure = ensure_builtin
+    if found := BUILTIN.fullmatch(str(root)):
+        if not 1 <= int(found[1]) <= MOST_BUILTIN:
+            raise UserError(f"--data {root}: give a number of training images from 1 to {MOST_BUILTIN}")
+        ensure = partial(ensure, train=int(found[1]))
     with tqdm(desc="generating the built-in data set", unit="img", leave=False, delay=0.5) as bar:
-        return ensure_builtin(progress=partial(_show, bar), log=partial(bar.write, file=sys.stderr), **train)
+        return ensure(progress=partial(_show, bar), log=partial(bar.write, file=sys.stderr))
 
 
 def _show(bar: tqdm[Any], done: int, total: int) -> None:
