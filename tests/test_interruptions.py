@@ -245,20 +245,23 @@ def test_signals_that_the_caller_ignores_stay_ignored(tmp_path: Path) -> None:
     assert len(RunFolder(tmp_path / "run").records()) == 3
 
 
-def test_a_progress_bar_ends_before_a_stop_is_told() -> None:
-    """The signal comes between two waits, so the error is not raised inside the bar, which could end itself."""
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_progress_bar_ends_before_a_stop_is_told(taken: int) -> None:
+    """The signal comes between two waits or before the first, so the error does not end the bar by passing through."""
     happened: list[str] = []
 
-    def bar() -> Iterator[int]:
-        try:
-            yield from range(2)
-        finally:
+    class Bar:
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(2))
+
+        def close(self) -> None:
             happened.append("the bar ends")
 
     stop = stopping.StopRequest()
-    taken = stop.waiting(bar(), lambda: True, lambda: happened.append("saved"))
-    next(taken)
+    items = stop.waiting(Bar(), lambda: True, lambda: happened.append("saved"))
+    for _ in range(taken):
+        next(items)
     stop.number = signal.SIGTERM
     with pytest.raises(Stopped):
-        next(taken)
+        next(items)
     assert happened == ["the bar ends", "saved"]

@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -89,8 +89,8 @@ class StopRequest:
             except StopIteration:
                 return
             except Stopped:
-                if isinstance(iterator, Generator):
-                    iterator.close()  # a progress bar ends before the line that says why
+                if hasattr(items, "close"):
+                    items.close()  # a progress bar, also one that has not begun, ends before the line that says why
                 if waits:
                     save()
                 raise
