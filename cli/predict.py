@@ -84,9 +84,9 @@ def predict(
     """Find objects in every SOURCE: an image, a folder, a glob, a video, a URL (http, rtsp) or a camera's number.
 
     Writes predictions.json (a COCO results list) and one picture per image; with --track, also a text file in the
-    format of the MOT challenge for every video. Without SOURCE it takes sample images of
-    the data that the run was trained on. With --data, predictions.json has the data set's image ids, and results of
-    every score unless a threshold is given: what an evaluation needs.
+    format of the MOT challenge for every video. Without SOURCE it takes sample images of the data that the run was
+    trained on. With --data, predictions.json has the data set's image ids, and results of every score unless a
+    threshold is given: what an evaluation needs.
 
     With --tile, pictures that are larger than a tile are predicted on window by window, so that small objects in them
     are seen at their size. Objects that a border cuts are joined.

@@ -255,6 +255,9 @@ def test_boxes_from_one_and_poses_from_another(boxes: Path, poses: Path, tmp_pat
     assert [category.name for category in model.categories] == ["blue", "red", "green"]
     assert [category.name for category in model.head("keypoints").classes] == ["red", "green"]
     validate(str(run), output=tmp_path / "val", device="cpu")
-    assert json.loads((tmp_path / "val" / "metrics.json").read_text()) == figures
+    again = json.loads((tmp_path / "val" / "metrics.json").read_text())
+    assert again.keys() == figures.keys()
+    for task, values in again.items():  # scores of batches of another size differ in the last digits
+        assert values == pytest.approx(figures[task], abs=1e-6)
     table = validate(str(run), data=str(poses), tasks=["keypoints"], device="cpu")
     assert "OKS" in table

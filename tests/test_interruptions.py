@@ -9,7 +9,7 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +243,25 @@ def test_signals_that_the_caller_ignores_stay_ignored(tmp_path: Path) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert len(RunFolder(tmp_path / "run").records()) == 3
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_progress_bar_ends_before_a_stop_is_told(taken: int) -> None:
+    """The signal comes between two waits or before the first, so the error does not end the bar by passing through."""
+    happened: list[str] = []
+
+    class Bar:
+        def __iter__(self) -> Iterator[int]:
+            return iter(range(2))
+
+        def close(self) -> None:
+            happened.append("the bar ends")
+
+    stop = stopping.StopRequest()
+    items = stop.waiting(Bar(), lambda: True, lambda: happened.append("saved"))
+    for _ in range(taken):
+        next(items)
+    stop.number = signal.SIGTERM
+    with pytest.raises(Stopped):
+        next(items)
+    assert happened == ["the bar ends", "saved"]

@@ -120,8 +120,13 @@ def test_pushed_again_the_same_is_no_commit(trained: Path, server: FakeHub, caps
     assert repo.messages[repo.branches["main"]] == f"Push model with mvision {mvision.__version__}"
 
 
+METRICS = {
+    "detection": {"AP": 0.4126, "AP_large": -1.0, "AP/red": 0.25, "threshold": 0.31, "threshold/red": 0.4, "D-ECE": 0.1}
+}
+
+
 def test_the_card_has_metadata_and_figures(trained: Path, server: FakeHub) -> None:
-    (trained / "metrics.json").write_text(json.dumps({"detection": {"AP": 0.4126, "AP_large": -1.0, "AP/red": 0.25}}))
+    (trained / "metrics.json").write_text(json.dumps(METRICS))
     push(trained, "me/squares", "--license=apache-2.0", "--dataset=me/data")
     card = ModelCard(server.repos["me/squares"].files["README.md"].decode())
     data = card.data.to_dict()
@@ -135,8 +140,14 @@ def test_the_card_has_metadata_and_figures(trained: Path, server: FakeHub) -> No
     [entry] = data["model-index"]
     [result] = entry["results"]
     assert (entry["name"], result["dataset"]["type"], result["dataset"]["split"]) == ("squares", "me/data", "val")
-    assert [(m["name"], m["value"]) for m in result["metrics"]] == [("AP", 0.4126)]
-    for row in ("| AP | 0.413 |", "| AP\\_large | - |", "| red | 0.250 |", "squares (4 images, 4 for validation)"):
+    assert [(m["name"], m["value"]) for m in result["metrics"]] == [("AP", 0.4126), ("D-ECE", 0.1)]
+    for row in (
+        "| AP | 0.413 |",
+        "| AP\\_large | - |",
+        "| threshold | 0.310 |",
+        "| red | 0.250 | 0.400 |",
+        "squares (4 images, 4 for validation)",
+    ):
         assert row in card.text
     for part in (
         "| 0 | blue |",

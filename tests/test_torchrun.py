@@ -1,17 +1,19 @@
 """Training by torchrun: two agents, as on two machines, meet by rendezvous, and what is left when one is lost.
 
-The agents and their workers are forks of a process that has torch imported; all else is torchrun's own: its rendezvous,
-the environment of the workers, and how it passes signals on.
+The agents and their workers are forks of one process that has imported everything; all else is torchrun's own: its
+rendezvous, the environment of the workers, and how it passes signals on.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,8 @@ from tests.conftest import write_squares
 from tests.small_runs import fast_config
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals")
-EPOCHS, BATCHES = 3, 4
+EPOCHS, BATCHES = 2, 4
+Launch = Callable[..., list[str]]
 
 
 def worker(folder: Path, resume: bool, fault: str) -> None:
@@ -46,8 +49,12 @@ def worker(folder: Path, resume: bool, fault: str) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"
     torch.set_num_threads(1)
     from mvision.cli.main import main
+    from mvision.engine import checkpoint, train
     from mvision.engine import epoch as engine
 
+    # Most of the time of such short runs: pictures, and the comparison with all published architectures.
+    checkpoint.plot_run = train.write_curves = train.write_prediction_grid = lambda *_, **__: None
+    train.published_start = lambda *_, **__: None
     forward, calls = engine._forward, []
 
     def faulty(trainer: Any, batch: Any) -> Any:
@@ -80,32 +87,50 @@ def agent(folder: Path, port: int, resume: bool, fault: str) -> None:
     sys.exit(0)
 
 
-def launch(folder: Path, config: Config, resume: bool = False, fault: str = "") -> list[str]:
-    """What the two processes printed; both agents have ended by themselves."""
-    folder.mkdir(exist_ok=True)
-    (folder / "config.yaml").write_text(config.to_yaml())
-    for rank in range(2):
-        (folder / f"log{rank}").write_text("")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context: Any = worker_context()
-    agents = [context.Process(target=agent, args=(folder, port, resume, fault)) for _ in range(2)]
-    for one in agents:
-        one.start()
-    end = time.monotonic() + 240
-    for one in agents:
-        one.join(max(end - time.monotonic(), 0))
-    ended = [one.exitcode is not None for one in agents]
-    for one in agents:
-        one.kill()
-    printed = [(folder / f"log{rank}").read_text() for rank in range(2)]
-    assert ended == [True, True], (printed, (folder / "agents").read_text())
-    return printed
+def start_agents(connection: Connection) -> None:
+    """Start two agents for each request, and answer which of them have ended by themselves."""
+    context: Any = multiprocessing.get_context("fork")
+    while (given := connection.recv()) is not None:
+        agents = [context.Process(target=agent, args=given) for _ in range(2)]
+        for one in agents:
+            one.start()
+        end = time.monotonic() + 240
+        for one in agents:
+            one.join(max(end - time.monotonic(), 0))
+        connection.send([one.exitcode is not None for one in agents])
+        for one in agents:
+            one.kill()
 
 
 @pytest.fixture(scope="module")
-def config_and_whole_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
+def launch() -> Iterator[Launch]:
+    """Trains by two agents; returns what the two processes printed."""
+    context: Any = worker_context()
+    here, there = context.Pipe()
+    starter = context.Process(target=start_agents, args=(there,))
+    starter.start()
+
+    def both(folder: Path, config: Config, resume: bool = False, fault: str = "") -> list[str]:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(config.to_yaml())
+        for rank in range(2):
+            (folder / f"log{rank}").write_text("")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        here.send((folder, port, resume, fault))
+        ended = here.recv()
+        printed = [(folder / f"log{rank}").read_text() for rank in range(2)]
+        assert ended == [True, True], (printed, (folder / "agents").read_text())
+        return printed
+
+    yield both
+    here.send(None)
+    starter.join()
+
+
+@pytest.fixture(scope="module")
+def config_and_whole_run(launch: Launch, tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, Path]:
     folder = tmp_path_factory.mktemp("torchrun")
     config = fast_config(write_squares(folder / "data", images=2 * BATCHES), train__epochs=EPOCHS)
     printed = launch(folder / "whole", config)
@@ -131,7 +156,7 @@ def test_two_machines_meet_and_train(config_and_whole_run: tuple[Config, Path]) 
 
 
 def test_a_machine_that_is_lost_inside_an_epoch_costs_this_epoch_only(
-    config_and_whole_run: tuple[Config, Path], tmp_path: Path
+    launch: Launch, config_and_whole_run: tuple[Config, Path], tmp_path: Path
 ) -> None:
     config, whole = config_and_whole_run
     printed = launch(tmp_path, config, fault="kill")
@@ -143,7 +168,9 @@ def test_a_machine_that_is_lost_inside_an_epoch_costs_this_epoch_only(
     assert_same_ends(tmp_path / "run", whole)
 
 
-def test_sigterm_to_torchrun_saves_inside_the_epoch(config_and_whole_run: tuple[Config, Path], tmp_path: Path) -> None:
+def test_sigterm_to_torchrun_saves_inside_the_epoch(
+    launch: Launch, config_and_whole_run: tuple[Config, Path], tmp_path: Path
+) -> None:
     """It comes to both agents at about the same time, as from a scheduler that ends a job."""
     config, whole = config_and_whole_run
     printed = launch(tmp_path, config, fault="term")

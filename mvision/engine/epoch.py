@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -51,13 +52,14 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
     start = read_at = time.monotonic()
     guard, readings = BufferGuard(trainer.bare_model), Readings(before)
     count = first
-    batches = trainer.stop.waiting(
-        bar,
+    wait = partial(
+        trainer.stop.waiting,
         # Not inside a group, whose gradients would be lost; nor where other processes wait for this one's gradients.
         may_stop=lambda: accelerator.num_processes == 1 and count % config.accumulate == 0,
         save=lambda: _pause(trainer, count, readings),
     )
-    for count, loaded in enumerate(batches, start=first + 1):
+    # No variable holds the batches: an error would keep it, and the bar would end after the line that says why.
+    for count, loaded in enumerate(wait(bar), start=first + 1):
         for file, reason in loaded.skipped:
             tqdm.write(printable(f"skipped {file}: {reason}"))
         batch, begin = loaded.to(accelerator.device), time.monotonic()

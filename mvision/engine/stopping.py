@@ -89,6 +89,8 @@ class StopRequest:
             except StopIteration:
                 return
             except Stopped:
+                if hasattr(items, "close"):
+                    items.close()  # a progress bar, also one that has not begun, ends before the line that says why
                 if waits:
                     save()
                 raise

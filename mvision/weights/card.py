@@ -230,6 +230,7 @@ def _metadata(model: Model, run: RunFacts, options: CardOptions, title: str) -> 
         for task, figures in run.metrics.items()
         for figure, value in figures.items()
         if value >= 0 and not card_text.class_of(figure, figures)
+        if figure.rpartition("/")[2] != "threshold"  # a setting, nothing to compare models by
     ]
     return ModelCardData(
         library_name="mvision",
