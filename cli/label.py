@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
@@ -14,6 +14,7 @@ from mvision.cli.options import (
     device_option,
     echo,
     family_option,
+    precision_option,
     thresholds_callback,
 )
 from mvision.machine import PrecisionOption
@@ -54,14 +55,7 @@ FORMATS = ("coco", "yolo", "cvat", "label-studio", "fiftyone")
     "--image-url", metavar="URL", help="Label Studio: what the pictures' addresses begin with, such as s3://b/."
 )
 @click.option("--output", type=OUTPUT_FOLDER, metavar="DIR", help="A new folder.  [default: labelled]")
-@click.option(
-    "--precision",
-    type=OneOf(get_args(PrecisionOption)),
-    default="auto",
-    show_default=True,
-    metavar="P",
-    help="fp32, bf16, fp16 (GPUs), or auto: the fastest one here.",
-)
+@precision_option
 @device_option
 def label(
     folder: str,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import click
 
 from mvision.errors import did_you_mean, printable_lines
+from mvision.machine import PrecisionOption
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
@@ -132,6 +133,18 @@ def device_option(command: Decorated) -> Decorated:
     """``--device``, the same in every command that runs a model."""
     return click.option(
         "--device", metavar="D", help="cpu, cuda, cuda:1 or mps.  [default: the first GPU, else the CPU]"
+    )(command)
+
+
+def precision_option(command: Decorated) -> Decorated:
+    """``--precision``, the same in every command that predicts."""
+    return click.option(
+        "--precision",
+        type=OneOf(get_args(PrecisionOption)),
+        default="auto",
+        show_default=True,
+        metavar="P",
+        help="fp32, bf16, fp16 (GPUs), or auto: the fastest one here.",
     )(command)
 
 

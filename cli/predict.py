@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import click
 
 from mvision.cli.options import (
     WEIGHTS,
     FolderOrUrl,
-    OneOf,
     device_option,
     echo,
     family_option,
+    precision_option,
     thresholds_callback,
     tile_options,
 )
@@ -50,14 +50,7 @@ from mvision.machine import PrecisionOption
     "--batch-size", type=click.IntRange(1), metavar="N", help="Images or tiles at once.  [default: CPU 1, GPU 8]"
 )
 @click.option("--output", type=FolderOrUrl(), metavar="DIR", help="Where to write.  [default: predictions]")
-@click.option(
-    "--precision",
-    type=OneOf(get_args(PrecisionOption)),
-    default="auto",
-    show_default=True,
-    metavar="P",
-    help="fp32, bf16, fp16 (GPUs), or auto: the fastest one here.",
-)
+@precision_option
 @click.option("--no-pictures", is_flag=True, help="Write predictions.json alone, which is faster.")
 @device_option
 @ray_options
