@@ -13,6 +13,7 @@ from mvision.engine import muon
 from mvision.engine.optim import Ema, build_optimizer, set_learning_rate
 from mvision.engine.state import _check_optimizer_state
 from mvision.errors import UserError
+from mvision.machine import processor
 from mvision.model import create_model
 from tests.small_runs import train_settings
 
@@ -165,6 +166,13 @@ def test_muon_trains_as_timms_does(monkeypatch, waste):
             torch.testing.assert_close(first, second, rtol=1e-5, atol=2e-6, msg=name)
     states = [dict(enumerate(one.state_dict()["state"].values())) for one in (optimizer, reference)]
     assert [state.keys() for state in states[0].values()] == [state.keys() for state in states[1].values()]
+
+
+@pytest.mark.parametrize(("flags", "dtype"), [("avx2", torch.float32), ("avx2 avx512_bf16", torch.bfloat16)])
+def test_muon_multiplies_in_bf16_only_where_the_processor_does(monkeypatch, flags, dtype):
+    monkeypatch.setattr(processor, "cpu_field", lambda name: flags)
+    optimizer = build_optimizer(create_model("tiny", num_classes=2), train_settings(optimizer="muon"))
+    assert optimizer.dtype is dtype
 
 
 def test_muon_takes_up_parameters_that_have_a_gradient_now_and_then():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mvision.compat import copy_all, move_all_towards
 from mvision.config import DecidedTrain
 from mvision.engine.muon import Muon
+from mvision.machine import computes_in_bf16
 from mvision.model import Model
 
 MIN_ROWS = 16
@@ -49,7 +50,8 @@ def build_optimizer(model: Model, config: DecidedTrain) -> torch.optim.Optimizer
         settings.append(group if config.optimizer == "adamw" else group | {"use_muon": matrix})
     betas = (0.9, config.beta2)
     if config.optimizer == "muon":
-        return Muon(settings, betas)
+        in_bf16 = computes_in_bf16(next(model.parameters()).device)
+        return Muon(settings, betas, torch.bfloat16 if in_bf16 else torch.float32)
     return torch.optim.AdamW(settings, betas=betas, fused=True)
 
 
