@@ -79,8 +79,7 @@ def benchmark_model(
         log: is called with a line per step.
 
     Raises:
-        UserError: an unknown model, runtime or precision, a precision that the device does not compute in, or a runtime
-                whose package is missing.
+        UserError: an unknown model, a runtime or precision that does not exist here, or a missing package.
     """
     _check_choice("--runtime", runtimes, RUNTIMES)
     _check_choice("--precision", precisions, PRECISIONS)
