@@ -63,9 +63,15 @@ def demo_job(
             models.append(DemoModel(source, model, runtime, thread))
         examples, obstacle = _examples(sources[0])
         log("\n".join([*obstacle, "starting the page ..."]))
-        from mvision.deploy.demo_page import serve  # takes seconds, which mistakes need not wait for
+        _serve(models, examples, listener, lambda: log(_address(host, listener)))
 
-        serve(models, examples, listener, lambda: log(_address(host, listener)))
+
+def _serve(
+    models: Sequence[DemoModel], examples: Sequence[str], listener: socket.socket, ready: Callable[[], None]
+) -> None:
+    from mvision.deploy.demo_page import serve  # imports gradio, for seconds that mistakes need not wait for
+
+    serve(models, examples, listener, ready)
 
 
 def _listener(host: str, port: int) -> socket.socket:

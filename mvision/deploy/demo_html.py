@@ -1,4 +1,4 @@
-"""The parts of the page of ``mvision demo`` that are plain HTML.
+"""What the page of ``mvision demo`` shows, as HTML.
 
 Names of classes, files and weights come from others: all of them are escaped.
 """
@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from html import escape
+from typing import Any
 
-from mvision.deploy.demo_model import Found, Row
-from mvision.errors import printable, shortened
+from mvision.deploy.demo_model import DemoModel, Found, Row
+from mvision.errors import UserError, printable, shortened
 
 LONGEST = 60  # characters of a name
 NAMED = 4  # classes that are counted by name above the table
@@ -48,17 +49,40 @@ footer {display: none !important;}
 """
 
 
+def look(models: Sequence[DemoModel], file: str | None, tasks: Sequence[str], threshold: float) -> tuple[Any, ...]:
+    """For every model: the drawn picture or None, and the HTML of the facts and of the table.
+
+    Nothing is kept between two calls, so that several people do not get each other's results.
+    """
+    shown: list[Any] = []
+    for model in models:
+        asked = [task for task in model.tasks if task in tasks]
+        if file is None:
+            shown += [None, line("Upload a picture, paste one, or take one with the webcam."), ""]
+        elif not asked:
+            shown += [None, line(f"Tick one of its tasks: {', '.join(model.tasks)}."), ""]
+        else:
+            try:
+                found = model.find(file, asked, threshold)
+            except UserError as error:
+                shown += [None, line(str(error), bad=True), ""]
+            else:
+                shown += [found.picture, facts(found), table(found.rows)]
+    return tuple(shown)
+
+
 def head() -> str:
     """The title of the page."""
     lead = "Give a picture, and see what the model finds in it."
     return f'<div class="mv-head"><span class="mv-logo">m<i>vision</i></span><span class="mv-lead">{lead}</span></div>'
 
 
-def about(name: str, tasks: Sequence[str], classes: Sequence[str], runtime: str) -> str:
+def about(model: DemoModel) -> str:
     """What a model is: its weights, tasks, classes and runtime."""
+    classes = model.classes
     known = f"{len(classes)} classes" if len(classes) > 1 else f"one class, {_text(classes[0])}"
-    facts = " · ".join([", ".join(map(_text, tasks)), known, _text(runtime, 200)])
-    return f'<div class="mv-name">{_text(name, 120)}</div><div class="mv-about">{facts}</div>'
+    facts = " · ".join([", ".join(map(_text, model.tasks)), known, _text(model.runtime, 200)])
+    return f'<div class="mv-name">{_text(model.name, 120)}</div><div class="mv-about">{facts}</div>'
 
 
 def facts(found: Found) -> str:

@@ -21,7 +21,6 @@ from fastapi import FastAPI
 
 from mvision.deploy import demo_html as html
 from mvision.deploy.demo_model import DemoModel
-from mvision.errors import UserError
 
 THRESHOLD = 0.5
 MOST_BYTES = 64 << 20  # of an upload
@@ -73,10 +72,6 @@ def make_app(models: Sequence[DemoModel], examples: Sequence[str] = ()) -> FastA
     """The page as an ASGI application. Uploads go to the folder that ``TEMPORARY`` names while this is called."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_OwnFilesAlone)
-    plain = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Helvetica Neue", "Arial", "sans-serif"]
-    theme = gr.themes.Soft(
-        primary_hue="emerald", neutral_hue="slate", font=plain, font_mono=["ui-monospace", "Consolas", "monospace"]
-    )
     return gr.mount_gradio_app(
         app,
         make_page(models, examples),
@@ -90,7 +85,7 @@ def make_app(models: Sequence[DemoModel], examples: Sequence[str] = ()) -> FastA
         enable_monitoring=False,
         pwa=False,
         mcp_server=False,
-        theme=theme,
+        theme=_theme(),
         css=html.CSS,
     )
 
@@ -99,7 +94,7 @@ def make_page(models: Sequence[DemoModel], examples: Sequence[str] = ()) -> gr.B
     """The picture and the choices on the left, and a column for every model."""
     tasks = list(dict.fromkeys(task for model in models for task in model.tasks))
     with gr.Blocks(title="mvision demo", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(html.head())
+        gr.HTML(html.head(), padding=False)
         with gr.Row(equal_height=False):
             with gr.Column(scale=3, min_width=300):
                 picture = gr.Image(
@@ -124,7 +119,7 @@ def make_page(models: Sequence[DemoModel], examples: Sequence[str] = ()) -> gr.B
             outputs: list[Any] = []
             for number, model in enumerate(models):
                 with gr.Column(scale=7 if len(models) == 1 else 5, min_width=360, elem_id=f"model-{number}"):
-                    gr.HTML(html.about(model.name, model.tasks, model.classes, model.runtime))
+                    gr.HTML(html.about(model), padding=False)
                     shown = gr.Image(
                         label="Result",
                         show_label=False,
@@ -133,10 +128,10 @@ def make_page(models: Sequence[DemoModel], examples: Sequence[str] = ()) -> gr.B
                         buttons=["download", "fullscreen"],
                         elem_classes="mv-result",
                     )
-                    outputs += [shown, gr.HTML(elem_classes="mv-facts"), gr.HTML(elem_classes="mv-rows")]
+                    outputs += [shown, *[gr.HTML(elem_classes=name, padding=False) for name in ("mv-facts", "mv-rows")]]
         gr.on(
             [page.load, picture.change, threshold.change, chosen.change],
-            partial(look, models),
+            partial(html.look, models),
             [picture, chosen, threshold],
             outputs,
             trigger_mode="always_last",
@@ -147,26 +142,28 @@ def make_page(models: Sequence[DemoModel], examples: Sequence[str] = ()) -> gr.B
     return page.queue(max_size=WAITING)
 
 
-def look(models: Sequence[DemoModel], file: str | None, tasks: Sequence[str], threshold: float) -> tuple[Any, ...]:
-    """For every model: the drawn picture or None, and the HTML of the facts and of the table.
-
-    Nothing is kept between two calls, so that several people do not get each other's results.
-    """
-    shown: list[Any] = []
-    for model in models:
-        asked = [task for task in model.tasks if task in tasks]
-        if file is None:
-            shown += [None, html.line("Upload a picture, paste one, or take one with the webcam."), ""]
-        elif not asked:
-            shown += [None, html.line(f"Tick one of its tasks: {', '.join(model.tasks)}."), ""]
-        else:
-            try:
-                found = model.find(file, asked, threshold)
-            except UserError as error:
-                shown += [None, html.line(str(error), bad=True), ""]
-            else:
-                shown += [found.picture, html.facts(found), html.table(found.rows)]
-    return tuple(shown)
+def _theme() -> gr.themes.Base:
+    """Quiet colours, and fonts that the system has: those of gradio's own themes come from the network."""
+    plain = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Helvetica Neue", "Arial", "sans-serif"]
+    theme = gr.themes.Soft(
+        primary_hue="emerald",
+        neutral_hue="slate",
+        radius_size="lg",
+        font=plain,
+        font_mono=["ui-monospace", "Consolas", "monospace"],
+    )
+    return theme.set(
+        block_border_width="1px",
+        block_label_background_fill="*background_fill_primary",
+        block_label_background_fill_dark="*background_fill_primary",
+        block_label_text_color="*body_text_color_subdued",
+        block_label_text_color_dark="*body_text_color_subdued",
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_text_color="*body_text_color",
+        block_title_text_color_dark="*body_text_color",
+        block_title_padding="0",
+    )
 
 
 def _path_of(payload: Any) -> str | None:
