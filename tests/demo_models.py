@@ -16,7 +16,7 @@ from tests.fake_model import paint, save
 from tests.label_model import LabelModel
 
 RUNTIME = "PyTorch on cpu in fp32, image size 96x128; faster after an export"
-# A large red and a small green rectangle; the green one has a score of 0.43, the red one 1.0.
+# A large red and a small green rectangle; the green one has a score of 0.435, the red one 1.0.
 PAINTED = paint((96, 128), [(0, (20, 10, 70, 60)), (1, (90, 60, 108, 75))])
 
 

@@ -17,7 +17,9 @@ LONGEST = 60  # characters of a name
 NAMED = 4  # classes that are counted by name above the table
 
 CSS = """
-.gradio-container {max-width: 1500px !important; margin: 0 auto !important; padding: 20px 28px 40px !important;}
+.gradio-container {max-width: 1560px !important; margin: 0 auto !important; padding: 4px 12px 24px !important;
+  background: var(--background-fill-secondary) !important;}
+.mv-result img {width: 100%; max-height: 62vh; object-fit: contain;}
 .mv-head {display: flex; align-items: baseline; gap: 14px; padding: 2px 2px 10px;}
 .mv-logo {font-size: 26px; font-weight: 750; letter-spacing: -0.03em; color: var(--body-text-color);}
 .mv-logo i {font-style: normal; color: var(--color-accent);}
@@ -25,12 +27,13 @@ CSS = """
 .mv-name {font-weight: 650; font-size: 16px; color: var(--body-text-color); overflow-wrap: anywhere;}
 .mv-about {color: var(--body-text-color-subdued); font-size: 13px; margin-top: 2px; overflow-wrap: anywhere;}
 .mv-chips {display: flex; flex-wrap: wrap; gap: 8px;}
-.mv-chip {padding: 5px 12px; border-radius: 999px; font-size: 13.5px; background: var(--background-fill-secondary);
+.mv-chip {padding: 5px 12px; border-radius: 999px; font-size: 13.5px; background: var(--background-fill-primary);
   border: 1px solid var(--border-color-primary); color: var(--body-text-color);}
 .mv-chip b {font-weight: 650; font-variant-numeric: tabular-nums;}
 .mv-chip.mv-time {background: var(--color-accent-soft); border-color: transparent;}
-.mv-table {max-height: 380px; overflow: auto; border: 1px solid var(--border-color-primary); border-radius: 10px;}
-.mv-table table {width: 100%; border-collapse: collapse; font-size: 13.5px; margin: 0;}
+.mv-table {max-height: 320px; overflow: auto; border: 1px solid var(--border-color-primary); border-radius: 10px;
+  background: var(--background-fill-primary);}
+.mv-table table {width: 100%; border-collapse: collapse; border: 0 !important; font-size: 13.5px; margin: 0 !important;}
 .mv-table th {position: sticky; top: 0; text-align: right; padding: 8px 12px; font-weight: 600; font-size: 12px;
   color: var(--body-text-color-subdued); background: var(--background-fill-secondary); border: 0;}
 .mv-table td {text-align: right; padding: 7px 12px; border: 0; border-top: 1px solid var(--border-color-primary);
@@ -42,7 +45,7 @@ CSS = """
   background: var(--border-color-primary);}
 .mv-bar span {display: block; height: 6px; border-radius: 3px; background: var(--color-accent);}
 .mv-line {padding: 10px 14px; border-radius: 10px; font-size: 14px; overflow-wrap: anywhere;
-  background: var(--background-fill-secondary); color: var(--body-text-color);}
+  background: var(--background-fill-primary); color: var(--body-text-color);}
 .mv-line.mv-bad {background: #fef2f2; color: #991b1b; border: 1px solid #fecaca;}
 .dark .mv-line.mv-bad {background: #450a0a; color: #fecaca; border-color: #7f1d1d;}
 footer {display: none !important;}
