@@ -85,7 +85,7 @@ def test_two_people_get_their_own_results_and_nobody_else_is_asked(tmp_path: Pat
     files = [painted(tmp_path), save(tmp_path / "blue.png", paint((96, 128), [(2, (5, 5, 55, 50))]))]
     with outside_recorded() as asked, served([demo_model()]) as address:
         assert asked == []
-        quiet: Any = {"verbose": False, "analytics_enabled": False}
+        quiet: Any = {"verbose": False, "analytics_enabled": False, "httpx_kwargs": {"timeout": 120}}
         people = [Client(address, download_files=str(tmp_path / f"of_{n}"), **quiet) for n in range(2)]
         asked.clear()  # the client asks Hugging Face for a list, once; the browser, which people use, is watched below
 

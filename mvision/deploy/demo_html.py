@@ -20,6 +20,7 @@ CSS = """
 .gradio-container {max-width: 1560px !important; margin: 0 auto !important; padding: 4px 12px 24px !important;
   background: var(--background-fill-secondary) !important;}
 .mv-result img {width: 100%; max-height: 62vh; object-fit: contain;}
+.gradio-container .html-container {padding: 0 2px !important;}
 .mv-head {display: flex; align-items: baseline; gap: 14px; padding: 2px 2px 10px;}
 .mv-logo {font-size: 26px; font-weight: 750; letter-spacing: -0.03em; color: var(--body-text-color);}
 .mv-logo i {font-style: normal; color: var(--color-accent);}
