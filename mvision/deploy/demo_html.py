@@ -17,8 +17,7 @@ LONGEST = 60  # characters of a name
 NAMED = 4  # classes that are counted by name above the table
 
 CSS = """
-.gradio-container {max-width: 1560px !important; margin: 0 auto !important; padding: 4px 12px 24px !important;
-  background: var(--background-fill-secondary) !important;}
+.gradio-container {max-width: 1560px !important; margin: 0 auto !important; padding: 4px 12px 24px !important;}
 .mv-result img {width: 100%; max-height: 62vh; object-fit: contain;}
 .gradio-container .html-container {padding: 0 2px !important;}
 .mv-head {display: flex; align-items: baseline; gap: 14px; padding: 2px 2px 10px;}
@@ -35,6 +34,7 @@ CSS = """
 .mv-table {max-height: 320px; overflow: auto; border: 1px solid var(--border-color-primary); border-radius: 10px;
   background: var(--background-fill-primary);}
 .mv-table table {width: 100%; border-collapse: collapse; border: 0 !important; font-size: 13.5px; margin: 0 !important;}
+.mv-table thead, .mv-table tr {border: 0 !important;}
 .mv-table th {position: sticky; top: 0; text-align: right; padding: 8px 12px; font-weight: 600; font-size: 12px;
   color: var(--body-text-color-subdued); background: var(--background-fill-secondary); border: 0;}
 .mv-table td {text-align: right; padding: 7px 12px; border: 0; border-top: 1px solid var(--border-color-primary);

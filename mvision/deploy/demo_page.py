@@ -153,6 +153,7 @@ def _theme() -> gr.themes.Base:
         font_mono=["ui-monospace", "Consolas", "monospace"],
     )
     return theme.set(
+        body_background_fill="*background_fill_secondary",
         block_border_width="1px",
         block_label_background_fill="*background_fill_primary",
         block_label_background_fill_dark="*background_fill_primary",
