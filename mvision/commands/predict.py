@@ -94,7 +94,7 @@ def predict_job(
     else:
         found, for_metrics = _of_split(of_split, split, model, chosen, every_score=threshold is None)
     about = [*_about_tiles(source, tile, tiling), *_best_thresholds(threshold, chosen, model)]
-    log("\n".join([runtime, *about, *_left_out_of_pictures(model.tasks)]))
+    log("\n".join([runtime, *about, *left_out_of_pictures(model.tasks)]))
     run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
         return run(model, found, folder, chosen.threshold, batch_size, tiling=tiling, track=track)
@@ -217,7 +217,7 @@ def _about_tiles(weights: str, tile: tuple[int, int] | None, tiling: Tiling | No
     return [] if tiling is None else [f"on {tiling.text}"]
 
 
-def _left_out_of_pictures(tasks: Sequence[str]) -> list[str]:
+def left_out_of_pictures(tasks: Sequence[str]) -> list[str]:
     """A line where several heads find objects: their results cannot be told apart in one picture."""
     own = [task for task in tasks if serving_task(task, tasks) == task]
     objects = [task for task in own if head_class(task).kind == "objects"]
