@@ -27,6 +27,7 @@ def make_place(root: Path) -> Path:
     """The folder with everything in it that the pages take as given."""
     data = write_squares(root / "my_data", images=8)
     add_corners(data)
+    _without_places_of_unlabelled_points(data)
     for layout in (_coco_2017, _roboflow, _fiftyone, _beside, _yolo, _yolo_plain, _cvat, _label_studio):
         layout(data, root)
     shutil.copytree(data / "images", root / "photos")
@@ -55,6 +56,16 @@ def _write_config(folder: Path, tasks: list[str]) -> None:
 
 def read(data: Path, split: str) -> dict[str, Any]:
     return json.loads((data / "annotations" / f"{split}.json").read_text(encoding="utf-8"))
+
+
+def _without_places_of_unlabelled_points(data: Path) -> None:
+    """As COCO has them: zeros, so that nothing is wrong with the data."""
+    for split in ("train", "val"):
+        content = read(data, split)
+        for entry in content["annotations"]:
+            points = [entry["keypoints"][k : k + 3] for k in range(0, len(entry["keypoints"]), 3)]
+            entry["keypoints"] = [value * (point[2] > 0) for point in points for value in point]
+        (data / "annotations" / f"{split}.json").write_text(json.dumps(content), encoding="utf-8")
 
 
 def _copy(data: Path, folder: Path, split: str) -> None:
