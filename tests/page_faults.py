@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import cv2
 import yaml
 
 from mvision.storage.run_folder import RunFolder
@@ -26,7 +25,7 @@ def add_faults(root: Path) -> None:
         shutil.copytree(root / "yolo", root / name)
         for file in (root / name / "labels").rglob("*.txt"):
             file.write_text("".join(change(line) for line in file.read_text().splitlines()), encoding="utf-8")
-    _turned(root)
+    (root / "model.pkl").write_bytes(b"a pickle")
     run_in_process(root / "my_data", root / "runs" / "stopped", train__epochs=1, data__root="my_data")
     _changed(root / "my_data", root / "fewer", _drop_one)
     for name, data in (("other_images", "fewer"), ("other_classes", "names")):
@@ -82,15 +81,3 @@ def _in_pixels(line: str) -> str:
 def _from_one(line: str) -> str:
     label, rest = line.split(maxsplit=1)
     return f"{int(label) + 1} {rest}\n"
-
-
-def _turned(root: Path) -> None:
-    """A picture whose camera was held upright, as its EXIF data says: 64 x 32 pixels, which are shown as 32 x 64."""
-    from PIL import Image
-
-    shutil.copytree(root / "my_data", root / "turned")
-    file = root / "turned" / "images" / "train_0.jpg"
-    picture = Image.fromarray(cv2.imread(str(file))[:32])
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    picture.save(file, exif=exif)
