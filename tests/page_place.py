@@ -30,7 +30,9 @@ def make_place(root: Path) -> Path:
     _without_places_of_unlabelled_points(data)
     for layout in (_coco_2017, _roboflow, _fiftyone, _beside, _yolo, _yolo_plain, _cvat, _label_studio):
         layout(data, root)
-    shutil.copytree(data / "images", root / "photos")
+    (root / "photos").mkdir()
+    for number in range(3):
+        shutil.copy(data / "images" / f"val_{number}.jpg", root / "photos")
     shutil.copy(data / "images" / "train_0.jpg", root / "street.jpg")
     for tasks in TASKS:
         save_weights(make_model(tasks.split("+")), root / "runs" / tasks / "1" / "best.safetensors")
