@@ -10,7 +10,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-FENCE = re.compile(r"(<!-- (?P<mark>[^>]*?) -->\n+)?^(?P<indent> *)```(?P<head>[^\n`]*)\n(?P<text>.*?)^ *```$", re.M | re.S)
+FENCE = re.compile(
+    r"(<!-- (?P<mark>[^>]*?) -->\n+)?^(?P<indent> *)```(?P<head>[^\n`]*)\n(?P<text>.*?)^ *```$", re.M | re.S
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,9 @@ def blocks(page: Path, *languages: str) -> list[Block]:
 def commands(block: Block) -> list[list[str]]:
     """The arguments of every ``mvision ...`` in a block, also of those that ``torchrun`` or ``srun`` start."""
     text = block.text.replace("\\\n", " ")
-    lines = re.findall(r"^(?:\$ )?mvision (.*?)$|^(?:\$ )?(?:torchrun|ray|srun) .*?(?:-m|--) mvision (.*?)$", text, flags=re.M)
+    lines = re.findall(
+        r"^(?:\$ )?mvision (.*?)$|^(?:\$ )?(?:torchrun|ray|srun) .*?(?:-m|--) mvision (.*?)$", text, flags=re.M
+    )
     found = (shlex.split(first or second, comments=True) for first, second in lines)
     # ``--rdzv-endpoint node:29500 -m mvision train`` has the word mvision in front; a ray job has it as its program.
     return [words[1:] if words[:1] == ["mvision"] else words for words in found]

@@ -1,4 +1,4 @@
-"""What the README and the pages under docs/ tell people to type exists: commands, options, keys, files, extras, links."""
+"""What the README and the pages under docs/ tell people to type exists: commands, keys, files, extras, links."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_commands_parse(page: Path, place: Path) -> None:
 
 @every_page
 def test_options_and_keys_in_the_text_exist(page: Path, place: Path) -> None:
-    """``mvision train --folds 5`` in a sentence may lack what the command needs, but has no option that there is not."""
+    """``mvision train --folds 5`` in a sentence may lack what the command needs, but has no unknown option."""
     for text in inline(page):
         words = text.replace("...", "").split()
         if words[:1] != ["mvision"] or words[1:2] == [] or page.relative_to(ROOT).as_posix() in HISTORY:
@@ -87,7 +87,9 @@ def assignments() -> Iterator[tuple[str, str, list[str]]]:
 
 @pytest.mark.parametrize(("page", "tasks", "given"), [*assignments()])
 def test_keys_of_the_commands_are_keys_of_the_config(page: str, tasks: str, given: list[str]) -> None:
-    named = [name for name in ("detection", "instance-seg", "keypoints", "semantic-seg") if f"heads.{name}." in str(given)]
+    named = [
+        name for name in ("detection", "instance-seg", "keypoints", "semantic-seg") if f"heads.{name}." in str(given)
+    ]
     known = dict.fromkeys([*(tasks.split(",") if tasks else []), *named]) or {"detection": None}
     if any("queries=shared" in one for one in given):
         known["detection"] = None
@@ -101,6 +103,21 @@ def test_yaml_is_a_config(page: Path, tmp_path: Path) -> None:
         if not block.title:
             (tmp_path / "my.yaml").write_text(block.text, encoding="utf-8")
             load_config(file=tmp_path / "my.yaml", tasks=["detection"])
+
+
+def test_what_the_yaml_says_is_what_the_config_has(tmp_path: Path) -> None:
+    found = []
+    for name in ("augmentation.md", "joint.md", "configuration.md"):
+        for block in blocks(DOCS / name, "yaml"):
+            (tmp_path / "my.yaml").write_text(block.text, encoding="utf-8")
+            found.append(load_config(file=tmp_path / "my.yaml", tasks=["detection"]))
+    augmented, varied, _dense, mixed, own = found  # tests/test_augment_stages.py has the third
+    assert [(extra.name, extra.args["p"]) for extra in augmented.data.augment.extra] == [
+        *(("GaussianBlur", 0.3), ("Rotate", 0.5))
+    ]
+    assert (varied.data.augment.copy_paste, varied.data.augment.rotate, varied.data.augment.scale) == (0.5, 30, 0.3)
+    assert mixed.data.more[0].weight == 2.0
+    assert own.model.image_size == (480, 640)
 
 
 @every_page
@@ -170,5 +187,7 @@ def test_extras_are_all_explained() -> None:
 
 
 def test_a_block_knows_its_mark_and_its_commands() -> None:
-    block = Block("p", "bash", "", "", "$ mvision val --weights a \\\n  --data b  # c\ntorchrun --n 2 -m mvision train ...\n")
+    block = Block(
+        "p", "bash", "", "", "$ mvision val --weights a \\\n  --data b  # c\ntorchrun --n 2 -m mvision train ...\n"
+    )
     assert commands(block) == [["val", "--weights", "a", "--data", "b"], ["train", "..."]]

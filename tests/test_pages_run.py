@@ -25,7 +25,13 @@ PRINTED = (DOCS / "data.md", DOCS / "troubleshooting.md")
 CODE = ("detection", "instance-seg", "keypoints", "semantic-seg", "joint", "quickstart", "python", "sharing", "tiles")
 # Of the commands on all of these pages those are run that take a second: they read data, or predict with a small model.
 RUN = (*(DOCS / f"{name}.md" for name in (*CODE, "data", "augmentation", "prediction", "weights")), README)
-SHORT = {"data": (), "val": ("--device", "cpu", "--workers", "0"), "predict": ("--device", "cpu"), "models": (), "info": ()}
+SHORT = {
+    "data": (),
+    "val": ("--device", "cpu", "--workers", "0"),
+    "predict": ("--device", "cpu"),
+    "models": (),
+    "info": (),
+}
 # What the small folder lacks, or another page tries.
 ELSEWHERE = ("s3://", "map.tif", ".mp4", "dfine-s", "user/name", ".onnx", ".pth", "rtdetr_r18")
 
@@ -66,7 +72,9 @@ def pattern(lines: list[str]) -> str:
     return "".join(parts).replace(".*", "(?:[^\n]*\n)*")
 
 
-@pytest.mark.parametrize(("command", "lines"), printed_sessions(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("command", "lines"), printed_sessions(), ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_what_is_printed(place: Path, capsys: pytest.CaptureFixture[str], command: str, lines: list[str]) -> None:
     (place / "photos" / "broken.jpg").write_bytes(b"\xff\xd8\xff" + 100 * b"x")
     code = run(shlex.split(command))
@@ -125,7 +133,13 @@ def test_messages_that_no_small_folder_brings_about() -> None:
     page = " ".join(line for block in blocks(DOCS / "troubleshooting.md", "text") for line in block.text.splitlines())
     code = "".join(
         read(ROOT / "mvision" / file)
-        for file in ("engine/zero_shot.py", "engine/epoch.py", "data/loading/loader.py", "deploy/sessions.py", "inference/tracking.py")
+        for file in (
+            "engine/zero_shot.py",
+            "engine/epoch.py",
+            "data/loading/loader.py",
+            "deploy/sessions.py",
+            "inference/tracking.py",
+        )
     )
     plain = re.sub(r'"\s*f?"', "", code)  # strings that go on in the next line
     for part in (
@@ -134,7 +148,7 @@ def test_messages_that_no_small_folder_brings_about() -> None:
         "the gradient is not finite; step left out",
         "training diverged: no finite gradient in ",
         "lower train.lr or use --precision fp32",
-        "a loading process ended unexpectedly: out of memory, or of shared memory? Try fewer --workers; 0 loads in the main process",
+        "a loading process ended unexpectedly: out of memory, or of shared memory? Try fewer --workers; 0 loads in",
         " is missing: pip install ",
         "the package trackers is missing: pip install 'trackers>=2.6' (mvision's extra [tracking])",
     ):
@@ -147,7 +161,7 @@ def test_messages_that_no_small_folder_brings_about() -> None:
     assert epoch.MAX_BAD_STEPS > 1
 
 
-@pytest.mark.parametrize("block", [b for b in blocks(DOCS / "data.md", "text")], ids=lambda block: block.text.split("/")[0])
+@pytest.mark.parametrize("block", blocks(DOCS / "data.md", "text"), ids=lambda block: block.text.split("/")[0])
 def test_the_files_of_the_layouts_are_there(place: Path, block: Block) -> None:
     files = block.text.split()
     assert files

@@ -65,7 +65,8 @@ def predicted(run: Path, count: int) -> list[Image.Image]:
     # Drawn at twice the size: labels and lines are then smaller than what they are about.
     larger = [np.asarray(Image.fromarray(image).resize((2 * image.shape[1], 2 * image.shape[0]))) for image in images]
     return [
-        Image.fromarray(found.resized(image.shape[:2]).draw(image)) for found, image in zip(results, larger, strict=True)
+        Image.fromarray(found.resized(image.shape[:2]).draw(image))
+        for found, image in zip(results, larger, strict=True)
     ]
 
 
