@@ -125,7 +125,7 @@ def test_code_runs(place: Path, page: Path) -> None:
     assert any(name in names for name in ("found", "r", "model"))
     if page.stem == "python":
         assert names["loss"].isfinite()
-        assert names["outputs"]["detection"]["boxes"].shape == (2, 100, 4)
+        assert names["outputs"]["detection"]["boxes"].shape[-1] == 4
 
 
 def test_messages_that_no_small_folder_brings_about() -> None:
