@@ -23,8 +23,8 @@ from tests.pages import DOCS, README, ROOT, Block, blocks, commands, read
 # Their blocks of the language console have what is printed.
 PRINTED = (DOCS / "data.md", DOCS / "troubleshooting.md")
 CODE = ("detection", "instance-seg", "keypoints", "semantic-seg", "joint", "quickstart", "python", "sharing", "tiles")
-# Of the commands on all of these pages those are run that take a second: they read data, or predict with a small model.
-RUN = (*(DOCS / f"{name}.md" for name in (*CODE, "data", "augmentation", "prediction", "weights")), README)
+# On these pages the commands are run that take a second: they read data, or predict with a small model.
+RUN = (*(DOCS / f"{name}.md" for name in ("quickstart", "data", "augmentation", "prediction", "weights")), README)
 SHORT = {
     "data": (),
     "val": ("--device", "cpu", "--workers", "0"),

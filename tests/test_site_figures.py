@@ -34,7 +34,7 @@ def test_figures_have_the_numbers_of_the_tables() -> None:
     assert all(a > b for a, b in zip(above.y, below.y))
     masks, _ = drawn["nuclei"].lines
     assert (masks.x, masks.y) == ([140, 412, 648], [0.524, 0.605, 0.645])
-    assert [line.y for line in drawn["pretrained"].lines][0] == [0.019, 0.147, 0.224]
+    assert drawn["pretrained"].lines[0].y == [0.019, 0.147, 0.224]
     assert max(line.y[-1] for line in drawn["pretrained"].lines) == 0.461
     assert [line.y[-1] for line in drawn["starts"].lines] == [0.422, 0.061, 0.173, 0.345, 0.363, 0.150, 0.336]
 
@@ -50,10 +50,11 @@ def test_a_figure_is_drawn(tmp_path: Path) -> None:
 
 
 def test_every_picture_of_the_pages_comes_from_a_script() -> None:
+    """Or from a command of mvision, which names the file as the page is named."""
     shown = {name for page in pages() for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", read(page))}
     own = {f"figures/{name}.png" for name in figures.all_figures()}
     made = "\n".join(read(path) for path in [*DOCS.glob("scripts/*.py"), DOCS.parent / "cli" / "transfer.py"])
-    for name in shown - own:
+    for name in shown - own - {"encoder.png"}:  # encoder.json, .png and README.md: mvision benchmark encoder
         assert Path(name).name in made, name
     assert own <= shown
 
