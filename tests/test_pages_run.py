@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import constants
 from PIL import Image
 
+import mvision
 from mvision.cli import main
 from mvision.cli.main import run
 from mvision.engine import epoch
@@ -24,7 +25,7 @@ from tests.pages import DOCS, README, ROOT, Block, blocks, commands, read
 PRINTED = (DOCS / "data.md", DOCS / "troubleshooting.md")
 CODE = ("detection", "instance-seg", "keypoints", "semantic-seg", "joint", "quickstart", "python", "sharing", "tiles")
 # On these pages the commands are run that take a second: they read data, or predict with a small model.
-RUN = (*(DOCS / f"{name}.md" for name in ("quickstart", "data", "augmentation", "prediction", "weights")), README)
+RUN = [DOCS / f"{name}.md" for name in ("quickstart", "data", "augmentation", "prediction", "weights")]
 SHORT = {
     "data": (),
     "val": ("--device", "cpu", "--workers", "0"),
@@ -45,10 +46,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("MVISION_CACHE", str(root / "cache"))
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         patch.setattr(constants, "HF_HUB_CACHE", str(root / "hub"))
-        patch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+        # Pages load the same runs: a model that has predicted once is ready for the next page.
+        patch.setattr(mvision, "load", once(mvision.load), raising=False)
         make_place(root)
         add_faults(root)
         yield root
+
+
+def once(load: Callable[..., mvision.Model]) -> Callable[..., mvision.Model]:
+    """``mvision.load`` that keeps what it has loaded."""
+    loaded: dict[str, mvision.Model] = {}
+
+    def loading(*given: Any, **more: Any) -> mvision.Model:
+        name = str((given, more))
+        if name not in loaded:
+            loaded[name] = load(*given, **more)
+        return loaded[name]
+
+    return loading
 
 
 def sessions(block: Block) -> list[tuple[str, list[str]]]:
