@@ -141,9 +141,9 @@ def test_more_objects_than_queries_are_foreseen_before_the_first_step(tmp_path: 
     assert warnings(20, {**mosaic, "mixing_stop": 0.1}, epochs=2) == []
 
 
-def test_the_recipe_in_the_readme_is_deims() -> None:
+def test_the_recipe_of_the_page_is_deims() -> None:
     """DEIM-D-FINE-L: 58 epochs; mosaic and mixup in [4, 29), flat until 29, the last 8 plain and at the lowest rate."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (Path(__file__).parents[1] / "docs" / "augmentation.md").read_text()
     (block,) = (block for block in text.split("```")[1::2] if "flat_cosine" in block)
     config = Config.model_validate(yaml.safe_load(block.removeprefix("yaml")))
     augment = config.data.augment

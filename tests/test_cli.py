@@ -244,11 +244,11 @@ class TestRun:
             assert run(["train", "--task", "detection", "--data", str(data), *SMALL]) == 0
             yield place
 
-    def test_leaves_what_the_readme_promises(self, place: Path) -> None:
+    def test_leaves_what_the_page_promises(self, place: Path) -> None:
         folder = place / "runs" / "detection" / "1"
-        readme = (ROOT / "README.md").read_text(encoding="utf-8")
+        page = (ROOT / "docs" / "runs.md").read_text(encoding="utf-8")
         for name in sorted({path.name for path in folder.iterdir()}):
-            assert f"`{name}`" in readme or f"`{name}/`" in readme
+            assert f"`{name}`" in page or f"`{name}/`" in page
         assert {path.name for path in folder.iterdir()} == {
             ".lock",
             "best.safetensors",

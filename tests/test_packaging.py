@@ -5,7 +5,6 @@ from __future__ import annotations
 import configparser
 import importlib.util
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from tests.pages import README, blocks
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = ("mvision", "heads", "cli", "configs")
@@ -70,52 +71,12 @@ def test_readme_names_the_distribution_and_its_commands_are_what_ci_runs(setup_c
         assert command in ci, command
 
 
-def _blocks(language: str) -> list[str]:
-    """The fenced blocks of the README in a language."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", readme, flags=re.DOTALL | re.MULTILINE)
-
-
-def test_commands_of_the_readme_parse(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import click
-
-    from mvision.cli.main import cli
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "my.yaml").touch()
-    blocks = "\n".join(_blocks("bash") + _blocks("console")).replace("\\\n", " ")
-    lines = re.findall(r"^(?:\$ )?mvision (.*?)(?:\s+#.*)?$", blocks, flags=re.MULTILINE)
-    assert len(lines) > 5
-    for line in lines:
-        arguments = shlex.split(line)
-        command: click.Command = cli
-        while isinstance(command, click.Group):
-            command = command.commands[arguments.pop(0)]
-        command.make_context("mvision", arguments)  # raises on an unknown option or a missing argument
-
-
-def test_yaml_of_the_readme_is_a_config(tmp_path: Path) -> None:
-    from mvision.config import load_config
-
-    configs = []
-    for block in _blocks("yaml"):
-        (tmp_path / "my.yaml").write_text(block, encoding="utf-8")
-        configs.append(load_config(file=tmp_path / "my.yaml", tasks=["detection"]))
-    augmented, varied, _dense, mixed, own = configs
-    assert (varied.data.augment.copy_paste, varied.data.augment.rotate, varied.data.augment.scale) == (0.5, 30, 0.3)
-    assert [(extra.name, extra.args["p"]) for extra in augmented.data.augment.extra] == [
-        *(("GaussianBlur", 0.3), ("Rotate", 0.5))
-    ]
-    assert own.model.image_size == (480, 640)
-    assert mixed.data.more[0].weight == 2.0
-
-
 def test_neck_of_the_readme_runs() -> None:
     import torch
 
-    (block,) = (block for block in _blocks("python") if "HybridEncoder" in block)
+    (block,) = (block for block in blocks(README, "python") if "HybridEncoder" in block.text)
     names = {"images": torch.zeros(1, 3, 64, 96)}
-    exec(block, names)
+    exec(block.text, names)
     assert [names[level].shape for level in ("p3", "p4", "p5")] == [(1, 192, 8, 12), (1, 192, 4, 6), (1, 192, 2, 3)]
 
 

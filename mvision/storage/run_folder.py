@@ -18,7 +18,7 @@ METRICS = "metrics.jsonl"
 
 
 class RunFolder:
-    """``runs/TASK/N`` with the files that the README lists under "What a run leaves".
+    """``runs/TASK/N`` with the files that docs/runs.md lists.
 
     Every file is replaced as a whole. ``last/state.safetensors`` is the only one that a resumed run relies on: it holds
     the record of the last epoch too, from which a line of ``metrics.jsonl`` that a kill prevented is made up for.
