@@ -93,8 +93,8 @@ def predict_job(
         found, for_metrics = find_sources(sources, leave_out=folder) if sources else _samples(source), None
     else:
         found, for_metrics = _of_split(of_split, split, model, chosen, every_score=threshold is None)
-    about = [*_about_tiles(source, tile, tiling), *_best_thresholds(threshold, chosen, model)]
-    log("\n".join([runtime, *about, *_left_out_of_pictures(model.tasks)]))
+    about = [*_about_tiles(source, tile, tiling), *about_results(threshold, chosen, model)]
+    log("\n".join([runtime, *about]))
     run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
         return run(model, found, folder, chosen.threshold, batch_size, tiling=tiling, track=track)
@@ -195,6 +195,11 @@ def _folder_of(weights: str, data: str | None) -> Folder:
     return open_folders(config, 0 if run is None else run.train.seed)[0]
 
 
+def about_results(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:
+    """Lines on the thresholds, where the best ones are asked for, and on heads whose results are not among them."""
+    return [*_best_thresholds(asked, selection, model), *_left_out_of_results(model.tasks)]
+
+
 def _best_thresholds(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:
     """A line that says which thresholds are used, where the best ones are asked for."""
     chosen = selection.threshold
@@ -217,7 +222,7 @@ def _about_tiles(weights: str, tile: tuple[int, int] | None, tiling: Tiling | No
     return [] if tiling is None else [f"on {tiling.text}"]
 
 
-def _left_out_of_pictures(tasks: Sequence[str]) -> list[str]:
+def _left_out_of_results(tasks: Sequence[str]) -> list[str]:
     """A line where several heads find objects: their results cannot be told apart in one picture."""
     own = [task for task in tasks if serving_task(task, tasks) == task]
     objects = [task for task in own if head_class(task).kind == "objects"]
