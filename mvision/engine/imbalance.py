@@ -122,7 +122,7 @@ def objects_of_classes(
         if not set(served) & set(source.tasks):
             continue
         if tiles:
-            counts += source.weight * tiles[number].counts.classes
+            counts += source.weight * np.array(tiles[number].counts.classes)
             continue
         labels, start = source.train.labels, source.train.start
         shown = np.full(len(source.train), source.weight) if repeats is None else repeats.factors[number]

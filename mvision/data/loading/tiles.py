@@ -38,7 +38,7 @@ class TileCounts:
         dropped: parts that are too small to be kept.
         lost: objects that are in no tile.
         most: objects in one tile.
-        classes: (C,) int64, how often objects of each class are in a tile, whole or cut.
+        classes: by label, how often objects of a class are in a tile, whole or cut.
     """
 
     pictures: int = 0
@@ -51,7 +51,7 @@ class TileCounts:
     dropped: int = 0
     lost: int = 0
     most: int = 0
-    classes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    classes: list[int] = field(default_factory=list)
 
 
 class TiledDataset(Dataset):
@@ -83,9 +83,11 @@ class TiledDataset(Dataset):
         self.pictures = Dataset(split, None, seed, None, cache, False, None, reduce, pixel_range)
         self.tiling: Tiling = tiles.tiling
         self.settings = tiles
-        self.counts = TileCounts(len(split.records), classes=np.zeros(len(split.categories), np.int64))
+        self.counts = TileCounts(len(split.records))
         self._grids = [self.tiling.grid((record.height, record.width)) for record in split.records]
-        every = [self._tiles_of(index, grid) for index, grid in enumerate(self._grids)]
+        shown = np.zeros(len(split.categories), np.int64)
+        every = [self._tiles_of(index, grid, shown) for index, grid in enumerate(self._grids)]
+        self.counts.classes = shown.tolist()
         chosen = np.concatenate(every) if every else np.zeros((0, 3), np.int64)
         if self.augmented:
             chosen = chosen[self._used(chosen[:, 2] > 0)]
@@ -172,8 +174,9 @@ class TiledDataset(Dataset):
             )
         return lines
 
-    def _tiles_of(self, picture: int, grid: Grid) -> np.ndarray:
-        """(T, 3): the picture, the number of the tile, and how many objects are in it. Counts what becomes of them."""
+    def _tiles_of(self, picture: int, grid: Grid, shown: np.ndarray) -> np.ndarray:
+        """(T, 3): the picture, the number of the tile, and how many objects are in it. Counts what becomes of them,
+        by class in ``shown`` (C,)."""
         labels = self.pictures.labels(picture)
         objects = labels.labels[~labels.crowd]
         boxes = labels.boxes[~labels.crowd] * np.tile(grid.size[::-1], 2)
@@ -183,7 +186,7 @@ class TiledDataset(Dataset):
             keep, visible = self._kept(boxes, windows[begin : begin + CHUNK])
             found[begin : begin + CHUNK] = keep.sum(axis=1)
             seen |= keep.any(axis=0)
-            np.add.at(self.counts.classes, objects, keep.sum(axis=0))
+            np.add.at(shown, objects, keep.sum(axis=0))
             is_whole = visible >= 1 - 1e-6
             self.counts.whole += int((keep & is_whole).sum())
             self.counts.cut += int((keep & ~is_whole).sum())

@@ -51,5 +51,5 @@ def report_tiles(split: CocoSplit, settings: TileConfig, trained: bool, seed: in
     """
     # The default augmentation will do: which tiles there are does not depend on it.
     tiled = TiledDataset(split, settings, AugmentConfig() if trained else None, seed, validate=False)
-    classes = {category.name: int(count) for category, count in zip(split.categories, tiled.counts.classes)}
+    classes = {category.name: count for category, count in zip(split.categories, tiled.counts.classes)}
     return TileReport(settings, len(tiled), trained, tiled.counts, classes, tiled.problems())
