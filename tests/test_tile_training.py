@@ -157,7 +157,14 @@ def test_the_report_of_a_data_set_has_the_tiles_that_are_trained_on(split: CocoS
     assert text.count("by class") == 1  # an evaluation counts the objects of pictures
     alone = checking.check(load_config(overrides=asked), ["train"], quick=True).splits["train"].tiles
     assert alone == train
-    assert checking.check(load_config(overrides={"data.root": str(root)}), quick=True).splits["train"].tiles is None
+    (root / "annotations" / "val.json").unlink()
+    held_out = checking.check(load_config(overrides={**asked, "data.val_fraction": 0.4}), quick=True).splits
+    assert [(name, split.tiles.trained) for name, split in held_out.items() if split.tiles is not None] == [
+        ("train", True),
+        ("val", False),
+    ]
+    plain = checking.check(load_config(overrides={"data.root": str(root), "data.val_fraction": 0.4}), quick=True)
+    assert plain.splits["train"].tiles is None
 
 
 def test_a_picture_of_too_many_tiles_is_refused_by_the_report_as_by_a_training(

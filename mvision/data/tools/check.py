@@ -174,17 +174,17 @@ def check(
             _decode(split, progress)
             report.splits[name].decoded = True
         report.splits[name].problems = list(split.problems)
-        _divide(split, report, name, config)
+        is_trained = name == config.data.train if splits else name.rpartition("/")[2] == "train"
+        _divide(split, report, name, config, is_trained)
     return report
 
 
-def _divide(split: CocoSplit, report: Report, name: str, config: Config) -> None:
+def _divide(split: CocoSplit, report: Report, name: str, config: Config, is_trained: bool) -> None:
     """Add what becomes of the images on tiles, where the config asks for some."""
     if config.data.tile is None:
         return
-    trained = split.split.name == config.data.train
     try:
-        report.splits[name].tiles = report_tiles(split, config.data.tile, trained, config.train.seed)
+        report.splits[name].tiles = report_tiles(split, config.data.tile, is_trained, config.train.seed)
     except UserError as error:
         report.refused = report.refused or str(error)
 
