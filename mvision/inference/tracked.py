@@ -134,8 +134,7 @@ class TracksVideos:
             tracker: bytetrack, botsort, cbiou, mcbyte, ocsort or sort.
             threshold: the score (0..1) from which a detection starts a track and is reported without one; with most
                 methods, weaker detections continue a track. See ``predict_images``.
-            batch_size: frames per forward pass; None: one, but 8 on a GPU where frames need not be waited for. On tiles
-                it counts these.
+            batch_size: frames (or tiles) in a pass; None: one, but 8 on a GPU where frames need not be waited for.
             rate: frames per second of an iterable; None: 25. A video has its own.
             multi_label, nms, tile, overlap, whole, precision, device: see ``Model.predict``.
 
@@ -154,16 +153,7 @@ class TracksVideos:
         Selection(from_score, multi_label, nms).check(model.config.categories)
         tracker_of = partial(Tracker, tracker, from_score)
         chosen = Selection(tracker_of(rate=DEFAULT_RATE).threshold_of_detections, multi_label, nms)
-        input_size = model.config.image_size if tiling is None else None
-        if isinstance(source, str | Path | int):
-            video = _video(source, rate)
-            live, frames = video.is_live, _frames_of_video(model, video, input_size)
-        elif isinstance(source, Iterable) and not isinstance(source, Image.Image):
-            of_frames = DEFAULT_RATE if rate is None else rate
-            tracker_of(rate=of_frames)  # one that cannot be is said now, not when the first frame comes
-            live, frames = not isinstance(source, Sized), _frames_given(model, source, of_frames, input_size)
-        else:
-            raise UserError(f"track: a {type(source).__name__}; give a video, a URL, a camera's number, or frames")
+        live, frames = _frames(model, source, rate, tracker_of, None if tiling else model.config.image_size)
         if tiling is None:
             size = 1 if batch_size is None and live else batch_size
             results = infer(model, frames, [chosen], size, 1 if live else None)
@@ -200,11 +190,34 @@ def _video(source: str | Path | int, rate: float | None) -> Source:
     return replace(found[0], required=True)
 
 
+def _frames(
+    model: Predictor,
+    source: str | Path | int | Iterable[Picture],
+    rate: float | None,
+    tracker_of: Callable[..., Tracker],
+    input_size: tuple[int, int] | None,
+) -> tuple[bool, Generator[Prepared[_Shown], None, None]]:
+    """Whether each frame is wanted soon, and the frames.
+
+    Args:
+        input_size: of the model's input; None: none is made, as tiles are cut from the pictures.
+
+    Raises:
+        UserError: see ``TracksVideos.track``.
+    """
+    if isinstance(source, str | Path | int):
+        video = _video(source, rate)
+        return video.is_live, _frames_of_video(model, video, input_size)
+    if isinstance(source, Iterable) and not isinstance(source, Image.Image):
+        of_frames = DEFAULT_RATE if rate is None else rate
+        tracker_of(rate=of_frames)  # one that cannot be is said now, not when the first frame comes
+        return not isinstance(source, Sized), _frames_given(model, source, of_frames, input_size)
+    raise UserError(f"track: a {type(source).__name__}; give a video, a URL, a camera's number, or frames")
+
+
 def _frames_of_video(
     model: Predictor, video: Source, input_size: tuple[int, int] | None
 ) -> Generator[Prepared[_Shown], None, None]:
-    """The frames; ``input_size``: of the model's input, None: none is made, as tiles are cut from the pictures."""
-
     def prepare(frame: Frame) -> Prepared[_Shown]:
         if frame.problem:
             _log.warning("%s: %s", printable(video.shown), printable(frame.problem))
