@@ -75,7 +75,9 @@ def encoder(
     metavar="N",
     help="Images per call.  [default: 1, 8]",
 )
-@click.option("--precision", "precisions", multiple=True, metavar="P", help="fp32, bf16.  [default: both]")
+@click.option(
+    "--precision", "precisions", multiple=True, metavar="P", help="fp32, bf16.  [default: those of the device]"
+)
 @click.option(
     "--runtime", "runtimes", multiple=True, metavar="R", help="eager, compiled, onnx, openvino.  [default: all]"
 )

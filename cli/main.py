@@ -20,6 +20,7 @@ import click
 from mvision import __version__
 from mvision.cli.benchmark import benchmark
 from mvision.cli.data import data
+from mvision.cli.demo import demo
 from mvision.cli.export import export
 from mvision.cli.info import info
 from mvision.cli.label import label
@@ -65,7 +66,7 @@ def cli() -> None:
     """
 
 
-for _command in (train, val, predict, label, export, push, models, benchmark, transfer, data, info):
+for _command in (train, val, predict, demo, label, export, push, models, benchmark, transfer, data, info):
     cli.add_command(_command)
 
 

@@ -238,26 +238,29 @@ class Model(HubModel, TracksVideos, nn.Module):
         *,
         multi_label: bool = False,
         nms: float | None = None,
+        tasks: Sequence[str] | None = None,
     ) -> list[Instances]:
         """The results of all heads, one ``Instances`` per image, in pixels of the original images.
 
         Poses are linked to objects (see ``mvision.heads.linking``): those that share the queries of the objects by the
         query, so that every reported object gets the pose of its query whatever that one's score, and all others by
-        overlap. Regions are in ``Instances.regions``. Of several
-        heads that predict objects the first one's results are taken; ``results`` has those of every head.
+        overlap. Regions are in ``Instances.regions``. Of several heads that predict objects the first one's results are
+        taken; ``results`` has those of every head.
 
         Args:
             outputs: of ``forward``.
             sizes: (height, width) of the original images.
-            threshold, multi_label, nms: see ``Selection``.
+            threshold, multi_label, nms: see ``Selection``; tasks: those whose heads are asked, None: all.
         """
         chosen = Selection(threshold, multi_label, nms)
         order = ("objects", "poses", "regions")
-        tasks = sorted(self.heads, key=lambda task: order.index(self.head(task).kind))
-        merged = [chosen.without_overlaps(found) for found in self._chosen(tasks[0], outputs, sizes, chosen)]
-        for task in tasks[1:]:
+        asked = {serving_task(task, self.tasks) for task in (self.tasks if tasks is None else tasks)}
+        heads = [task for task in self.heads if task in asked]
+        first, *others = sorted(heads, key=lambda task: order.index(self.head(task).kind))
+        merged = [chosen.without_overlaps(found) for found in self._chosen(first, outputs, sizes, chosen)]
+        for task in others:
             head = self.head(task)
-            if self.takes_queries_of.get(task) == tasks[0]:
+            if self.takes_queries_of.get(task) == first:
                 points = head.points_of_queries(outputs[task], sizes)
                 merged = [link_by_query(found, *of_image) for found, of_image in zip(merged, points)]
             elif head.kind == "poses":

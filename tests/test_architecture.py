@@ -120,6 +120,7 @@ def test_mapped_folders_are_imported_by_their_package_name() -> None:
         ("supervision", {"mvision.drawing", "mvision.structures"}),
         ("huggingface_hub", {"mvision.compat", "mvision.storage", "mvision.weights"}),
         ("tifffile", {"mvision.inference.large_images"}),
+        ("gradio", {"mvision.deploy.demo_page"}),
     ],
 )
 def test_libraries_with_one_place(library: str, users: set[str]) -> None:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from mvision.commands.benchmark_baselines import DeformableEncoder, PlainEncoder
 from mvision.commands.benchmark_encoder import benchmark_encoder
 from mvision.commands.benchmark_model import benchmark_model
 from mvision.commands.benchmark_timing import alternate, median_ratio
+from mvision.machine import cpu_name
 from mvision.weights import save_weights
 from tests.test_joint import make_model
+from tests.test_runtimes import has_bf16
 
 
 def maps(*shapes: tuple[int, int]) -> list[torch.Tensor]:
@@ -176,6 +179,7 @@ def test_sizes_that_take_too_long_or_too_much_memory_are_left_out(
 
 
 def test_model_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_bf16(monkeypatch, True)
     counts = take_seconds(monkeypatch, model_module, lambda index: 0.2 / (index + 1))
     save_weights(make_model(["detection", "keypoints"]), tmp_path / "best.safetensors")
     prepared: list[str] = []
@@ -209,6 +213,7 @@ def test_model_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_ratios_are_to_the_first_candidate_without_eager_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    has_bf16(monkeypatch, True)
     take_seconds(monkeypatch, model_module, lambda index: 0.2 / (index + 1))
     benchmark_model(
         model="tiny", batches=[1], precisions=["bf16"], runtimes=["eager"], device="cpu", output=tmp_path,
@@ -217,6 +222,20 @@ def test_ratios_are_to_the_first_candidate_without_eager_fp32(tmp_path: Path, mo
     document = json.loads((tmp_path / "model.json").read_text())
     assert [(row["runtime"], row["precision"], row["ratio"]) for row in document["totals"]] == [("eager", "bf16", 1)]
     assert (document["model"], document["tasks"]) == ("tiny", ["detection"])
+
+
+def test_what_the_processor_does_not_compute_in_is_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    has_bf16(monkeypatch, False)
+    take_seconds(monkeypatch, model_module, lambda index: 1.0)
+    lines: list[str] = []
+    measure = partial(benchmark_model, model="tiny", batches=[1], runtimes=["eager"], device="cpu", output=tmp_path)
+    measure(log=lines.append)
+    assert [row["precision"] for row in json.loads((tmp_path / "model.json").read_text())["totals"]] == ["fp32"]
+    assert lines[1] == f"bf16: not measured, {cpu_name()} does not compute in it"
+    with pytest.raises(UserError, match="--precision bf16: this CPU does not compute in bf16"):
+        measure(precisions=["bf16"], log=lines.append)
 
 
 def test_unknown_runtimes(tmp_path: Path) -> None:

@@ -102,7 +102,10 @@ def test_every_help_has_an_example_that_parses(path: tuple[str, ...], capsys: py
     [
         (["trian"], "no command 'trian': did you mean 'train'?"),
         (["data", "chek"], "no command 'chek': did you mean 'check'?"),
-        (["xyzzy"], "choose one of benchmark, data, export, info, label, models, predict, push, train, transfer, val"),
+        (
+            ["xyzzy"],
+            "choose one of benchmark, data, demo, export, info, label, models, predict, push, train, transfer, val",
+        ),
         (["train", "--epoch", "3"], "--epochs"),
         (["train", "--wieghts", "x"], "no such option"),
         (["val"], "missing option '--weights'"),

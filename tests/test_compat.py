@@ -20,6 +20,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mvision import compat
+from mvision.machine import cpu_has_bf16
+
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16")),
+]
 
 
 def test_every_entry_has_a_test() -> None:
@@ -87,7 +93,7 @@ def test_has_packed_convolutions_pack_convolution_weight_and_packed_convolution(
 
 
 @pytest.mark.skipif(not compat.has_packed_convolutions(), reason="a build of torch without oneDNN, or not on x86")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_pack_linear_weight_and_packed_linear(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     linear, tolerance = nn.Linear(32, 48).to(dtype), 1e-5 if dtype == torch.float32 else 0.03

@@ -114,6 +114,22 @@ def test_dropping_tasks_leaves_the_others_bit_identical(joint: Model, file: Path
         )
 
 
+@pytest.mark.parametrize("kept", [("keypoints",), ("instance-seg",), ("instance-seg", "keypoints")])
+def test_results_of_some_tasks_are_those_of_a_model_with_these_alone(
+    joint: Model, file: Path, kept: tuple[str, ...]
+) -> None:
+    images, sizes = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0)), [(64, 96), (50, 200)]
+    alone = load(file, tasks=kept)
+    with torch.no_grad():
+        some = joint.postprocess(joint(images), sizes, 0.0, tasks=kept)
+        expected = alone.postprocess(alone(images), sizes, 0.0)
+    for found, own in zip(some, expected, strict=True):
+        assert len(found) > 0
+        for name in ("boxes", "scores", "labels", "keypoints"):
+            assert np.array_equal(getattr(found, name), getattr(own, name)), name
+        assert (found.masks is None) == (own.masks is None) == ("instance-seg" not in kept)
+
+
 def test_settings_of_an_included_task_follow_or_are_refused(tmp_path: Path) -> None:
     heads = load_config("base", tasks=TASKS, assignments=["model.heads.instance-seg.num_queries=77"]).model.heads
     assert heads["detection"].num_queries == 77

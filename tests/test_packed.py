@@ -17,10 +17,16 @@ from mvision.deploy.compare import difference
 from mvision.fast.biases import join_biases
 from mvision.fast.packed import ACTIVATIONS, FEWEST_WEIGHTS, MLP_ACTIVATIONS, PackedConv2d, PackedLinear, pack
 from mvision.fast.prepare import prepare
+from mvision.machine import cpu_has_bf16
 from mvision.model import Model
 from mvision.neck.layers import ACTIVATIONS as BY_NAME
 from mvision.neck.layers import MLP
 from tests.test_joint import TASKS, make_model
+
+DTYPES = [
+    torch.float32,
+    pytest.param(torch.bfloat16, marks=pytest.mark.skipif(not cpu_has_bf16(), reason="this CPU has no bf16")),
+]
 
 pytestmark = pytest.mark.skipif(not has_packed_convolutions(), reason="not a build of PyTorch with oneDNN's operators")
 
@@ -108,7 +114,7 @@ class _Net(nn.Module):
 
 
 @pytest.mark.parametrize("act", list(BY_NAME))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
 def test_linear_layers_are_packed_with_their_activation(act: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -128,3 +134,10 @@ def test_no_large_linear_layer_is_left(model: Model) -> None:
     ready = prepare(copy.deepcopy(model))
     left = {name: part for name, part in ready.named_modules() if isinstance(part, nn.Linear)}
     assert all(part.weight.numel() < FEWEST_WEIGHTS for part in left.values()), list(left)
+
+
+def test_nothing_is_packed_in_bf16_on_a_processor_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN would refuse it. PyTorch's own operators compute in it everywhere, slowly."""
+    monkeypatch.setattr("mvision.machine.cpu_has_bf16", lambda: False)
+    packed = prepare(make_model(TASKS[:1]), "bf16")
+    assert not any(isinstance(module, (PackedConv2d, PackedLinear)) for module in packed.modules())

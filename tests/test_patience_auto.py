@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from mvision.config import DecidedTrain, load_config, parse_config
 from mvision.engine.auto import decided
 from mvision.engine.checkpoint import has_ended
 from mvision.engine.optim import set_learning_rate
-from mvision.engine.plan import describe_plan
+from mvision.engine.plan import describe_plan, describe_run
 from mvision.engine.trainer import Progress
 from tests.small_runs import run_in_process
 
@@ -84,3 +85,17 @@ def test_the_plan_says_it() -> None:
 def test_a_run_writes_the_number_into_its_config(squares, tmp_path) -> None:
     run = run_in_process(squares, tmp_path / "run", train__epochs=1)
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["patience"] == 0
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_the_run_says_that_the_processor_does_not_compute_in_its_precision(
+    monkeypatch: pytest.MonkeyPatch, has: bool
+) -> None:
+    monkeypatch.setattr("mvision.machine.cpu_has_bf16", lambda: has)
+    run = decided(parse_config({"train": {"epochs": 60}}), BATCHES, "random", [(160, 40)])
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16", num_processes=1)
+    model = SimpleNamespace(parameters=list, tasks=["detection"], categories=[])
+    trainer: Any = SimpleNamespace(config=run, bare_model=model, accelerator=accelerator, total_steps=600, last_steps=0)
+    source: Any = SimpleNamespace(train=range(160), val=range(40))
+    expected = "bf16 on 1 x cpu" if has else "bf16, which this device does not compute in (fp32 is faster), on 1 x cpu"
+    assert f", {expected}" in describe_run(trainer, [source])

@@ -62,8 +62,11 @@ def describe(monkeypatch: pytest.MonkeyPatch, run: Path, size: tuple[int, int] =
 
 
 def has_bf16(monkeypatch: pytest.MonkeyPatch, value: bool) -> None:
+    """A processor that computes in bf16, or not. What needs its instructions, packed weights, is left out."""
     monkeypatch.setattr("mvision.machine.cpu_has_bf16", lambda: value)
     monkeypatch.setattr("mvision.machine.bf16_is_faster", lambda: True)
+    if value:
+        monkeypatch.setattr("mvision.fast.prepare.has_packed_convolutions", lambda: False)
 
 
 def test_an_export_of_the_weights_with_the_tasks_is_taken(run: Path) -> None:

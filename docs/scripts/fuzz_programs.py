@@ -276,6 +276,7 @@ def sound_arguments(path: tuple[str, ...], base: Path) -> list[str]:
         ("val",): [*run, *cpu, "--data", "data", "--workers", "0"],
         ("predict",): ["data/images/0.png", *run, *cpu, "--output", "out"],
         ("label",): ["data/images", *run, *cpu, "--format", "coco", "--output", "labelled"],
+        ("demo",): ["--weights", "nothing", "--host", "127.0.0.1", "--port", "0"],
         ("export",): ["--weights", "nothing", "--output", "out.onnx"],
         ("push",): ["nothing", "user/name"],
         ("benchmark", "encoder"): ["--device", "none"],

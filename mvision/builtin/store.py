@@ -64,8 +64,7 @@ def ensure_builtin(
         UserError: the folder can't be written.
     """
     root = cache_dir() if root is None else Path(root)
-    default = (train, val, seed) == (TRAIN_IMAGES, VAL_IMAGES, 0)
-    folder = root / (f"builtin-v{VERSION}" if default else f"builtin-v{VERSION}-{train}-{val}-seed{seed}")
+    folder = root / _name(train, val, seed)
     if _is_complete(folder, train, val, seed):
         return folder
     try:
@@ -85,6 +84,11 @@ def ensure_builtin(
             f"Set MVISION_CACHE to a writable folder with {_megabytes(train + val)} MB free."
         ) from error
     return folder
+
+
+def has_builtin(train: int = TRAIN_IMAGES) -> bool:
+    """Whether the built-in data set with so many training images is in the cache, so that nothing has to be drawn."""
+    return _is_complete(cache_dir() / _name(train, VAL_IMAGES, 0), train, VAL_IMAGES, 0)
 
 
 def generate_builtin(
@@ -113,6 +117,11 @@ def generate_builtin(
         content = json.dumps(_coco(split, seed, splits[split], offset), separators=(",", ":"))
         (root / "annotations" / f"{split}.json").write_text(content, encoding="utf-8")
     (root / _STAMP).write_text(json.dumps(_stamp(train, val, seed)), encoding="utf-8")
+
+
+def _name(train: int, val: int, seed: int) -> str:
+    default = (train, val, seed) == (TRAIN_IMAGES, VAL_IMAGES, 0)
+    return f"builtin-v{VERSION}" if default else f"builtin-v{VERSION}-{train}-{val}-seed{seed}"
 
 
 def _megabytes(images: int) -> int:

@@ -22,7 +22,14 @@ from mvision.deploy.exported import ExportedModel
 from mvision.errors import UserError, did_you_mean
 from mvision.evaluation.tables import markdown_table, markdown_text
 from mvision.fast.prepare import PRECISIONS, prepare
-from mvision.machine import Precision, device_name, keep_freed_memory, resolve_device
+from mvision.machine import (
+    Precision,
+    computes_in_bf16,
+    device_name,
+    inference_precision,
+    keep_freed_memory,
+    resolve_device,
+)
 from mvision.model import Features, Model
 from mvision.storage.atomic import write_text
 from mvision.structures.coco_names import coco_with_keypoints
@@ -65,14 +72,14 @@ def benchmark_model(
         weights, family: any source that ``mvision.load`` takes.
         tasks: of the model; empty: detection, or all that the weights have.
         batches: images per call; empty: ``BATCHES``.
-        precisions: ``fp32`` or ``bf16``; empty: both.
+        precisions: ``fp32`` or ``bf16``; empty: both, where the device computes in bf16.
         runtimes: of ``RUNTIMES``; empty: all. Exported ones run on a CPU only. ``eager`` is always measured.
         repeats: most rounds.
         device: None: the first GPU, else the CPU.
         log: is called with a line per step.
 
     Raises:
-        UserError: an unknown model, runtime or precision, or a runtime whose package is missing.
+        UserError: an unknown model, a runtime or precision that does not exist here, or a missing package.
     """
     _check_choice("--runtime", runtimes, RUNTIMES)
     _check_choice("--precision", precisions, PRECISIONS)
@@ -83,7 +90,7 @@ def benchmark_model(
     plain = load(weights, list(tasks) or None, family=family) if weights is not None else _random_model(name, tasks)
     height, width = plain.config.image_size
     log(f"{', '.join(plain.tasks)} of {name} at {width} x {height}")
-    asked = [precision for precision in PRECISIONS if precision in (precisions or PRECISIONS)]
+    asked = _precisions(precisions, chosen, log)
     eager = {p: prepare(copy.deepcopy(plain).to(chosen), p) for p in dict.fromkeys((*asked, "fp32"))}
     batches = batches or BATCHES
     parts = [{"precision": p, "batch": batch, **_parts(eager[p], batch, repeats)} for batch in batches for p in asked]
@@ -104,6 +111,16 @@ def benchmark_model(
     write_text(output / "model.json", json.dumps(document, indent=1) + "\n")
     write_text(output / "model.md", text)
     return text
+
+
+def _precisions(given: Sequence[str], device: torch.device, log: Callable[[str], None]) -> list[Precision]:
+    """Those that were asked for, by default all that the device computes in."""
+    if given:
+        return [inference_precision(precision, device) for precision in PRECISIONS if precision in given]
+    if computes_in_bf16(device):
+        return list(PRECISIONS)
+    log(f"bf16: not measured, {device_name(device)} does not compute in it")
+    return ["fp32"]
 
 
 def _check_choice(option: str, values: Sequence[str], choices: Sequence[str]) -> None:

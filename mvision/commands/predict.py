@@ -197,7 +197,7 @@ def _folder_of(weights: str, data: str | None) -> Folder:
 
 def about_results(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:
     """Lines on the thresholds, where the best ones are asked for, and on heads whose results are not among them."""
-    return [*_best_thresholds(asked, selection, model), *_left_out_of_results(model.tasks)]
+    return [*_best_thresholds(asked, selection, model), *left_out_of_pictures(model.tasks)]
 
 
 def _best_thresholds(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:
@@ -222,7 +222,7 @@ def _about_tiles(weights: str, tile: tuple[int, int] | None, tiling: Tiling | No
     return [] if tiling is None else [f"on {tiling.text}"]
 
 
-def _left_out_of_results(tasks: Sequence[str]) -> list[str]:
+def left_out_of_pictures(tasks: Sequence[str]) -> list[str]:
     """A line where several heads find objects: their results cannot be told apart in one picture."""
     own = [task for task in tasks if serving_task(task, tasks) == task]
     objects = [task for task in own if head_class(task).kind == "objects"]

@@ -10,6 +10,7 @@ from mvision.data.augment.transforms import MIXING
 from mvision.data.loading.sources import DataSource
 from mvision.engine.optim import falling_part
 from mvision.engine.trainer import Trainer
+from mvision.machine import computes_in_bf16
 
 
 def describe_run(trainer: Trainer, sources: Sequence[DataSource]) -> str:
@@ -19,6 +20,8 @@ def describe_run(trainer: Trainer, sources: Sequence[DataSource]) -> str:
     images = [sum(numbers) for numbers in zip(*images_of(sources))]
     fp32 = "fp32 (TF32)" if accelerator.device.type == "cuda" else "fp32"
     precision = fp32 if accelerator.mixed_precision == "no" else accelerator.mixed_precision
+    if precision == "bf16" and not computes_in_bf16(accelerator.device):
+        precision = "bf16, which this device does not compute in (fp32 is faster),"
     height, width = config.model.image_size
     parts = [
         "+".join(model.tasks),

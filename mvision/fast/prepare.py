@@ -13,7 +13,7 @@ from mvision.fast.biases import join_biases
 from mvision.fast.cuda_graphs import replay_graphs
 from mvision.fast.packed import pack
 from mvision.inference.predict import Predictor
-from mvision.machine import Precision, torch_dtype
+from mvision.machine import Precision, computes_in_bf16, torch_dtype
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")  # that benchmarks compare on every device
 
@@ -53,7 +53,11 @@ def prepare(model: M, precision: Precision = "fp32", packed: bool = True, compil
     if packed and not compile:
         if like.device.type == "cuda":
             join_biases(model)
-        elif like.device.type == "cpu" and has_packed_convolutions():
+        elif (
+            like.device.type == "cpu"
+            and has_packed_convolutions()
+            and (precision == "fp32" or computes_in_bf16(like.device))
+        ):
             pack(model)
     if compile or like.device.type == "cuda":
         replay_graphs(model, compile)

@@ -126,6 +126,16 @@ def is_builtin(root: str | Path) -> bool:
     return BUILTIN.fullmatch(str(root)) is not None
 
 
+def is_at_hand(root: str | Path | None) -> bool:
+    """Whether ``find_layout`` finds the data set without generating the built-in one first."""
+    from mvision.builtin import has_builtin
+
+    if root is None:
+        return has_builtin()
+    found = BUILTIN.fullmatch(str(root))
+    return has_builtin(int(found[1])) if found else True
+
+
 def _builtin(root: str | Path | None) -> Path:
     """The built-in data set's folder."""
     from mvision.builtin import ensure_builtin
