@@ -51,6 +51,7 @@ def check(
     \b
     Example:
       mvision data check my_data --task keypoints -o data.val_fraction=0.2
+      mvision data check my_maps -o data.tile=640
     """
     from mvision.commands.data import check
 

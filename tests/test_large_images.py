@@ -152,7 +152,9 @@ def test_what_does_not_fit_is_one_line(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(BadImage, match="are allowed.*the package tifffile is missing: pip install"):
         open_large(path, 64)
     monkeypatch.delenv("MVISION_MAX_IMAGE_BYTES")
-    assert isinstance(open_large(path, 64), DecodedPicture)
+    whole = open_large(path, 64)
+    assert isinstance(whole, DecodedPicture)
+    assert "decoded whole: the package tifffile is missing: pip install" in whole.notes[0]
 
 
 def test_damage_is_named_where_it_is(tmp_path: Path) -> None:

@@ -4,23 +4,31 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from mvision.cli.main import main
-from mvision.config import AugmentConfig, DataConfig
+from mvision.config import AugmentConfig, DataConfig, load_config
 from mvision.config.tiles import TileConfig
-from mvision.data import CocoSplit, find_layout
+from mvision.data import CocoSplit, find_layout, read_data_sources
 from mvision.data.loading import tiles as tiles_module
 from mvision.data.loading.dataset import Dataset, SampleKey
 from mvision.data.loading.loader import build_eval_loader, build_train_loader
 from mvision.data.loading.tiles import TiledDataset
+from mvision.data.tools import check as checking
+from mvision.engine.train import _loaders
+from mvision.errors import UserError
 from mvision.evaluation import Validation, evaluate, evaluate_all, make_metrics
 from mvision.inference import large_images
+from mvision.inference import tiles as inference_tiles
+from mvision.model import Model
 from tests.fake_model import CATEGORIES, FakeModel, paint
+from tests.small_runs import fast_config
 
 SIZE = (200, 300)
 OBJECTS = [
@@ -122,6 +130,70 @@ def test_what_is_cut_is_kept_by_its_visible_share_and_counted(split: CocoSplit) 
     assert "2 x object of which no tile shows 1" in narrow.lines("val")[-1]
 
 
+def test_the_report_of_a_data_set_has_the_tiles_that_are_trained_on(split: CocoSplit) -> None:
+    """All of it is counted again here, tile by tile."""
+    root = split.folder.parent
+    asked = {"data.root": str(root), "data.tile": {"size": (96, 128), "overlap": 0.25, "visible": 0.6, "empty": 0.5}}
+    report = checking.check(load_config(overrides=asked), quick=True)
+    train, val = report.splits["train"].tiles, report.splits["val"].tiles
+    assert train is not None
+    assert val is not None
+    data = build_train_loader(split, load_config(overrides=asked).data, batch_size=1, image_size=(96, 128)).dataset
+    assert isinstance(data, TiledDataset)
+    every = TiledDataset(split, tile(visible=0.6, whole=False))
+    labels = [every.labels(index).labels for index in range(len(every))]
+    shown = np.bincount(np.concatenate(labels), minlength=3)
+    assert train.classes == dict(zip(("red", "green", "blue"), shown.tolist()))
+    assert (train.used, val.used) == (len(data), 3 * 10)
+    assert train.counts.empty == sum(len(one) == 0 for one in labels)
+    assert train.counts.left_out == 27 - len(data) > 0
+    text = report.text()
+    full = sum(len(one) > 0 for one in labels)
+    assert f"tiles        {len(data)} of 128 x 96 pixels in an epoch, overlap 0.25\n" in text
+    assert f"empty tiles  {27 - full} of 27 show no object; {27 - len(data)} are left out of an epoch" in text
+    assert f"in tiles     {shown.sum()} times an object: {train.counts.whole} whole, {train.counts.cut} cut" in text
+    assert f"! {train.counts.dropped} x tile that shows less of an object than data.tile.visible 0.6" in text
+    assert "tiles        30 of 128 x 96 pixels in an evaluation, whole pictures included" in text
+    assert text.count("by class") == 1  # an evaluation counts the objects of pictures
+    alone = checking.check(load_config(overrides=asked), ["train"], quick=True).splits["train"].tiles
+    assert alone == train
+    (root / "annotations" / "val.json").unlink()
+    held_out = checking.check(load_config(overrides={**asked, "data.val_fraction": 0.4}), quick=True).splits
+    assert [(name, split.tiles.trained) for name, split in held_out.items() if split.tiles is not None] == [
+        ("train", True),
+        ("val", False),
+    ]
+    plain = checking.check(load_config(overrides={"data.root": str(root), "data.val_fraction": 0.4}), quick=True)
+    assert plain.splits["train"].tiles is None
+
+
+def test_a_picture_of_too_many_tiles_is_refused_by_the_report_as_by_a_training(
+    split: CocoSplit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inference_tiles, "MOST_TILES", 8)
+    config = load_config(overrides={"data.root": str(split.folder.parent), "data.tile": [96, 128]})
+    report = checking.check(config, quick=True)
+    assert not report.usable
+    assert "a picture of 300 x 200 would be 9 tiles; choose larger ones" in report.text()
+    with pytest.raises(UserError, match="would be 9 tiles"):
+        build_train_loader(split, config.data, batch_size=1, image_size=(96, 128))
+
+
+def test_weights_of_classes_count_objects_in_tiles(tmp_path: Path) -> None:
+    """A red object is in one tile of two and a green one in both; in whole pictures there would be as many."""
+    scenes = [[(0, (10, 10, 40, 40)), (1, (40, 60, 150, 90))]]
+    root = write_scenes(tmp_path / "data", scenes, (96, 192))
+    more: dict[str, Any] = {"data__tile": {"size": 96, "overlap": 0}, "train__class_weights": "balanced"}
+    config, lines = fast_config(root, **more), []
+    sources = read_data_sources(config.data, ["detection"], 0, lines.append)
+    config.model.categories = sources[0].train.categories
+    here = SimpleNamespace(process_index=0, num_processes=1, device=torch.device("cpu"), print=lines.append)
+    _loaders(config, sources, model := Model(config.model), here, lines.append)  # type: ignore[arg-type]
+    expected = "class weights of detection: red 1.5, green 0.75 (the mean over objects in the tiles is 1)"
+    assert f"{expected}; 1 classes have no objects to learn from" in lines
+    assert model.head("detection").class_weights.tolist() == [1.5, 0.75, 1]
+
+
 def test_empty_tiles_are_trained_on_as_often_as_asked_for(split: CocoSplit) -> None:
     every = TiledDataset(split, tile(empty=100), NO_AUGMENTATION)
     full = sum(len(every.labels(index)) > 0 for index in range(len(every)))
@@ -208,17 +280,19 @@ def test_train_val_and_predict_from_the_command_line(
     root = write_scenes(tmp_path / "data", [OBJECTS, OBJECTS[:1]])
     small = ["-o", "model.image_size=64", "-o", "train.batch_size=4", "-o", "data.workers=0", "--device", "cpu"]
     train = ["train", "--task", "detection", "--data", str(root), "--epochs", "1", "--output", "run", *small]
+    balanced = ["-o", "train.class_weights=balanced"]
     with pytest.raises(SystemExit) as ended:
         main([*train, "-o", "data.tile.size=96", "-o", "data.tile.visible=0.1"])
     assert ended.value.code == 2
     assert "data.tile.visible" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
-        main([*train, "-o", "data.tile.size=[96,128]", "-o", "data.tile.overlap=0.25"])
+        main([*train, "-o", "data.tile.size=[96,128]", "-o", "data.tile.overlap=0.25", *balanced])
     assert not ended.value.code
     shown = capsys.readouterr().out
     assert "train: 2 images are " in shown
     assert "val: 2 images are 20 tiles of 128 x 96 pixels, overlap 0.25" in shown
     assert "never learned" not in shown
+    assert "(the mean over objects in the tiles is 1)" in shown
     figures = json.loads((tmp_path / "run" / "metrics.json").read_text())
     for more, said in (([], "evaluated on tiles of 128 x 96"), (["--tile", "0"], None), (["--tile", "64"], "64 x 64")):
         with pytest.raises(SystemExit) as ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,11 +15,24 @@ from PIL import Image
 from mvision.drawing import draw_instances
 from mvision.errors import UserError
 from mvision.inference import tracking
+from mvision.inference.tiled import predict_tiled
+from mvision.inference.tiles import Tiling
 from mvision.inference.tracking import METHODS, Tracker
 from mvision.structures.tracks import Tracks
-from tests.fake_model import SIZE, save
+from tests.fake_model import SIZE, paint, save
 from tests.test_weights import make_model
-from tests.tracked_videos import FRAMES, RATE, TrackingModel, crossing, lose_frames, squares, write_crossing
+from tests.tracked_videos import (
+    FRAMES,
+    GREEN,
+    RATE,
+    RED,
+    TrackingModel,
+    crossing,
+    lose_frames,
+    squares,
+    write,
+    write_crossing,
+)
 
 needs_trackers = pytest.mark.usefixtures("trackers")
 
@@ -256,6 +270,54 @@ def test_a_frame_is_asked_for_when_it_is_needed() -> None:
     frames.close()
 
 
+def wide(frame: int) -> np.ndarray:
+    """Four times the model's input: two squares that are too small in it to be found, on their way across tiles."""
+    x = 6 + 8 * frame
+    return paint((2 * SIZE[0], 2 * SIZE[1]), [(RED, (x, 84, x + 28, 112)), (GREEN, (220 - x, 20, 248 - x, 48))])
+
+
+@needs_trackers
+@pytest.mark.parametrize("live", [False, True])
+def test_tiles_are_tracked_like_whole_pictures(live: bool, tmp_path: Path) -> None:
+    pictures, model = [wide(frame) for frame in range(20)], TrackingModel()
+    assert not any(len(one.instances) for one in model.track(pictures))
+    tiled = list(model.track(iter(pictures) if live else pictures, tile=SIZE, overlap=0.3))
+    assert len(tiled) == 20
+    for frame, (image, found, seconds) in enumerate(tiled):
+        assert np.array_equal(image, pictures[frame])
+        assert seconds == pytest.approx(frame / RATE)
+        x = 6 + 8 * frame
+        boxes = dict(zip(found.class_names, found.boxes))
+        np.testing.assert_allclose(boxes["red"], (x, 84, x + 28, 112), atol=2)
+        np.testing.assert_allclose(boxes["green"], (220 - x, 20, 248 - x, 48), atol=2)
+        if frame:
+            assert dict(zip(found.class_names, found.track_ids.tolist())) == {"red": 1, "green": 2}
+    if not live:
+        of_video = [one.instances for one in model.track(write(tmp_path / "a.mp4", pictures), tile=SIZE, overlap=0.3)]
+        assert [found.class_names for found in of_video] == [one.instances.class_names for one in tiled]
+        assert of_video[-1].track_ids.tolist() == tiled[-1].instances.track_ids.tolist()
+        (last,) = predict_tiled(model, pictures[-1:], Tiling(SIZE, 0.3))
+        np.testing.assert_array_equal(last.boxes, tiled[-1].instances.boxes)
+
+
+@needs_trackers
+def test_a_live_frame_on_tiles_waits_for_no_other() -> None:
+    taken = []
+
+    def camera() -> Iterator[np.ndarray]:
+        for frame in range(10):
+            taken.append(frame)
+            yield wide(frame)
+
+    frames = TrackingModel().track(
+        camera(), tile=SIZE, batch_size=4
+    )  # its nine tiles and the whole are no full batches
+    for count in range(1, 4):
+        next(frames)
+        assert len(taken) == count
+    frames.close()
+
+
 @needs_trackers
 def test_a_trained_model_in_a_loop() -> None:
     model = make_model()
@@ -297,6 +359,8 @@ def test_frames_that_cannot_be_decoded_are_said_and_cost_no_id(
         ({"source": [], "tracker": "bytetrak"}, "did you mean 'bytetrack'"),
         ({"source": [], "threshold": 2}, "threshold 2: has to be between 0 and 1"),
         ({"source": [], "threshold": {"rde": 0.5}}, "did you mean 'red'"),
+        ({"source": [], "tile": 5}, "tile 5x5: sides of 32"),
+        ({"source": [], "overlap": 0.2}, "has no meaning without --tile"),
     ],
 )
 def test_mistakes_are_said_before_the_first_frame(

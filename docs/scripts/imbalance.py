@@ -59,6 +59,7 @@ def make_data(folder: Path) -> dict[str, int]:
 def measure(recipe: str, seed: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """Train one model; its figures on the validation images."""
     assignments = [*RECIPES[recipe], f"train.seed={seed}", f"train.least_steps={options.steps}"]
+    assignments += [] if options.image_size is None else [f"model.image_size={options.image_size}"]
     assignments += ["train.patience=0", "train.val_interval=1000000"]  # the last epoch's figures count
     config = run_config(
         tasks=[options.task], model=options.model, options={"data.root": str(folder / "data")}, assignments=assignments
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--task", default="detection")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=int, default=900)
+    parser.add_argument("--image-size", type=int, help="a multiple of 32; the model's own unless given")
     options = parser.parse_args()
     counts = make_data(options.folder / "data")
     print(f"mvision {mvision.__version__}; training images with each class: {counts}")

@@ -93,8 +93,8 @@ def predict_job(
         found, for_metrics = find_sources(sources, leave_out=folder) if sources else _samples(source), None
     else:
         found, for_metrics = _of_split(of_split, split, model, chosen, every_score=threshold is None)
-    about = [*_about_tiles(source, tile, tiling), *_best_thresholds(threshold, chosen, model)]
-    log("\n".join([runtime, *about, *left_out_of_pictures(model.tasks)]))
+    about = [*_about_tiles(source, tile, tiling), *about_results(threshold, chosen, model)]
+    log("\n".join([runtime, *about]))
     run = partial(predict_sources, multi_label=multi_label, nms=nms, for_metrics=for_metrics, pictures=pictures)
     with decoder_messages_hidden():
         return run(model, found, folder, chosen.threshold, batch_size, tiling=tiling, track=track)
@@ -193,6 +193,11 @@ def _folder_of(weights: str, data: str | None) -> Folder:
     run = config_of_run(weights)
     config = run.data if run is not None and data is None else DataConfig(root=data)
     return open_folders(config, 0 if run is None else run.train.seed)[0]
+
+
+def about_results(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:
+    """Lines on the thresholds, where the best ones are asked for, and on heads whose results are not among them."""
+    return [*_best_thresholds(asked, selection, model), *left_out_of_pictures(model.tasks)]
 
 
 def _best_thresholds(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mvision.commands.predict import newest_run
+from mvision.commands.predict import about_results, newest_run
 from mvision.deploy.loading import load
 from mvision.deploy.portable import PortableModel, portable
 from mvision.deploy.ray_actor import ActorSettings, PredictStage
@@ -99,7 +99,7 @@ def predict_ray_job(
         actors: how many hold the model; None: see ``choose_actors``.
         format: of the shards.
         shard_size: pictures in a shard; None: 1000.
-        log: is called with what names the runtime and the actors.
+        log: is called with what names the runtime and the actors, and with what plain prediction says of the results.
 
     Raises:
         UserError: a missing package, sources, weights, device or folder that cannot be used, or a folder with shards of
@@ -123,7 +123,8 @@ def predict_ray_job(
         model, runtime = portable(loaded, source, tasks, on_cpu, precision, family)
         many = choose_actors("cpu" if model.own_threads else device, actors, model.own_threads)
         plan = _plan(found, model, chosen, format, shard_size or SHARD_SIZE)
-        log(f"{runtime}; {many.count} actor{'s' * (many.count > 1)} of Ray on {many.device}, {plan.count} shards")
+        where = f"{many.count} actor{'s' * (many.count > 1)} of Ray on {many.device}, {plan.count} shards"
+        log("\n".join([f"{runtime}; {where}", *about_results(threshold, chosen, loaded)]))
         return _predict(found, plan, folder, model, many, ActorSettings(many.device, many.threads, batch_size, chosen))
 
 

@@ -67,8 +67,9 @@ class TrainConfig(Settings):
             has one factor: that of instance-seg applies to its boxes too.
         class_weights: how much an object counts in the class terms of the losses (for semantic-seg: its pixels), by its
             class: ``{name: weight}``, 1 for the others, or ``balanced``: in inverse proportion to the number of objects
-            of the class. Both are scaled so that the mean over all objects is 1. Where an object is, its mask and its
-            points are learned with the same weight for all classes. None: all count alike.
+            of the class. Both are scaled so that the mean over all objects is 1. With ``data.tile`` an object counts in
+            every tile that has it. Where an object is, its mask and its points are learned with the same weight for all
+            classes. None: all count alike.
         seed: of all random numbers; NumPy takes 32 bits.
         trackers: any of accelerate's trackers, such as tensorboard, wandb, mlflow.
     """

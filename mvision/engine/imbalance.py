@@ -11,25 +11,13 @@ import torch
 from mvision.config import Config
 from mvision.data.loading.repeats import Repeats, repeat_factors
 from mvision.data.loading.sources import DataSource
+from mvision.data.loading.tiles import TiledDataset
 from mvision.errors import UserError, did_you_mean
 from mvision.heads import serving_task
 from mvision.model import Model
 
 NAMED = 12  # classes in a line; of more, the first and the last ones
 HEAVY = 20.0  # weight of a class above which a run warns
-
-
-def help_rare_classes(
-    config: Config, sources: Sequence[DataSource], model: Model, log: Callable[[str], None]
-) -> Repeats | None:
-    """How often the images are shown, and the heads' weights of classes, as far as the config asks for them.
-
-    Raises:
-        UserError: see ``weigh_classes``.
-    """
-    repeats = plan_repeats(config, sources, model, log)
-    weigh_classes(config, sources, model, repeats, log)
-    return repeats
 
 
 def plan_repeats(
@@ -51,11 +39,17 @@ def plan_repeats(
 
 
 def weigh_classes(
-    config: Config, sources: Sequence[DataSource], model: Model, repeats: Repeats | None, log: Callable[[str], None]
+    config: Config,
+    sources: Sequence[DataSource],
+    model: Model,
+    repeats: Repeats | None,
+    tiles: Sequence[TiledDataset],
+    log: Callable[[str], None],
 ) -> None:
     """Give every head the weights of its classes, where ``train.class_weights`` asks for them, and say which.
 
-    The mean over the objects that a head learns from is 1, each object as often as an epoch shows its image.
+    The mean over the objects that a head learns from is 1, each object as often as an epoch shows its image, or as
+    there are tiles that show enough of it.
 
     Raises:
         UserError: a name in ``train.class_weights`` that is no class of the data.
@@ -73,10 +67,10 @@ def weigh_classes(
         if not head.weighs_classes:
             log(f"warning: train.class_weights has no effect on {task}: its head does not weigh classes")
             continue
-        counts = objects_of_classes(sources, model, task, repeats)
+        counts = objects_of_classes(sources, model, task, repeats, tiles)
         weights = class_weights(counts, [wanted_of(wanted, name) for name in names])
         head.class_weights = torch.from_numpy(weights.astype(np.float32))
-        said.append((task, _described(weights, counts, names, log)))
+        said.append((task, _described(weights, counts, names, bool(tiles), log)))
     for line in dict.fromkeys(line for _, line in said):
         tasks = " and ".join(task for task, of_task in said if of_task == line)
         log(f"class weights of {tasks}: {line}")
@@ -107,15 +101,28 @@ def class_weights(counts: np.ndarray, wanted: Sequence[float | None]) -> np.ndar
     return weights
 
 
-def objects_of_classes(sources: Sequence[DataSource], model: Model, task: str, repeats: Repeats | None) -> np.ndarray:
+def objects_of_classes(
+    sources: Sequence[DataSource],
+    model: Model,
+    task: str,
+    repeats: Repeats | None,
+    tiles: Sequence[TiledDataset] = (),
+) -> np.ndarray:
     """(C,) objects that a head learns from in an epoch, by the model's classes; those that it does not predict have 0.
 
     An object counts as often as an epoch shows its image. Crowd regions do not.
+
+    Args:
+        tiles: the training images of every source, where they are divided: an object then counts in every tile that
+            has it.
     """
     served = [other for other in model.tasks if serving_task(other, model.tasks) == task]
     counts = np.zeros(len(model.categories))
     for number, source in enumerate(sources):
         if not set(served) & set(source.tasks):
+            continue
+        if tiles:
+            counts += source.weight * np.array(tiles[number].counts.classes)
             continue
         labels, start = source.train.labels, source.train.start
         shown = np.full(len(source.train), source.weight) if repeats is None else repeats.factors[number]
@@ -125,7 +132,9 @@ def objects_of_classes(sources: Sequence[DataSource], model: Model, task: str, r
     return np.where([category.name in predicted for category in model.categories], counts, 0)
 
 
-def _described(weights: np.ndarray, counts: np.ndarray, names: Sequence[str], log: Callable[[str], None]) -> str:
+def _described(
+    weights: np.ndarray, counts: np.ndarray, names: Sequence[str], tiled: bool, log: Callable[[str], None]
+) -> str:
     """The weights of the classes that have objects, the highest first; classes of very few objects are warned of."""
     order = [index for index in np.argsort(-weights, kind="stable") if counts[index] > 0]
     if heavy := [index for index in order if weights[index] > HEAVY]:
@@ -136,7 +145,8 @@ def _described(weights: np.ndarray, counts: np.ndarray, names: Sequence[str], lo
         )
     missing = int((counts == 0).sum())
     without = f"; {missing} classes have no objects to learn from" if missing else ""
-    return f"{_some([f'{names[index]} {weights[index]:.3g}' for index in order])} (the mean over objects is 1){without}"
+    mean = f"the mean over objects{' in the tiles' if tiled else ''} is 1"
+    return f"{_some([f'{names[index]} {weights[index]:.3g}' for index in order])} ({mean}){without}"
 
 
 def _some(entries: Sequence[str]) -> str:

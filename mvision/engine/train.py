@@ -24,7 +24,7 @@ from mvision.data import Dataset, Loader, build_eval_loader, build_train_loader,
 from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
-from mvision.data.loading.tiles import lines_of_tiles
+from mvision.data.loading.tiles import lines_of_tiles, tiled_datasets
 from mvision.data.loading.workers import pick_workers, worker_context
 from mvision.engine.acceleration import compiled, set_for_training
 from mvision.engine.auto import decided, resumed, start_of
@@ -48,7 +48,7 @@ from mvision.engine.checks import (
 )
 from mvision.engine.epoch import train_epoch
 from mvision.engine.graphs import can_record, record_features
-from mvision.engine.imbalance import help_rare_classes
+from mvision.engine.imbalance import plan_repeats, weigh_classes
 from mvision.engine.optim import Ema, build_optimizer
 from mvision.engine.plan import describe_run, images_of, plural
 from mvision.engine.report import write_prediction_grid
@@ -329,9 +329,10 @@ def _loaders(
     }
     settings = config.train
     split = sources if len(sources) > 1 or sources[0].weight != 1 else sources[0].train
-    repeats = help_rare_classes(config, sources, model, log)
+    repeats = plan_repeats(config, sources, model, log)
     factors = None if repeats is None else repeats.factors
     train_loader = build_train_loader(split, config.data, seed=settings.seed, factors=factors, **shared)
+    weigh_classes(config, sources, model, repeats, tiled_datasets(train_loader), log)
     validation = []
     for source in sources:
         loader = build_eval_loader(source.val, config.data, **shared)

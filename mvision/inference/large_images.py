@@ -287,7 +287,7 @@ def _open_tiff(path: str | Path, rows: int, pixel_range: PixelRange | None) -> T
         decodable = error  # too large for it, or of a kind that Pillow does not read
     if find_spec("tifffile") is None:
         if decodable is None:
-            return DecodedPicture(path, (height, width), pixel_range)
+            return _decoded_whole(path, (height, width), pixel_range, f"the package tifffile is missing: {INSTALL}")
         if "are allowed" not in decodable.reason:
             raise decodable
         raise BadImage(path, f"{decodable.reason}; or read it in parts: the package tifffile is missing: {INSTALL}")
@@ -299,8 +299,14 @@ def _open_tiff(path: str | Path, rows: int, pixel_range: PixelRange | None) -> T
         return picture if picture.size[0] * picture.size[1] > BIG else None
     if decodable is not None:
         raise BadImage(path, f"{decodable.reason}; it cannot be read in parts: {obstacle}") from decodable
-    decoded = DecodedPicture(path, (height, width), pixel_range)
-    decoded.notes.append(f"large TIFF decoded whole: {obstacle}")
+    return _decoded_whole(path, (height, width), pixel_range, obstacle)
+
+
+def _decoded_whole(
+    path: str | Path, size: tuple[int, int], pixel_range: PixelRange | None, reason: str
+) -> DecodedPicture:
+    decoded = DecodedPicture(path, size, pixel_range)
+    decoded.notes.append(f"large TIFF decoded whole: {reason}")
     return decoded
 
 

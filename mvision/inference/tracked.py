@@ -16,11 +16,14 @@ import torch
 from PIL import Image
 
 from mvision.errors import UserError, printable
+from mvision.inference.large_images import ArrayPicture
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.predict import Predictor, Prepared, infer, modules_in_eval_mode, picture_array
 from mvision.inference.reading import DEFAULT_RATE, Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, AskedThreshold, Selection, resolve_threshold
 from mvision.inference.sources import Source, Sources, find_sources
+from mvision.inference.tiled import as_instances, infer_tiled
+from mvision.inference.tiles import Tiling, make_tiling
 from mvision.inference.tracking import DEFAULT_TRACKER, Tracker, check_tracker, detection_threshold
 from mvision.machine import PrecisionOption
 from mvision.structures import Instances
@@ -109,6 +112,9 @@ class TracksVideos:
         rate: float | None = None,
         multi_label: bool = False,
         nms: float | None = None,
+        tile: int | tuple[int, int] | None = None,
+        overlap: float | None = None,
+        whole: bool = True,
         precision: PrecisionOption = "auto",
         device: str | torch.device | None = None,
     ) -> Generator[Tracked, None, None]:
@@ -128,9 +134,9 @@ class TracksVideos:
             tracker: bytetrack, botsort, cbiou, mcbyte, ocsort or sort.
             threshold: the score (0..1) from which a detection starts a track and is reported without one; with most
                 methods, weaker detections continue a track. See ``predict_images``.
-            batch_size: frames per forward pass; None: one, but 8 on a GPU where frames need not be waited for.
+            batch_size: frames (or tiles) in a pass; None: one, but 8 on a GPU where frames need not be waited for.
             rate: frames per second of an iterable; None: 25. A video has its own.
-            multi_label, nms, precision, device: see ``Model.predict``.
+            multi_label, nms, tile, overlap, whole, precision, device: see ``Model.predict``.
 
         Yields:
             ``Tracked``: the picture, its ``Instances`` and the time.
@@ -139,6 +145,7 @@ class TracksVideos:
             UserError: as ``predict``; an unknown tracker, a source that is no video, or the package ``trackers`` is
                 missing. What cannot be decoded of a video is a warning of the logger ``mvision``.
         """
+        tiling = make_tiling(tile, overlap, whole)
         model: Predictor = self._for_prediction(precision, device)  # type: ignore[attr-defined]
         if all(self.head(task).kind == "regions" for task in self.tasks):  # type: ignore[attr-defined]
             raise UserError("track: this model finds regions of a class, no objects that could be followed")
@@ -146,19 +153,15 @@ class TracksVideos:
         Selection(from_score, multi_label, nms).check(model.config.categories)
         tracker_of = partial(Tracker, tracker, from_score)
         chosen = Selection(tracker_of(rate=DEFAULT_RATE).threshold_of_detections, multi_label, nms)
-        if isinstance(source, str | Path | int):
-            video = _video(source, rate)
-            live, frames = video.is_live, _frames_of_video(model, video)
-        elif isinstance(source, Iterable) and not isinstance(source, Image.Image):
-            of_frames = DEFAULT_RATE if rate is None else rate
-            tracker_of(rate=of_frames)  # one that cannot be is said now, not when the first frame comes
-            live, frames = not isinstance(source, Sized), _frames_given(model, source, of_frames)
+        live, frames = _frames(model, source, rate, tracker_of, None if tiling else model.config.image_size)
+        if tiling is None:
+            size = 1 if batch_size is None and live else batch_size
+            results = infer(model, frames, [chosen], size, 1 if live else None)
         else:
-            raise UserError(f"track: a {type(source).__name__}; give a video, a URL, a camera's number, or frames")
-        size = 1 if batch_size is None and live else batch_size
+            results = _infer_on_tiles(model, frames, tiling, chosen, batch_size, live)
         # A prepared copy computes in its own precision, whatever the caller's autocast is set to.
         autocast = nullcontext if model is self else partial(torch.autocast, model.device.type, enabled=False)
-        return _follow(model, infer(model, frames, [chosen], size, 1 if live else None), tracker_of, autocast)
+        return _follow(model, results, tracker_of, autocast)
 
 
 @dataclass
@@ -187,22 +190,73 @@ def _video(source: str | Path | int, rate: float | None) -> Source:
     return replace(found[0], required=True)
 
 
-def _frames_of_video(model: Predictor, video: Source) -> Generator[Prepared[_Shown], None, None]:
+def _frames(
+    model: Predictor,
+    source: str | Path | int | Iterable[Picture],
+    rate: float | None,
+    tracker_of: Callable[..., Tracker],
+    input_size: tuple[int, int] | None,
+) -> tuple[bool, Generator[Prepared[_Shown], None, None]]:
+    """Whether each frame is wanted soon, and the frames.
+
+    Args:
+        input_size: of the model's input; None: none is made, as tiles are cut from the pictures.
+
+    Raises:
+        UserError: see ``TracksVideos.track``.
+    """
+    if isinstance(source, str | Path | int):
+        video = _video(source, rate)
+        return video.is_live, _frames_of_video(model, video, input_size)
+    if isinstance(source, Iterable) and not isinstance(source, Image.Image):
+        of_frames = DEFAULT_RATE if rate is None else rate
+        tracker_of(rate=of_frames)  # one that cannot be is said now, not when the first frame comes
+        return not isinstance(source, Sized), _frames_given(model, source, of_frames, input_size)
+    raise UserError(f"track: a {type(source).__name__}; give a video, a URL, a camera's number, or frames")
+
+
+def _frames_of_video(
+    model: Predictor, video: Source, input_size: tuple[int, int] | None
+) -> Generator[Prepared[_Shown], None, None]:
     def prepare(frame: Frame) -> Prepared[_Shown]:
         if frame.problem:
             _log.warning("%s: %s", printable(video.shown), printable(frame.problem))
-        shown = _Shown(frame.image, frame.time, frame.rate)
-        return shown, None if frame.image is None else resize_image(frame.image, model.config.image_size), frame.size
+        return _prepared(_Shown(frame.image, frame.time, frame.rate), input_size)
 
     return ordered_map(prepare, read_frames([video], pixel_range=model.config.pixel_range), workers=2, ahead=2)
 
 
 def _frames_given(
-    model: Predictor, pictures: Iterable[Picture], rate: float
+    model: Predictor, pictures: Iterable[Picture], rate: float, input_size: tuple[int, int] | None
 ) -> Generator[Prepared[_Shown], None, None]:
     for index, picture in enumerate(pictures):
         image = picture_array(picture, model.config.pixel_range)
-        yield _Shown(image, index / rate, rate), resize_image(image, model.config.image_size), image.shape[:2]
+        yield _prepared(_Shown(image, index / rate, rate), input_size)
+
+
+def _prepared(shown: _Shown, input_size: tuple[int, int] | None) -> Prepared[_Shown]:
+    if shown.image is None:
+        return shown, None, (0, 0)
+    height, width = shown.image.shape[:2]
+    return shown, None if input_size is None else resize_image(shown.image, input_size), (height, width)
+
+
+def _infer_on_tiles(
+    model: Predictor,
+    frames: Generator[Prepared[_Shown], None, None],
+    tiling: Tiling,
+    chosen: Selection,
+    batch_size: int | None,
+    live: bool,
+) -> Generator[tuple[_Shown, list[Instances] | None], None, None]:
+    """As ``infer``. Tiles of several frames share batches, but a live frame does not wait for the one behind it."""
+    pictures = ((shown, None if shown.image is None else ArrayPicture(shown.image)) for shown, _, _ in frames)
+    with closing(frames):
+        for together in ([picture] for picture in pictures) if live else [pictures]:
+            with closing(infer_tiled(model, together, tiling, [chosen], batch_size)) as results:
+                for shown, found in results:
+                    # Windows of a picture in memory can always be read.
+                    yield shown, [as_instances(one) for one in found] if isinstance(found, list) else None
 
 
 def _follow(

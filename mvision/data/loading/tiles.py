@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +38,7 @@ class TileCounts:
         dropped: parts that are too small to be kept.
         lost: objects that are in no tile.
         most: objects in one tile.
+        classes: by label, how often objects of a class are in a tile, whole or cut.
     """
 
     pictures: int = 0
@@ -50,6 +51,7 @@ class TileCounts:
     dropped: int = 0
     lost: int = 0
     most: int = 0
+    classes: list[int] = field(default_factory=list)
 
 
 class TiledDataset(Dataset):
@@ -75,14 +77,17 @@ class TiledDataset(Dataset):
         tasks: Collection[str] | None = None,
         reduce: bool = True,
         pixel_range: PixelRange | None = None,
+        validate: bool = True,
     ) -> None:
-        super().__init__(split, augment, seed, mask_stride, None, True, tasks, reduce, pixel_range)
+        super().__init__(split, augment, seed, mask_stride, None, validate, tasks, reduce, pixel_range)
         self.pictures = Dataset(split, None, seed, None, cache, False, None, reduce, pixel_range)
         self.tiling: Tiling = tiles.tiling
         self.settings = tiles
         self.counts = TileCounts(len(split.records))
         self._grids = [self.tiling.grid((record.height, record.width)) for record in split.records]
-        every = [self._tiles_of(index, grid) for index, grid in enumerate(self._grids)]
+        shown = np.zeros(len(split.categories), np.int64)
+        every = [self._tiles_of(index, grid, shown) for index, grid in enumerate(self._grids)]
+        self.counts.classes = shown.tolist()
         chosen = np.concatenate(every) if every else np.zeros((0, 3), np.int64)
         if self.augmented:
             chosen = chosen[self._used(chosen[:, 2] > 0)]
@@ -140,33 +145,40 @@ class TiledDataset(Dataset):
         return np.flatnonzero(np.isin(self._picture, list(pictures))).tolist()
 
     def lines(self, name: str) -> list[str]:
-        """What the pictures and objects have become, for the user."""
+        """What the pictures and objects have become, for the user of a training or an evaluation."""
         counts, settings = self.counts, self.settings
         height, width = settings.size
         used = len(self.records)
         empty = f"{counts.empty} without objects" + (
             f", of which {counts.left_out} are left out: data.tile.empty {settings.empty:g}" if counts.left_out else ""
         )
-        lines = [
+        return [
             f"{name}: {counts.pictures} images are {used} tiles of {width} x {height} pixels, overlap "
             f"{settings.overlap:g} ({empty}); {counts.objects} objects are in them {counts.whole} times whole and "
-            f"{counts.cut} times cut, up to {counts.most} in one"
+            f"{counts.cut} times cut, up to {counts.most} in one",
+            *(f"  ! {problem}" for problem in self.problems()),
         ]
+
+    def problems(self) -> list[str]:
+        """What is not learned of the objects."""
+        counts, visible, lines = self.counts, self.settings.visible, []
         if counts.dropped:
             lines.append(
-                f"  ! {counts.dropped} x tile that shows less of an object than data.tile.visible "
-                f"{settings.visible:g}: not labelled there"
+                f"{counts.dropped} x tile that shows less of an object than data.tile.visible {visible:g}: not "
+                "labelled there"
             )
         if counts.lost:
             lines.append(
-                f"  ! {counts.lost} x object of which no tile shows {settings.visible:g}: never learned; larger tiles "
-                "or a smaller data.tile.visible show it"
+                f"{counts.lost} x object of which no tile shows {visible:g}: never learned; larger tiles or a smaller "
+                "data.tile.visible show it"
             )
         return lines
 
-    def _tiles_of(self, picture: int, grid: Grid) -> np.ndarray:
-        """(T, 3): the picture, the number of the tile, and how many objects are in it. Counts what becomes of them."""
+    def _tiles_of(self, picture: int, grid: Grid, shown: np.ndarray) -> np.ndarray:
+        """(T, 3): the picture, the number of the tile, and how many objects are in it. Counts what becomes of them,
+        by class in ``shown`` (C,)."""
         labels = self.pictures.labels(picture)
+        objects = labels.labels[~labels.crowd]
         boxes = labels.boxes[~labels.crowd] * np.tile(grid.size[::-1], 2)
         windows, found = grid.windows(), np.zeros(len(grid), np.int64)
         seen = np.zeros(len(boxes), dtype=bool)
@@ -174,6 +186,7 @@ class TiledDataset(Dataset):
             keep, visible = self._kept(boxes, windows[begin : begin + CHUNK])
             found[begin : begin + CHUNK] = keep.sum(axis=1)
             seen |= keep.any(axis=0)
+            np.add.at(shown, objects, keep.sum(axis=0))
             is_whole = visible >= 1 - 1e-6
             self.counts.whole += int((keep & is_whole).sum())
             self.counts.cut += int((keep & ~is_whole).sum())
@@ -248,13 +261,14 @@ def _scaled(grid: Grid, number: int, size: tuple[int, ...]) -> tuple[int, int, i
 
 def lines_of_tiles(train: object, *validation: object) -> list[str]:
     """What the pictures and objects of a run's loaders have become, where they have tiles."""
-    lines = []
-    for name, loader in (("train", train), *(("val", one) for one in validation)):
-        dataset = getattr(loader, "dataset", None)
-        for part in getattr(dataset, "datasets", [dataset]):
-            if isinstance(part, TiledDataset):
-                lines += part.lines(name)
-    return lines
+    named = (("train", train), *(("val", one) for one in validation))
+    return [line for name, loader in named for tiled in tiled_datasets(loader) for line in tiled.lines(name)]
+
+
+def tiled_datasets(loader: object) -> list[TiledDataset]:
+    """The data sets of a loader in their order, where they have tiles; else none."""
+    dataset = getattr(loader, "dataset", None)
+    return [part for part in getattr(dataset, "datasets", [dataset]) if isinstance(part, TiledDataset)]
 
 
 def is_read_in_parts(path: Path, tiles: TileConfig) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +22,7 @@ from mvision.data.loading.dataset import Dataset
 from mvision.data.loading.folders import Folder, needs, open_folders
 from mvision.data.loading.pixel_range import choose_pixel_range
 from mvision.data.loading.sources import DataSource, read_data_sources
+from mvision.data.tools.check_tiles import TileReport, report_tiles
 from mvision.errors import UserError, printable, shortened
 from mvision.heads import known_tasks
 from mvision.machine import cores
@@ -46,6 +47,7 @@ class SplitReport:
         object_sizes: objects by COCO's limits of area: small < 32 x 32 <= medium < 96 x 96 <= large, in pixels.
         most_objects: in one image.
         decoded: whether every image was read, not only its entry.
+        tiles: what its images are divided into, where ``data.tile`` is set.
         problems: see ``Problem``.
     """
 
@@ -62,6 +64,7 @@ class SplitReport:
     object_sizes: dict[str, int] = field(default_factory=dict)
     most_objects: int = 0
     decoded: bool = False
+    tiles: TileReport | None = None
     problems: list[Problem] = field(default_factory=list)
 
 
@@ -171,7 +174,19 @@ def check(
             _decode(split, progress)
             report.splits[name].decoded = True
         report.splits[name].problems = list(split.problems)
+        is_trained = name == config.data.train if splits else name.rpartition("/")[2] == "train"
+        _divide(split, report, name, config, is_trained)
     return report
+
+
+def _divide(split: CocoSplit, report: Report, name: str, config: Config, is_trained: bool) -> None:
+    """Add what becomes of the images on tiles, where the config asks for some."""
+    if config.data.tile is None:
+        return
+    try:
+        report.splits[name].tiles = report_tiles(split, config.data.tile, is_trained, config.train.seed)
+    except UserError as error:
+        report.refused = report.refused or str(error)
 
 
 def _read_named(config: Config, names: Sequence[str]) -> tuple[Report, dict[str, CocoSplit]]:
@@ -342,15 +357,26 @@ def _split_lines(split: SplitReport) -> list[str]:
     if split.error is not None:
         return [f"! {split.error}"]
     sizes = ", ".join(f"{size} ({count})" for size, count in split.image_sizes.items())
-    ranked = sorted(split.classes.items(), key=lambda item: -item[1])
-    classes = ", ".join(f"{shortened(printable(name), MAX_NAME)} {count}" for name, count in ranked[:LISTED])
-    rest = f", and {len(ranked) - LISTED} more" if len(ranked) > LISTED else ""
     objects = ", ".join(f"{count} {size}" for size, count in split.object_sizes.items())
     return [
         f"images       {split.images} ({split.empty_images} without objects): {sizes}",
         f"objects      {split.objects} (at most {split.most_objects} in an image): {objects}; {split.crowds} crowds",
         f"with masks   {split.with_masks}",
         f"with points  {split.with_keypoints}",
-        f"classes      {len(ranked)}: {classes}{rest}",
+        f"classes      {_class_list(split.classes)}",
         "files        " + ("all images read" if split.decoded else "not opened (quick check)"),
+        *_tile_lines(split.tiles),
     ]
+
+
+def _tile_lines(tiles: TileReport | None) -> list[str]:
+    if tiles is None:
+        return []
+    shown = [f"  by class   {_class_list(tiles.classes)}"] if tiles.trained else []
+    return [*tiles.lines(), *shown, *(f"! {problem}" for problem in tiles.problems)]
+
+
+def _class_list(classes: Mapping[str, int]) -> str:
+    ranked = sorted(classes.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{shortened(printable(name), MAX_NAME)} {count}" for name, count in ranked[:LISTED])
+    return f"{len(ranked)}: {shown}" + (f", and {len(ranked) - LISTED} more" if len(ranked) > LISTED else "")
