@@ -134,6 +134,8 @@ def _open_litert(path: Path) -> Graph:
     def run(image: np.ndarray) -> list[np.ndarray]:
         interpreter.set_tensor(images["index"], image)
         interpreter.invoke()
-        return [interpreter.get_tensor(output["index"]) for output in outputs]
+        values = [interpreter.get_tensor(output["index"]) for output in outputs]
+        # The converter makes 32 bits of all integers, and PyTorch takes indices of 64.
+        return [value.astype(np.int64) if value.dtype == np.int32 else value for value in values]
 
     return Graph([tuple(output["shape"].tolist()) for output in outputs], tuple(images["shape"].tolist()), run)
