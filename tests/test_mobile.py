@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 from mvision import UserError, load
+from mvision.cli.main import cli
 from mvision.commands.export import export
 from mvision.commands.info import info_text
 from mvision.commands.predict import predict_job
@@ -28,6 +31,7 @@ from tests.decoder_inputs import DFINE
 from tests.test_joint import TASKS, make_model
 
 ALL = [*TASKS, "semantic-seg"]
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "deploy.md").read_text(encoding="utf-8")
 TOLERANCE = 1e-4  # of probabilities and coordinates in 0..1
 
 
@@ -222,12 +226,31 @@ def test_a_maximum_is_traced_without_its_index() -> None:
         assert torch.equal(found, expected)
 
 
+def test_the_page_on_deployment(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its commands parse, and its code reads the description of a file."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "best.pte").write_bytes(b"graph")
+    append_description(tmp_path / "best.pte", {"outputs": ["a"], "model": {"categories": []}})
+    (block,) = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    names: dict[str, Any] = {}
+    exec(block, names)
+    assert names["described"]["outputs"] == ["a"]
+    lines = re.findall(r"^mvision (.*)$", PAGE, flags=re.M)
+    assert len(lines) == 4
+    for line in lines:
+        name, *arguments = shlex.split(line)
+        command = cli.commands[name]
+        command.make_context("mvision", arguments)
+    for form in FORMATS:
+        assert f"| `{form}` | `best{ENDINGS.get(form, '_openvino/')}` |" in PAGE
+
+
 def convertible(form: str) -> None:
     for package in PACKAGES[form]:
         pytest.importorskip(package)
 
 
-@pytest.fixture(scope="module", params=MOBILE)
+@pytest.fixture(scope="module", params=[pytest.param(form, marks=pytest.mark.timeout(1200)) for form in MOBILE])
 def real(request: pytest.FixtureRequest, weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file as the converter makes it, with all four tasks."""
     convertible(request.param)
