@@ -68,8 +68,7 @@ def benchmark_model(
         tasks: of the model; empty: detection, or all that the weights have.
         batches: images per call; empty: ``BATCHES``.
         precisions: ``fp32`` or ``bf16``; empty: both.
-        runtimes: of ``RUNTIMES`` and ``MORE``; empty: ``RUNTIMES``. Exported ones run on a CPU only. ``eager`` is
-            always measured.
+        runtimes: of ``RUNTIMES`` and ``MORE``; empty: ``RUNTIMES``. Exports run on a CPU only; ``eager`` always runs.
         repeats: most rounds.
         device: None: the first GPU, else the CPU.
         log: is called with a line per step.
