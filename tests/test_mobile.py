@@ -131,6 +131,7 @@ def test_one_image_size_alone(weights: Path, stood_in: str, tmp_path: Path) -> N
     assert ExportedModel(path)(torch.zeros(0, 3, 64, 96, dtype=torch.uint8))["detection"]["boxes"].shape == (0, 10, 4)
 
 
+@pytest.mark.parametrize("form", ["executorch"], indirect=True)
 @pytest.mark.parametrize("what", ["a byte of the graph", "no archive", "compressed", "other outputs", "no checksum"])
 def test_damaged_and_foreign_files(weights: Path, stood_in: str, tmp_path: Path, what: str) -> None:
     path = made(weights, stood_in, tmp_path)
@@ -216,11 +217,11 @@ def test_a_maximum_is_traced_without_its_index() -> None:
                 }
             }
 
-    names = [("t", name) for name in "abcdefgh"]
+    names = [("t", name) for name in "abcdefghi"]
     images = torch.rand(1, 3, 4, 5)
     program = torch.export.export(SimpleOutputs(Best(), names), (images,), strict=False)  # type: ignore[arg-type]
     operators = [str(node.target) for node in program.graph.nodes]
-    assert not any("max.dim" in operator for operator in operators)
+    assert not any("max.dim" in operator or "pow" in operator or "square" in operator for operator in operators)
     assert sum("argmax" in operator for operator in operators) == 2, "none for a single value"
     for found, expected in zip(program.module()(images), Best()(images)["t"].values()):
         assert torch.equal(found, expected)

@@ -54,8 +54,8 @@ def write_export(
         UserError: the model cannot be written with this opset, or in this format.
         OSError: the disk is full, or its folder cannot be written.
     """
-    described = {"version": __version__, "weights": weights, "precision": "fp32"}
-    described |= {"model": model.config.model_dump(mode="json")}
+    model_described = model.config.model_dump(mode="json")
+    described = {"version": __version__, "weights": weights, "precision": "fp32", "model": model_described}
     if format in MOBILE:
         write_mobile(model, path, format, described)
         return

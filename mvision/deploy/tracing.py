@@ -37,7 +37,8 @@ class SimpleOutputs(FlatOutputs):
 
 
 class _SimpleOperators(TorchFunctionMode):
-    """LiteRT's converter has no ``max`` that also returns indices, and no ``argmax`` where there is one value only."""
+    """LiteRT's converter has no ``max`` that also returns indices, no ``argmax`` where there is one value only, and no
+    powers of tensors with five dimensions, which a square becomes."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -48,6 +49,8 @@ class _SimpleOperators(TorchFunctionMode):
         ):
             values, *where = args
             return torch.return_types.max((values.amax(*where, **kwargs), self._argmax(values, *where, **kwargs)))
+        if func in (torch.square, Tensor.square):
+            return args[0] * args[0]
         if func in (torch.argmax, Tensor.argmax):
             return self._argmax(*args, **kwargs)
         return func(*args, **kwargs)
