@@ -37,8 +37,10 @@ class SimpleOutputs(FlatOutputs):
 
 
 class _SimpleOperators(TorchFunctionMode):
-    """LiteRT's converter has no ``max`` that also returns indices, no ``argmax`` where there is one value only, and no
-    powers of tensors with five dimensions, which a square becomes."""
+    """LiteRT's converter has no ``max`` that also returns indices, no ``argmax`` where there is one value only, no
+    powers of tensors with five dimensions (which squares become), and sorts, which its runtime lacks, where the values
+    of ``topk`` are used without their indices.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -49,6 +51,10 @@ class _SimpleOperators(TorchFunctionMode):
         ):
             values, *where = args
             return torch.return_types.max((values.amax(*where, **kwargs), self._argmax(values, *where, **kwargs)))
+        if func in (torch.topk, Tensor.topk):
+            dim = kwargs.get("dim", args[2] if len(args) > 2 else -1)
+            indices = func(*args, **kwargs).indices
+            return torch.return_types.topk((args[0].gather(dim, indices), indices))
         if func in (torch.square, Tensor.square):
             return args[0] * args[0]
         if func in (torch.argmax, Tensor.argmax):
