@@ -196,34 +196,28 @@ def test_a_missing_package_is_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_maximum_is_traced_without_its_index() -> None:
-    class Best(nn.Module):
-        config = None
+class _Kinds(nn.Module):
+    """What files for phones write in other operators."""
 
-        def forward(self, images: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
-            values, index = images.max(-1)
-            one = images[..., :1]
-            kept, again = torch.max(images, dim=1, keepdim=True)
-            return {
-                "t": {
-                    "a": values,
-                    "b": index,
-                    "c": kept,
-                    "d": again,
-                    "e": images.max(),
-                    "f": images.max(images),
-                    "g": one.argmax(-1),
-                    "h": one.max(3, True)[1],
-                }
-            }
+    def forward(self, images: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
+        one = images[..., :1]
+        values, index = images.max(-1)
+        kept, again = torch.max(images, dim=1, keepdim=True)
+        outputs = (values, index, kept, again, images.max(), images.max(images), one.argmax(-1), one.max(3, True)[1])
+        outputs = (*outputs, images.square(), images.topk(2, -1).values, *torch.topk(images, 2, dim=2))
+        return {"t": dict(zip("abcdefghijkl", outputs))}
 
-    names = [("t", name) for name in "abcdefghi"]
+
+def test_operators_that_converters_lack_are_written_in_others() -> None:
+    """With the same results: maxima with their indices, squares, and the values of ``topk``."""
+    names = [("t", name) for name in "abcdefghijkl"]
     images = torch.rand(1, 3, 4, 5)
-    program = torch.export.export(SimpleOutputs(Best(), names), (images,), strict=False)  # type: ignore[arg-type]
+    program = torch.export.export(SimpleOutputs(_Kinds(), names), (images,), strict=False)  # type: ignore[arg-type]
     operators = [str(node.target) for node in program.graph.nodes]
     assert not any("max.dim" in operator or "pow" in operator or "square" in operator for operator in operators)
     assert sum("argmax" in operator for operator in operators) == 2, "none for a single value"
-    for found, expected in zip(program.module()(images), Best()(images)["t"].values()):
+    assert sum("gather" in operator for operator in operators) == 2, "values by their indices"
+    for found, expected in zip(program.module()(images), _Kinds()(images)["t"].values()):
         assert torch.equal(found, expected)
 
 
