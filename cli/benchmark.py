@@ -79,7 +79,11 @@ def encoder(
     "--precision", "precisions", multiple=True, metavar="P", help="fp32, bf16.  [default: those of the device]"
 )
 @click.option(
-    "--runtime", "runtimes", multiple=True, metavar="R", help="eager, compiled, onnx, openvino.  [default: all]"
+    "--runtime",
+    "runtimes",
+    multiple=True,
+    metavar="R",
+    help="eager, compiled, onnx, openvino (all of these by default), executorch, litert.",
 )
 @click.option("--repeats", type=ROUNDS, default=15, show_default=True, metavar="N", help="Most rounds.")
 @output_option

@@ -9,20 +9,20 @@ import click
 from mvision.cli.options import WEIGHTS, ImageSize, OneOf, echo, family_option
 
 
-@click.command(short_help="Write a model for ONNX Runtime or OpenVINO.")
+@click.command(short_help="Write a model for ONNX Runtime, OpenVINO, ExecuTorch or LiteRT.")
 @click.option("--weights", required=True, metavar="W", help=f"What to export: {WEIGHTS}.")
 @click.option(
     "--format",
-    type=OneOf(["onnx", "openvino"]),
+    type=OneOf(["onnx", "openvino", "executorch", "litert"]),
     default="onnx",
     show_default=True,
     metavar="F",
-    help="onnx or openvino.",
+    help="onnx, openvino; for phones: executorch (.pte), litert (.tflite).",
 )
 @family_option
 @click.option("--task", "tasks", multiple=True, metavar="T", help="Tasks.  [default: all of the weights]")
 @click.option("--image-size", type=ImageSize(), metavar="N|HxW", help="Multiples of 32.  [default: the model's]")
-@click.option("--dynamic-size", is_flag=True, help="Accept images of any size in multiples of 32.")
+@click.option("--dynamic-size", is_flag=True, help="Accept images of any size in multiples of 32 (onnx, openvino).")
 @click.option("--opset", type=int, metavar="N", help="Version of ONNX's operators, 17 or higher.  [default: torch's]")
 @click.option("--int8", is_flag=True, help="Quantise (openvino only), and measure the loss of AP.")
 @click.option("--data", metavar="DIR", help="Data for --int8.  [default: the built-in data set]")
@@ -30,7 +30,7 @@ from mvision.cli.options import WEIGHTS, ImageSize, OneOf, echo, family_option
     "--output",
     type=click.Path(path_type=Path),
     metavar="PATH",
-    help="A .onnx file, or a folder; replaces nothing but an earlier export.  [default: beside the weights]",
+    help="A file, or a folder for openvino; replaces nothing but an earlier export.  [default: beside the weights]",
 )
 def export(
     weights: str,
@@ -44,7 +44,9 @@ def export(
     data: str | None,
     output: Path | None,
 ) -> None:
-    """Export a model, with any batch size, and compare it with PyTorch; if the outputs differ nothing is written.
+    """Export a model and compare it with PyTorch; if the outputs differ nothing is written.
+
+    ONNX and OpenVINO take any batch size, files for phones one image at a time.
 
     With --int8 the model is calibrated on training images and measured on validation images. The exit code is 2 if it
     lost more than 1 % of a task's AP, or had no AP to lose.

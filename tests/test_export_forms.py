@@ -10,9 +10,10 @@ import torch
 
 from mvision import Model, create_model
 from mvision.deploy.compare import difference
-from mvision.deploy.export import quiet, write_export, write_openvino
+from mvision.deploy.export import write_export, write_openvino
 from mvision.deploy.exported import ExportedModel
 from mvision.deploy.sessions import DESCRIPTION
+from mvision.deploy.tracing import quiet
 from tests.test_joint import CATEGORIES
 
 pytest.importorskip("onnxscript")

@@ -19,6 +19,7 @@ from mvision.commands.benchmark_timing import alternate, median_ratio
 from mvision.commands.export import export
 from mvision.config import load_config
 from mvision.deploy.exported import ExportedModel
+from mvision.deploy.formats import ENDINGS, MOBILE
 from mvision.errors import UserError, did_you_mean
 from mvision.evaluation.tables import markdown_table, markdown_text
 from mvision.fast.prepare import PRECISIONS, prepare
@@ -38,8 +39,9 @@ from mvision.weights import load, save_weights
 
 PICTURE = (480, 640)  # height and width of the images that are resized to the model's input
 BATCHES = (1, 8)
-EXPORTED = ("onnx", "openvino")
-RUNTIMES = ("eager", "compiled", *EXPORTED)
+RUNTIMES = ("eager", "compiled", "onnx", "openvino")
+MORE = MOBILE  # measured where they are asked for: they are for other machines, and their converters are large
+EXPORTED = ("onnx", "openvino", *MORE)
 REFERENCE = ("eager", "fp32")
 
 
@@ -73,7 +75,7 @@ def benchmark_model(
         tasks: of the model; empty: detection, or all that the weights have.
         batches: images per call; empty: ``BATCHES``.
         precisions: ``fp32`` or ``bf16``; empty: both, where the device computes in bf16.
-        runtimes: of ``RUNTIMES``; empty: all. Exported ones run on a CPU only. ``eager`` is always measured.
+        runtimes: of ``RUNTIMES`` and ``MORE``; empty: ``RUNTIMES``. Exports run on a CPU only; ``eager`` always runs.
         repeats: most rounds.
         device: None: the first GPU, else the CPU.
         log: is called with a line per step.
@@ -81,7 +83,7 @@ def benchmark_model(
     Raises:
         UserError: an unknown model, a runtime or precision that does not exist here, or a missing package.
     """
-    _check_choice("--runtime", runtimes, RUNTIMES)
+    _check_choice("--runtime", runtimes, (*RUNTIMES, *MORE))
     _check_choice("--precision", precisions, PRECISIONS)
     if model is not None and weights is not None:
         raise UserError("--model and --weights: give one of them")
@@ -200,9 +202,10 @@ def _candidates(
             if device.type != "cpu":
                 continue
             save_weights(plain, folder / "model.safetensors")
+            path = path.with_name(f"model{ENDINGS.get(runtime, '')}")
             export(str(folder / "model.safetensors"), format=runtime, output=path, log=log)
         for precision in precisions:
-            if runtime == "onnx" and precision != "fp32":
+            if runtime in ENDINGS and precision != "fp32":
                 continue
             call: Callable[[Tensor], Any]
             if runtime in EXPORTED:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mvision.config import parse_model_config
-from mvision.deploy.export import FORMATS, compare_with_pytorch, write_export
+from mvision.deploy.export import compare_with_pytorch, write_export
 from mvision.deploy.exported import export_path, is_exported
+from mvision.deploy.formats import FORMATS, MOBILE, NAMES, PACKAGES
 from mvision.deploy.opset import LOWEST
 from mvision.deploy.output import check_target, complete, place, scratch, writing
 from mvision.deploy.quantise import Quantised, quantise
@@ -36,14 +37,14 @@ def export(
 
     Args:
         weights, family: any source that ``mvision.load`` takes, but an exported model.
-        format: ``onnx``, a file, or ``openvino``, a folder.
+        format: ``onnx``, ``executorch`` or ``litert``, a file, or ``openvino``, a folder.
         tasks: the tasks to export; empty: all that the weights have.
         image_size: (height, width); None is the model's own.
-        dynamic_size: accept images of any size in multiples of 32.
+        dynamic_size: accept images of any size in multiples of 32; not for phones (``MOBILE``).
         opset: version of ONNX's operators, 17 or higher; None: torch's choice.
         int8: quantise the OpenVINO model, and measure the loss of AP.
         data: data folder to calibrate and measure INT8 with; None: the built-in data set.
-        output: the file, which gets the ending ``.onnx`` if it has none, or the folder. Only an earlier export of
+        output: the file, which gets the ending of its format if it has none, or the folder. Only an earlier export of
             mvision is replaced. None: beside the weights, or in the working folder for weights from the Hub.
         log: is called with a line for each compared shape, each quantised candidate and the path that was written.
 
@@ -52,10 +53,10 @@ def export(
 
     Raises:
         UserError: unknown weights or format, a missing package, a path that cannot be written or holds something else,
-            an opset that is not available for this model, or different outputs.
+            an opset that is not available for this model, a format that lacks its operators, or different outputs.
     """
-    _check_options(format, int8, opset)
-    require("onnxscript", "onnxruntime" if format == "onnx" else "openvino", *(["nncf"] if int8 else []))
+    _check_options(format, int8, opset, dynamic_size)
+    require(*PACKAGES[format], *(["nncf"] if int8 else []))
     if is_exported(weights):
         raise UserError(f"--weights {weights}: is an exported model already; give the weights that it was made from")
     source = resolve_weights(weights)
@@ -89,13 +90,17 @@ def _load(weights: str, tasks: Sequence[str], family: str | None, image_size: tu
     return model.fuse()
 
 
-def _check_options(format: str, int8: bool, opset: int | None) -> None:
+def _check_options(format: str, int8: bool, opset: int | None, dynamic_size: bool) -> None:
     if format not in FORMATS:
         raise UserError(f"--format {format}: {did_you_mean(format, FORMATS)}")
     if int8 and format != "openvino":
         raise UserError(f"--int8 with --format {format}: INT8 is available for openvino only")
     if opset is not None and format != "onnx":
         raise UserError(f"--opset {opset} with --format {format}: opsets are versions of ONNX")
+    if dynamic_size and format in MOBILE:
+        raise UserError(
+            f"--dynamic-size with --format {format}: {NAMES[format]} files have one size; --image-size sets it"
+        )
     if opset is not None and opset < LOWEST:
         raise UserError(f"--opset {opset}: {LOWEST} is the lowest that can be written")
 

@@ -1,55 +1,40 @@
-"""Writing a model as ONNX or OpenVINO, and comparing the file with PyTorch.
+"""Writing a model for another runtime, and comparing the file with PyTorch.
 
 The graph contains the whole model up to its raw outputs. It takes ``images`` (B, 3, H, W) uint8 RGB with any batch size
-and returns one tensor per output, named ``TASK.OUTPUT`` (``detection.boxes``, ``instance-seg.masks``, ...).
-Normalisation is part of the graph; post-processing is not, because it depends on the threshold and on the sizes of the
-original images. The model's config is stored in the file.
+(in files for phones: one image) and returns one tensor per output, named ``TASK.OUTPUT`` (``detection.boxes``,
+``instance-seg.masks``, ...). Normalisation is part of the graph; post-processing is not, because it depends on the
+threshold and on the sizes of the original images. The model's config is stored in the file.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mvision import __version__
 from mvision.compat import ONNX_NAME_SCOPES
 from mvision.deploy.compare import TOLERANCE, difference
 from mvision.deploy.coordinates import coordinate_operators, mark
 from mvision.deploy.exported import ExportedModel
+from mvision.deploy.formats import MOBILE
+from mvision.deploy.mobile_export import write_mobile
 from mvision.deploy.opset import TORCH_OPSET, check_file, set_opset
 from mvision.deploy.output import data_name
 from mvision.deploy.sessions import DESCRIPTION, XML
+from mvision.deploy.tracing import FlatOutputs, output_names, quiet
 from mvision.errors import UserError
 from mvision.model import Model
 from mvision.weights.stored import first_line
 
-FORMATS = ("onnx", "openvino")
 BATCHES = (1, 4)  # batch sizes that are compared
 LARGE = 1_800_000_000  # bytes of weights from which on they get a file of their own: one ONNX file holds 2 GB
 STEP = 32  # image sides are multiples of the coarsest stride
-
-
-class _FlatOutputs(nn.Module):
-    """A model whose outputs are a tuple in a fixed order."""
-
-    def __init__(self, model: Model, names: Sequence[tuple[str, str]]) -> None:
-        super().__init__()
-        self.model, self.names = model, names
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        outputs = self.model(images)
-        return tuple(outputs[task][name] for task, name in self.names)
 
 
 def write_export(
@@ -58,23 +43,28 @@ def write_export(
     """Write a fused model.
 
     Args:
-        path: a file for ``onnx``, a new folder for ``openvino``.
+        path: a new folder for ``openvino``, a file for the others.
         format: one of ``FORMATS``.
-        dynamic_size: the graph takes images of any size in multiples of 32; otherwise of ``config.image_size`` only.
+        dynamic_size: the graph takes images of any size in multiples of 32; otherwise of ``config.image_size`` only,
+            as files for phones always do.
         weights: SHA-256 of the weights file; by it a run's folder knows the export of its weights.
         opset: version of ONNX's operators, see ``set_opset``; None: torch's choice.
 
     Raises:
-        UserError: the model cannot be written with this opset.
+        UserError: the model cannot be written with this opset, or in this format.
         OSError: the disk is full, or its folder cannot be written.
     """
+    model_described = model.config.model_dump(mode="json")
+    described = {"version": __version__, "weights": weights, "precision": "fp32", "model": model_described}
+    if format in MOBILE:
+        write_mobile(model, path, format, described)
+        return
     import onnx_ir
 
     graph = _onnx_program(model, dynamic_size, opset).model
     if opset is not None:
         set_opset(graph, opset)
-    described = {"version": __version__, "weights": weights, "precision": "fp32"}
-    description = json.dumps({**described, "model": model.config.model_dump(mode="json")})
+    description = json.dumps(described)
     graph.metadata_props[DESCRIPTION] = description
     file = path if format == "onnx" else path.with_name("model.onnx")
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values() if value.const_value is not None)
@@ -125,19 +115,6 @@ def compare_with_pytorch(model: Model, path: Path, dynamic_size: bool = False) -
     return lines
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the log lines, warnings and progress bars of the libraries that convert models."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-
-
 def _onnx_program(model: Model, dynamic_size: bool, opset: int | None) -> torch.onnx.ONNXProgram:
     height, width = model.config.image_size
     images = torch.zeros(2, 3, height, width, dtype=torch.uint8)
@@ -146,9 +123,9 @@ def _onnx_program(model: Model, dynamic_size: bool, opset: int | None) -> torch.
         rows, columns = (torch.export.Dim(name, min=2, max=64) for name in ("rows", "columns"))
         shape |= {2: STEP * rows, 3: STEP * columns}
     with quiet(), torch.no_grad():
-        names = [(task, name) for task, outputs in model(images).items() for name in outputs]
+        names = output_names(model, images)
         program = torch.onnx.export(
-            _FlatOutputs(model, names).eval(),
+            FlatOutputs(model, names).eval(),
             (images,),
             dynamo=True,
             dynamic_shapes=(shape,),

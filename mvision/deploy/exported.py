@@ -1,4 +1,4 @@
-"""Exported models, run by ONNX Runtime or OpenVINO, for prediction and evaluation as a ``Model`` is used."""
+"""Exported models, run outside PyTorch, for prediction and evaluation as a ``Model`` is used."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mvision.deploy.formats import ENDINGS, runtime_of
 from mvision.deploy.output import restore
 from mvision.deploy.sessions import BIN, XML, Description, Session, open_session
 from mvision.errors import UserError
@@ -22,9 +23,9 @@ SLACK = 2**26  # numbers that a model can have besides those that its file has b
 
 
 def is_exported(source: str | Path) -> bool:
-    """Whether a source of weights is an ONNX file or an OpenVINO folder."""
+    """Whether a source of weights is a file of ONNX, ExecuTorch or LiteRT, or an OpenVINO folder."""
     path = Path(source)
-    if path.suffix.lower() in (".onnx", ".xml"):
+    if runtime_of(path) is not None or path.suffix.lower() == ".xml":
         return True
     try:
         restore(path)
@@ -34,17 +35,17 @@ def is_exported(source: str | Path) -> bool:
 
 
 def export_path(file: Path, format: str) -> Path:
-    """The default path of a weights file's export; ``format`` is ``onnx``, ``openvino`` or ``openvino_int8``."""
-    return file.with_suffix(".onnx") if format == "onnx" else file.with_name(f"{file.stem}_{format}")
+    """The default path of a weights file's export; ``format`` is one of ``FORMATS``, or ``openvino_int8``."""
+    return file.with_suffix(ENDINGS[format]) if format in ENDINGS else file.with_name(f"{file.stem}_{format}")
 
 
 class ExportedModel(Model):
     """An exported model: it predicts and is evaluated like a ``Model``, and cannot be trained, fused, moved or saved.
 
     Args:
-        path: an ONNX file, or a folder of OpenVINO.
+        path: a file of ONNX, ExecuTorch or LiteRT, or a folder of OpenVINO.
         tasks: the tasks to run; None: all that the file has.
-        precision: what OpenVINO computes in; ONNX Runtime has fp32 only on a CPU.
+        precision: what OpenVINO computes in; the others have fp32 only.
 
     Attributes:
         path: as given.

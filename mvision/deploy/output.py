@@ -15,17 +15,18 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from mvision.deploy.formats import ENDINGS, NAMES, runtime_of
+from mvision.deploy.mobile import read_description
 from mvision.deploy.sessions import BIN, DESCRIPTION, XML
 from mvision.errors import UserError
 from mvision.storage.atomic import scratch_folder
 from mvision.weights.files import SUFFIXES
 
-ONNX = ".onnx"
 _DATA = re.compile(r"\.[0-9a-f]{8}\.data")
 
 
 def complete(output: Path, format: str) -> Path:
-    """The path with the ending of its format: ``model`` becomes ``model.onnx``.
+    """The path with the ending of its format: ``model`` becomes ``model.onnx`` or ``model.pte``.
 
     Raises:
         UserError: it has the ending of another kind of file, or is a folder where a file is needed.
@@ -33,12 +34,14 @@ def complete(output: Path, format: str) -> Path:
     if output.name in ("", ".."):  # "." and the like have no name of their own
         output = output.resolve()
     suffix = output.suffix.lower()
-    if format == "onnx":
-        if suffix in SUFFIXES - {ONNX}:
-            raise UserError(f"--output {output}: an ONNX file ends in {ONNX}; choose another name")
+    ending = ENDINGS.get(format)
+    if ending is not None:
+        if suffix in SUFFIXES - {ending}:
+            kind = f"{'a' if format == 'litert' else 'an'} {NAMES[format]} file"
+            raise UserError(f"--output {output}: {kind} ends in {ending}; choose another name")
         if output.is_dir():
-            raise UserError(f"--output {output}: is a folder; give a file, such as {output / 'model.onnx'}")
-        return output if suffix == ONNX else output.with_name(f"{output.name}{ONNX}")
+            raise UserError(f"--output {output}: is a folder; give a file, such as {output / f'model{ending}'}")
+        return output if suffix == ending else output.with_name(f"{output.name}{ending}")
     if suffix in SUFFIXES:
         raise UserError(f"--output {output}: an OpenVINO export is a folder with two files; give the name of a folder")
     return output
@@ -51,7 +54,7 @@ def check_target(target: Path, format: str) -> None:
         UserError: one line that names what is there.
         OSError: it cannot be read.
     """
-    if format == "onnx":
+    if format in ENDINGS:
         if os.path.lexists(target) and not _is_own_file(target):
             raise UserError(f"--output {target}: is there already and no export of mvision; choose another name")
         return
@@ -95,7 +98,7 @@ def place(fresh: Path, target: Path) -> list[Path]:
     under the name from which ``restore`` brings it back.
 
     Args:
-        fresh: a folder, or an ONNX file, which can have a second file with the weights beside it. It lies in a scratch
+        fresh: a folder, or a file; that of ONNX can have a second file with the weights beside it. It lies in a scratch
             folder, to which the earlier folder is moved.
     """
     if fresh.is_dir():
@@ -171,9 +174,15 @@ def _is_own_folder(folder: Path) -> bool:
 
 
 def _is_own_file(file: Path) -> bool:
-    """Whether a file is an ONNX model that mvision wrote."""
+    """Whether a file is an exported model that mvision wrote."""
+    if runtime_of(file) is not None and not _is_onnx(file):
+        return file.is_file() and read_description(file) is not None
     model = _read_graph(file)
     return model is not None and any(entry.key == DESCRIPTION for entry in model.metadata_props)
+
+
+def _is_onnx(file: Path) -> bool:
+    return file.suffix.lower() == ENDINGS["onnx"]
 
 
 def _second_files(file: Path) -> set[str]:
@@ -186,7 +195,7 @@ def _second_files(file: Path) -> set[str]:
 
 def _read_graph(file: Path) -> Any:
     """The content of an ONNX file without its second file; None if it is none."""
-    if not file.is_file():
+    if not _is_onnx(file) or not file.is_file():
         return None  # a device, a pipe, or a link that leads nowhere
     import onnx
 

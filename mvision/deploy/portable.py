@@ -13,6 +13,7 @@ import torch
 
 from mvision.config import ModelConfig
 from mvision.deploy.exported import ExportedModel, is_exported
+from mvision.deploy.formats import runtime_of
 from mvision.deploy.runtimes import open_fastest
 from mvision.evaluation import Evaluated
 from mvision.machine import PrecisionOption, inference_precision
@@ -74,12 +75,12 @@ def portable(
     line = "PyTorch on cuda"
     if on_cpu or is_exported(source):
         opened, line = open_fastest(source, tasks, torch.device("cpu"), precision, family)
-        is_onnx = isinstance(opened, ExportedModel) and opened.path.suffix.lower() == ".onnx"
+        is_file = isinstance(opened, ExportedModel) and runtime_of(opened.path) is not None
         # One answer for all machines: "auto" is a measurement, and rows of one data set should not differ by it.
-        chosen = "fp32" if is_onnx else inference_precision(precision, torch.device("cpu"))
+        chosen = "fp32" if is_file else inference_precision(precision, torch.device("cpu"))
         if isinstance(opened, ExportedModel):
             files = {file.name: file.read_bytes() for file in opened.files}
-            entry = opened.path.name if is_onnx else "."
+            entry = opened.path.name if is_file else "."
             return _described(files, entry, chosen, opened, hashlib.sha256(b"".join(files.values()))), line
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / WEIGHTS

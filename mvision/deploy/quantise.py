@@ -17,10 +17,11 @@ import torch
 
 from mvision.config import DataConfig
 from mvision.data import build_eval_loader, read_validation
-from mvision.deploy.export import quiet, write_openvino
+from mvision.deploy.export import write_openvino
 from mvision.deploy.exported import ExportedModel
 from mvision.deploy.output import writing
 from mvision.deploy.sessions import DESCRIPTION, XML, openvino_core, require
+from mvision.deploy.tracing import quiet
 from mvision.errors import UserError
 from mvision.evaluation import Validation, evaluate_all, make_metrics
 from mvision.heads import head_class

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mvision.deploy.exported import ExportedModel, export_path, exported_description, is_exported
+from mvision.deploy.formats import runtime_of
 from mvision.errors import UserError
 from mvision.evaluation import Evaluated
 from mvision.fast.prepare import prepare
@@ -59,11 +60,12 @@ def open_fastest(
 
 
 def _open_exported(path: Path, tasks: Sequence[str], precision: PrecisionOption) -> tuple[Evaluated, str]:
-    if path.suffix.lower() == ".onnx":
+    runtime = runtime_of(path)
+    if runtime is not None:
         if precision not in ("auto", "fp32"):
-            raise UserError(f"--precision {precision}: ONNX Runtime has fp32 only on a CPU; use an export for openvino")
+            raise UserError(f"--precision {precision}: {runtime} has fp32 only on a CPU; use an export for openvino")
         model = ExportedModel(path, list(tasks) or None)
-        return model, f"ONNX Runtime on cpu in fp32, {_size(model)}: {path}"
+        return model, f"{runtime} on cpu in fp32, {_size(model)}: {path}"
     chosen = inference_precision(precision, torch.device("cpu"))
     model = ExportedModel(path, list(tasks) or None, chosen)
     return model, f"OpenVINO on cpu in {chosen}, {_size(model)}: {path}"

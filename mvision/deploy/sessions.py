@@ -1,6 +1,6 @@
-"""Opening exported files: what is in them is checked first, then ONNX Runtime or OpenVINO runs their graph.
+"""Opening exported files: what is in them is checked first, then their runtime runs their graph.
 
-Neither is asked to load libraries of custom operators: an exported file cannot bring code of its own.
+None is asked to load libraries of custom operators: an exported file cannot bring code of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 
 from mvision.config import ModelConfig, parse_model_config
+from mvision.deploy.formats import ENDINGS, MOBILE, RUNTIMES
+from mvision.deploy.mobile import batched, check_content, open_graph, read_description
 from mvision.errors import UserError
 from mvision.machine import Precision
 from mvision.weights.stored import first_line, read_json
@@ -25,6 +27,8 @@ from mvision.weights.stored import first_line, read_json
 DESCRIPTION = "mvision"  # the metadata key of an exported file that holds the model's description
 XML = "model.xml"  # in the folder of an OpenVINO export
 BIN = "model.bin"
+
+_MOBILE = tuple(ENDINGS[format] for format in MOBILE)
 
 Run = Callable[[np.ndarray], list[np.ndarray]]
 
@@ -37,12 +41,14 @@ class Description:
         version: of mvision.
         weights: SHA-256 of the weights file that it was made from; empty for other sources and in older exports.
         precision: ``fp32`` or ``int8``.
+        outputs: of a file for phones, names of the graph's outputs in order; elsewhere the graph has them.
     """
 
     config: ModelConfig
     version: str = ""
     weights: str = ""
     precision: str = "fp32"
+    outputs: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,8 @@ def require(*packages: str) -> None:
     """Raise a UserError that says what to install if one of the packages is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"the package {package} is missing: pip install {package}")
+            name = package.replace("_", "-")
+            raise UserError(f"the package {name} is missing: pip install {name}")
 
 
 @lru_cache(maxsize=1)
@@ -85,7 +92,7 @@ def openvino_core() -> Any:
 
 
 def open_session(path: Path, precision: Precision) -> Session:
-    """Open an ONNX file or a folder of OpenVINO.
+    """Open a file of ONNX, ExecuTorch or LiteRT, or a folder of OpenVINO.
 
     Raises:
         UserError: there is none, it cannot be read, or it was not written by ``mvision export``.
@@ -94,7 +101,7 @@ def open_session(path: Path, precision: Precision) -> Session:
         if path.is_file():
             if not path.stat().st_size:
                 raise UserError(f"weights {path}: this file is empty")
-            return _open_onnx(path)
+            return _open_mobile(path) if path.suffix.lower() in _MOBILE else _open_onnx(path)
         if (path / XML).is_file():
             return _open_openvino(path, precision)
         found = path.exists()
@@ -118,7 +125,21 @@ def parse_description(text: str | None, path: Path) -> Description:
         raise UserError(f"weights {path}: {error}") from error
     config.backbone.forget_weights()  # the weights are in the file: nothing has to be downloaded
     texts = {key: str(described[key]) for key in ("version", "weights", "precision") if described.get(key)}
-    return Description(config, **texts)
+    outputs = described.get("outputs", [])
+    return Description(config, **texts, outputs=tuple(map(str, outputs)) if isinstance(outputs, list) else ())
+
+
+def _open_mobile(path: Path) -> Session:
+    text = read_description(path)
+    description = parse_description(text, path)
+    assert text is not None
+    check_content(path, text)
+    require("executorch" if path.suffix.lower() == ENDINGS["executorch"] else "ai_edge_litert")
+    graph = open_graph(path)
+    if len(description.outputs) != len(graph.outputs) or len(graph.images) != 4:
+        raise UserError(f"weights {path}: its graph is another one than in its description")
+    outputs = {name: (None, *shape[1:]) for name, shape in zip(description.outputs, graph.outputs)}
+    return Session(description, outputs, (None, *graph.images[1:]), batched(graph, path), RUNTIMES[path.suffix.lower()])
 
 
 def _open_onnx(path: Path) -> Session:

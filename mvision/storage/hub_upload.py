@@ -16,7 +16,10 @@ from mvision.storage.hub import hub_is_reachable
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-_MODELS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".onnx", ".gguf", ".pdparams")
+_MODELS = (
+    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".keras", ".msgpack", ".onnx", ".gguf", ".pdparams", ".pte",
+    ".tflite",
+)  # fmt: skip
 _WAYS = "log in with 'hf auth login', or set the environment variable HF_TOKEN"
 
 

@@ -47,7 +47,7 @@ from mvision.weights.zoo import could_be_name, suggestion
 
 ORIGINALS = {".pth", ".pt", ".pdparams"}
 PICKLES = {".bin", ".ckpt", ".pkl", ".pickle", ".tar"}
-EXPORTS = {".onnx", ".xml"}
+EXPORTS = {".onnx", ".xml", ".pte", ".tflite"}
 SUFFIXES = {".safetensors", *ORIGINALS, *PICKLES, *EXPORTS}
 FORMS = (
     "a run's folder, a .safetensors file, a folder with config.json and model.safetensors, a name from "
