@@ -256,7 +256,7 @@ def test_all_tasks_are_those_of_pytorch(real: Path, weights: Path) -> None:
     images = torch.randint(0, 256, (3, 3, 64, 96), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
     with torch.no_grad():
         expected, found = load(weights)(images), ExportedModel(real)(images)
-    assert list(found) == ALL
+    assert sorted(found) == sorted(ALL)
     for task in ALL:
         assert difference({task: expected[task]}, {task: found[task]})[0] < TOLERANCE, task
 
@@ -266,7 +266,7 @@ def test_predictions_are_those_of_the_weights(real: Path, weights: Path, squares
     results = []
     for source, precision in ((real, "auto"), (weights, "fp32")):
         predict_job(
-            [picture], weights=str(source), tasks=["detection"], output=tmp_path / source.suffix, threshold=0.1,
+            [picture], weights=str(source), tasks=["detection"], output=tmp_path / source.suffix, threshold=1e-3,
             precision=precision, device="cpu", pictures=False,
         )  # fmt: skip
         results.append(json.loads((tmp_path / source.suffix / "predictions.json").read_text()))
