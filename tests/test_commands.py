@@ -225,10 +225,10 @@ def test_predict_takes_what_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_heads_whose_results_are_not_shown_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert predict._left_out_of_pictures(["detection", "instance-seg", "keypoints", "semantic-seg"]) == []
+    assert predict.left_out_of_pictures(["detection", "instance-seg", "keypoints", "semantic-seg"]) == []
     monkeypatch.setattr(predict, "head_class", lambda _: SimpleNamespace(kind="objects"))
     monkeypatch.setattr(predict, "serving_task", lambda task, _: task)
-    (line,) = predict._left_out_of_pictures(["detection", "centers"])
+    (line,) = predict.left_out_of_pictures(["detection", "centers"])
     assert line == "results are those of detection; not those of centers, which finds objects too (choose with --task)"
 
 

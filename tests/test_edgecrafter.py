@@ -110,7 +110,8 @@ def test_masks_of_the_original_code(
         for blocks in BLOCKS:
             monkeypatch.setattr(head, "config", head.config.model_copy(update={"mask_blocks": blocks}))
             difference = (outputs(model, case, side)["masks"][MASKS] - wanted[blocks]).abs().max()
-            assert difference <= 1e-5 * wanted[blocks].std(), (blocks, side)
+            # Logits near 20 in float32, which processors round differently: 1.0e-5 with AVX2, less with AVX-512.
+            assert difference <= 2e-5 * wanted[blocks].std(), (blocks, side)
 
 
 @pytest.mark.parametrize("case", EC)
