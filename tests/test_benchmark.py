@@ -239,7 +239,9 @@ def test_what_the_processor_does_not_compute_in_is_not_measured(
 
 
 def test_unknown_runtimes(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--runtime tensorrt: choose one of compiled, eager, executorch, litert, onnx, openvino"):
+    with pytest.raises(
+        UserError, match="--runtime tensorrt: choose one of compiled, eager, executorch, litert, onnx, openvino"
+    ):
         benchmark_model(runtimes=["tensorrt"], output=tmp_path)
     with pytest.raises(UserError, match="--precision bf61: did you mean 'bf16'"):
         benchmark_model(precisions=["bf61"], output=tmp_path)
