@@ -70,12 +70,16 @@ class Session:
     runtime: str
 
 
+EXTRAS = {"executorch": "executorch", "litert_torch": "litert", "ai_edge_litert": "litert"}
+"""Package -> mvision's extra that has it; ``export`` has the others."""
+
+
 def require(*packages: str) -> None:
     """Raise a UserError that says what to install if one of the packages is missing."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            name = package.replace("_", "-")
-            raise UserError(f"the package {name} is missing: pip install {name}")
+            name, extra = package.replace("_", "-"), EXTRAS.get(package, "export")
+            raise UserError(f"the package {name} is missing: pip install {name} (mvision's extra [{extra}])")
 
 
 @lru_cache(maxsize=1)
