@@ -29,7 +29,7 @@ class FlatOutputs(nn.Module):
 
 
 class SimpleOutputs(FlatOutputs):
-    """The same in operators that every converter has: a maximum with its index becomes two operators."""
+    """The same in operators that the converters for phones have, see ``_SimpleOperators``."""
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         with _SimpleOperators():
