@@ -245,6 +245,14 @@ def test_assignments_are_yaml() -> None:
         load_config(assignments=["train.lr=["])
 
 
+def test_the_size_of_tiles_stays_when_another_key_of_theirs_is_set(tmp_path: Path) -> None:
+    config = load_config(assignments=["data.tile=160", "data.tile.visible=0.5"])
+    assert (config.data.tile.size, config.data.tile.visible) == ((160, 160), 0.5)
+    (tmp_path / "run.yaml").write_text("data:\n  tile: [96, 128]\n")
+    config = load_config(file=tmp_path / "run.yaml", assignments=["data.tile.empty=0"])
+    assert (config.data.tile.size, config.data.tile.empty) == ((96, 128), 0)
+
+
 def test_an_included_task_has_the_settings_of_the_head_that_serves_it(tmp_path: Path) -> None:
     tasks = ["detection", "instance-seg"]
     file = _file(tmp_path, model={"heads": {"instance-seg": {"num_queries": 7}}})

@@ -235,6 +235,7 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
     *path, last = key.split(".")
     for part in path:
         if not isinstance(tree.get(part), dict):
-            tree[part] = {}
+            # ``data.tile: 640`` stands for ``data.tile.size: 640``, which stays when another key of the section is set.
+            tree[part] = {"size": tree[part]} if part == "tile" and tree.get(part) is not None else {}
         tree = tree[part]
     tree[last] = value

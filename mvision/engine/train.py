@@ -308,7 +308,9 @@ def _check_trackers(trackers: Sequence[str]) -> None:
     for tracker in trackers:
         if tracker in LoggerType.list() and tracker not in {*available, "all"}:
             installed = ", ".join(sorted(available)) or "none"
-            raise UserError(f"train.trackers: the package of {tracker} is not installed (installed: {installed})")
+            raise UserError(
+                f"train.trackers: the package of {tracker} is not installed (installed: {installed}): pip install {tracker}"
+            )
 
 
 def _loaders(
