@@ -66,7 +66,7 @@ def test_readme_names_the_distribution_and_its_commands_are_what_ci_runs(setup_c
     assert "@@" not in readme, "figures that are still to be filled in"
     # On the public index the plain name belongs to another package.
     assert not re.search(r"pip install (-\S+ )*[\"']?mvision(?!-)", readme)
-    for command in ('pip install -e ".[dev]"', "python -m pytest"):
+    for command in ('pip install -e ".[dev]"', "python -m pytest -n 2"):
         assert command in readme, command
         assert command in ci, command
 
