@@ -118,7 +118,7 @@ def test_what_is_no_picture_is_refused_and_the_server_goes_on(server: Server, wh
     before = len(server.batches)
     status, answer = server.post(body)
     assert status == 400
-    assert answer["detail"].startswith("not a picture that can be read: ")
+    assert answer["detail"].startswith("this picture cannot be used: ")
     assert str(Path(os.sep, "tmp")) not in answer["detail"]
     assert len(server.batches) == before
     assert server.post(data)[0] == 200

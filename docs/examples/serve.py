@@ -78,7 +78,7 @@ async def predict(request: Request) -> dict[str, Any]:
     try:
         image = await asyncio.to_thread(decode, bytes(data))
     except BadImage as error:
-        raise HTTPException(400, f"not a picture that can be read: {error.reason}") from error
+        raise HTTPException(400, f"this picture cannot be used: {error.reason}") from error
     answer = asyncio.get_running_loop().create_future()
     await waiting.put((image, answer))
     names = {category.id: category.name for category in model.config.categories}

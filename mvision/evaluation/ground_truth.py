@@ -114,7 +114,9 @@ class GroundTruth:
         matched = {c["id"]: numbers[c["name"]] for c in in_data if c["name"] in numbers}
         if in_data and not matched:
             ours, theirs = (", ".join(str(c["name"]) for c in side[:5]) for side in (self._classes, in_data))
-            raise UserError(f"the model's classes ({ours}) and the data's ({theirs}) have no name in common")
+            raise UserError(
+                f"the model's classes ({ours}) and the data's ({theirs}) have no name in common: choose other --data"
+            )
         used = {a["category_id"] for a in annotations}
         unknown = [str(c["name"]) for c in in_data if c["id"] in used and c["id"] not in matched]
         if unknown:
