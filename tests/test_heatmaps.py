@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from mvision.heads.keypoints.heatmaps import (
     AREA_OF_BOX,
@@ -61,6 +62,21 @@ def test_features_are_sampled_where_the_windows_lie() -> None:
     for image in (0, 1):
         torch.testing.assert_close(read[image, :, 0], (image + 1) * x[:, None].expand(2, RESOLUTION, RESOLUTION))
         torch.testing.assert_close(read[image, :, 1], (image + 1) * y[..., None].expand(2, RESOLUTION, RESOLUTION))
+
+
+def test_an_export_reads_the_same_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In table lookups: also of windows that reach over the border, and of places that are not numbers."""
+    pixels = torch.rand(2, 8, 20, 32, generator=torch.Generator().manual_seed(0))
+    boxes = torch.tensor([[[0.5, 0.5, 0.4, 0.3], [0.02, 0.97, 0.3, 0.4], [0.5, 0.5, 2, 2], [0.7, 0.1, 0, 0]]])
+    boxes = torch.cat((boxes, boxes.flip(1)))
+    expected = new_maps().sample(pixels, boxes)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    monkeypatch.setattr(F, "grid_sample", None)
+    with torch.no_grad():
+        found = new_maps().sample(pixels, boxes)
+        assert new_maps().sample(pixels, boxes * torch.nan).isnan().any()
+    assert found.shape == expected.shape
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
 
 
 def test_the_prior_lies_where_the_point_is_predicted() -> None:

@@ -61,17 +61,16 @@ class Heatmaps(nn.Module):
 
     def sample(self, pixels: Tensor, boxes: Tensor) -> Tensor:
         """Pixel features (B, d, h, w) at the cells of the windows of boxes (B, N, 4): (B, N, d, R, R) float32."""
-        x, y = window(boxes).unbind(-2)
-        shape = (*boxes.shape[:2], RESOLUTION, RESOLUTION)
-        places = torch.stack((x[..., None, :].expand(shape), y[..., None].expand(shape)), -1)
-        # float32, contiguous: grid_sample is wrong on strided bf16 views on CPU.
+        x, y = window(boxes).float().unbind(-2)
         with without_autocast(pixels):
-            sampled = F.grid_sample(
-                pixels.float().contiguous(),
-                2 * places.flatten(1, 2).float() - 1,
-                padding_mode="border",
-                align_corners=False,
-            )
+            # float32, contiguous: grid_sample is wrong on strided bf16 views on CPU.
+            pixels = pixels.float().contiguous()
+            if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+                return _looked_up(pixels, x, y)
+            shape = (*boxes.shape[:2], RESOLUTION, RESOLUTION)
+            places = torch.stack((x[..., None, :].expand(shape), y[..., None].expand(shape)), -1)
+            places = 2 * places.flatten(1, 2) - 1
+            sampled = F.grid_sample(pixels, places, padding_mode="border", align_corners=False)
         return sampled.unflatten(2, (boxes.shape[1], RESOLUTION)).transpose(1, 2)
 
     def logits(self, sampled: Tensor, tokens: Tensor, boxes: Tensor, points: Tensor) -> Tensor:
@@ -96,6 +95,39 @@ class Heatmaps(nn.Module):
             distance = distance / (sides * prior_std)[..., None]
             x, y = (-0.5 * distance.square()).clamp(min=MIN_PRIOR_LOGIT).unbind(-2)
             return product.unflatten(-1, (RESOLUTION, RESOLUTION)) + x[..., None, :] + y[..., None]
+
+
+def _looked_up(pixels: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """The same as ``grid_sample`` in table lookups, for exports: several runtimes are slow in their own grid_sample.
+
+    Args:
+        pixels: (B, d, h, w) float32.
+        x, y: (B, N, R) float32, of the columns and rows of every window, in 0..1 of the map; its border is continued.
+
+    Returns:
+        (B, N, d, R, R)
+    """
+    batch, dim, height, width = pixels.shape
+    table = pixels.flatten(2).transpose(1, 2).reshape(batch * height * width, dim)
+    (left, right, to_right), (above, below, to_below) = _neighbours(x, width), _neighbours(y, height)
+    image = torch.arange(batch, device=x.device)[:, None, None] * (height * width)
+
+    def along_row(row: Tensor) -> Tensor:
+        start = (image + row * width)[..., None]
+        first, second = (F.embedding(start + column[..., None, :], table) for column in (left, right))
+        return first + to_right[..., None, :, None] * (second - first)
+
+    first, second = along_row(above), along_row(below)
+    sampled = first + to_below[..., None, None] * (second - first)
+    return sampled.flatten(2, 3).transpose(2, 3).unflatten(3, (RESOLUTION, RESOLUTION))
+
+
+def _neighbours(places: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For places in 0..1 along ``size`` cells: the indices of the two nearest cells, and the share of the second."""
+    places = (places * size - 0.5).clamp(0, size - 1)
+    first = places.floor()
+    index = first.long().clamp(0, size - 1)  # of a place that is not a number as well
+    return index, (index + 1).clamp(max=size - 1), places - first
 
 
 def window(boxes: Tensor) -> Tensor:
@@ -146,10 +178,8 @@ def best_places(logits: Tensor, boxes: Tensor, similarity_std: Tensor) -> tuple[
     sides = cell_sides(boxes)[..., None, :]
     in_cells = sides / torch.maximum(similarity_std.float(), sides)
     index = torch.arange(RESOLUTION, device=boxes.device)
-    profile = (-0.5 * (in_cells[..., None] * index).square()).exp()
-    between = (index[:, None] - index).abs().flatten()
     # Along x and y: (..., K, R, R), of every cell's centre to every other's.
-    along = profile.index_select(-1, between).unflatten(-1, (RESOLUTION, RESOLUTION)).unbind(-3)
+    along = (-0.5 * (in_cells[..., None, None] * (index[:, None] - index)).square()).exp().unbind(-3)
     expected, best = (along[1] @ probabilities @ along[0]).flatten(-2).max(-1)
     # Finer than the cells: the mean place of the probability around the best cell, weighted by the similarity to it.
     to_x, to_y = (
