@@ -17,6 +17,7 @@ from mvision.data.loading.samplers import TrainBatches
 from mvision.engine.auto import Start, decided, resumed, start_of
 from mvision.engine.train import train
 from mvision.errors import UserError
+from mvision.weights.transfer import HeadStart, Transferred
 from tests.small_runs import fast_config
 
 
@@ -83,13 +84,54 @@ def test_what_is_given_stays() -> None:
     assert given.keys() == DecidedTrain.__annotations__.keys() - {"patience"}
 
 
-def test_the_start_is_known() -> None:
+def taken(backbone: float, neck: float, *heads: tuple[int, int]) -> Transferred:
+    starts = {str(index): HeadStart(loaded, layers, 0, 1) for index, (loaded, layers) in enumerate(heads)}
+    return Transferred("", {"backbone": backbone, "neck": neck}, starts)
+
+
+@pytest.mark.parametrize(
+    ("found", "start", "with_backbone"),
+    [
+        (None, "random", "backbone"),
+        (taken(1, 1, (20, 20)), "model", "model"),
+        (taken(1, 0.9, (11, 20)), "model", "model"),  # another class or branch is still the same model
+        (taken(1, 1, (10, 20)), "encoder", "encoder"),
+        (taken(1, 1, (20, 20), (0, 20)), "encoder", "encoder"),  # one of two heads is new
+        (taken(1, 0.5, (20, 20)), "backbone", "backbone"),
+        (taken(0, 1, (20, 20)), "random", "backbone"),  # another backbone than in the weights
+    ],
+)
+def test_the_start_is_what_was_loaded(found: Transferred | None, start: Start, with_backbone: Start) -> None:
     config = load_config("tiny", tasks=["detection"])
-    assert start_of(config, None, None) == "random"
-    assert start_of(config, "weights", None) == start_of(config, "weights", ["backbone", "neck"]) == "model"
-    assert start_of(config, "weights", ["backbone"]) == "backbone"
+    assert start_of(config, found) == start
     config.model.backbone.pretrained = True
-    assert start_of(config, None, None) == "backbone"
+    assert start_of(config, found) == with_backbone
+
+
+@pytest.mark.parametrize(
+    ("tasks", "parts", "optimizer"),
+    [
+        (["detection"], None, "adamw"),
+        (["detection"], ["backbone", "neck"], "muon"),
+        (["semantic-seg"], None, "muon"),  # a head of its own, of which the weights have nothing
+    ],
+)
+def test_a_new_head_on_a_trained_encoder_learns_with_muon(
+    squares: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tasks: list[str],
+    parts: list[str] | None,
+    optimizer: str,
+) -> None:
+    given = {"train__epochs": 1, "train__optimizer": "auto", "train__lr": "auto"}
+    source = train(fast_config(squares, **given), output=tmp_path / "source", device="cpu")
+    config = fast_config(squares, **given)
+    if tasks != ["detection"]:
+        config.model.heads = load_config("tiny", tasks=tasks).model.heads
+    capsys.readouterr()
+    train(config, output=tmp_path / "run", init=str(source), init_parts=parts, device="cpu")
+    assert f"schedule: {optimizer} with" in capsys.readouterr().out
 
 
 def test_a_run_that_goes_on_decides_nothing() -> None:

@@ -22,13 +22,13 @@ class TrainConfig(Settings):
 
     Attributes:
         epochs: ``auto`` is ``full_epochs``, or more where these would be fewer optimiser steps than ``least_steps``. A
-            run that starts from weights of a whole model takes half of both.
+            run whose backbone, neck and heads start from weights takes half of both.
         full_epochs: of a large data set, with ``epochs: auto``.
         least_steps: of a small data set, with ``epochs: auto``; but at most twenty times ``full_epochs``.
         optimizer: ``adamw``, or ``muon``: orthogonalised momentum for the weights of convolutions and linear
             layers, scaled so that AdamW's learning rates fit; learns faster from random weights. Norms, biases,
             embeddings and the last layers of classifiers get AdamW with Nesterov momentum. ``auto`` is ``adamw``
-            for a run that starts from weights of a whole model, else ``muon``.
+            for a run whose backbone, neck and heads start from weights, else ``muon``: a new head needs it.
         lr: peak learning rate of neck and heads; ``auto`` is ``base_lr`` times the root of the images in an optimiser
             step divided by 16.
         base_lr: peak learning rate at 16 images in a step; ``auto`` suits the optimiser.

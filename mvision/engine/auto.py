@@ -7,15 +7,16 @@ moving average, suits data sets of one size: a run on a hundred images can end b
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from mvision.config import Config, DecidedTrain, RunConfig, TrainConfig
 from mvision.engine.patience import wait_of
 from mvision.errors import UserError
+from mvision.weights.transfer import Transferred
 
-Start = Literal["random", "backbone", "model"]
+Start = Literal["random", "backbone", "encoder", "model"]
 
 IMAGES = 16  # in an optimiser step, to which the learning rates below belong
 MOST_PASSES = 20  # times ``full_epochs``, however few images there are
@@ -30,18 +31,29 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"base_lr": 8e-3, "weight_decay": 0.01, "beta2": 0.99, "clip_norm": 5.0},
     "adamw": {"base_lr": 2e-4, "weight_decay": 1e-4, "beta2": 0.999, "clip_norm": 0.1},
 }
-BACKBONE = {"random": 1.0, "backbone": 0.1, "model": 0.5}  # share of ``lr``, by what the run starts from
+BACKBONE = {
+    "random": 1.0,
+    "backbone": 0.1,
+    "encoder": 0.1,
+    "model": 0.5,
+}  # share of ``lr``, by what the run starts from
 
 
-def start_of(config: Config, init: str | None, parts: Collection[str] | None) -> Start:
-    """What a new run starts from: ``model`` is backbone and neck, with or without heads.
+def start_of(config: Config, taken: Transferred | None) -> Start:
+    """What a new run starts from.
+
+    ``model`` is a trained model whose heads go on, ``encoder`` a trained backbone and neck below a head that is new.
+    A part counts as trained where most of its layers were loaded; of several heads all have to.
 
     Args:
-        init, parts: see ``mvision.weights.init_from``.
+        taken: what the model took over from ``--init``; None: there is none.
     """
-    if init is not None:
-        return "model" if parts is None or "neck" in parts else "backbone"
-    return "backbone" if config.model.backbone.starts_trained else "random"
+    if taken is None:
+        return "backbone" if config.model.backbone.starts_trained else "random"
+    backbone, neck = (taken.shares[part] > 0.5 for part in ("backbone", "neck"))
+    if backbone and neck:
+        return "model" if all(head.loaded > head.layers / 2 for head in taken.heads.values()) else "encoder"
+    return "backbone" if backbone or config.model.backbone.starts_trained else "random"
 
 
 def decided(config: Config, batches: int, start: Start, images: Sequence[tuple[int, int]] = ()) -> RunConfig:

@@ -61,7 +61,7 @@ def tell_zero_shot(
     for task, head in heads.items():
         figure = found.get(task)
         log(_line(task, head, figure))
-        is_whole = start.whole_encoder and head.loaded == head.layers
+        is_whole = min(start.shares.values()) == 1 and head.loaded == head.layers
         if figure is not None and is_whole and 0 <= figure.value < LOW * head.known / head.classes:
             log(
                 f"warning: {task}: nothing is found, though these weights know {head.known} of {head.classes} classes "

@@ -47,12 +47,12 @@ class Transferred:
 
     Attributes:
         text: a line that says it: which parts were loaded, and which keep the weights that they had.
-        whole_encoder: backbone and neck were loaded, every layer of them.
+        shares: of ``backbone`` and ``neck``, the share of the layers that were loaded, 0..1.
         heads: by the task that the head is named after.
     """
 
     text: str
-    whole_encoder: bool
+    shares: dict[str, float]
     heads: dict[str, HeadStart]
 
 
@@ -114,7 +114,11 @@ def transfer(
     matches = _match_classes(classes, config.categories)
     text = "; ".join(filter(None, [_describe(loaded, total, classes, matches, has_mean), of_points]))
     heads = {task: _head_start(model, task, config, class_rows, taken) for task in model.heads}
-    return Transferred(text, all(loaded[place] == total[place] for place in total if place[0][:5] != "heads"), heads)
+    layers: Counter[str] = Counter()  # of every part
+    for place, count in total.items():
+        layers[place[0]] += count
+    shares = {part: sum(loaded[place] for place in total if place[0] == part) / layers[part] for part in layers}
+    return Transferred(text, {part: shares.get(part, 0.0) for part in ("backbone", "neck")}, heads)
 
 
 @dataclass(frozen=True)
