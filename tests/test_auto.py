@@ -94,8 +94,8 @@ def taken(backbone: float, neck: float, *heads: tuple[int, int]) -> Transferred:
     [
         (None, "random", "backbone"),
         (taken(1, 1, (20, 20)), "model", "model"),
-        (taken(1, 0.9, (11, 20)), "model", "model"),  # another class or branch is still the same model
-        (taken(1, 1, (10, 20)), "encoder", "encoder"),
+        (taken(1, 0.9, (18, 20)), "model", "model"),
+        (taken(1, 1, (15, 20)), "encoder", "encoder"),  # a detector's decoder that is to learn masks
         (taken(1, 1, (20, 20), (0, 20)), "encoder", "encoder"),  # one of two heads is new
         (taken(1, 0.5, (20, 20)), "backbone", "backbone"),
         (taken(0, 1, (20, 20)), "random", "backbone"),  # another backbone than in the weights
@@ -113,6 +113,7 @@ def test_the_start_is_what_was_loaded(found: Transferred | None, start: Start, w
     [
         (["detection"], None, "adamw"),
         (["detection"], ["backbone", "neck"], "muon"),
+        (["instance-seg"], None, "muon"),  # the decoder is loaded, what makes masks is new
         (["semantic-seg"], None, "muon"),  # a head of its own, of which the weights have nothing
     ],
 )

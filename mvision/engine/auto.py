@@ -25,25 +25,23 @@ WARM_UP, MOST_WARM_UP = 0.05, 1000
 AVERAGED = 0.02  # share of the run's steps over which the moving average has its weight
 LARGEST_DECAY = 0.9999
 EVALUATIONS = 50
-# Learning rates, and shares of them for the backbone, were compared in docs/learning.md; AdamW's are RT-DETR's and
-# D-FINE's, and 0.5 was not measured.
+# Learning rates, and shares of them for the backbone, were compared in docs/learning.md and docs/transfer.md; AdamW's
+# are RT-DETR's and D-FINE's, and 0.5 was not measured.
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"base_lr": 8e-3, "weight_decay": 0.01, "beta2": 0.99, "clip_norm": 5.0},
     "adamw": {"base_lr": 2e-4, "weight_decay": 1e-4, "beta2": 0.999, "clip_norm": 0.1},
 }
-BACKBONE = {
-    "random": 1.0,
-    "backbone": 0.1,
-    "encoder": 0.1,
-    "model": 0.5,
-}  # share of ``lr``, by what the run starts from
+KEPT = 0.9  # share of the layers of a head that are loaded where it goes on
+# Share of ``lr`` for the backbone, by what the run starts from.
+BACKBONE = {"random": 1.0, "backbone": 0.1, "encoder": 0.1, "model": 0.5}
 
 
 def start_of(config: Config, taken: Transferred | None) -> Start:
     """What a new run starts from.
 
-    ``model`` is a trained model whose heads go on, ``encoder`` a trained backbone and neck below a head that is new.
-    A part counts as trained where most of its layers were loaded; of several heads all have to.
+    ``model`` is a trained model whose heads go on, ``encoder`` a trained backbone and neck below a head that is new, or
+    has new parts, such as a detector's decoder that is to learn masks. Backbone and neck count as trained where most of
+    their layers were loaded.
 
     Args:
         taken: what the model took over from ``--init``; None: there is none.
@@ -52,7 +50,7 @@ def start_of(config: Config, taken: Transferred | None) -> Start:
         return "backbone" if config.model.backbone.starts_trained else "random"
     backbone, neck = (taken.shares[part] > 0.5 for part in ("backbone", "neck"))
     if backbone and neck:
-        return "model" if all(head.loaded > head.layers / 2 for head in taken.heads.values()) else "encoder"
+        return "model" if all(head.loaded >= KEPT * head.layers for head in taken.heads.values()) else "encoder"
     return "backbone" if backbone or config.model.backbone.starts_trained else "random"
 
 
