@@ -118,8 +118,7 @@ def train(
         model = _build_model(config, begin, saved is None, log)
         train_loader, validation = _loaders(config, sources, model, accelerator, log)
         stack.callback(_close, train_loader, validation)
-        starts_from = start_of(config, begin.transferred if begin else None)
-        config = decided(config, len(train_loader), starts_from, images_of(sources))
+        config = decided(config, len(train_loader), start_of(config, begin and begin.transferred), images_of(sources))
         facts = run_facts(config, images_of(sources), len(train_loader))
         if run is not None and saved is not None:
             check_same_run(run.path, saved.facts, facts, inside_epoch=saved.progress.batch > 0)

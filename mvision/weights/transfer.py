@@ -114,11 +114,13 @@ def transfer(
     matches = _match_classes(classes, config.categories)
     text = "; ".join(filter(None, [_describe(loaded, total, classes, matches, has_mean), of_points]))
     heads = {task: _head_start(model, task, config, class_rows, taken) for task in model.heads}
-    layers: Counter[str] = Counter()  # of every part
-    for place, count in total.items():
-        layers[place[0]] += count
-    shares = {part: sum(loaded[place] for place in total if place[0] == part) / layers[part] for part in layers}
-    return Transferred(text, {part: shares.get(part, 0.0) for part in ("backbone", "neck")}, heads)
+    return Transferred(text, {part: _share(loaded, total, part) for part in ("backbone", "neck")}, heads)
+
+
+def _share(loaded: Counter[Place], total: Counter[Place], part: str) -> float:
+    """The share of the layers of a part that were loaded."""
+    places = [place for place in total if place[0] == part]
+    return sum(loaded[place] for place in places) / max(1, sum(total[place] for place in places))
 
 
 @dataclass(frozen=True)
