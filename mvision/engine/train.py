@@ -70,10 +70,11 @@ from mvision.machine import channels_last_is_safe, keep_freed_memory, resolve_de
 from mvision.model import Model
 from mvision.storage.run_folder import BEST, RunFolder
 from mvision.weights import load
-from mvision.weights.files import starting_from
+from mvision.weights.files import Start, starting_from
 from mvision.weights.sources import origin
 from mvision.weights.start import published_start
 from mvision.weights.thresholds import write_thresholds
+from mvision.weights.transfer import Transferred
 
 
 def train(
@@ -115,10 +116,10 @@ def train(
         check_model(config.model, begin, is_new=saved is None)
         sources = _read_data(config, saved is None, log)
         set_seed(config.train.seed)
-        model = _build_model(config, begin, saved is None, log)
+        model, taken = _build_model(config, begin, saved is None, log)
         train_loader, validation = _loaders(config, sources, model, accelerator, log)
         stack.callback(_close, train_loader, validation)
-        config = decided(config, len(train_loader), start_of(config, begin and begin.transferred), images_of(sources))
+        config = decided(config, len(train_loader), start_of(config, taken), images_of(sources))
         facts = run_facts(config, images_of(sources), len(train_loader))
         if run is not None and saved is not None:
             check_same_run(run.path, saved.facts, facts, inside_epoch=saved.progress.batch > 0)
@@ -166,12 +167,12 @@ def _read_data(config: Config, is_new: bool, log: Callable[[str], None]) -> list
 
 
 def _build_model(
-    config: Config, begin: Callable[[Model], str] | None, is_new: bool, log: Callable[[str], None]
-) -> Model:
-    """The model with the weights that a new run starts from; those of another run come with its state.
+    config: Config, begin: Start | None, is_new: bool, log: Callable[[str], None]
+) -> tuple[Model, Transferred | None]:
+    """The model with the weights that a new run starts from, and what it took over of ``begin``.
 
     Args:
-        begin: loads initial weights, and returns a line that says which.
+        begin: loads initial weights, and returns a line that says which; those of another run come with its state.
     """
     backbone = config.model.backbone
     wanted = backbone.pretrained, backbone.weights
@@ -187,7 +188,7 @@ def _build_model(
         log(begin(model))
     elif is_new and (line := published_start(config.model)):
         log(line)
-    return model
+    return model, begin.transferred if begin else None
 
 
 def _reopen(path: Path, accelerator: Accelerator, stack: ExitStack) -> tuple[RunFolder, SavedState]:
