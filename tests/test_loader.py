@@ -344,9 +344,11 @@ def test_workers_import_nothing_themselves(tmp_path: Path) -> None:
 
         if __name__ == "__main__":
             from mvision.data.loading.workers import worker_context
-            with worker_context().Pool(1) as answers:
-                print(answers.apply(eval, ("'mvision.data.loading.loader' in __import__('sys').modules",)))
-                print(answers.apply(os.getenv, ("OMP_NUM_THREADS",)), os.getenv("OMP_NUM_THREADS"))
+            answers = worker_context().Pool(1)
+            print(answers.apply(eval, ("'mvision.data.loading.loader' in __import__('sys').modules",)))
+            print(answers.apply(os.getenv, ("OMP_NUM_THREADS",)), os.getenv("OMP_NUM_THREADS"))
+            answers.close()  # terminate() sends SIGTERM, which workers never see, and waits for their end
+            answers.join()
     """
     (tmp_path / "script.py").write_text(textwrap.dedent(script))
     places = os.pathsep.join(path for path in sys.path if path)
