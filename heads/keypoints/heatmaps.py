@@ -98,7 +98,9 @@ class Heatmaps(nn.Module):
 
 
 def _looked_up(pixels: Tensor, x: Tensor, y: Tensor) -> Tensor:
-    """The same as ``grid_sample`` in table lookups, for exports: several runtimes are slow in their own grid_sample.
+    """The same as ``grid_sample`` in table lookups, for exports and compiled predictions.
+
+    Several runtimes are slow in their own ``grid_sample``; PyTorch is not (docs/deploy.md has the times).
 
     Args:
         pixels: (B, d, h, w) float32.

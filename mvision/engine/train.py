@@ -308,10 +308,9 @@ def _check_trackers(trackers: Sequence[str]) -> None:
     available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
     for tracker in trackers:
         if tracker in LoggerType.list() and tracker not in {*available, "all"}:
-            others = f"installed: {', '.join(sorted(available)) or 'none'}"
-            raise UserError(
-                f"train.trackers: the package of {tracker} is not installed ({others}): pip install {tracker}"
-            )
+            installed = ", ".join(sorted(available)) or "none"
+            missing = f"the package of {tracker} is not installed (installed: {installed})"
+            raise UserError(f"train.trackers: {missing}: pip install {tracker}")
 
 
 def _loaders(
