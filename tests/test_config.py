@@ -264,7 +264,7 @@ def test_an_included_task_has_the_settings_of_the_head_that_serves_it(tmp_path: 
 
 
 def test_the_config_of_a_run_is_found_from_its_folder_and_its_files(tmp_path: Path) -> None:
-    _file(tmp_path, "config.yaml", train={"epochs": 3})
+    _file(tmp_path, "config.yaml", train={"epochs": 3}, data={}, model={})
     weights = tmp_path / "best.safetensors"
     weights.touch()
     for source in (tmp_path, weights):
@@ -273,6 +273,9 @@ def test_the_config_of_a_run_is_found_from_its_folder_and_its_files(tmp_path: Pa
         assert config.train.epochs == 3
     (tmp_path / "empty").mkdir()
     assert config_of_run(tmp_path / "empty") is None
+    for text in ("server: {port: 80}", "train: {epochs: 3}", "- a list"):  # of other programs
+        (tmp_path / "empty" / "config.yaml").write_text(text)
+        assert config_of_run(tmp_path / "empty") is None
     assert config_of_run(tmp_path / "not there.safetensors") is None
     assert config_of_run("somebody/a_model") is None
 
@@ -356,7 +359,8 @@ def test_every_number_has_a_range(value: str) -> None:
         ("model.neck=[*a]", "^-o model.neck: not valid YAML"),
         ("=5", "^-o =5: write it as key.sub=value"),
         ("train.lr", "^-o train.lr: write it as key.sub=value"),
-        ("train.lr.x.y=1", "^train.lr: .*number"),
+        ("train.lr.x.y=1", "^-o train.lr.x.y: train.lr is 'auto', which has no keys; set train.lr itself as a whole"),
+        ("train.freeze.neck=true", r"^-o train.freeze.neck: train.freeze is \[\], which has no keys"),
     ],
 )
 def test_hostile_assignments(assignment: str, message: str) -> None:

@@ -133,6 +133,7 @@ def test_mistakes_are_one_line_and_leave_nothing(
     fails(train(data, tmp_path / "run", "--folds", "2", "-o", "data.fraction=0.5"), "leave data.fraction out")
     fails(mvision(["train", "--folds", "2", "--resume", str(whole / "fold1")]), "is not a folder of folds")
     fails(mvision(["train", "--folds", "3", "--resume", str(whole)]), "there are 2 in")
+    fails(mvision(["train", "--seed", "7", "--resume", str(whole)]), "drawn with seed 0; leave --seed out")
     fails(mvision(["train", "--resume", str(whole), "--output", str(tmp_path / "run")]), "leave --output out")
     fails(mvision(["train", "--resume", str(whole), "--task", "detection"]), "leave --task out")
     monkeypatch.setenv("LOCAL_RANK", "0")

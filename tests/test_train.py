@@ -253,7 +253,7 @@ def test_two_processes_train_and_agree_on_the_figures(squares, tmp_path):
 
 def test_a_tracker_that_is_not_installed_is_no_training_without_it(tmp_path, monkeypatch):
     """accelerate leaves it out in silence."""
-    monkeypatch.setattr("mvision.engine.train.get_available_trackers", lambda: ["tensorboard"])
+    monkeypatch.setattr("mvision.engine.trackers.get_available_trackers", lambda: ["tensorboard"])
     with pytest.raises(
         UserError, match=r"the package of wandb is not installed \(installed: tensorboard\): pip install wandb"
     ):

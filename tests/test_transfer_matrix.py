@@ -179,6 +179,11 @@ def test_the_page_has_means_and_shares_of_epochs() -> None:
         ({"fractions": (1e-300,)}, "--fraction 1e-300: 1 epochs over all images would be more than"),
         ({"tasks": []}, "--task"),
         ({"assignments": ["train.epoch=3"]}, "'epochs'"),
+        (
+            {"assignments": ["train.epochs=3"]},
+            "-o train.epochs=3: every cell .* has its own train.epochs; use --epochs",
+        ),
+        ({"assignments": ["train.freeze=[neck]"]}, "has its own train.freeze; use the start frozen"),
     ],
 )
 def test_bad_input(source: Path, tmp_path: Path, trainings: Trainings, options: dict, words: str) -> None:

@@ -73,6 +73,7 @@ def train_folds(
         state = _read_state(resume, folds, output)
         init, init_family = state["init"], state["init_family"]
         base, is_made, folder = configure(resume=resume, options=options), False, RunFolder(resume)
+        _check_seed(base, configure(resume=resume, options={}), resume)
     else:
         state = {"folds": _checked(folds), "init": init, "init_family": init_family}
         base = _config_of_all(configure, options, state["folds"])
@@ -110,6 +111,13 @@ def _config_of_all(configure: Configure, options: dict[str, Any], folds: int) ->
         raise UserError(f"--folds {folds}: it sets data.fold, which is {list(base.data.fold)}; leave one of them out")
     configure(resume=None, options={**options, "data.fold": [1, folds]})
     return base
+
+
+def _check_seed(now: Config, before: Config, folder: Path) -> None:
+    """The seed divides the pictures: with another one some would be validated on twice."""
+    seed, wanted = before.train.seed, now.train.seed
+    if seed != wanted:
+        raise UserError(f"--seed {wanted}: the folds in {folder} were drawn with seed {seed}; leave --seed out")
 
 
 def _checked(folds: int | None) -> int:

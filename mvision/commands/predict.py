@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from mvision.config import DataConfig, config_of_run
+from mvision.config import config_of_run, data_of_run
 from mvision.data import CocoSplit
 from mvision.data.loading.folders import Folder, open_folders
 from mvision.deploy.runtimes import open_fastest
@@ -191,8 +191,7 @@ def _samples(weights: str) -> Sources:
 def _folder_of(weights: str, data: str | None) -> Folder:
     """A data set; without ``data`` that of the run which the weights lie in, else the built-in one."""
     run = config_of_run(weights)
-    config = run.data if run is not None and data is None else DataConfig(root=data)
-    return open_folders(config, 0 if run is None else run.train.seed)[0]
+    return open_folders(data_of_run(run, data), 0 if run is None else run.train.seed)[0]
 
 
 def about_results(asked: AskedThreshold | None, selection: Selection, model: Evaluated) -> list[str]:

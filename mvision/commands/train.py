@@ -52,7 +52,20 @@ def run_config(
         tasks = tasks or list(weights.heads)
         model, of_weights = _architecture(weights)
         of_weights |= _heads_like(weights, tasks)
+        of_weights = _without_other_kinds(of_weights, options or {}, assignments or [])
     return load_config(model, file, tasks, {**of_weights, **(options or {})}, assignments)
+
+
+def _without_other_kinds(of_weights: dict[str, Any], options: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Without the settings of a head that is to be of another kind than that of the weights: it starts anew."""
+    wanted = {key: str(value) for key, value in options.items()}
+    wanted |= {key: value.strip() for key, _, value in (text.partition("=") for text in assignments)}
+    kept = {}
+    for key, value in of_weights.items():
+        kind = wanted.get(f"{key}.kind") if isinstance(value, dict) else None
+        if kind is None or kind == value.get("kind"):
+            kept[key] = value
+    return kept
 
 
 def _architecture(config: ModelConfig) -> tuple[str, dict[str, Any]]:

@@ -44,6 +44,14 @@ STARTS: dict[str, tuple[tuple[str, ...], bool]] = {
 CELLS, PLOT, PAGE = "cells.jsonl", "curves.png", "README.md"
 EVALUATIONS = 6  # the most evaluations of one training, which are the points of its curve
 MAX_EPOCHS = 10**6  # of one training
+# What a cell sets itself, and the option that decides it.
+OF_CELLS = {
+    "train.epochs": "--epochs",
+    "train.seed": "--seeds",
+    "data.fraction": "--fraction",
+    "train.val_interval": "--epochs, whose curve has the points of six evaluations",
+    "train.freeze": "the start frozen, which is one of them",
+}
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,7 @@ def transfer_matrix(
         UserError: the weights, data or options cannot be used, or ``output`` has cells of other options.
     """
     _check(tasks, fractions, epochs)
+    _check_assignments(assignments)
     setup = _setup(weights, family, tasks, epochs, data, assignments)
     file = output / CELLS
     records = read_cells(file)
@@ -145,6 +154,14 @@ def _check(tasks: Sequence[str], fractions: Sequence[float], epochs: int) -> Non
                 f"--fraction {fraction:g}: {epochs} epochs over all images would be more than {MAX_EPOCHS:,} over this "
                 "share of them; give a larger share"
             )
+
+
+def _check_assignments(assignments: Sequence[str]) -> None:
+    """Raise a UserError for settings that every cell of the matrix has its own of."""
+    for assignment in assignments:
+        key = assignment.partition("=")[0].strip()
+        if key in OF_CELLS:
+            raise UserError(f"-o {assignment}: every cell of the matrix has its own {key}; use {OF_CELLS[key]}")
 
 
 def _run(

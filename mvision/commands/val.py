@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mvision.commands.results import ResultsFile, results_path
-from mvision.config import Config, DataConfig, config_of_run
+from mvision.config import Config, DataConfig, config_of_run, data_of_run
 from mvision.config.tiles import TileConfig
 from mvision.data import CocoSplit, build_eval_loader, read_validation
 from mvision.data.loading.tiles import lines_of_tiles
@@ -79,6 +79,8 @@ def validate(
     chosen, run = resolve_device(device), config_of_run(weights)
     model, runtime = _open(weights, tasks, chosen, precision, family)
     config = _data_config(run, data)
+    if split == config.val and (config.fold is not None or config.val_fraction > 0):
+        split = None  # it was divided, or does not exist: the pictures that the run validated on
     tiles = _tiles(tile, overlap, whole, None if run is None else run.data.tile)
     messages, parts = read_validation(config, split, model.tasks, seed=0 if run is None else run.train.seed)
     _make_folder(output)  # fail before the evaluation, not after it
@@ -100,7 +102,7 @@ def validate(
 
 def _data_config(run: Config | None, data: str | None) -> DataConfig:
     """The data set that was asked for, else that of the run, else the built-in one."""
-    config = DataConfig(root=data) if run is None or data is not None else run.data
+    config = data_of_run(run, data)
     if run is not None:
         config.ignore_iscrowd = run.data.ignore_iscrowd  # what an object is has to mean the same as in training
     return config

@@ -3,6 +3,7 @@
 from mvision.backbone.config import BackboneConfig as BackboneConfig
 from mvision.config.loading import RUN_CONFIG as RUN_CONFIG
 from mvision.config.loading import config_of_run as config_of_run
+from mvision.config.loading import data_of_run as data_of_run
 from mvision.config.loading import load_config as load_config
 from mvision.config.loading import merge as merge
 from mvision.config.loading import parse_config as parse_config

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from mvision.backbone import check_backbone_name
 from mvision.backbone.feature_nets import pyramid_of
 from mvision.config.explain import explain
-from mvision.config.schema import Config, ModelConfig
+from mvision.config.schema import Config, DataConfig, ModelConfig
 from mvision.errors import UserError, did_you_mean
 from mvision.heads import HEADS, known_tasks, serving_task
 from mvision.storage.yaml_files import parse_yaml, read_yaml
@@ -70,7 +70,7 @@ def load_config(
         tasks_of_file = list(_heads(layers_of_file[-1]))
         layers += layers_of_file
     # A shipped config has a section for every task; the model gets only the tasks that are wanted.
-    wanted = tasks or tasks_of_file or list(_heads(_combined(layers, None)))[:1]
+    wanted = list(dict.fromkeys(tasks or tasks_of_file or list(_heads(_combined(layers, None)))[:1]))
     tree = _combined(layers, wanted[0] if len(wanted) == 1 else None)
     sections = _heads(tree)
     included = {task for task in wanted if serving_task(task, wanted) != task and task not in tasks_of_file}
@@ -86,10 +86,34 @@ def load_config(
 
 
 def config_of_run(source: str | Path) -> Config | None:
-    """The configuration of a run, given its folder or a file in that folder; None if there is no ``config.yaml``."""
+    """The configuration of a run, given its folder or a file in that folder; None if there is none.
+
+    A ``config.yaml`` without the three sections that a run writes is another program's, and is left alone.
+    """
     path = Path(source)
     file = (path if path.is_dir() else path.parent) / RUN_CONFIG
-    return load_config(file=file) if path.exists() and file.is_file() else None
+    if not path.exists() or not file.is_file():
+        return None
+    tree = read_yaml(file, f"config {file}")
+    if not isinstance(tree, dict) or not {"model", "data", "train"} <= tree.keys():
+        return None
+    return load_config(file=file)
+
+
+def data_of_run(run: Config | None, root: str | None) -> DataConfig:
+    """The data set at ``root``; for None that of the run, or the built-in one where there is no run.
+
+    Where the run was trained on the data at ``root``, its splits, folds and held-out share are kept: the pictures that
+    it validates on are the same ones, and none that it was trained on.
+    """
+    if run is None:
+        return DataConfig(root=root)
+    own = run.data.root
+    if root is None:
+        return run.data
+    if own is not None and (root == own or Path(root).resolve() == Path(own).resolve()):
+        return run.data.model_copy(update={"more": []})
+    return DataConfig(root=root)
 
 
 def parse_config(tree: dict[str, Any], where: str = "") -> Config:
@@ -231,11 +255,17 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key; sections on the way that are missing are made."""
+    """Set a dotted key; sections on the way that are missing are made. UserError where one of them is a value."""
     *path, last = key.split(".")
-    for part in path:
-        if not isinstance(tree.get(part), dict):
+    for number, part in enumerate(path, start=1):
+        value_of_part = tree.get(part)
+        if part == "tile" and value_of_part is not None and not isinstance(value_of_part, dict):
             # ``data.tile: 640`` stands for ``data.tile.size: 640``, which stays when another key of the section is set.
-            tree[part] = {"size": tree[part]} if part == "tile" and tree.get(part) is not None else {}
+            tree[part] = {"size": value_of_part}
+        elif value_of_part is None:
+            tree[part] = {}
+        elif not isinstance(value_of_part, dict):
+            whole = ".".join(path[:number])
+            raise UserError(f"-o {key}: {whole} is {value_of_part!r}, which has no keys; set {whole} itself as a whole")
         tree = tree[part]
     tree[last] = value

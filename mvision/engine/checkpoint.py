@@ -62,6 +62,7 @@ def keep_best(trainer: Trainer, run: RunFolder, metrics: dict[str, dict[str, flo
     if score > progress.best or progress.best_epoch < 0 or not values:
         if trainer.accelerator.is_main_process:
             extra = {"epoch": epoch + 1, "metrics": metrics, "started_from": trainer.facts.get("started_from")}
+            run.forget_end()  # of a finished run that is trained on
             save_weights(trainer.eval_model, run.path / BEST, extra=extra)
         # Not before: a run that is stopped while it saves has to save once more when it is resumed.
         progress.best, progress.best_epoch = score, epoch

@@ -17,6 +17,7 @@ from mvision.data.augment.transforms import MIXING
 from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.samplers import TrainBatches
 from mvision.data.loading.sources import DataSource
+from mvision.engine.state import SavedState
 from mvision.engine.trainer import Trainer
 from mvision.errors import UserError
 from mvision.heads import HEADS, head_class, serving_task
@@ -24,6 +25,7 @@ from mvision.model import Model
 from mvision.structures import Category
 from mvision.structures.oks import describe_default_sigmas
 from mvision.weights.stored import without_data
+from mvision.weights.transfer import Transferred
 
 CROWDED = 0.01  # share of the pictures with more objects than queries from which on a run warns
 NAMED = 3  # differing classes that are named
@@ -71,21 +73,39 @@ def warn_of_slow_backbone(config: RunConfig, log: Callable[[str], None]) -> None
         )
 
 
+def warn_of_frozen_random_weights(
+    config: RunConfig, taken: Transferred | None, is_new: bool, log: Callable[[str], None]
+) -> None:
+    """A part that is frozen and has no trained weights stays random to the end."""
+    for part in config.train.freeze if is_new else ():
+        share = 0.0 if taken is None else taken.shares[part]
+        if share == 1 or (part == "backbone" and config.model.backbone.starts_trained):
+            continue
+        start = "all of" if share == 0 else "some of"
+        log(
+            f"warning: the {part} is frozen (train.freeze) and {start} its weights are random, which they stay: start "
+            f"from trained ones with --init WEIGHTS, or leave --freeze {part} out"
+        )
+
+
 def tell_before_the_first_step(
     config: RunConfig,
     model: Model,
     sources: Sequence[DataSource],
     log: Callable[[str], None],
+    taken: Transferred | None,
     *,
-    is_given_weights: bool = False,
+    is_new: bool,
 ) -> None:
     """All that a run says of its data and its backbone once the model is built and nothing is refused.
 
     Args:
-        is_given_weights: the model has weights of another run or file.
+        taken: what the model took over of other weights; None: nothing.
+        is_new: the weights are not those of a run that goes on.
     """
-    if not is_given_weights:
+    if is_new and taken is None:
         warn_of_slow_backbone(config, log)
+    warn_of_frozen_random_weights(config, taken, is_new, log)
     tell_default_sigmas(model, log)
     warn_of_nothing_to_measure(model, sources, log)
     warn_of_crowded_pictures(config, sources, log)
@@ -184,8 +204,31 @@ def single_value(error: ValueError, images: int, size: Sequence[int]) -> UserErr
     )
 
 
+def check_resumed(
+    path: Path, config: RunConfig, saved: SavedState, facts: dict[str, Any], log: Callable[[str], None]
+) -> None:
+    """Refuse what a run cannot go on with, see ``check_same_run``, and say what is different but can be.
+
+    Raises:
+        UserError: that, or a last epoch that is done already, but was not evaluated.
+    """
+    check_same_run(path, saved.facts, facts, inside_epoch=saved.progress.batch > 0)
+    done, steps, before = saved.progress.epoch, facts["steps_of_epoch"], saved.facts.get("steps_of_epoch")
+    if config.train.epochs <= done and "metrics" not in (saved.record or {}):
+        raise UserError(
+            f"--epochs {config.train.epochs}: {path} has trained {done} and was not evaluated after the last of them; "
+            f"choose --epochs {done + 1} or more"
+        )
+    if before not in (None, steps):
+        log(
+            f"note: an epoch has {steps} optimiser steps now, and had {before}: the learning rate goes on from the "
+            f"same share of the run; its peak is still that of the batches of before (train.lr {config.train.lr:.3g}), "
+            "another one: -o train.lr=X"
+        )
+
+
 def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any], *, inside_epoch: bool) -> None:
-    """A run goes on only with the tasks, classes and numbers of images that it had.
+    """A run goes on only with the tasks, classes and pictures that it had, and at the same image size.
 
     Args:
         path: of the run.
@@ -212,6 +255,18 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any], *, in
             f"--resume {path}: the data had {before} training and validation images when the run stopped, and has "
             f"{today} now, so that its epochs and figures are no longer the same; bring the images back, or {new}"
         )
+    if saved.get("image_size", now["image_size"]) != now["image_size"]:
+        before, today = ("{1} x {0}".format(*side["image_size"]) for side in (saved, now))
+        raise UserError(
+            f"--resume {path}: the run has pictures of {before}, not {today}: its figures would be of two sizes; leave "
+            f"--image-size out, or {new}"
+        )
+    if saved.get("drawn", now["drawn"]) != now["drawn"]:
+        before, today = (_settings(side["drawn"]) for side in (saved, now))
+        raise UserError(
+            f"--resume {path}: its pictures were drawn with {before}, and would be with {today}: some that were "
+            f"trained on would be validated on; go on with the same settings, or {new}"
+        )
     if inside_epoch and saved["batches"] != now["batches"]:
         is_repeated = any("repeat_threshold" in side["batches"] for side in (saved, now))
         before, today = (
@@ -223,6 +278,10 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any], *, in
             f"--resume {path}: the run was stopped inside an epoch of {before}, which would now have {today}; go on "
             f"with the same settings, or {new}"
         )
+
+
+def _settings(drawn: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in drawn.items()) or "no share of the images"
 
 
 def _changed_classes(saved: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:

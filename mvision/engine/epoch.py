@@ -71,7 +71,8 @@ def train_epoch(trainer: Trainer, loader: Loader, epoch: int) -> dict[str, float
         tell_compilation(trainer, begin)
         readings.add_terms(names, values)
         if last_of_group:
-            readings.add_step(progress.step, _optimize(trainer, guard))
+            position = epoch * trainer.steps_of_epoch + (count - 1) // config.accumulate
+            readings.add_step(progress.step, _optimize(trainer, guard, position))
             now = time.monotonic()
             stops, reads = trainer.stop.agree(accelerator, now - read_at >= _interval(accelerator.device))
             if stops:
@@ -124,14 +125,17 @@ def _total(names: Sequence[str], values: torch.Tensor, config: TrainConfig) -> t
     return values.sum()
 
 
-def _optimize(trainer: Trainer, guard: BufferGuard) -> torch.Tensor:
+def _optimize(trainer: Trainer, guard: BufferGuard, position: int) -> torch.Tensor:
     """An optimiser step, which changes nothing where the gradient is not finite.
+
+    Args:
+        position: the step in the schedule: of a run that was resumed with other batches, not ``progress.step``.
 
     Returns:
         () float32: 1 if the gradient was not finite.
     """
     config, progress, scaler = trainer.config.train, trainer.progress, trainer.accelerator.scaler
-    set_learning_rate(trainer.optimizer, config, progress.step, trainer.total_steps, trainer.last_steps)
+    set_learning_rate(trainer.optimizer, config, position, trainer.total_steps, trainer.last_steps)
     # The gradient is the average over all processes, so all of them decide alike.
     norm = trainer.accelerator.clip_grad_norm_(trainer.parameters, config.clip_norm or float("inf"))
     found_inf = norm.isfinite().logical_not().float()

@@ -141,7 +141,8 @@ def _described(
         few = ", ".join(f"'{names[index]}' ({counts[index]:.0f})" for index in heavy[:3]) + ", ..." * (len(heavy) > 3)
         log(
             f"warning: {len(heavy)} of the class weights are above {HEAVY:g}, of classes with few objects: {few}; "
-            "each of these can unsettle the training; give lower weights with -o train.class_weights.NAME=WEIGHT"
+            "each of these can unsettle the training; give weights of your own instead: "
+            "-o 'train.class_weights={NAME: WEIGHT}'"
         )
     missing = int((counts == 0).sum())
     without = f"; {missing} classes have no objects to learn from" if missing else ""

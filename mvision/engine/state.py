@@ -8,6 +8,7 @@ Everything else is JSON in the file's header.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -142,7 +143,7 @@ def load_state(trainer: Trainer, path: Path, saved: SavedState) -> None:
 
 
 def run_facts(config: Config, images: list[tuple[int, int]], batches: int) -> dict[str, Any]:
-    """What has to be the same when a run is resumed, as JSON can represent it.
+    """What has to be the same when a run is resumed, or is told where it is not, as JSON can represent it.
 
     Args:
         config: with the classes of the data.
@@ -156,7 +157,21 @@ def run_facts(config: Config, images: list[tuple[int, int]], batches: int) -> di
         "batches": {"number": batches, "size": config.train.batch_size, "seed": config.train.seed}
         | ({"repeat_threshold": config.data.repeat_threshold} if config.data.repeat_threshold else {}),
         "optimizer": config.train.optimizer,
+        "image_size": list(config.model.image_size),
+        "steps_of_epoch": math.ceil(batches / config.train.accumulate),
+        "drawn": _drawn(config),
     }
+
+
+def _drawn(config: Config) -> dict[str, Any]:
+    """What decides which pictures are for training and which for validation, where chance does."""
+    data = config.data
+    drawn: dict[str, Any] = {"data.fold": list(data.fold)} if data.fold else {}
+    if data.fraction < 1:
+        drawn["data.fraction"] = data.fraction
+    if any(held_out := [one.val_fraction for one in (data, *data.more)]):
+        drawn["data.val_fraction"] = held_out
+    return {**drawn, "train.seed": config.train.seed} if drawn else {}
 
 
 def random_states(accelerator: Accelerator) -> list[dict[str, Any]]:

@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType, patch_environment, set_seed
+from accelerate.utils import patch_environment, set_seed
 
 from mvision.backbone import freeze
 from mvision.compat import reset_accelerate
@@ -30,7 +29,6 @@ from mvision.engine.acceleration import compiled, set_for_training
 from mvision.engine.auto import decided, resumed, start_of
 from mvision.engine.checkpoint import (
     finish_epoch,
-    flat,
     has_ended,
     keep_best,
     new_folder,
@@ -42,7 +40,7 @@ from mvision.engine.checkpoint import (
 from mvision.engine.checks import (
     check_batches,
     check_model,
-    check_same_run,
+    check_resumed,
     check_task_weights,
     tell_before_the_first_step,
 )
@@ -54,6 +52,7 @@ from mvision.engine.plan import describe_run, images_of, plural
 from mvision.engine.report import write_prediction_grid
 from mvision.engine.state import SavedState, read_state, run_facts
 from mvision.engine.stopping import StopRequest, lost_processes_in_one_line
+from mvision.engine.trackers import check_trackers, start_trackers
 from mvision.engine.trainer import Trainer
 from mvision.engine.zero_shot import tell_zero_shot
 from mvision.errors import Stopped, UserError, printable_lines
@@ -122,7 +121,7 @@ def train(
         config = decided(config, len(train_loader), start_of(config, taken), images_of(sources))
         facts = run_facts(config, images_of(sources), len(train_loader))
         if run is not None and saved is not None:
-            check_same_run(run.path, saved.facts, facts, inside_epoch=saved.progress.batch > 0)
+            check_resumed(run.path, config, saved, facts, log)
         trainer = _trainer(config, model, accelerator, len(train_loader))
         started_from = saved.facts.get("started_from") if saved else origin(init)
         trainer.stop, trainer.facts = stop, facts | {"started_from": started_from}
@@ -133,7 +132,7 @@ def train(
             _claim(run, accelerator, stack)
         start(trainer, run, saved)
         log(f"run {run.path}: {describe_run(trainer, sources)}")
-        tell_before_the_first_step(config, model, sources, log, is_given_weights=bool(init or resume))
+        tell_before_the_first_step(config, model, sources, log, taken, is_new=saved is None)
         tell_zero_shot(trainer, begin if saved is None else None, validation, log)
         _train_to_the_end(trainer, run, train_loader, validation)
         return run.path
@@ -204,7 +203,7 @@ def _is_complete(run: RunFolder, config: RunConfig, saved: SavedState) -> bool:
 
 
 def _train_to_the_end(trainer: Trainer, run: RunFolder, loader: Loader, validation: list[Validation]) -> None:
-    trainer.accelerator.init_trackers("mvision", config=flat(trainer.config.model_dump(mode="json")))
+    start_trackers(trainer, run)
     try:
         _train_epochs(trainer, run, loader, validation)
         _finish_run(trainer, run, validation)
@@ -289,7 +288,7 @@ def _accelerator(config: Config, device: str | None) -> Accelerator:
     reset_accelerate()  # an earlier run of this process may have had another precision
     # Accelerate always takes the first GPU in a single process, unless this variable names another.
     single = chosen.index is not None and "LOCAL_RANK" not in os.environ
-    _check_trackers(config.train.trackers)
+    check_trackers(config.train.trackers)
     try:
         with patch_environment(accelerate_torch_device=chosen) if single else nullcontext():
             return Accelerator(
@@ -301,16 +300,6 @@ def _accelerator(config: Config, device: str | None) -> Accelerator:
             )
     except ValueError as error:
         raise UserError(f"train.precision {precision} or train.trackers {config.train.trackers}: {error}") from error
-
-
-def _check_trackers(trackers: Sequence[str]) -> None:
-    """Raise a UserError for a tracker whose package is missing: accelerate would train without it in silence."""
-    available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-    for tracker in trackers:
-        if tracker in LoggerType.list() and tracker not in {*available, "all"}:
-            installed = ", ".join(sorted(available)) or "none"
-            missing = f"the package of {tracker} is not installed (installed: {installed})"
-            raise UserError(f"train.trackers: {missing}: pip install {tracker}")
 
 
 def _loaders(

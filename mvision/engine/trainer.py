@@ -47,7 +47,7 @@ class Trainer:
     Attributes:
         model: wrapped for several processes where there are some, else the model itself.
         ema: the moving average of the weights; None where it is switched off.
-        total_steps: optimiser steps of the whole run.
+        total_steps: optimiser steps of the whole run, with batches as they are now.
         last_steps: those of its ``data.augment.last_epochs``.
         stop: whether the run has been asked to stop.
         facts: what has to be the same when the run is resumed, see ``state.run_facts``, and ``started_from``: the
@@ -68,6 +68,11 @@ class Trainer:
     facts: dict[str, Any] = field(default_factory=dict)
     random: list[dict[str, Any]] = field(default_factory=list)
     compiles: bool = False
+
+    @property
+    def steps_of_epoch(self) -> int:
+        """Optimiser steps of an epoch, with batches as they are now."""
+        return self.total_steps // self.config.train.epochs
 
     @cached_property
     def parameters(self) -> list[torch.nn.Parameter]:

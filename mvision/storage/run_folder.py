@@ -15,6 +15,8 @@ from mvision.storage.atomic import remove_partial_files, write_text
 
 BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
+END = ("metrics.json", "curves*", "calibration*.png", "confusion_matrix*.png", "predictions.jpg")
+"""What is written when a run ends, about the weights in ``BEST``."""
 
 
 class RunFolder:
@@ -161,6 +163,13 @@ class RunFolder:
     def mark_finished(self, epoch: int) -> None:
         """Note that everything is there which a run leaves at its end after this number of epochs."""
         write_text(self._finished, json.dumps({"epochs": epoch}))
+
+    def forget_end(self) -> None:
+        """Remove what a run leaves at its end, figures and pictures of weights that are about to be replaced."""
+        self._finished.unlink(missing_ok=True)
+        for pattern in END:
+            for path in self.path.glob(pattern):
+                path.unlink()
 
     @property
     def _finished(self) -> Path:

@@ -94,8 +94,8 @@ class Folder:
         if name not in self.layout.splits:
             raise UserError(
                 f"{self.layout.root}: no split '{name}' to validate on{self._why(name)}: it has {self._listing}; "
-                "choose one of them with -o data.val=NAME, or hold out a share of the training images with "
-                "-o data.val_fraction=0.2"
+                "choose one of them (in training: -o data.val=NAME, else --split NAME), or train with a share of the "
+                "training images held out: -o data.val_fraction=0.2"
             )
         return self.split(name, tasks)
 

@@ -132,6 +132,8 @@ def read_validation(
     folders = open_folders(config, seed)
     for folder in folders:
         messages.append(folder.layout.description)
+        if split is None and folder.note:
+            messages.append(folder.note)
         wanted = _asked(folder, tasks)
         if not wanted:
             continue
