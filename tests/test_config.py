@@ -245,6 +245,21 @@ def test_assignments_are_yaml() -> None:
         load_config(assignments=["train.lr=["])
 
 
+def test_a_value_is_not_lost_to_a_key_below_it() -> None:
+    assignments = ["train.class_weights=balanced", "train.class_weights.mug=5"]
+    with pytest.raises(
+        UserError, match="train.class_weights is 'balanced', which has no keys; set train.class_weights"
+    ):
+        load_config(assignments=assignments)
+    assert load_config(assignments=assignments[1:]).train.class_weights == {"mug": 5.0}
+
+
+def test_a_task_that_is_named_twice_is_one() -> None:
+    once, twice = (load_config(tasks=["keypoints"] * times) for times in (1, 2))
+    assert once == twice
+    assert once.train.least_steps == 1500  # that of a model with this task alone
+
+
 def test_the_size_of_tiles_stays_when_another_key_of_theirs_is_set(tmp_path: Path) -> None:
     config = load_config(assignments=["data.tile=160", "data.tile.visible=0.5"])
     assert (config.data.tile.size, config.data.tile.visible) == ((160, 160), 0.5)
@@ -359,8 +374,11 @@ def test_every_number_has_a_range(value: str) -> None:
         ("model.neck=[*a]", "^-o model.neck: not valid YAML"),
         ("=5", "^-o =5: write it as key.sub=value"),
         ("train.lr", "^-o train.lr: write it as key.sub=value"),
-        ("train.lr.x.y=1", "^-o train.lr.x.y: train.lr is 'auto', which has no keys; set train.lr itself as a whole"),
-        ("train.freeze.neck=true", r"^-o train.freeze.neck: train.freeze is \[\], which has no keys"),
+        ("train.lr.x.y=1", "^train.lr: .*number"),
+        (
+            "model.image_size.x=1",
+            r"^-o model.image_size.x: model.image_size is \[192, 192\], which has no keys; set mo",
+        ),
     ],
 )
 def test_hostile_assignments(assignment: str, message: str) -> None:

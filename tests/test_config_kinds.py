@@ -7,9 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mvision import create_model
+from mvision.commands.train import run_config
 from mvision.config import load_config, shipped_configs
 from mvision.errors import UserError
 from mvision.storage.yaml_files import read_yaml
+from mvision.structures import Category
+from mvision.weights import save_weights
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WITH_KEYPOINTS = [
@@ -76,3 +80,16 @@ def test_settings_of_another_kind_are_refused_where_a_file_names_them(tmp_path):
 def test_heads_of_one_kind_have_no_such_section(tmp_path):
     with pytest.raises(UserError, match="model.heads.detection.kinds"):
         load_config("tiny", assignments=["model.heads.detection={kinds: {query: {}}}"])
+
+
+@pytest.mark.parametrize("given", [[], ["model.heads.keypoints.kind=query"], ["model.heads.keypoints.kind=dense"]])
+def test_weights_of_one_kind_start_a_model_with_the_other(given, tmp_path):
+    """The settings of the head that the weights have are for its own kind; those of backbone and neck stay."""
+    categories = [Category(id=1, name="person", keypoints=["nose", "tail"])]
+    model = create_model("tiny", ["keypoints"], categories=categories, neck__embed_dim=32, heads__keypoints__depth=1)
+    save_weights(model, tmp_path / "best.safetensors")
+    config = run_config(init=str(tmp_path / "best.safetensors"), assignments=given).model
+    head = config.heads["keypoints"]
+    assert config.neck.embed_dim == 32
+    assert head.kind == ("query" if "query" in str(given) else "dense")
+    assert head.kind == "query" or head.depth == 1

@@ -72,8 +72,7 @@ def train_folds(
     if resume is not None:
         state = _read_state(resume, folds, output)
         init, init_family = state["init"], state["init_family"]
-        base, is_made, folder = configure(resume=resume, options=options), False, RunFolder(resume)
-        _check_seed(base, configure(resume=resume, options={}), resume)
+        base, is_made, folder = _same_folds(configure, options, resume), False, RunFolder(resume)
     else:
         state = {"folds": _checked(folds), "init": init, "init_family": init_family}
         base = _config_of_all(configure, options, state["folds"])
@@ -113,11 +112,13 @@ def _config_of_all(configure: Configure, options: dict[str, Any], folds: int) ->
     return base
 
 
-def _check_seed(now: Config, before: Config, folder: Path) -> None:
-    """The seed divides the pictures: with another one some would be validated on twice."""
-    seed, wanted = before.train.seed, now.train.seed
+def _same_folds(configure: Configure, options: dict[str, Any], folder: Path) -> Config:
+    """The config of folds that go on; with another seed some pictures would be validated on twice."""
+    config, before = configure(resume=folder, options=options), configure(resume=folder, options={})
+    seed, wanted = before.train.seed, config.train.seed
     if seed != wanted:
         raise UserError(f"--seed {wanted}: the folds in {folder} were drawn with seed {seed}; leave --seed out")
+    return config
 
 
 def _checked(folds: int | None) -> int:

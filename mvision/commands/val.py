@@ -78,9 +78,7 @@ def validate(
     keep_freed_memory()
     chosen, run = resolve_device(device), config_of_run(weights)
     model, runtime = _open(weights, tasks, chosen, precision, family)
-    config = _data_config(run, data)
-    if split == config.val and (config.fold is not None or config.val_fraction > 0):
-        split = None  # it was divided, or does not exist: the pictures that the run validated on
+    config, split = _data_config(run, data, split)
     tiles = _tiles(tile, overlap, whole, None if run is None else run.data.tile)
     messages, parts = read_validation(config, split, model.tasks, seed=0 if run is None else run.train.seed)
     _make_folder(output)  # fail before the evaluation, not after it
@@ -100,12 +98,16 @@ def validate(
     return "\n".join([*messages, *_left_out(results), *filter(None, [runtime]), *tables(validation), *analysed])
 
 
-def _data_config(run: Config | None, data: str | None) -> DataConfig:
-    """The data set that was asked for, else that of the run, else the built-in one."""
+def _data_config(run: Config | None, data: str | None, split: str | None) -> tuple[DataConfig, str | None]:
+    """The data set that was asked for, else that of the run, else the built-in one; and the name of a whole split.
+
+    The split that the run validated on by name, but divided into folds, or held out, has None: a part of the pictures.
+    """
     config = data_of_run(run, data)
     if run is not None:
         config.ignore_iscrowd = run.data.ignore_iscrowd  # what an object is has to mean the same as in training
-    return config
+    is_part = split == config.val and (config.fold is not None or config.val_fraction > 0)
+    return config, None if is_part else split
 
 
 def _analysed(

@@ -169,7 +169,7 @@ def _drawn(config: Config) -> dict[str, Any]:
     drawn: dict[str, Any] = {"data.fold": list(data.fold)} if data.fold else {}
     if data.fraction < 1:
         drawn["data.fraction"] = data.fraction
-    if any(held_out := [one.val_fraction for one in (data, *data.more)]):
+    if any(held_out := [data.val_fraction, *(more.val_fraction for more in data.more)]):
         drawn["data.val_fraction"] = held_out
     return {**drawn, "train.seed": config.train.seed} if drawn else {}
 
