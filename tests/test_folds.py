@@ -66,11 +66,13 @@ def test_it_leaves_a_run_for_each_fold_and_their_figures(whole: Path) -> None:
 def test_a_fold_is_a_normal_run(whole: Path, data: Path, tmp_path: Path) -> None:
     """Its weights are evaluated on its own images, and it equals the same run by itself."""
     own: dict[str, Any] = {}
-    for named in (own, {"data": str(data)}, {"split": "val"}):  # what is meant without them
+    for named in ({}, {"data": str(data)}, {"split": "val"}):  # what is meant without them
         text = validate(str(whole / "fold2"), output=tmp_path, device="cpu", workers=0, **named)
         assert "fold 2 of 2: validation on one part of the images of train and val" in text or "split" in named
         again = json.loads((tmp_path / "metrics.json").read_text())["detection"]
         assert again == pytest.approx(json.loads((whole / "fold2" / "metrics.json").read_text())["detection"])
+        found = (tmp_path / "predictions.json").read_text()
+        assert found == own.setdefault("found", found)  # results on the same pictures
     assert train(data, tmp_path / "alone", "-o", "data.fold=[2, 2]", "--seed", "3") == 0
     same, other = (RunFolder(run).records() for run in (whole / "fold2", tmp_path / "alone"))
     assert [record["loss"] for record in same] == [record["loss"] for record in other]
