@@ -209,6 +209,43 @@ def test_unusable_segmentation_leaves_the_box(tmp_path: Path, segmentation: Any)
     assert "segmentation" not in split.coco_dict["annotations"][0]
 
 
+@pytest.mark.parametrize(
+    "shape", [{"bbox": [0.2, 0.25, 0.5, 0.5]}, {"bbox": None, "segmentation": [[0.2, 0.25, 0.7, 0.25, 0.7, 0.75]]}]
+)
+def test_boxes_in_fractions_are_refused(tmp_path: Path, shape: dict[str, Any]) -> None:
+    entries = [{**annotation(image), **shape} for image in (1, 2)]
+    message = (
+        r"train\.json: boxes in fractions .*annotation 1 of 1\.png: \[0\.2, .* on 64 x 48\); COCO wants pixels: mult"
+    )
+    with pytest.raises(UserError, match=message):
+        read(tmp_path, coco(entries, images=2))
+    assert len(read(tmp_path, coco([*entries, annotation()], images=2)).labels) == 3  # one of them proves pixels
+    assert len(read(tmp_path, coco([annotation(bbox=[0, 0, 1, 1])], size=(8, 8))).labels) == 1
+
+
+def test_outlines_and_points_lie_where_their_box_is(tmp_path: Path) -> None:
+    entries = [
+        annotation(category_id=1, bbox=[40, 20, 10, 10], segmentation=[outline], keypoints=[*point, 2, *[0] * 6])
+        for outline, point in (
+            ([0.6, 0.4, 0.8, 0.4, 0.8, 0.6], (0.7, 0.5)),  # fractions
+            ([30.0, 10.0, 39.5, 10.0, 39.5, 20.0], (36, 16)),  # beside the box, but near
+            ([30.0, 10.0, 60.0, 10.0, 60.0, 50.0], (50, 30)),
+            ([30.0, 10.0, 38.0, 10.0, 38.0, 20.0], (34, 25)),  # too far
+        )
+    ]
+    split = read(tmp_path, coco(entries, PEOPLE), ALL)
+    found = kinds(split)
+    assert found.pop("keypoint that no object has labelled") == 2
+    assert sorted(found.values()) == [2, 2]
+    assert "annotation 1: from [0.6, 0.4] to [0.8, 0.6], the box from [40.0, 20.0] to [50.0, 30.0]" in str(
+        split.problems
+    )
+    assert split.labels.outlines is not None
+    assert split.labels.keypoints is not None
+    assert split.labels.outlines.present.tolist() == [False, True, True, False]
+    assert split.labels.keypoints[:, 0, 2].tolist() == [0, 2, 2, 0]
+
+
 def test_masks_are_not_looked_at_unless_asked_for(tmp_path: Path) -> None:
     split = read(tmp_path, coco([annotation(segmentation=[[1, 1, 5, 5]])]))
     assert len(split.problems) == 0

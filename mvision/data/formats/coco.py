@@ -1,10 +1,11 @@
 """Reading COCO annotation files: structural mistakes are refused in one line, damaged entries are named and skipped.
 
 Refused (``UserError``): no file, no JSON, no images / categories, categories without name or id, ids that occur twice,
-keypoint sigmas or flip pairs that fit no keypoints, annotations of an unknown category, image files outside the data
-folder, none of the images found.
+keypoint sigmas or flip pairs that fit no keypoints, annotations of an unknown category, boxes in fractions, image files
+outside the data folder, none of the images found.
 Named, counted and skipped (``problems``): annotations of an image that is not listed, boxes without area, outside the
-image or NaN, unusable segmentations and keypoints, objects that are there twice, images that are not there. Image files
+image or NaN, segmentations and keypoints that are unusable or lie elsewhere than their box, objects that are there
+twice, images that are not there. Image files
 that do not decode show up when they are read: training replaces and names them, evaluation leaves them out and names
 them. Whether what is left can serve a task is decided by ``usable.py``.
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from mvision.data.formats.box_units import refuse_fractions
 from mvision.data.formats.categories import extend_categories, read_categories
 from mvision.data.formats.folds import Content, one_fold
 from mvision.data.formats.labels import Labels, pack_labels
@@ -202,6 +204,7 @@ class CocoSplit:
         available = _available(raw, categories, split.ignore_iscrowd)
         content = Content(categories, images, available, len(raw["annotations"]), [], objects)
         content.entries += self._clean(raw, split, content)
+        refuse_fractions(content.entries, images.records, images.broken, where)
         return content
 
     def _clean(self, raw: dict[str, Any], split: Split, content: Content) -> Iterator[tuple[int, int, dict[str, Any]]]:

@@ -18,6 +18,7 @@ from mvision.data.formats.segmentation import (
 from mvision.structures import Category
 
 MARGIN, LEAST_MARGIN = 0.1, 0.02  # around points: of their extent, but at least of the image's longer side
+NEAR = 0.5  # of a box's sides, by which it is enlarged on each side to hold at least one of its keypoints
 BORDER = 1.0  # pixels by which a box may reach over the border unmentioned: rounding in COCO's own files
 
 
@@ -53,6 +54,8 @@ def clean_annotation(
         points = _keypoints(annotation, category, size, problems, where)
     if has_box and bbox is not None:
         raw = (bbox[0], bbox[1], bbox[0] + bbox[2], bbox[1] + bbox[3])
+        outline = _meeting(outline, raw, problems, where)
+        points = _near(points, raw, size, problems, where)
     else:
         found = _other_box(annotation, outline, points, size, problems, where)
         if found is None:
@@ -105,6 +108,50 @@ def _outline(annotation: dict[str, Any], size: tuple[int, int], problems: Proble
         kind = "polygon parts with fewer than three points, with NaN or far from the image: left out"
         problems.add(kind, str(where), "masks")
     return outline
+
+
+def _meeting(
+    outline: Outline | None, box: tuple[float, float, float, float], problems: Problems, where: object
+) -> Outline | None:
+    """The outline if it meets the object's xyxy box; one in fractions or of another picture does not."""
+    if outline is None:
+        return None
+    x0, y0, x1, y1 = box[0] - BORDER, box[1] - BORDER, box[2] + BORDER, box[3] + BORDER
+    if isinstance(outline, list):
+        x, y = outline[0][0]
+        if x0 <= x <= x1 and y0 <= y <= y1:
+            return outline  # nearly every one, and no need to go over all its points
+    left, top, right, bottom = outline_box(outline)
+    if left <= x1 and right >= x0 and top <= y1 and bottom >= y0:
+        return outline
+    there, wanted = ([float(f"{value:.4g}") for value in corners] for corners in ((left, top, right, bottom), box))
+    kind = "segmentation that does not meet its box (in fractions of the picture?): the object has no mask"
+    problems.add(kind, f"{where}: from {there[:2]} to {there[2:]}, the box from {wanted[:2]} to {wanted[2:]}", "masks")
+    return None
+
+
+def _near(
+    points: np.ndarray | None,
+    box: tuple[float, float, float, float],
+    size: tuple[int, int],
+    problems: Problems,
+    where: object,
+) -> np.ndarray | None:
+    """The keypoints if at least one that is labelled lies in or near the object's xyxy box."""
+    if points is None:
+        return None
+    x, y, visible = points.T
+    wide, high = (max(NEAR * side, LEAST_MARGIN * max(size)) for side in (box[2] - box[0], box[3] - box[1]))
+    near = (x >= box[0] - wide) & (x <= box[2] + wide) & (y >= box[1] - high) & (y <= box[3] + high)
+    labelled = visible > 0
+    if not labelled.any() or (near & labelled).any():
+        return points
+    kind = (
+        "keypoints none of which lies in or near the object's box (in fractions of the picture?): the object has none"
+    )
+    place = points[labelled][0, :2].tolist()
+    problems.add(kind, f"{where}: {place}, the box from {list(box[:2])} to {list(box[2:])}", "keypoints")
+    return None
 
 
 def _other_box(
