@@ -223,6 +223,19 @@ def test_boxes_in_fractions_are_refused(tmp_path: Path, shape: dict[str, Any]) -
     assert len(read(tmp_path, coco([annotation(bbox=[0, 0, 1, 1])], size=(8, 8))).labels) == 1
 
 
+def test_boxes_that_look_like_corners_are_named(tmp_path: Path) -> None:
+    corners: list[list[float]] = [[1, 4, 3, 5], [2, 8, 5, 10], [5, 20, 11, 25], [40, 30, 64.5, 48], [30, 1, 50, 9]]
+    entries = [annotation(bbox=box) for box in corners]
+    kind = "boxes that look like corners x0 y0 x1 y1, read as COCO's x y width height"
+    split = read(tmp_path, coco(entries))
+    assert kinds(split)[kind] == 1
+    assert "5 boxes, 2 of them over the border, such as 1.png: [1, 4, 3, 5] on 64 x 48" in str(split.problems)
+    for other in (entries[:4], [*entries, annotation(bbox=[20, 4, 10, 8])], [*entries, *entries[:3] * 2]):
+        for number, entry in enumerate(other):  # no twins
+            other[number] = {**entry, "keypoints": [number, 0, 0]}
+        assert kind not in kinds(read(tmp_path, coco(other)))
+
+
 def test_outlines_and_points_lie_where_their_box_is(tmp_path: Path) -> None:
     entries = [
         annotation(category_id=1, bbox=[40, 20, 10, 10], segmentation=[outline], keypoints=[*point, 2, *[0] * 6])

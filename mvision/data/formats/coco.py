@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mvision.data.formats.box_units import refuse_fractions
+from mvision.data.formats.box_units import name_corners, refuse_fractions
 from mvision.data.formats.categories import extend_categories, read_categories
 from mvision.data.formats.folds import Content, one_fold
 from mvision.data.formats.labels import Labels, pack_labels
@@ -204,6 +204,8 @@ class CocoSplit:
         available = _available(raw, categories, split.ignore_iscrowd)
         content = Content(categories, images, available, len(raw["annotations"]), [], objects)
         content.entries += self._clean(raw, split, content)
+        if split.yolo is None and split.reader is None:  # formats with a reader of their own say what a box is
+            name_corners(raw["annotations"], images.positions, images.records, images.broken, self.problems)
         refuse_fractions(content.entries, images.records, images.broken, where)
         return content
 
