@@ -73,6 +73,18 @@ def test_other_spellings_are_found_and_said(tmp_path: Path) -> None:
     assert list(problems(split)) == [ELSEWHERE]
 
 
+def test_names_encoded_as_in_a_url_are_found_and_said(tmp_path: Path) -> None:
+    names = ["my%20pic.png", "sub%2Fa%C3%A4.png", "100%25.png", "x/far%20away.png", "gone%20.png"]
+    pictures = ["images/my pic.png", "images/sub/aä.png", "images/100%25.png", "more/far away.png"]
+    split = read(write(tmp_path, names, pictures))
+    assert split.broken == {4}
+    assert [split.records[number].file for number in range(4)] == pictures
+    assert len(problems(split)[ELSEWHERE]) == 3  # as written wins
+    for name in ("%2e%2e/1.png", "a/%2e%2e/..%2f../1.png"):
+        with pytest.raises(UserError, match="leaves the folder of the images"):
+            read(write(tmp_path / "set", [name, "1.png"], ["1.png", "images/1.png", "../1.png"]))
+
+
 def test_the_base_name_is_the_last_resort(tmp_path: Path) -> None:
     names = ["upload/4/a.png", "upload/4/b.png", "x/c.png", "y/c.png"]
     split = read(write(tmp_path, names, ["images/a.png", "more/b.png", "more/1/c.png"]))

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cache, cached_property
 from pathlib import Path
+from urllib.parse import unquote
 
 from mvision.data.formats.problems import Problems
 from mvision.data.formats.split import Split
@@ -53,8 +54,8 @@ class PictureFiles:
 
     Names count from the folder of the images. Where none is there, they count from a folder of the split's name in it,
     from the split's further folders, from that of the annotations, or from the root of the data set. Single files that
-    are still missing are looked for in these folders too, in another spelling (capitals, accents in two parts), and at
-    last by their base name anywhere in the data set, if only one file has it.
+    are still missing are looked for in these folders too, in another spelling (capitals, accents in two parts, ``%20``
+    in place of a blank), and at last by their base name anywhere in the data set, if only one file has it.
 
     Attributes:
         folder: that all files are relative to.
@@ -109,10 +110,10 @@ class PictureFiles:
         """Other places of these names; returns the positions of those that have none."""
         elsewhere: dict[int, Path] = {}
         missing = set()
-        bases = Counter(posixpath.basename(self.files[position]) for position in lost)
+        bases = Counter(_base(self.files[position]) for position in lost)
         for position in lost:
             name = self.files[position]
-            path = self._other_place(name, bases[posixpath.basename(name)] == 1)
+            path = self._other_place(name, bases[_base(name)] == 1)
             if path is None:
                 missing.add(position)
                 continue
@@ -131,15 +132,22 @@ class PictureFiles:
     def _other_place(self, name: str, only_one: bool) -> Path | None:
         if self._split.yolo is not None:
             return None
-        for folder in self._folders:
-            if self._has(folder, name):
-                return folder / name
-        parent, base = posixpath.split(name)
-        alike = [entry for entry in self._list(str(self.folder), parent) if _spelling(entry) == _spelling(base)]
-        if len(alike) == 1:
-            return self.folder / parent / alike[0]
-        named = self._by_base.get(_spelling(base), [])
-        return named[0] if only_one and len(named) == 1 else None
+        names = [name]
+        if "%" in name:  # as in a URL: my%20pic.png
+            names.append(inside(unquote(name), self._split))
+        for spelled in names:
+            for folder in self._folders:
+                if self._has(folder, spelled):
+                    return folder / spelled
+            parent, base = posixpath.split(spelled)
+            alike = [entry for entry in self._list(str(self.folder), parent) if _spelling(entry) == _spelling(base)]
+            if len(alike) == 1:
+                return self.folder / parent / alike[0]
+        for spelled in names if only_one else ():
+            named = self._by_base.get(_spelling(posixpath.basename(spelled)), [])
+            if len(named) == 1:
+                return named[0]
+        return None
 
     @cached_property
     def _by_base(self) -> dict[str, list[Path]]:
@@ -180,6 +188,10 @@ class PictureFiles:
             others = self._list(str(self.folder), parent).keys() - bases
             found += [folder + name for name in others if name[:1] != "." and _suffix(name) in IMAGE_SUFFIXES]
         return sorted(found)
+
+
+def _base(name: str) -> str:
+    return posixpath.basename(unquote(name))
 
 
 def _suffix(name: str) -> str:
