@@ -119,6 +119,24 @@ def test_names_that_leave_the_folder_are_refused_wherever_they_lead(tmp_path: Pa
         read(write(tmp_path, [name], ["1.png", "images/1.png"]))
 
 
+@pytest.mark.parametrize("start", ["/content/My Drive/set", "C:\\Users\\me\\set", "https://host/set"])
+def test_paths_of_another_machine_are_found_by_their_end(tmp_path: Path, start: str) -> None:
+    ends = ["images/train/1.png", "images/val/1.png", "2.png"]
+    split = read(write(tmp_path, [f"{start}/{end}" for end in ends], [*ends[:2], "more/2.png"]))
+    assert not split.broken
+    assert [record.file for record in split.records] == [*ends[:2], "more/2.png"]
+    assert len(problems(split)[ELSEWHERE]) == 3
+
+
+def test_absolute_paths_open_nothing_outside_and_are_not_guessed_between(tmp_path: Path) -> None:
+    write_picture(tmp_path / "other" / "9.png", picture())
+    root = write(tmp_path / "set", [str(tmp_path / "other" / "9.png"), "1.png"], ["images/1.png"])
+    with pytest.raises(UserError, match=r"train\.json: file_name '/.*/other/9\.png' leaves the folder of the images"):
+        read(root)
+    with pytest.raises(UserError, match=r"'/a/d/1\.png' leaves the folder"):  # d/1.png cannot be both
+        read(write(root, ["/a/d/1.png", "/c/d/1.png", "2.png"], ["images/d/1.png", "images/2.png"]))
+
+
 def test_pictures_behind_links_are_read_and_counted(tmp_path: Path) -> None:
     root = write(tmp_path / "set", ["1.png", "2.png", "pool/3.png"], ["images/1.png"])
     for name in ("2.png", "3.png"):

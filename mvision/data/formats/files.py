@@ -17,10 +17,14 @@ from mvision.errors import UserError
 from mvision.structures.images import IMAGE_SUFFIXES
 
 PROBED = 50  # names by which the folder is chosen
+LONGEST_END = 8  # parts of a path of another machine that may be those of a picture in the data set
 
 
 def inside(name: str, split: Split) -> str:
     """``name`` as written in the annotations, relative to the images' folder, with slashes.
+
+    An absolute path of another machine keeps its leading slash; ``PictureFiles`` looks in the data set for what it ends
+    with, and never opens it.
 
     Raises:
         UserError: it leads out of the folder by itself; no file of annotations decides what is opened elsewhere.
@@ -31,12 +35,18 @@ def inside(name: str, split: Split) -> str:
         return name
     root = os.path.normpath(split.images)
     path = os.path.normpath(os.path.join(root, name))  # noqa: PTH118 - an absolute name has to win here to be refused
-    if not path.startswith(root.rstrip(os.sep) + os.sep):
-        raise UserError(
-            f"{split.annotations}: file_name '{name}' leaves the folder of the images ({split.images}); write names "
-            "relative to that folder"
-        )
-    return os.path.relpath(path, root).replace(os.sep, "/")
+    if path.startswith(root.rstrip(os.sep) + os.sep):
+        return os.path.relpath(path, root).replace(os.sep, "/")
+    if name.startswith("/") and ".." not in parts and name.strip("/."):
+        return "/" + posixpath.normpath(name).lstrip("/")
+    raise _leaves(name, split)
+
+
+def _leaves(name: str, split: Split) -> UserError:
+    return UserError(
+        f"{split.annotations}: file_name '{name}' leaves the folder of the images ({split.images}); write names "
+        "relative to that folder"
+    )
 
 
 def set_root(split: Split) -> Path:
@@ -55,7 +65,8 @@ class PictureFiles:
     Names count from the folder of the images. Where none is there, they count from a folder of the split's name in it,
     from the split's further folders, from that of the annotations, or from the root of the data set. Single files that
     are still missing are looked for in these folders too, in another spelling (capitals, accents in two parts, ``%20``
-    in place of a blank), and at last by their base name anywhere in the data set, if only one file has it.
+    in place of a blank), and at last by their base name anywhere in the data set, if only one file has it. Paths of
+    another machine, also Windows' and URLs, are looked for by as much of their end as there is.
 
     Attributes:
         folder: that all files are relative to.
@@ -75,8 +86,10 @@ class PictureFiles:
                 data set's folder, through links.
 
         Raises:
-            UserError: no name has a file.
+            UserError: no name has a file, or an absolute one has none in the data set.
         """
+        absolute = {position for position, name in enumerate(names) if name.startswith("/")}
+        names = [name.lstrip("/") for name in names]
         self._split = split
         self._root = set_root(split)
         self._list = cache(_list_folder)
@@ -87,10 +100,11 @@ class PictureFiles:
         step = max(len(names) // PROBED, 1)
         found = [sum(self._has(folder, name) for name in names[::step]) for folder in self._folders]
         self.folder = self._folders[found.index(max(found))] if any(found) else split.images
-        places = [self.folder if self._has(self.folder, name) else None for name in names]
         self.files = list(names)
-        lost = [position for position, place in enumerate(places) if place is None]
+        lost = [at for at, name in enumerate(names) if at in absolute or not self._has(self.folder, name)]
         self.missing = self._search(lost, problems) if lost else set[int]()
+        for position in sorted(self.missing & absolute):
+            raise _leaves(f"/{names[position]}", split)
         if len(self.missing) == len(names):
             looked = " and ".join(map(str, self._folders[:3])) or f"{split.images}, which is no folder"
             raise UserError(
@@ -111,14 +125,14 @@ class PictureFiles:
         elsewhere: dict[int, Path] = {}
         missing = set()
         bases = Counter(_base(self.files[position]) for position in lost)
-        for position in lost:
-            name = self.files[position]
-            path = self._other_place(name, bases[_base(name)] == 1)
-            if path is None:
+        found = {at: self._other_place(self.files[at], bases[_base(self.files[at])] == 1) for at in lost}
+        claims = Counter(path for _, path in {(self.files[at], path) for at, path in found.items()})
+        for position, path in found.items():
+            if path is None or claims[path] > 1:  # one picture cannot be two images
                 missing.add(position)
                 continue
             elsewhere[position] = path
-            said = f"{name}: {os.path.relpath(path, self._root)}"
+            said = f"{self.files[position]}: {os.path.relpath(path, self._root)}"
             problems.add("file_name that is not there as written: taken from another place of the data set", said)
         if elsewhere:
             folders = [self.folder, *(path.parent for path in elsewhere.values())]
@@ -134,7 +148,7 @@ class PictureFiles:
             return None
         names = [name]
         if "%" in name:  # as in a URL: my%20pic.png
-            names.append(inside(unquote(name), self._split))
+            names.append(inside(unquote(name), self._split).lstrip("/"))
         for spelled in names:
             for folder in self._folders:
                 if self._has(folder, spelled):
@@ -143,6 +157,13 @@ class PictureFiles:
             alike = [entry for entry in self._list(str(self.folder), parent) if _spelling(entry) == _spelling(base)]
             if len(alike) == 1:
                 return self.folder / parent / alike[0]
+        for spelled in names:
+            parts = spelled.split("/")
+            for start in range(max(1, len(parts) - LONGEST_END), len(parts) - 1):
+                end = "/".join(parts[start:])
+                there = [folder / end for folder in self._folders if self._has(folder, end)]
+                if there:
+                    return there[0] if len({os.path.realpath(path) for path in there}) == 1 else None
         for spelled in names if only_one else ():
             named = self._by_base.get(_spelling(posixpath.basename(spelled)), [])
             if len(named) == 1:
