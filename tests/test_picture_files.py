@@ -104,6 +104,46 @@ def test_two_files_of_one_name_are_not_guessed_between(tmp_path: Path) -> None:
     assert not read(tmp_path).broken
 
 
+def cameras(root: Path, names: list[str], pictures: list[str]) -> Path:
+    """A file beside the folders of its pictures; every entry with an object."""
+    tree = coco([annotation(number) for number in range(1, len(names) + 1)], images=len(names))
+    for entry, name in zip(tree["images"], names):
+        entry["file_name"] = name
+    for number, path in enumerate(pictures):
+        write_picture(root / path, picture(seed=number))
+    (root / "train.json").write_text(json.dumps(tree))
+    return root
+
+
+def test_the_folder_is_named_where_several_have_the_same_names(tmp_path: Path) -> None:
+    pictures = ["depth/1.png", "depth/2.png", "rgb/1.png", "rgb/2.png", "some/1.png", "val/1.png", "val/2.png"]
+    root = cameras(tmp_path, ["1.png", "2.png"], pictures)
+    (root / "again").symlink_to("depth")  # the same pictures
+    split = read(root)
+    assert [file.rpartition("/")[2] for file in split.real_files] == ["1.png", "2.png"]
+    assert [place for kind, place in problems(split).items() if "namesakes" in kind] == [["again/1.png, not rgb/1.png"]]
+    assert not read(cameras(tmp_path / "b", ["a/1.png", "2.png"], ["x/a/1.png", "y/2.png"])).broken
+    assert not [kind for kind in problems(read(tmp_path / "b")) if "namesakes" in kind]  # as many, but of other names
+
+
+def test_entries_of_one_name_are_not_merged_where_several_files_have_it(tmp_path: Path) -> None:
+    names = ["1.png", "2.png", "1.png", "2.png", "3.png"]
+    split = read(cameras(tmp_path, names, ["cam1/1.png", "cam2/1.png", "cam1/2.png", "cam1/3.png"]))
+    assert [record.file for record in split.records] == ["2.png", "3.png"]
+    assert split.coco_dict["images"][0]["id"] == 2
+    assert len(split.labels) == 2  # the two of 2.png are alike
+    found = {kind.partition(":")[0]: places for kind, places in problems(split).items()}
+    assert found["file_name of several image entries and several files"] == [
+        "1.png, ids 1 and 3: cam1/1.png, cam2/1.png"
+    ]
+    assert found["picture in several image entries"] == ["2.png, ids 2 and 4"]
+    assert not any("does not list" in kind for kind in found)
+    with pytest.raises(
+        UserError, match=r"train\.json: which pictures .*\(1\.png, ids 1 and 2: cam1/1\.png, cam2/1\.png\); write"
+    ):
+        read(cameras(tmp_path, ["1.png", "1.png"], []))
+
+
 def test_none_of_the_pictures(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"train.json: none of its images is there: looked for 1.png and others in .*imag"

@@ -218,7 +218,10 @@ class CocoSplit:
         for number, annotation in enumerate(raw["annotations"]):
             if not isinstance(annotation, dict):
                 raise UserError(f"{where}: annotations[{number}] is no object with bbox, image_id and category_id")
-            position = positions.get(whole_number(annotation.get("image_id")))  # type: ignore[arg-type]
+            image = whole_number(annotation.get("image_id"))
+            position = positions.get(image)  # type: ignore[arg-type]
+            if position is None and image in content.images.left_out:
+                continue
             if position is None:
                 shown = f"{_name(annotation, number)}: image_id {annotation.get('image_id')!r:.60}"
                 self.problems.add("annotation of an image that 'images' does not list: left out", shown)

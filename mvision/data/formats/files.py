@@ -6,13 +6,14 @@ import os
 import posixpath
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 from urllib.parse import unquote
 
 from mvision.data.formats.problems import Problems
 from mvision.data.formats.split import Split
+from mvision.data.formats.split_names import split_of
 from mvision.errors import UserError
 from mvision.structures.images import IMAGE_SUFFIXES
 
@@ -59,6 +60,37 @@ def set_root(split: Split) -> Path:
     return common if common in (images, annotations, annotations.parent) else images
 
 
+def places_of(names: Iterable[str], split: Split) -> dict[str, list[str]]:
+    """Those of these names, from ``inside``, that several pictures of the data set can be meant with.
+
+    Returns:
+        Their files, from the root of the data set.
+    """
+    root, listed = set_root(split), cache(_list_folder)
+    folders = [folder for folder in _folders(split) if not _is_of_another(folder, split)]
+    found = {}
+    for name in names:
+        parent, base = posixpath.split(name)
+        there = [folder / name for folder in folders if base in listed(str(folder), parent)]
+        files = {os.path.realpath(path): os.path.relpath(path, root).replace(os.sep, "/") for path in there}
+        if len(files) > 1:
+            found[name] = list(files.values())
+    return found
+
+
+def _folders(split: Split) -> list[Path]:
+    """The folders that names may count from, the likeliest first."""
+    folders = [split.images]
+    if split.yolo is None:
+        folders += [split.images / split.name, *split.folders, split.annotations.parent, set_root(split)]
+    return list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
+
+
+def _is_of_another(folder: Path, split: Split) -> bool:
+    """Whether a folder is called like another split: pictures of two splits may have the same names."""
+    return split_of(folder.name) not in (None, split_of(split.name.rpartition("_")[2]) or split.name)
+
+
 class PictureFiles:
     """The files of a list of names.
 
@@ -93,13 +125,8 @@ class PictureFiles:
         self._split = split
         self._root = set_root(split)
         self._list = cache(_list_folder)
-        folders = [split.images]
-        if split.yolo is None:
-            folders += [split.images / split.name, *split.folders, split.annotations.parent, self._root]
-        self._folders = list(dict.fromkeys(folder for folder in folders if folder.is_dir()))
-        step = max(len(names) // PROBED, 1)
-        found = [sum(self._has(folder, name) for name in names[::step]) for folder in self._folders]
-        self.folder = self._folders[found.index(max(found))] if any(found) else split.images
+        self._folders = _folders(split)
+        self.folder = self._choose(names[:: max(len(names) // PROBED, 1)], problems)
         self.files = list(names)
         lost = [at for at, name in enumerate(names) if at in absolute or not self._has(self.folder, name)]
         self.missing = self._search(lost, problems) if lost else set[int]()
@@ -115,6 +142,30 @@ class PictureFiles:
             problems.add("image that is not there: never shown", self.files[position])
         self.real = self._follow_links(problems)
         self.unlisted = self._find_unlisted()
+
+    def _choose(self, probes: Sequence[str], problems: Problems) -> Path:
+        """The folder with most of the files; says it where others have as many of the same names."""
+        found = {folder: {name for name in probes if self._has(folder, name)} for folder in self._folders}
+        most = max(map(len, found.values()), default=0)
+        if not most:
+            return self._split.images
+        chosen, *others = (folder for folder, names in found.items() if len(names) == most)
+        real = os.path.realpath(chosen)
+        rivals = [
+            folder
+            for folder in others
+            if found[folder] & found[chosen]
+            and os.path.realpath(folder) != real
+            and not _is_of_another(folder, self._split)
+        ]
+        if rivals:
+            name = next(name for name in probes if name in found[chosen] & found[rivals[0]])
+            taken, *left = (os.path.relpath(folder / name, self._root) for folder in (chosen, *rivals[:5]))
+            kind = (
+                "folder of pictures that have namesakes in others: taken; if another is meant, write it into file_name"
+            )
+            problems.add(kind, f"{taken}, not {', '.join(left)}")
+        return chosen
 
     def _has(self, folder: Path, name: str) -> bool:
         parent, _, base = name.rpartition("/")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mvision.data.formats.files import PictureFiles, inside
+from mvision.data.formats.files import PictureFiles, inside, places_of
 from mvision.data.formats.numbers import whole_number
 from mvision.data.formats.problems import Problems
 from mvision.data.formats.split import Split
@@ -37,6 +39,7 @@ class Images:
         broken: positions of the images that are not there or no pictures, as far as is known without reading them.
         real_files: the path of every image's file, links followed.
         unlisted: those of further pictures beside them.
+        left_out: image ids of the file that have no record, as their pictures cannot be told; named and counted.
     """
 
     folder: Path
@@ -45,23 +48,28 @@ class Images:
     broken: set[int]
     real_files: list[str]
     unlisted: list[str]
+    left_out: frozenset[int] = frozenset()
 
 
 def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images:
     """Read ``images`` of a COCO dictionary.
 
-    A picture that several entries list (a merge of two exports) becomes one record, with the labels of all of them.
+    A picture that several entries list (a merge of two exports) becomes one record, with the labels of all of them. The
+    entries are left out where their name stands for several files: each may mean another.
 
     Raises:
         UserError: no images, an entry without whole number as id or without file_name, an id with two files, a file
-            outside the folder, or none of the files is there.
+            outside the folder, or none of the files is there or can be told from others.
     """
     where = str(split.annotations)
     positions: dict[int, int] = {}
     position_of: dict[str, int] = {}
     entries: list[tuple[int, str, tuple[int, int] | None]] = []
-    for number, entry in enumerate(raw["images"]):
-        identity, name = _identity(entry, number, split)
+    identities = [_identity(entry, number, split) for number, entry in enumerate(raw["images"])]
+    left_out = _leave_out(identities, split, problems)
+    for (identity, name), entry in zip(identities, raw["images"]):
+        if identity in left_out:
+            continue
         # YOLO's sizes come from the files themselves.
         size = _size(entry, name, problems if split.yolo is None else Problems())
         if identity in positions and entries[positions[identity]][1] != name:
@@ -94,7 +102,35 @@ def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images
             if size is None:
                 broken.add(position)
         records.append(ImageRecord(identity, file, *(size or (1, 1))))
-    return Images(files.folder, records, positions, broken, files.real, files.unlisted)
+    return Images(files.folder, records, positions, broken, files.real, files.unlisted, left_out)
+
+
+def _leave_out(identities: Sequence[tuple[int, str]], split: Split, problems: Problems) -> frozenset[int]:
+    """The ids of entries that share a name without folder which is that of several files."""
+    if split.yolo is not None or len(ids := dict(identities)) == len(set(ids.values())):
+        return frozenset()  # every name once; a list of YOLO says where its pictures are
+    count = Counter(ids.values())
+    places = places_of((name for name, number in count.items() if number > 1 and "/" not in name), split)
+    of_name: dict[str, list[int]] = {}
+    for identity, name in ids.items():
+        if name in places:
+            of_name.setdefault(name, []).append(identity)
+    said = [
+        f"{name}, ids {' and '.join(map(str, of_name[name][:5]))}: {', '.join(files[:5])}"
+        for name, files in places.items()
+    ]
+    if said and len(places) == len(count):
+        raise UserError(
+            f"{split.annotations}: which pictures are meant cannot be told, as several image entries and several files "
+            f"have the same name ({said[0]}); write the folder into file_name"
+        )
+    kind = (
+        "file_name of several image entries and several files: left out with their labels, as which picture is meant "
+        "cannot be told; write the folder into file_name"
+    )
+    for place in said:
+        problems.add(kind, place)
+    return frozenset(identity for ids in of_name.values() for identity in ids)
 
 
 def _identity(entry: Any, number: int, split: Split) -> tuple[int, str]:
