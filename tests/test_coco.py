@@ -223,6 +223,22 @@ def test_boxes_in_fractions_are_refused(tmp_path: Path, shape: dict[str, Any]) -
     assert len(read(tmp_path, coco([annotation(bbox=[0, 0, 1, 1])], size=(8, 8))).labels) == 1
 
 
+def test_areas_that_cannot_be_true_are_measured(tmp_path: Path) -> None:
+    line = [[8.0, 8.0, 9.0, 8.0, 28.0, 24.0, 27.0, 24.0]]  # about 16 pixels
+    areas: list[Any] = [1, 600, 4, 3, 355, 0, None, "x", 1e9]
+    given = [annotation(area=area) for area in areas]
+    thin = annotation(bbox=[0, 0, 60, 48], segmentation=line, area=17)
+    entries = [*given, annotation(segmentation=SQUARE, area=900), thin]
+    for fields in (("boxes",), ALL):  # the same whether masks are asked for or not
+        for number, entry in enumerate(entries):
+            entry["keypoints"] = [number, 0, 0]  # no twins
+        split = read(tmp_path, coco(entries), fields)
+        found = [entry["area"] for entry in split.coco_dict["annotations"]]
+        assert found == [320, 320, 4, 320, 355, 320, 320, 320, 320, 400, 17]
+        assert kinds(split)["area that the object's box cannot have"] == 5
+    assert "1.png, annotation 2: area 600, bbox [8, 8, 20, 16]" in str(split.problems)
+
+
 def test_boxes_that_look_like_corners_are_named(tmp_path: Path) -> None:
     corners: list[list[float]] = [[1, 4, 3, 5], [2, 8, 5, 10], [5, 20, 11, 25], [40, 30, 64.5, 48], [30, 1, 50, 9]]
     entries = [annotation(bbox=box) for box in corners]

@@ -19,6 +19,7 @@ from mvision.structures import Category
 
 MARGIN, LEAST_MARGIN = 0.1, 0.02  # around points: of their extent, but at least of the image's longer side
 NEAR = 0.5  # of a box's sides, by which it is enlarged on each side to hold at least one of its keypoints
+LEAST_AREA, MOST_AREA = 0.01, 1.05  # of an object, in that of its box (a pixel wider and higher: it may be rounded)
 BORDER = 1.0  # pixels by which a box may reach over the border unmentioned: rounding in COCO's own files
 
 
@@ -66,12 +67,9 @@ def clean_annotation(
     if box is None:
         return None
     width, height = box[2] - box[0], box[3] - box[1]
-    area = number(annotation.get("area")) or 0.0
-    if not 0 < area <= size[0] * size[1]:
-        area = outline_area(outline, *size) if outline is not None else 0.0
     entry: dict[str, Any] = {
         "bbox": [box[0], box[1], width, height],
-        "area": area or width * height,
+        "area": _area(annotation, outline, None if is_around_points else raw, size, problems, where) or width * height,
         "iscrowd": int(flag(annotation.get("iscrowd")) and not ignore_iscrowd),
     }
     if outline is not None and "masks" in fields:
@@ -206,6 +204,38 @@ def _inside(
         shown = f"{where}: bbox {bbox or list(raw)!r:.120} on {width} x {height}"
         problems.add("box reaching over the image's border: clipped", shown)
     return box
+
+
+def _area(
+    annotation: dict[str, Any],
+    outline: Outline | None,
+    box: tuple[float, float, float, float] | None,
+    size: tuple[int, int],
+    problems: Problems,
+    where: object,
+) -> float:
+    """The area in the file if it can be true, else that of the outline; 0 where the box's is to be taken.
+
+    Args:
+        annotation: as in the file.
+        outline: in pixels, if it was read.
+        box: xyxy as in the file; None where it is a guess that the area cannot be compared with.
+    """
+    area, least, most = number(annotation.get("area")) or 0.0, 0.0, float(size[0] * size[1])
+    if box is not None:
+        width, height = box[2] - box[0], box[3] - box[1]
+        least, most = LEAST_AREA * width * height, min(most, MOST_AREA * (width + 1) * (height + 1))
+    if area > 0 and least <= area <= most:
+        return area
+    if area > 0 and box is not None and outline is None:  # not asked for, but it tells most
+        outline = _meeting(_outline(annotation, size, Problems(), where), box, Problems(), where)
+    measured = outline_area(outline, *size) if outline is not None else 0.0
+    if 0 < area <= size[0] * size[1] and measured / 2 <= area <= measured * 2:
+        return area  # a thin object across a large box
+    if area > 0:
+        kind = "area that the object's box cannot have: measured from its segmentation or, without one, from the box"
+        problems.add(kind, f"{where}: area {annotation['area']!r:.40}, bbox {annotation.get('bbox')!r:.120}")
+    return measured
 
 
 def _keypoints(
