@@ -107,8 +107,9 @@ def read_images(raw: dict[str, Any], split: Split, problems: Problems) -> Images
 
 def _leave_out(identities: Sequence[tuple[int, str]], split: Split, problems: Problems) -> frozenset[int]:
     """The ids of entries that share a name without folder which is that of several files."""
-    if split.yolo is not None or len(ids := dict(identities)) == len(set(ids.values())):
-        return frozenset()  # every name once; a list of YOLO says where its pictures are
+    ids = dict(identities)
+    if split.yolo is not None or len(ids) == len(set(ids.values())) or len(ids) < len(set(identities)):
+        return frozenset()  # YOLO's lists give paths; every name occurs once; or an id has two names, and is refused
     count = Counter(ids.values())
     places = places_of((name for name, number in count.items() if number > 1 and "/" not in name), split)
     of_name: dict[str, list[int]] = {}
