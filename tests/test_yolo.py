@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mvision.data.augment.geometry import mirror_keypoints
 from mvision.data.formats.layouts import find_layout
 from mvision.errors import UserError
 from tests.yolo_files import read, said, yolo_set
@@ -77,6 +78,21 @@ def test_poses(tmp_path: Path, dims: int) -> None:
     assert split.labels.keypoints is not None
     expected = [[0.5, 0.5, 2], [0.4, 0.6, 2 if dims == 2 else 1], [0, 0, 0]]
     np.testing.assert_allclose(split.labels.keypoints[0], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flip", "pairs", "swap"),
+    [([2, 1, 0], [(0, 2)], [2, 1, 0]), ([0, 1, 2], [], [0, 1, 2]), (None, None, [1, 0, 2])],
+)
+def test_flip_idx_decides_also_where_the_points_have_names(
+    tmp_path: Path, flip: list[int] | None, pairs: list[tuple[int, int]] | None, swap: list[int]
+) -> None:
+    line = "0 0.5 0.5 0.2 0.4 0.5 0.5 0.4 0.6 0.3 0.3"
+    extra = {} if flip is None else {"flip_idx": flip}
+    root = yolo_set(tmp_path, [line], kpt_shape=[3, 2], kpt_names=["left_ear", "right_ear", "tip"], **extra)
+    split = read(root, fields=("boxes", "keypoints"))
+    assert split.categories[0].flip_pairs == pairs
+    assert mirror_keypoints(split.categories).tolist() == [swap] * len(split.categories)
 
 
 @pytest.mark.parametrize(("third", "dims"), [("", 2), (" 2", 3), (" 1.0", 3)])
@@ -239,6 +255,10 @@ def test_names_stay_text(tmp_path: Path, written: str, names: Sequence[str]) -> 
         ("names: [cat]\ntrain: images/train\nkpt_shape: [x, 3]\n", r"kpt_shape has to be"),
         ("names: [cat]\ntrain: images/train\nkpt_shape: [1000000000, 3]\n", r"kpt_shape has to be"),
         ("names: [cat]\ntrain: images/train\nkpt_shape: [2, 3]\nflip_idx: [a, 0]\n", r"flip_idx has to list"),
+        (
+            "names: [cat]\ntrain: images/train\nkpt_shape: [2, 3]\nkpt_names: [a, b]\nflip_idx: [1, 1]\n",
+            r"flip_idx has to list",
+        ),
         ("names: [cat]\ntrain: images/train\nkpt_shape: [2, 3]\nkpt_names: [a]\n", r"kpt_names has to be a list of 2"),
         ("names: [cat]\ntrain: data.yaml\n", r"data.yaml is neither a folder nor a list"),
     ],

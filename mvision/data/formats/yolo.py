@@ -23,7 +23,7 @@ from mvision.data.formats.yolo_lines import (
     with_blanks,
 )
 from mvision.data.formats.yolo_pictures import Folders, Found, LabelFiles, find_pictures, shown
-from mvision.data.formats.yolo_yaml import YoloSet, point_names
+from mvision.data.formats.yolo_yaml import YoloSet, mirrored_pairs, point_names
 from mvision.errors import UserError
 from mvision.storage.text_files import NotText, decode_text, read_limited
 from mvision.structures.images import BadImage, image_size
@@ -198,6 +198,8 @@ def _as_coco(
             annotation = _annotation(row, record, form)
             annotations.append({"id": len(annotations) + 1, "image_id": record["id"], "iscrowd": 0, **annotation})
     extra: dict[str, Any] = {"keypoints": points} if points else {}
+    if (pairs := mirrored_pairs(yolo.described, points, yolo.file)) is not None:
+        extra["flip_pairs"] = pairs
     categories = [{"id": label, "name": name, **extra} for label, name in yolo.names.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -188,8 +189,6 @@ def _keypoint_shape(tree: dict[str, Any], file: Path) -> tuple[int, int]:
 def point_names(described: dict[str, Any], count: int, file: Path) -> list[str]:
     """Names of ``count`` keypoints: ``kpt_names``, else ``left_`` and ``right_`` for the pairs of ``flip_idx``.
 
-    Augmentation recognises pairs by their names.
-
     Args:
         described: of a ``YoloSet``.
         count: number of the points.
@@ -198,22 +197,47 @@ def point_names(described: dict[str, Any], count: int, file: Path) -> list[str]:
     Raises:
         UserError: ``kpt_names`` are not as many different names, or ``flip_idx`` is no list of pairs.
     """
-    names, flip = described.get("kpt_names"), described.get("flip_idx")
+    names, flip = described.get("kpt_names"), _flip_indices(described, count, file)
     if isinstance(names, dict):
         names = next(iter(names.values()), None)
     if names is not None:
         if not isinstance(names, list) or len({str(name) for name in names}) != len(names) or len(names) != count:
             raise UserError(f"{file}: kpt_names has to be a list of {count} different names, not {str(names)[:60]}")
         return [str(name) for name in names]
-    if not flip:
+    if flip is None:
         return [f"point_{index}" for index in range(count)]
-    sound = isinstance(flip, list) and all(type(number) is int for number in flip)
-    if not sound or sorted(flip) != list(range(count)) or any(flip[flip[i]] != i for i in range(count)):
-        raise UserError(
-            f"{file}: flip_idx has to list, for each of the {count} keypoints, its mirror image: {str(flip)[:60]}"
-        )
     sides = {True: "left", False: "right"}
     return [
         f"point_{index}" if other == index else f"{sides[index < other]}_point_{min(index, other)}"
         for index, other in enumerate(flip)
     ]
+
+
+def mirrored_pairs(described: dict[str, Any], names: Sequence[str], file: Path) -> list[list[str]] | None:
+    """The pairs of points that change places in a mirror by ``flip_idx``, whatever they are called.
+
+    Args:
+        described: of a ``YoloSet``.
+        names: of the points.
+        file: for errors.
+
+    Returns:
+        Pairs of names, an empty list where every point is its own mirror image; None without ``flip_idx``.
+
+    Raises:
+        UserError: ``flip_idx`` is no list of pairs.
+    """
+    flip = _flip_indices(described, len(names), file) if names else None
+    return None if flip is None else [[names[i], names[j]] for i, j in enumerate(flip) if i < j]
+
+
+def _flip_indices(described: dict[str, Any], count: int, file: Path) -> list[int] | None:
+    flip = described.get("flip_idx")
+    if not flip:
+        return None
+    sound = isinstance(flip, list) and all(type(number) is int for number in flip)
+    if not sound or sorted(flip) != list(range(count)) or any(flip[flip[i]] != i for i in range(count)):
+        raise UserError(
+            f"{file}: flip_idx has to list, for each of the {count} keypoints, its mirror image: {str(flip)[:60]}"
+        )
+    return list(flip)
