@@ -70,6 +70,17 @@ def test_objects_without_segmentation_are_named_where_others_have_one(tmp_path: 
     assert not report.splits["val"].problems  # nothing there has one: a data set for detection
 
 
+def test_keypoints_without_left_and_right_are_noted_where_pictures_are_mirrored(tmp_path: Path) -> None:
+    tree = coco([annotation(1, keypoints=[10, 10, 2, 20, 12, 2])], [{"id": 3, "name": "tube", "keypoints": ["a", "b"]}])
+    for name in ("train", "val"):
+        write_set(tmp_path, tree, name)
+    note = "note: class 'tube': no left and right among its keypoints (a, b)"
+    assert check(tmp_path, tasks=["keypoints"]).notes[0].startswith(note)
+    assert not check(tmp_path, tasks=["detection"]).notes
+    still = load_config(tasks=["keypoints"], overrides={"data.root": str(tmp_path), "data.augment.flip": 0})
+    assert not checking.check(still).notes
+
+
 def test_problems_are_counted_with_examples(tmp_path: Path) -> None:
     root = two_splits(tmp_path, [annotation(1), annotation(2, [10, 10, 0, 5])])
     (tmp_path / "images" / "3.png").write_bytes(b"broken")

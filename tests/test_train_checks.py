@@ -19,10 +19,11 @@ from mvision.config import load_config
 from mvision.data.formats.coco import CocoSplit
 from mvision.data.formats.layouts import find_layout
 from mvision.engine import train as train_module
-from mvision.engine.checks import check_same_run, single_value, warn_of_nothing_to_measure
+from mvision.engine.checks import check_same_run, single_value, tell_unmirrored_keypoints, warn_of_nothing_to_measure
 from mvision.engine.train import train
 from mvision.errors import Stopped, UserError
 from mvision.storage.run_folder import RunFolder
+from mvision.structures import Category
 from tests.conftest import write_squares
 from tests.small_runs import add_corners, run_in_process
 
@@ -194,6 +195,19 @@ def test_tasks_that_cannot_be_measured_are_said(
     warn_of_nothing_to_measure(model, [mock.Mock(tasks=tasks, train=train_split, val=val)], lines.append)
     assert len(lines) == (expected is not None)
     assert expected is None or expected in lines[0]
+
+
+def test_a_run_notes_keypoints_without_left_and_right() -> None:
+    classes = [Category(id=1, name="tube", keypoints=["a", "b"]), Category(id=2, name="eyes", keypoints=["L", "R"])]
+    model, lines = mock.Mock(heads=["detection", "keypoints"]), list[str]()
+    model.head.side_effect = lambda task: mock.Mock(
+        classes=classes, needs={"boxes", "keypoints"} if task == "keypoints" else {"boxes"}
+    )
+    tell_unmirrored_keypoints(load_config("tiny"), model, lines.append)
+    (line,) = lines
+    assert line.startswith("note: class 'tube': no left and right among its keypoints (a, b)")
+    tell_unmirrored_keypoints(load_config("tiny", overrides={"data.augment.flip": 0}), model, lines.append)
+    assert len(lines) == 1
 
 
 def test_a_resumed_run_has_no_output(tmp_path: Path) -> None:

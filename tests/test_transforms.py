@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mvision.config import AugmentConfig
-from mvision.data.augment.geometry import draw_masks, fit, flip, mirror_keypoints, paint, place
+from mvision.data.augment.geometry import describe_unmirrored, draw_masks, fit, flip, mirror_keypoints, paint, place
 from mvision.data.augment.transforms import EvalTransform, TrainTransform, crop, zoom_out
 from mvision.data.formats.labels import Labels, PictureLabels, join_labels
 from mvision.data.formats.segmentation import Outlines
@@ -154,6 +154,32 @@ def test_mirror_pairs_are_found_by_name() -> None:
     assert swap is not None
     assert swap.tolist() == [[0, 2, 1, 4, 3, 5], [0, 1, 2, 3, 4, 5]]
     assert mirror_keypoints([Category(id=1, name="a")]) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "swap"),
+    [
+        (["L_Eye", "R_Eye", "Nose"], [1, 0, 2]),
+        (["paw_l", "paw_r", "tail"], [1, 0, 2]),
+        (["LEye", "REye", "pawL", "pawR"], [1, 0, 3, 2]),
+        (["l-ear 1", "r-ear 1", "rear", "real"], [1, 0, 2, 3]),
+        (["L_Eye", "nose", "REAR", "LEAL"], [0, 1, 2, 3]),
+    ],
+)
+def test_mirror_pairs_are_found_by_the_letters_l_and_r(names: list[str], swap: list[int]) -> None:
+    category = Category(id=1, name="mouse", keypoints=names)
+    np.testing.assert_array_equal(mirror_keypoints([category]), [swap])
+    assert (describe_unmirrored(category) is None) == (swap != [0, 1, 2, 3])
+
+
+def test_keypoints_without_left_and_right_are_told() -> None:
+    tube = Category(id=1, name="tube", keypoints=["top", "a", "b", "c", "d", "end"])
+    line = str(describe_unmirrored(tube))
+    assert "class 'tube': no left and right among its keypoints (top, a, b, c, d, ...)" in line
+    assert "flip_pairs" in line
+    assert describe_unmirrored(tube.model_copy(update={"flip_pairs": []})) is None
+    assert describe_unmirrored(Category(id=1, name="dot", keypoints=["middle"])) is None
+    assert describe_unmirrored(Category(id=1, name="box")) is None
 
 
 def test_two_flips_are_none() -> None:

@@ -13,6 +13,7 @@ import torch
 
 from mvision.config import Config, ModelConfig, RunConfig
 from mvision.data import Loader
+from mvision.data.augment.geometry import describe_unmirrored
 from mvision.data.augment.transforms import MIXING
 from mvision.data.loading.compare import objects_of_mixed
 from mvision.data.loading.samplers import TrainBatches
@@ -107,6 +108,7 @@ def tell_before_the_first_step(
         warn_of_slow_backbone(config, log)
     warn_of_frozen_random_weights(config, taken, is_new, log)
     tell_default_sigmas(model, log)
+    tell_unmirrored_keypoints(config, model, log)
     warn_of_nothing_to_measure(model, sources, log)
     warn_of_crowded_pictures(config, sources, log)
 
@@ -155,6 +157,16 @@ def tell_default_sigmas(model: Model, log: Callable[[str], None]) -> None:
         for category in head.classes if "keypoints" in head.needs else ():
             if (line := describe_default_sigmas(category)) is not None:
                 log(line)
+
+
+def tell_unmirrored_keypoints(config: RunConfig, model: Model, log: Callable[[str], None]) -> None:
+    """Pictures are mirrored, and the names of a class's points do not tell left from right."""
+    if config.data.augment.flip == 0:
+        return
+    posed = [head.classes for head in (model.head(task) for task in model.heads) if "keypoints" in head.needs]
+    lines = [describe_unmirrored(category) for classes in posed for category in classes]
+    for line in dict.fromkeys(filter(None, lines)):
+        log(f"note: {line}")
 
 
 def _can_measure(model: Model, source: DataSource, task: str) -> bool:

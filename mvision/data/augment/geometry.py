@@ -6,6 +6,7 @@ pixels are resampled once, and boxes, keypoints and outlines follow by a scale a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -22,6 +23,9 @@ PixelRect = tuple[int, int, int, int]
 FILL = 114  # grey around a zoomed-out image
 MIN_VISIBLE = 0.25  # share of an object's area that has to be left after a cut for it to stay labelled ...
 MIN_COVER = 0.1  # ... unless the rest still covers this share of the picture: half a face is a face
+
+NAMED_POINTS = 5  # keypoints that a line names
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # the words of L_Eye, LEye, paw_l and pawR
 
 
 @dataclass(frozen=True)
@@ -172,8 +176,9 @@ def swap_keypoints(keypoints: np.ndarray, swap: np.ndarray) -> np.ndarray:
 def mirror_keypoints(categories: Sequence[Category]) -> np.ndarray | None:
     """(classes, K) index of the keypoint that each one becomes in a mirror; None where no class has keypoints.
 
-    From ``Category.flip_pairs``, or where the data set gives none by names such as ``left_eye``: ``left`` and ``right``
-    may stand anywhere in the name, in any case. A name without its counterpart stays.
+    From ``Category.flip_pairs``, or where the data set gives none by names such as ``left_eye``, ``L_Eye`` or ``pawR``:
+    ``left`` and ``right`` may stand anywhere in the name, ``l`` and ``r`` as a word of it, in any case. A name without
+    its counterpart stays.
     """
     count = max((len(category.keypoints) for category in categories), default=0)
     if count == 0:
@@ -185,11 +190,35 @@ def mirror_keypoints(categories: Sequence[Category]) -> np.ndarray | None:
                 swap[row, [a, b]] = b, a
             continue
         names = [name.lower() for name in category.keypoints]
-        for index, name in enumerate(names):
-            for side, other in (("left", "right"), ("right", "left")):
-                if side in name and name.replace(side, other) in names:
-                    swap[row, index] = names.index(name.replace(side, other))
+        for index, name in enumerate(category.keypoints):
+            for other in _counterparts(name):
+                if other in names:
+                    swap[row, index] = names.index(other)
     return swap
+
+
+def describe_unmirrored(category: Category) -> str | None:
+    """A line that says that mirrored pictures exchange no keypoints of a class; None if some are or none shall be."""
+    names = category.keypoints
+    if len(names) < 2 or category.flip_pairs is not None:
+        return None
+    swap = mirror_keypoints([category])
+    if swap is None or (swap[0] != np.arange(len(names))).any():
+        return None
+    shown = ", ".join(names[:NAMED_POINTS]) + ", ..." * (len(names) > NAMED_POINTS)
+    return (
+        f"class '{category.name}': no left and right among its keypoints ({shown}), none are exchanged when a picture "
+        "is mirrored; if it has some, give flip_pairs in its category (in YOLO's data.yaml flip_idx)"
+    )
+
+
+def _counterparts(name: str) -> list[str]:
+    """In lower case what the mirror image of a keypoint may be called; it may be the name itself."""
+    plain = name.lower()
+    sides = {"l": "r", "r": "l"}
+    by_letter = WORD.sub(lambda word: sides.get(word[0].lower(), word[0]), name).lower()
+    others = (by_letter, plain.replace("left", "right"), plain.replace("right", "left"))
+    return [other for other in others if other != plain]
 
 
 def draw_masks(labels: PictureLabels, size: tuple[int, int], chosen: np.ndarray | None = None) -> np.ndarray:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from mvision.config import Config, load_config
+from mvision.data.augment.geometry import describe_unmirrored
 from mvision.data.formats.coco import FIELDS, CocoSplit
 from mvision.data.formats.layouts import Layout, usual_splits
 from mvision.data.formats.problems import Problem
@@ -221,6 +222,9 @@ def _read_all(config: Config) -> tuple[Report, dict[str, CocoSplit]]:
     folders = [source.folder for source in sources] or open_folders(config.data, seed)
     report = Report("\n".join(folder.layout.description for folder in folders), asked, refused=refused)
     choose_pixel_range(config.model.pixel_range, [source.train for source in sources], report.notes.append)
+    if sources and "keypoints" in needs(asked) and config.data.augment.flip:
+        unmirrored = map(describe_unmirrored, sources[0].train.categories)  # all data sets have the same classes
+        report.notes += [f"note: {line}" for line in unmirrored if line is not None]
     parts: dict[str, dict[str, CocoSplit]] = {}
     for number, folder in enumerate(folders):
         prefix = f"{folder.name}/" if len(folders) > 1 else ""
