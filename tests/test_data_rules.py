@@ -14,6 +14,7 @@ from mvision.commands.val import validate
 from mvision.config import load_config
 from mvision.data import read_data_sources, read_validation
 from mvision.data.loading.sources import DataSource
+from mvision.data.tools import check as checking
 from mvision.engine.train import train
 from mvision.errors import UserError
 from tests.coco_files import CATEGORIES, annotation, coco, write_set
@@ -205,6 +206,33 @@ def test_dense_pictures_name_the_setting(tmp_path: Path) -> None:
     assert expected in lines
     assert expected in check(str(root), assignments=["model.heads.detection.num_queries=1"]).text().splitlines()
     assert check(str(root), assignments=["model.heads.detection.num_queries=2"]).verdict.startswith("sound")
+
+
+@pytest.mark.parametrize(
+    ("tile", "sides", "remedy"),
+    [(None, "0.8 x 0.8", "or data.tile"), (4000, "0.8 x 0.8", "or smaller tiles (data.tile)"), (200, "", "")],
+)
+def test_objects_smaller_than_a_pixel_of_the_input_are_counted(
+    tile: int | None, sides: str, remedy: str, tmp_path: Path
+) -> None:
+    """Pictures of 1280 x 640 are stretched to 64 x 32: 16 pixels become 0.8; of tiles of 200 pixels, more."""
+    for name, first in (("train", 1), ("val", 2)):
+        boxes = [[10, 10, 16, 16], [10, 40, 40, 40], [60, 10, 24, 24], [90, 10, 14, 28]]
+        content = coco([annotation(first, box) for box in boxes], size=(640, 1280))
+        content["annotations"].append(annotation(first, [200, 200, 4, 4], iscrowd=1))
+        content["images"][0].update(id=first, file_name=f"{first}.png")
+        for number, entry in enumerate(content["annotations"], start=1):
+            entry["id"] = number
+        write_set(tmp_path, content, name)
+    settings = {"data.root": str(tmp_path), "data.tile": tile, "model.image_size": [32, 64]}
+    report = checking.check(load_config(overrides=settings), quick=True)
+    told = {name: [p for p in split.problems if "than a pixel" in p.kind] for name, split in report.splits.items()}
+    assert not told["val"]
+    assert len(told["train"]) == (1 if remedy else 0)
+    for problem in told["train"]:
+        assert "object smaller than a pixel at model.image_size 64x32: not learned unless" in problem.kind
+        assert problem.kind.endswith(f"a larger --image-size, {remedy}")
+        assert problem.examples == [f"1.png: {sides}", "1.png: 0.7 x 1.4"][: problem.count]
 
 
 @pytest.mark.parametrize(("kind", "setting"), [("dense", "num_instances"), ("query", "num_queries")])

@@ -41,7 +41,7 @@ class TestMistakesInTraining:
 
     @pytest.fixture(autouse=True)
     def no_data(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def read(*_: object) -> None:
+        def read(*_: object, **__: object) -> None:
             raise AssertionError("the data was read")
 
         monkeypatch.setattr(training, "read_data_sources", read)

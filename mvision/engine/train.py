@@ -157,7 +157,9 @@ def _read_data(config: Config, is_new: bool, log: Callable[[str], None]) -> list
     if pick_workers(config.data.workers, on_cuda=False) > 0:
         worker_context()  # makes its imports while the data is read and the model is built
     heads = config.model.heads
-    sources = read_data_sources(config.data, list(heads), config.train.seed, log, heads)
+    sources = read_data_sources(
+        config.data, list(heads), config.train.seed, log, heads, image_size=config.model.image_size
+    )
     config.model.categories = sources[0].train.categories
     if is_new:
         trained = [source.train for source in sources]

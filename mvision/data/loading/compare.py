@@ -62,6 +62,27 @@ def count_above_queries(split: CocoSplit, task: str, settings: Settings | None) 
         split.problems.add(kind, f"{split.records[index].file}: {objects[index]}")
 
 
+def count_below_pixel(split: CocoSplit, image_size: tuple[int, int], tile: TileConfig | None) -> None:
+    """Count the objects that are smaller than a pixel once their picture, or a tile of it, is stretched to the model's
+    input: augmentation drops them, as ``TrainTransform`` says.
+
+    Args:
+        image_size: (height, width) of the input.
+    """
+    shown = np.array([(record.height, record.width) for record in split.records], dtype=np.float64).reshape(-1, 2)
+    parts = shown / (shown if tile is None else np.minimum(shown, tile.size))  # pictures in tiles, along each side
+    boxes, images = split.labels.boxes, _images(split)
+    sides = (boxes[:, 2:] - boxes[:, :2]) * (parts * image_size)[images][:, ::-1]
+    height, width = image_size
+    remedy = "or data.tile" if tile is None else "or smaller tiles (data.tile)"
+    kind = (
+        f"object smaller than a pixel at model.image_size {width}x{height}: not learned unless a crop enlarges it; a "
+        f"larger --image-size, {remedy}"
+    )
+    for row in np.flatnonzero((sides.prod(axis=1) < 1.0) & ~split.labels.crowd):
+        split.problems.add(kind, f"{split.records[images[row]].file}: {sides[row, 0]:.2g} x {sides[row, 1]:.2g}")
+
+
 def objects_of_mixed(split: CocoSplit, augment: AugmentConfig, samples: int = 4000) -> np.ndarray:
     """(samples,) float, sorted: about how many objects training pictures have while they are made of several images.
 

@@ -13,7 +13,13 @@ from mvision.data.formats.coco import CocoSplit, same_categories
 from mvision.data.formats.problems import Problem, Problems
 from mvision.data.formats.split import FIELDS, Split
 from mvision.data.formats.usable import refusal, refuse
-from mvision.data.loading.compare import compare_splits, count_above_queries, count_unlisted, refuse_unreadable
+from mvision.data.loading.compare import (
+    compare_splits,
+    count_above_queries,
+    count_below_pixel,
+    count_unlisted,
+    refuse_unreadable,
+)
 from mvision.data.loading.folders import Folder, needs, open_folders
 from mvision.data.loading.pixel_range import count_oddities
 from mvision.errors import UserError
@@ -63,6 +69,7 @@ def read_data_sources(
     log: Callable[[str], None],
     heads: Mapping[str, Settings] | None = None,
     all_fields: bool = False,
+    image_size: tuple[int, int] | None = None,
 ) -> list[DataSource]:
     """Read every data set of a run, with the fields of ``Targets`` that the tasks need.
 
@@ -74,6 +81,7 @@ def read_data_sources(
         log: is called with a description of each data set, and with what is wrong in it.
         heads: settings by task; objects beyond the number of queries of a head are counted.
         all_fields: read all that there is, for a report.
+        image_size: (height, width) of the model's input; training objects that are too small at it are counted.
 
     Raises:
         UserError: a data set that cannot be used, a task without any, or a mistake in ``config.augment.extra``.
@@ -100,6 +108,8 @@ def read_data_sources(
             count_oddities(read)
             for task in wanted if config.tile is None else ():  # of tiles, the lines about them have the number
                 count_above_queries(read, task, (heads or {}).get(task))
+        if image_size is not None:
+            count_below_pixel(train, image_size, config.tile)
         problems = compare_splits(train, val, "val")
         count_unlisted(train, val, folder.layout, problems)
         if val.annotated == 0:

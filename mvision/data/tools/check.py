@@ -216,7 +216,8 @@ def _read_all(config: Config) -> tuple[Report, dict[str, CocoSplit]]:
     sources: list[DataSource] = []
     refused = None
     try:
-        sources = read_data_sources(config.data, asked, seed, lambda _: None, heads, all_fields=True)
+        size = config.model.image_size
+        sources = read_data_sources(config.data, asked, seed, lambda _: None, heads, all_fields=True, image_size=size)
     except UserError as error:
         refused = str(error)
     folders = [source.folder for source in sources] or open_folders(config.data, seed)
