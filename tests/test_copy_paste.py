@@ -13,7 +13,7 @@ from mvision.commands.data import show
 from mvision.config import AugmentConfig, DataConfig
 from mvision.data.augment import copy_paste
 from mvision.data.augment.copy_paste import LARGEST, most_pasted, paste_objects
-from mvision.data.augment.geometry import draw_masks, tighten
+from mvision.data.augment.geometry import draw_masks, flip, tighten
 from mvision.data.augment.transforms import TrainTransform
 from mvision.data.formats.labels import PictureLabels
 from mvision.data.loading.compare import objects_of_mixed
@@ -105,19 +105,24 @@ def test_an_object_of_which_too_little_is_left_is_dropped(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("flips", [(0.0, 0.0), (1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
-def test_left_and_right_change_places_on_a_side_flip(
+def test_left_and_right_change_places_on_every_flip(
     flips: tuple[float, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The left half is red with the first keypoint, the right one blue; green is above."""
+    """The left half is red with the first keypoint, the right one blue; green is above. A picture upside down in a
+    mirror has exchanged left and right too, as whole pictures have: only turned by both flips they stay."""
     other = painted(((10, 10, 30, 30), RED), ((30, 10, 50, 30), BLUE), ((10, 10, 50, 14), GREEN))
     points = [[(0.2, 0.25, 2), (0.4, 0.25, 2), (0.3, 0.12, 2)]]
     others = labels_of([(0.1, 0.1, 0.5, 0.3)], [rectangle(0.1, 0.1, 0.5, 0.3)], points)
     empty = labels_of([], [], np.zeros((0, 3, 3)))
     image, seen = paste(monkeypatch, empty, other, others, (50, 50, 90, 70), flips, np.array([[1, 0, 2]]))
     first, second, above = (image[int(y * 100), int(x * 100)].tolist() for x, y, _ in seen.keypoints[0])
-    expected = (BLUE, RED) if flips[0] else (RED, BLUE)
+    expected = (BLUE, RED) if sum(flips) == 1 else (RED, BLUE)
     assert (tuple(first), tuple(second), tuple(above)) == (*expected, GREEN)
-    assert seen.keypoints[0, 0, 0] < seen.keypoints[0, 1, 0], "a left hand stays a left hand"
+    whole = others
+    for axis in (0, 1):
+        whole = flip(whole, axis, np.array([[1, 0, 2]])) if flips[axis] else whole
+    order = np.sign(np.diff(whole.keypoints[0, :2, 0]))  # type: ignore[index]
+    assert np.sign(np.diff(seen.keypoints[0, :2, 0])) == order, "as in a whole picture that is mirrored"
     assert (image[51, 70] == GREEN).all() != bool(flips[1])
 
 

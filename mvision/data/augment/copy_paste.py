@@ -139,7 +139,7 @@ def cut_patch(
     part = others[np.array(rows)]
     for axis in (0, 1):
         if mirrored[axis]:
-            part, other = flip(part, axis, swap if axis == 0 else None), np.flip(other, 1 - axis)
+            part, other = flip(part, axis, swap), np.flip(other, 1 - axis)
     region = _around(part.boxes[0], margin, image_size)
     window = _target(region, size, rng)
     placement = fit(region, image_size, window, size)
