@@ -235,17 +235,19 @@ def class_map(target: Targets, size: tuple[int, int]) -> np.ndarray:
     """The ground truth of an image, (h, w) int64, made on the CPU.
 
     It is label + 1 where an object's mask is (of overlapping masks the smallest counts), ``IGNORED`` in the boxes of
-    objects without a mask, and elsewhere 0. If not all classes are labelled in the image, it is ``IGNORED`` there too:
-    these pixels may belong to one of the others.
+    objects without a mask and in crowd regions, and elsewhere 0. If not all classes are labelled in the image, it is
+    ``IGNORED`` there too: these pixels may belong to one of the others.
     """
     all_labelled = target.labelled_classes is None or target.labelled_classes.cpu().numpy().all()
     elsewhere = 0 if all_labelled else IGNORED
-    if target.masks is None or not len(target):
-        return np.full(size, IGNORED if len(target) else elsewhere)
+    if target.masks is None and len(target):
+        return np.full(size, IGNORED)
     gt = np.full(size, elsewhere)
-    masks = target.masks.cpu().numpy()
-    rows, columns = (np.arange(side) * full // side for side, full in zip(size, masks.shape[1:]))
-    small = masks[:, rows[:, None], columns].astype(bool)
+    if target.ignored is not None:
+        gt[_at_size(target.ignored[None], size)[0]] = IGNORED
+    if target.masks is None or not len(target):
+        return gt
+    masks, small = target.masks.cpu().numpy(), _at_size(target.masks, size)
     height, width = size
     corners = cxcywh_to_xyxy(target.boxes.cpu()).numpy() * np.array([width, height, width, height], np.float32)
     without_mask = ~masks.reshape(len(masks), -1).any(1)
@@ -255,3 +257,9 @@ def class_map(target: Targets, size: tuple[int, int]) -> np.ndarray:
     for index in np.argsort(-small.sum((1, 2)), kind="stable"):
         gt[small[index]] = labels[index] + 1
     return gt
+
+
+def _at_size(masks: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """(N, h, w) masks at another size, bool: of each cell the pixel at its corner."""
+    rows, columns = (np.arange(side) * full // side for side, full in zip(size, masks.shape[1:]))
+    return masks.cpu().numpy()[:, rows[:, None], columns].astype(bool)

@@ -149,6 +149,58 @@ def test_crowds_are_no_targets(tmp_path: Path) -> None:
     np.testing.assert_allclose(sample.targets.boxes, [[1 - 18 / 64, 16 / 48, 20 / 64, 16 / 48]], atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "augment",
+    [
+        {"flip": 0.5, "vertical_flip": 0.5},
+        {"crop": 1.0, "flip": 0.5},
+        {"mosaic": 1.0},
+        {"mosaic": 1.0, "mosaic_form": "whole"},
+        {"rotate": 45.0},
+        {"extra": [{"name": "Affine", "args": {"translate_percent": 0.4, "p": 1.0}}]},
+    ],
+)
+def test_crowd_regions_go_with_their_pixels(tmp_path: Path, augment: dict[str, Any]) -> None:
+    """They are red on black, also where so little of one is left that an object would be dropped."""
+    corners = (20, 8, 60, 8, 60, 40, 40, 40, 40, 24, 20, 24)
+    tree = coco([annotation(bbox=[2, 2, 6, 6], segmentation=[[2.0, 2, 8, 2, 8, 8, 2, 8]])])
+    tree["annotations"].append(
+        annotation(bbox=[20, 8, 40, 32], segmentation=[list(map(float, corners))], iscrowd=1, id=9)
+    )
+    split = split_of(tmp_path, tree, "masks")
+    red = np.zeros((48, 64, 3), np.uint8)
+    red[8:24, 20:60, 0] = red[24:40, 40:60, 0] = 255
+    write_picture(tmp_path / "images" / "1.png", red)
+    off = {"photometric": 0.0, "zoom_out": 0.0, "crop": 0.0, "flip": 0.0, "mosaic": 0.0, "mixup": 0.0}
+    dataset, small = Dataset(split, AugmentConfig.model_validate({**off, **augment})), 0
+    for epoch in range(60):
+        sample = dataset[SampleKey(epoch, 0, (96, 128))]
+        assert sample.image is not None
+        assert sample.targets is not None
+        shown = (sample.image[..., 0] > 128) & (sample.image[..., 1] < 64)
+        if sample.targets.ignored is None:
+            assert shown.sum() < 20
+            continue
+        assert sample.targets.ignored.shape == (96, 128)
+        assert (sample.targets.ignored.numpy().astype(bool) != shown).mean() < 0.03
+        small += 0 < shown.sum() < 0.07 * shown.size
+        assert len(sample.targets) == 0 or sample.targets.labels.tolist() == [0] * len(sample.targets)
+    assert small or "crop" not in augment
+
+
+def test_a_crowd_without_outline_is_ignored_in_its_box(tmp_path: Path) -> None:
+    tree = coco([annotation(bbox=[0, 0, 8, 8], segmentation=[[0.0, 0, 8, 0, 8, 8, 0, 8]])])
+    tree["annotations"].append(annotation(bbox=[32, 24, 16, 12], iscrowd=1, id=9))
+    for stride in (1, 4):
+        targets = Dataset(split_of(tmp_path, tree, "masks"), mask_stride=stride)[SampleKey(0, 0, (48, 64))].targets
+        assert targets is not None
+        assert targets.ignored is not None
+        expected = np.zeros((48 // stride, 64 // stride), np.uint8)
+        expected[24 // stride : 36 // stride, 32 // stride : 48 // stride] = 1
+        np.testing.assert_array_equal(targets.ignored, expected)
+    assert Dataset(split_of(tmp_path, tree))[SampleKey(0, 0, SIZE)].targets.ignored is None  # type: ignore[union-attr]
+
+
 def test_an_image_without_objects_is_a_sample(tmp_path: Path) -> None:
     dataset = Dataset(split_of(tmp_path, coco([], images=2)), STRONG)
     for epoch in range(10):

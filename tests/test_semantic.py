@@ -61,6 +61,19 @@ def test_the_box_of_an_object_without_mask_is_ignored() -> None:
     assert (class_map(target, (8, 8)) == IGNORED).all()
 
 
+def test_crowd_regions_are_ignored_and_objects_lie_on_them() -> None:
+    crowd = torch.zeros(16, 16, dtype=torch.uint8)
+    crowd[8:, :8] = 1
+    for target, on_it in ((make_target((0.0, 0.75, 0.25, 1.0)), 1), (make_target(), IGNORED)):
+        gt = class_map(replace(target, ignored=crowd), (8, 8))
+        assert (gt[:4] == 0).all()
+        assert (gt[4:, 4:] == 0).all()
+        assert gt[4, 0] == IGNORED
+        assert gt[7, 0] == on_it
+    assert target.only({"boxes", "masks"}).ignored is target.ignored
+    assert replace(target, ignored=crowd).only({"boxes"}).ignored is None
+
+
 def test_pixels_without_an_object_are_ignored_unless_all_classes_are_labelled() -> None:
     target = make_target((0.0, 0.0, 0.5, 0.5))
     for labelled, elsewhere in ((None, 0), ([True, True], 0), ([True, False], IGNORED), ([False], IGNORED)):

@@ -28,6 +28,8 @@ class Targets:
         labelled_classes: (C,) bool: the classes whose objects were labelled in this image; objects of the other
             classes may be in it without a label. (1,) applies to all classes; None: all are labelled.
         tasks: the tasks that the image is labelled for; None: all for which it has labels.
+        ignored: (h, w) uint8, 1 in regions of many objects that are not labelled one by one (``iscrowd``): they are no
+            background. None: there are none, or the data has no masks.
     """
 
     boxes: Tensor
@@ -39,6 +41,7 @@ class Targets:
     size: tuple[int, int] = (0, 0)
     labelled_classes: Tensor | None = None
     tasks: frozenset[str] | None = None
+    ignored: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -55,6 +58,8 @@ class Targets:
         """
         has_boxes = "boxes" in names
         changed: dict[str, Any] = {n: None for n in ("masks", "keypoints") if not has_boxes or n not in names}
+        if "masks" in changed:
+            changed["ignored"] = None
         if not has_boxes:
             changed |= {name: getattr(self, name)[:0] for name in ("boxes", "labels", "areas")}
             changed["labelled_classes"] = torch.zeros(1, dtype=torch.bool, device=self.labels.device)

@@ -132,7 +132,7 @@ def turn_labels(
         cut=moved.cut | (visible < 1 - 1e-6),
         windows=np.tile(np.array(WHOLE), (len(labels), 1)),
     )
-    return moved[stays_labelled(visible, clipped, np.array(WHOLE))]
+    return moved[stays_labelled(visible, clipped, np.array(WHOLE), moved.crowd)]
 
 
 def turn_boxes(

@@ -223,7 +223,7 @@ def _what_is_seen(labels: PictureLabels, layer: np.ndarray, beside: np.ndarray, 
             outlines[index] = encode_mask(seen)
             scale[index], offset[index] = (x1 - x0, y1 - y0) / sides, (x0, y0) / sides
     labels = replace(labels, boxes=boxes, areas=areas, outlines=outlines, scale=scale, offset=offset)
-    return labels[stays_labelled(shares, boxes, np.array(WHOLE))]
+    return labels[stays_labelled(shares, boxes, np.array(WHOLE), labels.crowd)]
 
 
 def _hidden_keypoints(keypoints: np.ndarray, layer: np.ndarray, beside: np.ndarray, top: np.ndarray) -> np.ndarray:

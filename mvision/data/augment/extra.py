@@ -138,7 +138,7 @@ class ExtraTransforms:
             offset=np.zeros((count, 2)),
             keypoints=None if labels.keypoints is None else self._keypoints(labels, places[rows], turned < 0),
         )
-        return labels[stays_labelled(visible, boxes, np.array(WHOLE))]
+        return labels[stays_labelled(visible, boxes, np.array(WHOLE), labels.crowd)]
 
     def _keypoints(self, labels: PictureLabels, places: np.ndarray, mirrored: np.ndarray) -> np.ndarray:
         """(N, K, 3) keypoints at their new ``places`` (N, K, 2); zeros where they are not labelled, or outside."""

@@ -131,19 +131,23 @@ def place(labels: PictureLabels, placement: Placement, window: PixelRect | None 
         offset=labels.offset * scale + offset,
         keypoints=keypoints,
     )
-    keep = stays_labelled(visible, clipped, bounds)
+    keep = stays_labelled(visible, clipped, bounds, labels.crowd)
     return moved if keep.all() else moved[keep]
 
 
-def stays_labelled(visible: np.ndarray, clipped: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+def stays_labelled(
+    visible: np.ndarray, clipped: np.ndarray, bounds: np.ndarray, crowd: np.ndarray | None = None
+) -> np.ndarray:
     """(N,) bool: whether enough of a cut object is left for it to stay labelled.
 
     Args:
         visible: (N,) the share of its box that is left.
         clipped: (N, 4) what is left of the box, xyxy.
         bounds: (4,) the picture, or the part of it where the object can be.
+        crowd: (N,) bool: crowd regions, of which any part stays: what is in it is not to be learned as background.
     """
-    return (visible >= MIN_VISIBLE) | (_extent(clipped) >= MIN_COVER * (bounds[2:] - bounds[:2]).prod())
+    keep = (visible >= MIN_VISIBLE) | (_extent(clipped) >= MIN_COVER * (bounds[2:] - bounds[:2]).prod())
+    return keep if crowd is None else keep | (crowd & (visible > 0))
 
 
 def flip(labels: PictureLabels, axis: int, swap: np.ndarray | None = None) -> PictureLabels:

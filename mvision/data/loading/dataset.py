@@ -6,6 +6,7 @@ Where an epoch shows an image several times, it also depends on how often it did
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -223,13 +224,16 @@ class Dataset(data.Dataset[Sample]):
         return image
 
     def _targets(self, labels: PictureLabels, index: int, size: tuple[int, int]) -> Targets:
-        labels = labels[~labels.crowd] if labels.crowd.any() else labels
+        crowds = labels[labels.crowd] if labels.crowd.any() else None
+        labels = labels if crowds is None else labels[~labels.crowd]
         record = self.records[index]
-        masks = None
+        masks = ignored = None
         outlines, stride = labels.outlines, self.mask_stride
         labelled = outlines is not None and (len(outlines) == 0 or any(outline is not None for outline in outlines))
         if labelled and stride is not None:
-            masks = torch.from_numpy(draw_masks(labels, (-(-size[0] // stride), -(-size[1] // stride))))
+            grid = (-(-size[0] // stride), -(-size[1] // stride))
+            masks = torch.from_numpy(draw_masks(labels, grid))
+            ignored = None if crowds is None else torch.from_numpy(_regions(crowds, grid))
         keypoints = None if labels.keypoints is None else torch.from_numpy(labels.keypoints.astype(np.float32))
         return Targets(
             boxes=torch.from_numpy(_cxcywh(labels.boxes)),
@@ -241,6 +245,7 @@ class Dataset(data.Dataset[Sample]):
             size=(record.height, record.width),
             labelled_classes=None if self.labelled_classes is None else torch.from_numpy(self.labelled_classes),
             tasks=self.tasks,
+            ignored=ignored,
         )
 
 
@@ -278,6 +283,17 @@ def require_fields(split: CocoSplit) -> None:
 def _masks(labels: PictureLabels, size: tuple[int, int]) -> Masks:
     """Drawn one at a time: together they would fill the memory on large images."""
     return Masks((encode_mask(draw_masks(labels, size, np.array([index]))[0]) for index in range(len(labels))), size)
+
+
+def _regions(crowds: PictureLabels, size: tuple[int, int]) -> np.ndarray:
+    """(height, width) uint8: 1 in crowd regions, all of the box where one has no outline."""
+    height, width = size
+    region = draw_masks(crowds, size).any(axis=0).astype(np.uint8)
+    for box, outline in zip(crowds.boxes, () if crowds.outlines is None else crowds.outlines):
+        if outline is None:
+            left, top, right, bottom = (box * (width, height, width, height)).tolist()
+            region[int(top) : math.ceil(bottom), int(left) : math.ceil(right)] = 1
+    return region
 
 
 def _cxcywh(boxes: np.ndarray) -> np.ndarray:
