@@ -29,6 +29,7 @@ DROPOUT = 0.1  # of whole channels, before the last layer
 FOCAL_WEIGHT, DICE_WEIGHT = 2.0, 1.0
 GAMMA = 1.0  # of the focal loss
 IGNORED = -1  # class of pixels that have no loss
+UNKNOWN = -2  # class of pixels that are background or one of the classes that are not labelled in their image
 
 
 class SemanticConfig(Settings):
@@ -106,8 +107,11 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
         gt = np.stack([class_map(target, (logits.shape[-2], logits.shape[-1])) for target in targets])
         if not (gt != IGNORED).any():
             return {"focal": 0 * logits.sum(), "dice": 0 * logits.sum()}
-        on_device = to_device({"gt": torch.from_numpy(gt)}, logits.device)
-        focal, dice = focal_and_dice(logits, on_device["gt"], self.class_weights)
+        on_cpu = {"gt": torch.from_numpy(gt)}
+        if (gt == UNKNOWN).any():
+            on_cpu["excluded"] = torch.stack([_labelled(target, logits.shape[1]) for target in targets])
+        on_device = to_device(on_cpu, logits.device)
+        focal, dice = focal_and_dice(logits, on_device["gt"], self.class_weights, on_device.get("excluded"))
         return {"focal": FOCAL_WEIGHT * focal, "dice": DICE_WEIGHT * dice}
 
     def postprocess(
@@ -146,34 +150,58 @@ class SemanticHead(Head[SemanticConfig, SemanticOutputs]):
         )
 
 
-def focal_and_dice(logits: Tensor, gt: Tensor, class_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def focal_and_dice(
+    logits: Tensor, gt: Tensor, class_weights: Tensor | None = None, excluded: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """The focal loss of every class against all others (Lin et al., 2017), and the Dice loss (Milletari et al., 2016).
 
     Both are those of segmentation-models-pytorch, the focal one the mean over labelled pixels and classes, Dice the
     mean over classes of one minus the score, 0 for a class without a pixel. That library's select pixels class by
     class, so that the CPU would wait for a GPU as often as there are classes.
 
+    An ``UNKNOWN`` pixel is none of the classes that are labelled in its image, and one of the others, it is not known
+    which: in the focal loss these are one class, whose odds are the sum of theirs. In Dice such pixels do not count.
+
     Args:
         logits: (B, C, h, w) before the softmax.
-        gt: (B, h, w) int64 in 0..C - 1, or ``IGNORED``; at least one pixel has a label.
+        gt: (B, h, w) int64 in 0..C - 1, ``IGNORED`` or ``UNKNOWN``; at least one pixel is not ``IGNORED``.
         class_weights: (C - 1,) how much a pixel of each class counts in the mean that the focal loss is; the background
             counts 1. None: 1 for all. Dice is not weighted: in it every class counts as much as any other.
+        excluded: (B, C) bool: the classes that an ``UNKNOWN`` pixel of an image cannot have; never the background.
+            None: there are no such pixels.
     """
     valid = (gt != IGNORED)[:, None]
     is_class = gt[:, None] == torch.arange(logits.shape[1], device=gt.device)[:, None, None]
     target = is_class.to(logits.dtype)
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
-    focal = (1 - torch.exp(-cross_entropy)) ** GAMMA * cross_entropy
+    focal = _focal(F.binary_cross_entropy_with_logits(logits, target, reduction="none"))
+    if excluded is not None:
+        others = excluded[..., None, None]
+        either_class = _focal(F.softplus(-logits.masked_fill(others, -torch.inf).logsumexp(1)))
+        unknown = (gt == UNKNOWN)[:, None]
+        focal = torch.where(unknown & ~others, 0, focal)
+        # Their term stands in the channel of the background, which is always one of them.
+        focal = torch.cat((torch.where(unknown, either_class[:, None], focal[:, :1]), focal[:, 1:]), dim=1)
     if class_weights is None:
         focal = torch.where(valid, focal, 0).sum() / (valid.sum() * logits.shape[1])
     else:
         of_classes = F.pad(class_weights.to(logits.dtype), (1, 0), value=1.0)
         weights = torch.where(valid, of_classes[gt.clamp(min=0)][:, None], 0)
         focal = (weights * focal).sum() / (weights.sum() * logits.shape[1])
-    prob = torch.where(valid, logits.softmax(1), 0)
+    prob = torch.where((gt >= 0)[:, None], logits.softmax(1), 0)
     both, either = (prob * target).sum((0, 2, 3)), prob.sum((0, 2, 3)) + target.sum((0, 2, 3))
     dice = 1 - 2 * both / either.clamp(min=1e-7)
     return focal, torch.where(is_class.any(3).any(2).any(0), dice, 0).mean()
+
+
+def _focal(cross_entropy: Tensor) -> Tensor:
+    return (1 - torch.exp(-cross_entropy)) ** GAMMA * cross_entropy
+
+
+def _labelled(target: Targets, channels: int) -> Tensor:
+    """(channels,) bool: the classes that are labelled in an image; the background, at 0, is not."""
+    labelled = torch.zeros(channels, dtype=torch.bool)
+    labelled[1:] = True if target.labelled_classes is None else target.labelled_classes.cpu()
+    return labelled
 
 
 def class_scores(logits: Tensor) -> list[dict[int, float]]:
@@ -236,10 +264,10 @@ def class_map(target: Targets, size: tuple[int, int]) -> np.ndarray:
 
     It is label + 1 where an object's mask is (of overlapping masks the smallest counts), ``IGNORED`` in the boxes of
     objects without a mask and in crowd regions, and elsewhere 0. If not all classes are labelled in the image, it is
-    ``IGNORED`` there too: these pixels may belong to one of the others.
+    ``UNKNOWN`` there: these pixels are background or belong to one of the others. If none is, it is ``IGNORED``.
     """
-    all_labelled = target.labelled_classes is None or target.labelled_classes.cpu().numpy().all()
-    elsewhere = 0 if all_labelled else IGNORED
+    labelled = np.ones(1, bool) if target.labelled_classes is None else target.labelled_classes.cpu().numpy()
+    elsewhere = 0 if labelled.all() else UNKNOWN if labelled.any() else IGNORED
     if target.masks is None and len(target):
         return np.full(size, IGNORED)
     gt = np.full(size, elsewhere)

@@ -18,6 +18,7 @@ from mvision.engine.train import train
 from mvision.evaluation.semantic import SemanticMetric
 from mvision.heads.semantic import (
     IGNORED,
+    UNKNOWN,
     SemanticHead,
     SemanticOutputs,
     class_map,
@@ -74,9 +75,9 @@ def test_crowd_regions_are_ignored_and_objects_lie_on_them() -> None:
     assert replace(target, ignored=crowd).only({"boxes"}).ignored is None
 
 
-def test_pixels_without_an_object_are_ignored_unless_all_classes_are_labelled() -> None:
+def test_pixels_without_an_object_are_background_only_if_all_classes_are_labelled() -> None:
     target = make_target((0.0, 0.0, 0.5, 0.5))
-    for labelled, elsewhere in ((None, 0), ([True, True], 0), ([True, False], IGNORED), ([False], IGNORED)):
+    for labelled, elsewhere in ((None, 0), ([True, True], 0), ([True, False], UNKNOWN), ([False], IGNORED)):
         target.labelled_classes = None if labelled is None else torch.tensor(labelled)
         gt = class_map(target, (8, 8))
         assert gt[0, 0] == 1
@@ -112,6 +113,47 @@ def test_the_losses_are_those_of_segmentation_models(labelled: float) -> None:
         expected = loss(logits, gt)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(*(torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (found, expected)))
+
+
+def test_unknown_pixels_are_one_of_the_classes_that_are_not_labelled() -> None:
+    """Their odds are added; with the background alone left over it is the loss of background."""
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 4, 4)
+    gt = torch.full((2, 4, 4), UNKNOWN)
+    gt[0, 0] = torch.tensor([0, 1, 2, IGNORED])
+    all_but_background = torch.tensor([[False, True, True]] * 2)
+    torch.testing.assert_close(
+        focal_and_dice(logits, gt, excluded=all_but_background)[0],
+        focal_and_dice(logits, gt.where(gt != UNKNOWN, torch.tensor(0)))[0],
+    )
+    one = torch.tensor([[[[1.0]], [[2.0]], [[3.0]]]], requires_grad=True)
+    focal, dice = focal_and_dice(one, torch.full((1, 1, 1), UNKNOWN), excluded=torch.tensor([[False, True, False]]))
+    odds = math.e + math.e**3
+    for_others, for_labelled = math.log(1 + 1 / odds), math.log(1 + math.e**2)
+    expected = for_others / (1 + odds) + for_labelled * (1 - 1 / (1 + math.e**2))
+    assert focal.item() == pytest.approx(expected / 3, rel=1e-5)
+    assert dice.item() == 0
+    focal.backward()
+    grad = one.grad[0, :, 0, 0].tolist()  # type: ignore[index]
+    assert grad[0] < 0 < grad[1]
+    assert grad[2] < 0
+
+
+def test_data_sets_with_different_classes_teach_background_together() -> None:
+    """Both have the same picture of three stripes; one labels the first, the other the last. Nobody labels the middle
+    one as background, and it is nothing else in both."""
+    head = make_head("semantic-seg")
+    left, right = make_target((0.0, 0.0, 0.25, 1.0)), make_target((0.75, 0.0, 1.0, 1.0))
+    right.labels = torch.tensor([1])
+    left.labelled_classes, right.labelled_classes = torch.tensor([True, False]), torch.tensor([False, True])
+    logits = torch.zeros(1, 3, 8, 8, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], 0.1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = sum(head.loss(SemanticOutputs(logits.expand(2, -1, -1, -1)), [left, right]).values())
+        loss.backward()
+        optimizer.step()
+    assert logits.argmax(1)[0, 0].tolist() == [1, 1, 0, 0, 0, 0, 2, 2]
 
 
 def test_scores_are_means_over_the_pixels_of_a_class() -> None:

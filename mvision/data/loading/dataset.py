@@ -288,7 +288,7 @@ def _masks(labels: PictureLabels, size: tuple[int, int]) -> Masks:
 def _regions(crowds: PictureLabels, size: tuple[int, int]) -> np.ndarray:
     """(height, width) uint8: 1 in crowd regions, all of the box where one has no outline."""
     height, width = size
-    region = draw_masks(crowds, size).any(axis=0).astype(np.uint8)
+    region = np.array(draw_masks(crowds, size).any(axis=0), dtype=np.uint8)
     for box, outline in zip(crowds.boxes, () if crowds.outlines is None else crowds.outlines):
         if outline is None:
             left, top, right, bottom = (box * (width, height, width, height)).tolist()
