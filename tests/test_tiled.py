@@ -83,6 +83,14 @@ def test_a_picture_that_is_not_larger_than_a_tile_gives_the_same_to_the_last_bit
         assert first == second
 
 
+@pytest.mark.parametrize("tile", [TILE, (900, 900)])
+def test_an_iterator_loses_no_picture(model: FakeModel, tile: tuple[int, int]) -> None:
+    scene = paint(SIZE, OBJECTS)
+    assert [len(result) > 0 for result in predict_tiled(model, (scene for _ in range(3)), Tiling(tile), 0.0)] == [
+        True
+    ] * 3  # type: ignore[arg-type]
+
+
 def test_files_of_a_folder(model: FakeModel, tmp_path: Path) -> None:
     save(tmp_path / "in" / "a.png", paint(SIZE, OBJECTS))
     save(tmp_path / "in" / "b.png", paint((80, 120), [(2, (10, 10, 60, 60))]))

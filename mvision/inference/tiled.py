@@ -7,7 +7,7 @@ Tiles of several pictures share batches. A picture that is not larger than a til
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence, Sized
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -131,8 +131,9 @@ def predict_tiled(
     selection = Selection(resolve_threshold(threshold, model), multi_label, nms)
     selection.check(model.config.categories)
     images = as_list(images)
-    sizes = (_size_of(image) for image in images)
-    wanted = count_tiles(sizes, tiling, batch_size or 1)
+    wanted = None
+    if isinstance(images, Sized):  # looking through an iterator would use it up
+        wanted = count_tiles((_size_of(image) for image in images), tiling, batch_size or 1)
     opened = ordered_map(partial(_open, model.config.pixel_range, tiling), images, workers=2, ahead=2)
     results = []
     with eval_mode(model), closing(infer_tiled(model, opened, tiling, [selection], batch_size, wanted)) as found:
