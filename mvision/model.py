@@ -250,14 +250,14 @@ class Model(HubModel, TracksVideos, nn.Module):
         Args:
             outputs: of ``forward``.
             sizes: (height, width) of the original images.
-            threshold, multi_label, nms: see ``Selection``; tasks: those whose heads are asked, None: all.
+            threshold, multi_label, nms: see ``Selection``, not of regions; tasks: whose heads are asked, None: all.
         """
         chosen = Selection(threshold, multi_label, nms)
         order = ("objects", "poses", "regions")
         asked = {serving_task(task, self.tasks) for task in (self.tasks if tasks is None else tasks)}
         heads = [task for task in self.heads if task in asked]
         first, *others = sorted(heads, key=lambda task: order.index(self.head(task).kind))
-        merged = [chosen.without_overlaps(found) for found in self._chosen(first, outputs, sizes, chosen)]
+        merged = self._chosen(first, outputs, sizes, chosen)
         for task in others:
             head = self.head(task)
             if self.takes_queries_of.get(task) == first:
@@ -275,10 +275,12 @@ class Model(HubModel, TracksVideos, nn.Module):
     def _chosen(
         self, task: str, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], chosen: Selection
     ) -> list[Instances]:
-        """What a selection takes of the results of one head, overlapping ones included."""
+        """What a selection takes of the results of one head: all regions, because a pixel has its best class."""
         head = self.head(task)
+        if head.kind == "regions":
+            return head.postprocess(outputs[task], sizes, 0.0)
         raw = outputs[task] if chosen.multi_label else head.best_class_only(outputs[task])
-        return [chosen.above(found) for found in head.postprocess(raw, sizes, chosen.lowest)]
+        return [chosen.without_overlaps(chosen.above(one)) for one in head.postprocess(raw, sizes, chosen.lowest)]
 
     def _poses(
         self, task: str, outputs: dict[str, dict[str, Tensor]], sizes: Sequence[tuple[int, int]], chosen: Selection
@@ -391,10 +393,7 @@ def create_model(
         if num_classes is None:
             raise UserError("create_model needs num_classes or categories")
         categories = [str(index) for index in range(num_classes)]
-    described = [
-        entry if isinstance(entry, Category) else Category(id=index, name=entry)
-        for index, entry in enumerate(categories)
-    ]
+    described = [each if isinstance(each, Category) else Category(id=i, name=each) for i, each in enumerate(categories)]
     overrides: dict[str, Any] = {f"model.{key.replace('__', '.')}": value for key, value in settings.items()}
     overrides["model.categories"] = [entry.model_dump() for entry in described]
     return Model(load_config(name, tasks=list(tasks), overrides=overrides).model)

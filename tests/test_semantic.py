@@ -12,7 +12,7 @@ import pytest
 import torch
 from segmentation_models_pytorch.losses import DiceLoss, FocalLoss
 
-from mvision import UserError, load
+from mvision import UserError, create_model, load
 from mvision.config import load_config, parse_model_config
 from mvision.engine.train import train
 from mvision.evaluation.semantic import SemanticMetric
@@ -197,6 +197,24 @@ def test_regions_are_the_likeliest_class_of_every_pixel() -> None:
     (nothing,) = head.postprocess({"logits": logits}, [(80, 160)], threshold=0.0)
     assert len(nothing) == 0
     assert nothing.to_coco(1) == []
+
+
+@pytest.mark.parametrize("tasks", [["semantic-seg"], ["detection", "semantic-seg"]])
+def test_no_threshold_and_no_overlap_of_boxes_leaves_a_region_out(tasks: list[str]) -> None:
+    model = create_model("tiny", tasks=tasks, num_classes=6, image_size=64).eval()
+    picture = np.random.default_rng(0).integers(0, 256, (90, 150, 3), np.uint8)
+    for options in ({}, {"tile": 80}):
+        every, chosen = (
+            model.predict(picture, threshold, nms=nms, precision="fp32", **options)[0]
+            for threshold, nms in ((0.0, None), ({"*": 1.0, "0": 0.9}, 0.01))
+        )
+        if len(tasks) > 1:
+            assert len(chosen) == 0
+            every, chosen = every.regions, chosen.regions
+        assert len(every) > 1
+        assert every.scores.max() < 0.9  # below the threshold
+        assert chosen.labels.tolist() == every.labels.tolist()
+        assert chosen.masks.rles == every.masks.rles
 
 
 def test_class_by_class_is_the_same_as_all_at_once() -> None:
