@@ -110,6 +110,17 @@ def test_what_is_not_there_is_named(tmp_path: Path, source: str, message: str) -
         find_sources([])
 
 
+@pytest.mark.parametrize("live", ["0", "rtsp://user:secret@127.0.0.1:9/street"])
+def test_nothing_stands_behind_a_live_source(live: str, tmp_path: Path) -> None:
+    picture = str(write_image(tmp_path / "a.png"))
+    assert len(find_sources([picture, live])) == 2
+    for behind in ("1", picture, "rtsp://127.0.0.1:9/other"):
+        with pytest.raises(UserError, match=f"never ends, so that {behind} would never be read") as caught:
+            find_sources([live, behind])
+        assert "\n" not in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
 def test_images_come_in_order(tmp_path: Path) -> None:
     for index in range(25):
         write_image(tmp_path / f"{index}.png", value=10 * index, size=(400, 400) if index % 5 == 0 else (9, 9))

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from stat import S_ISREG
 from typing import Any, Literal
@@ -60,6 +61,11 @@ class Source:
         """Whether it may have no end, so that Ctrl-C is how it is ended."""
         return self.kind in ("stream", "camera")
 
+    @property
+    def never_ends(self) -> bool:
+        """Whether what is behind it would never be read: a video of a web server, unlike other streams, has an end."""
+        return self.is_live and not self.path.lower().startswith(("http://", "https://"))
+
 
 class Sources(list[Source]):
     """Sources, and what was left out of the folders and globs.
@@ -100,8 +106,8 @@ def find_sources(sources: Sequence[str | Path], leave_out: Path | None = None) -
         leave_out: a folder whose files are ignored, such as an earlier run's output inside the folder of pictures.
 
     Raises:
-        UserError: a missing path, a folder or glob without pictures, an empty list, or a URL of another kind or of a
-            host that does not answer.
+        UserError: a missing path, a folder or glob without pictures, an empty list, a URL of another kind or of a host
+            that does not answer, or something behind a camera or live stream.
     """
     found = Sources()
     for source in sources:
@@ -136,6 +142,12 @@ def find_sources(sources: Sequence[str | Path], leave_out: Path | None = None) -
         raise UserError(
             "no source given: name images, a folder, a glob such as 'photos/*.jpg', a video, a URL or a camera"
         )
+    for live, behind in pairwise(found):
+        if live.never_ends:
+            raise UserError(
+                f"source {live.shown}: {'a camera' if live.kind == 'camera' else 'a live stream'} never ends, so that "
+                f"{behind.shown} would never be read; one live source in a command, as the last one"
+            )
     return found
 
 
