@@ -11,13 +11,15 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageSequence
 from pycocotools import mask as coco_mask
 
 from mvision.errors import UserError
 from mvision.inference import predict
 from mvision.inference.predict import predict_images
 from mvision.inference.predict_sources import predict_sources
+from mvision.inference.tiled import predict_tiled
+from mvision.inference.tiles import Tiling
 from mvision.structures import Category, Instances
 from mvision.structures.images import read_image
 from tests.fake_model import FakeModel, paint, save, written
@@ -103,6 +105,29 @@ def test_other_kinds_of_images(model: FakeModel) -> None:
     for image in wrong:
         with pytest.raises(UserError):
             predict_images(model, [image])
+
+
+@pytest.mark.parametrize("tile", [None, (200, 200)])
+def test_one_object_of_pil_is_several_images(model: FakeModel, tile: tuple[int, int] | None, tmp_path: Path) -> None:
+    """A file that is not decoded yet, and the frames of an animation, which are one object that moves on."""
+    save(tmp_path / "large.png", cv2.resize(paint((96, 128), [RED]), (640, 480), interpolation=cv2.INTER_NEAREST))
+    frames = [Image.fromarray(paint((96, 128), [(0, (left, 20, left + 40, 60))])) for left in range(0, 80, 8)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+
+    def predicted(images: Any) -> list[Any]:
+        if tile is None:
+            return predict_images(model, images)
+        return predict_tiled(model, images, Tiling(tile))
+
+    for _ in range(3):
+        with Image.open(tmp_path / "large.png") as image:
+            results = predicted([image] * 8)
+            assert len({str(result.boxes.tolist()) for result in results}) == 1
+            assert len(results[0]) > 0
+    with Image.open(tmp_path / "a.gif") as image:
+        found = predicted(ImageSequence.Iterator(image))
+    assert len(found) == 10
+    assert [round(float(result.boxes[:, 0].min())) for result in found] == list(range(0, 80, 8))
 
 
 def test_an_unreadable_file_is_named(model: FakeModel, tmp_path: Path) -> None:

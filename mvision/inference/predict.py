@@ -21,17 +21,16 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
-from mvision.errors import UserError
 from mvision.inference.passes import forward_passes, pool
+from mvision.inference.pictures import as_list, for_threads, picture_array
 from mvision.inference.pipeline import ordered_map
 from mvision.inference.selection import DEFAULT_THRESHOLD, AskedThreshold, Selection, Threshold, resolve_threshold
 from mvision.machine import cores
 from mvision.structures import Category, Instances
-from mvision.structures.images import BadImage, PixelRange, read_image, resize_image
-from mvision.structures.pixels import scale, to_array
+from mvision.structures.images import PixelRange, resize_image
 
 WORKERS = min(max(4, cores()), 16)
 """Threads that decode and resize; each holds one image, and as many more wait. A GPU takes what 16 of them read."""
@@ -204,7 +203,7 @@ def predict_images(
     chosen = Selection(resolve_threshold(threshold, model), multi_label, nms)
     chosen.check(model.config.categories)
     images = as_list(images)
-    prepared = ordered_map(partial(_prepare_image, model.config), images, WORKERS)
+    prepared = ordered_map(partial(_prepare_image, model.config), for_threads(images), WORKERS)
     count = len(images) if hasattr(images, "__len__") else None
     with eval_mode(model), closing(infer(model, prepared, [chosen], batch_size, count)) as results:
         return [replace(found[0], path=path) for path, found in results if found is not None]
@@ -355,37 +354,7 @@ def _postprocess(
     return [(key, None if image is None else next(results)) for key, image, _ in batch]
 
 
-def as_list(images: Sequence[str | Path | Image.Image | np.ndarray]) -> Sequence[Any]:
-    """Images that a user gave, also a single one."""
-    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim <= 3):
-        return [images]
-    return images
-
-
 def _prepare_image(config: Sized, image: str | Path | Image.Image | np.ndarray) -> Prepared[str | None]:
     path = str(image) if isinstance(image, str | Path) else None
     array = picture_array(image, config.pixel_range)
     return path, resize_image(array, config.image_size), array.shape[:2]
-
-
-def picture_array(image: str | Path | Image.Image | np.ndarray, pixel_range: PixelRange | None) -> np.ndarray:
-    """(H, W, 3) uint8 RGB of anything that ``predict_images`` takes."""
-    if isinstance(image, str | Path):
-        try:
-            return read_image(image, pixel_range=pixel_range)
-        except BadImage as error:
-            raise UserError(str(error)) from error
-    if isinstance(image, Image.Image):
-        try:
-            return to_array(ImageOps.exif_transpose(image), pixel_range)
-        except Exception as error:  # a lazily opened file that is damaged; Pillow's errors have no common base
-            raise UserError(f"an image of PIL cannot be decoded ({type(error).__name__}: {error})") from error
-    if not isinstance(image, np.ndarray):
-        raise UserError(f"an image of type {type(image).__name__}: give a path, a PIL image or a numpy array")
-    if pixel_range is not None and image.dtype.kind in "uif" and image.dtype != np.uint8:
-        image = scale(image, *pixel_range)
-    if image.ndim == 2:
-        image = np.repeat(image[..., None], 3, axis=2)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (3, 4) or not image.size:
-        raise UserError(f"an array of shape {image.shape} and type {image.dtype}: (H, W, 3) uint8 RGB is needed")
-    return np.require(image[..., :3], requirements=["C", "W"])  # torch warns about read-only arrays

@@ -20,8 +20,9 @@ from PIL import Image
 from mvision.errors import UserError
 from mvision.inference.large_images import ArrayPicture, Picture, PreparedPicture, open_large, small_input
 from mvision.inference.passes import MOST_PASSES
+from mvision.inference.pictures import as_list, for_threads, picture_array
 from mvision.inference.pipeline import ordered_map
-from mvision.inference.predict import WORKERS, Predictor, Prepared, as_list, eval_mode, infer, picture_array
+from mvision.inference.predict import WORKERS, Predictor, Prepared, eval_mode, infer
 from mvision.inference.selection import DEFAULT_THRESHOLD, AskedThreshold, Selection, resolve_threshold
 from mvision.inference.tile_merge import Merged
 from mvision.inference.tile_results import merge_tiles
@@ -134,7 +135,7 @@ def predict_tiled(
     wanted = None
     if isinstance(images, Sized):  # looking through an iterator would use it up
         wanted = count_tiles((_size_of(image) for image in images), tiling, batch_size or 1)
-    opened = ordered_map(partial(_open, model.config.pixel_range, tiling), images, workers=2, ahead=2)
+    opened = ordered_map(partial(_open, model.config.pixel_range, tiling), for_threads(images), workers=2, ahead=2)
     results = []
     with eval_mode(model), closing(infer_tiled(model, opened, tiling, [selection], batch_size, wanted)) as found:
         for path, of_image in found:

@@ -17,8 +17,9 @@ from PIL import Image
 
 from mvision.errors import UserError, printable
 from mvision.inference.large_images import ArrayPicture
+from mvision.inference.pictures import picture_array
 from mvision.inference.pipeline import ordered_map
-from mvision.inference.predict import Predictor, Prepared, infer, modules_in_eval_mode, picture_array
+from mvision.inference.predict import Predictor, Prepared, infer, modules_in_eval_mode
 from mvision.inference.reading import DEFAULT_RATE, Frame, read_frames
 from mvision.inference.selection import DEFAULT_THRESHOLD, AskedThreshold, Selection, resolve_threshold
 from mvision.inference.sources import Source, Sources, find_sources
