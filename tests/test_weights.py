@@ -113,6 +113,20 @@ def test_every_form_of_a_run_is_found(run: Path) -> None:
     assert [resolve_weights(source) for source in (run, str(run), file)] == [file] * 3
 
 
+@pytest.mark.parametrize("device", ["gpu", *([] if torch.cuda.is_available() else ["cuda", torch.device("cuda")])])
+def test_a_device_that_cannot_be_used_is_one_line(run: Path, device: str | torch.device, tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").touch()
+    for source, way in (
+        (tmp_path / "model.onnx", load),
+        (run, load),
+        (run, weights.load),
+        (run, Model.from_pretrained),
+    ):
+        with pytest.raises(UserError, match=f"device {device}: not usable here") as caught:
+            way(source, device=device)
+        assert "\n" not in str(caught.value)
+
+
 def test_what_is_not_there(run: Path, tmp_path: Path) -> None:
     assert "no such file or folder" in refusal(tmp_path / "nowhere" / "weights.safetensors")
     assert "there are several runs in it" in refusal(run.parent)

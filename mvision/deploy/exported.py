@@ -15,7 +15,7 @@ from mvision.deploy.formats import ENDINGS, runtime_of
 from mvision.deploy.output import restore
 from mvision.deploy.sessions import BIN, XML, Description, Session, open_session
 from mvision.errors import UserError
-from mvision.machine import Precision, PrecisionOption
+from mvision.machine import Precision, PrecisionOption, resolve_device
 from mvision.model import Features, Model
 from mvision.weights.stored import first_line, without_data
 
@@ -158,7 +158,7 @@ class ExportedModel(Model):
 
     def _for_prediction(self, precision: PrecisionOption, device: str | torch.device | None) -> Model:
         """This model, as it was opened."""
-        if device is not None and torch.device(device).type != "cpu":
+        if device is not None and resolve_device(str(device)).type != "cpu":
             self._refuse(f"run on {device}")
         if precision not in ("auto", self._arguments[2]):
             self._refuse(f"run in {precision}: it was opened in {self._arguments[2]}")

@@ -9,6 +9,7 @@ import torch
 
 from mvision.deploy.exported import ExportedModel, is_exported
 from mvision.errors import UserError
+from mvision.machine import resolve_device
 from mvision.model import Model
 from mvision.weights import load as load_weights
 from mvision.weights import push as push  # gives models their way to the Hub
@@ -32,11 +33,12 @@ def load(
             ``rtdetrv2``. Needed where neither its tensors nor its name tell it: they differ in an activation.
 
     Raises:
-        UserError: no such source, no weights in it, damaged, not finite, or without one of the tasks.
+        UserError: no such source, no weights in it, damaged, not finite, or without one of the tasks; a device that
+            cannot be used.
     """
     if not is_exported(source):
         return load_weights(source, tasks, device, family)
-    if torch.device(device).type != "cpu":
+    if resolve_device(str(device)).type != "cpu":
         raise UserError(
             f"weights {source}: an exported model runs on the CPU, not on {device}; load its weights instead"
         )

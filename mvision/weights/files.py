@@ -26,6 +26,7 @@ from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
 from mvision.fast.copies import say
 from mvision.heads import serving_task
+from mvision.machine import resolve_device
 from mvision.model import Model
 from mvision.neck.layers import ConvNorm
 from mvision.storage.atomic import whole_file
@@ -120,15 +121,16 @@ def load(
         family: of a ``.pth`` file, see ``read_original``.
 
     Raises:
-        UserError: no such source, no weights in it, damaged, or without one of the tasks.
+        UserError: no such source, no weights in it, damaged, or without one of the tasks; a device that cannot be used.
     """
+    on = resolve_device(str(device))  # said before a large file is read
     weights = read_weights(source, family)
     if weights.notes:
         say(f"weights {source}: {'; '.join(weights.notes)}")
     model = built(weights, tasks, source)
     if weights.path is not None:
         model.source = Source(weights.path, None if Path(source).exists() else str(source))
-    return model.to(device).eval()
+    return model.to(on).eval()
 
 
 def built(weights: Weights, tasks: Sequence[str] | None, source: str | Path) -> Model:
