@@ -108,6 +108,18 @@ def test_fused_models_are_saved_and_loaded_as_such(tmp_path: Path) -> None:
         init_from(make_model(), tmp_path / "a.safetensors")
 
 
+@pytest.mark.parametrize("part", ["backbone", "neck"])
+def test_a_model_that_is_fused_in_parts_is_not_saved(tmp_path: Path, part: str) -> None:
+    model = make_model()
+    expected = logits(model)
+    getattr(model, part).fuse()
+    with pytest.raises(UserError, match=rf"only a part of this model is fused \({part}\): call model.fuse\(\), or"):
+        save_weights(model, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    save_weights(model.fuse(), tmp_path / "a.safetensors")
+    assert torch.allclose(logits(load(tmp_path / "a.safetensors")), expected, atol=1e-5)
+
+
 def test_every_form_of_a_run_is_found(run: Path) -> None:
     file = run / "best.safetensors"
     assert [resolve_weights(source) for source in (run, str(run), file)] == [file] * 3

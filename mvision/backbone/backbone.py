@@ -43,12 +43,14 @@ class Backbone(nn.Module):
         any_size: images of other sizes than ``image_size`` are accepted too.
         mean, std: (3, 1, 1), subtracted from and divided by images in 0..1, and saved with the weights; None: images
             are not normalised.
+        fused: whether ``fuse`` was called.
 
     Raises:
         UserError: an unknown network, strides that it does not have, a size that it cannot take, or pretrained weights
             that are neither in the cache nor can be downloaded; a file of weights that does not fit.
     """
 
+    fused = False
     mean: Tensor | None
     std: Tensor | None
     _mean_pixel: Tensor | None
@@ -172,6 +174,7 @@ class Backbone(nn.Module):
             fuse_modules(self.detail)
         elif not self._takes_pixels:
             self._fold_scale(observe(self.net, lambda net: net(image)).first)
+        self.fused = True
         return self
 
     @torch.no_grad()

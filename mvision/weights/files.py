@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import mvision
+from mvision.backbone import Backbone
 from mvision.config import ModelConfig, parse_model_config
 from mvision.errors import UserError
 from mvision.fast.copies import say
@@ -86,13 +87,14 @@ def save_weights(
         config: what the header says in place of the model's own config, such as one without the paths of a machine.
 
     Raises:
-        UserError: the file cannot be written; a file that was at ``path`` before is unchanged.
+        UserError: the file cannot be written, or only a part of the model is fused; a file that was at ``path`` before
+            is unchanged.
     """
     path = Path(path)
     header = {
         **(extra or {}),
         "version": mvision.__version__,
-        "fused": _is_fused(model),
+        "fused": _is_fused(model, path),
         "model": (config or model.config).model_dump(mode="json"),
     }
     # Copied, because safetensors refuses tensors that share memory, such as tied weights.
@@ -357,5 +359,20 @@ def _keep_tasks(weights: Weights, tasks: Sequence[str], source: str | Path) -> W
     return Weights(config, tensors, weights.fused)
 
 
-def _is_fused(model: nn.Module) -> bool:
-    return any(isinstance(module, ConvNorm) and isinstance(module.norm, nn.Identity) for module in model.modules())
+def _is_fused(model: Model, path: Path) -> bool:
+    """Whether the whole model is fused. Raises a ``UserError`` if only a part of it is, which nobody could load."""
+    if model.fused:
+        return True
+    parts = [name for name, part in model.named_children() if any(map(_was_fused, part.modules()))]
+    if parts:
+        raise UserError(
+            f"weights {path}: not written, because only a part of this model is fused ({', '.join(parts)}): call "
+            "model.fuse(), or load it again"
+        )
+    return False
+
+
+def _was_fused(module: nn.Module) -> bool:
+    if isinstance(module, Backbone):
+        return module.fused
+    return isinstance(module, ConvNorm) and isinstance(module.norm, nn.Identity)
