@@ -251,6 +251,36 @@ def test_camera(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         list(read_frames(find_sources(["7"])))
 
 
+@pytest.mark.parametrize(
+    ("given", "used"), [(30.0, 30), (0.0, 25), (-1.0, 25), (float("nan"), 25), (1e9, 25), (1e-9, 25)]
+)
+def test_the_clock_of_a_camera_is_that_of_the_machine(
+    given: float, used: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Pictures come when the model has time for them, whatever rate the camera gives; a clock may stand still."""
+    clock = iter([7.0, 7.04, 7.04, 7.5, 9.0, 9.0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cv2, "VideoCapture", Camera)
+    monkeypatch.setattr(Camera, "get", lambda *_: given)
+    monkeypatch.setattr(module, "monotonic", lambda: next(clock))
+    frames = list(read_frames(find_sources(["0"])))
+    assert [frame.time for frame in frames] == pytest.approx([0, 0.04, 0.041, 0.5, 2.0])
+    assert {frame.rate for frame in frames} == {used}
+    notes = [note for frame in frames for note in frame.notes]
+    assert notes == ([] if given == used else [f"camera-0 gives no frame rate ({given:g}); 25 is taken for it"])
+
+
+def test_pictures_of_a_camera_are_not_stored_ahead(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    opened: list[Camera] = []
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cv2, "VideoCapture", lambda number: opened.append(Camera(number)) or opened[0])
+    frames = read_frames(find_sources(["0"]))
+    next(frames)
+    time.sleep(0.1)
+    assert opened[0].left >= 3  # of 5
+    frames.close()
+
+
 def test_ordered_map_works_in_parallel_and_in_order() -> None:
     together = threading.Barrier(3, timeout=10)
 

@@ -138,8 +138,9 @@ def _run(
         bar.total, bar.unit = None, "tile"
         inferred = _inferred_on_tiles(model, inputs, read(tiling), chosen, batch_size, tiling, bar)
     else:
-        prepared = ordered_map(partial(_prepare_frame, size), read(), workers=2, ahead=2)
-        inferred = infer(model, prepared, chosen, batch_size, _wanted_at_once(inputs))
+        at_once = _wanted_at_once(inputs)
+        prepared = ordered_map(partial(_prepare_frame, size), read(), workers=2, ahead=0 if at_once == 1 else 2)
+        inferred = infer(model, prepared, chosen, batch_size, at_once)
     if videos is not None:
         inferred = ordered_map(videos.follow, inferred, workers=1, ahead=1)
     numbered = ((number, frame, found) for number, (frame, found) in enumerate(inferred, start=1))

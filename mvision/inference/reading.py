@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
+from time import monotonic
 
 import av
 import cv2
@@ -24,6 +25,7 @@ from mvision.structures.images import BadImage, PixelRange, image_size, read_ima
 DECODERS = 4
 DEFAULT_RATE = 25.0  # frames per second, where a video or camera does not give a rate
 RATES = (0.1, 1000.0)  # frames per second that are believed
+CLOCK_STEP = 0.001  # seconds between two pictures of a camera, at the least: some clocks stand still for longer
 # Of a video's picture, with those that wait for the model, for drawing and for the encoder: the limit for pictures (see
 # ``check_size``) holds for all of them together.
 BYTES_PER_PIXEL = 24
@@ -39,7 +41,7 @@ class Frame:
         source: the file or camera that it is from.
         image: (H, W, 3) uint8 RGB, upright; None if it cannot be read, see ``problem``, or is not kept, see ``again``.
         index: 0-based number within a video or camera, None for an image file.
-        time: seconds since the start of the video.
+        time: seconds since the start of the video, or since a camera's first picture, by the clock of this machine.
         rate: frames per second of the video.
         problem: the reason why an image, or a part of a video, cannot be read.
         notes: what was left out of the picture or replaced in it, a line each.
@@ -99,7 +101,10 @@ def read_frames(
             yield from ordered_map(read, group, workers=DECODERS, ahead=ahead)
             continue
         for source in group:
-            yield from background(_read_camera(source) if kind == "camera" else _Video(source).frames())
+            if kind == "camera":  # what is read ahead of a slow model is old when its turn comes
+                yield from background(_read_camera(source), ahead=1)
+            else:
+                yield from background(_Video(source).frames())
 
 
 def _read_image(
@@ -297,8 +302,7 @@ class _Video:
         return seconds
 
     def _set_rate(self, stream: av.video.stream.VideoStream) -> None:
-        given = float(stream.average_rate or stream.guessed_rate or 0)
-        self.rate = given if RATES[0] <= given <= RATES[1] else DEFAULT_RATE
+        self.rate = _believed(float(stream.average_rate or stream.guessed_rate or 0))
 
     def _damage(self) -> str:
         damage = f"; {self.damaged} damaged packets left out" if self.damaged else ""
@@ -324,18 +328,31 @@ class _Video:
 def _read_camera(source: Source) -> Iterator[Frame]:
     camera = cv2.VideoCapture(int(source.path))
     try:
-        rate = camera.get(cv2.CAP_PROP_FPS) or DEFAULT_RATE
-        index = 0
+        given = camera.get(cv2.CAP_PROP_FPS)
+        rate = _believed(given)
+        notes = [] if rate == given else [f"{source.name} gives no frame rate ({given:g}); {rate:g} is taken for it"]
+        index, started, last = 0, 0.0, 0.0
         while True:
             good, image = camera.read()
+            # The driver drops what is not fetched in time, so the number of a picture does not say when it was taken.
+            now = monotonic()
             if not good:
                 break
-            yield Frame(source, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), index, index / rate, rate)
-            index += 1
+            if index == 0:
+                started = now
+            else:
+                last = max(now - started, last + CLOCK_STEP)
+            yield Frame(source, cv2.cvtColor(image, cv2.COLOR_BGR2RGB), index, last, rate, notes=notes)
+            index, notes = index + 1, []
     finally:
         camera.release()
     if index == 0:
         raise UserError(f"source {source.path}: no camera with this number, or it gives no pictures")
+
+
+def _believed(rate: float) -> float:
+    """The frames per second that a video or camera gives, or ``DEFAULT_RATE`` where they cannot be (0, -1, NaN)."""
+    return rate if RATES[0] <= rate <= RATES[1] else DEFAULT_RATE
 
 
 def _unreadable(source: Source, reason: str, error: Exception | None) -> Frame:

@@ -224,7 +224,8 @@ def _frames_of_video(
             _log.warning("%s: %s", printable(video.shown), printable(frame.problem))
         return _prepared(_Shown(frame.image, frame.time, frame.rate), input_size)
 
-    return ordered_map(prepare, read_frames([video], pixel_range=model.config.pixel_range), workers=2, ahead=2)
+    frames = read_frames([video], pixel_range=model.config.pixel_range)
+    return ordered_map(prepare, frames, workers=2, ahead=0 if video.is_live else 2)
 
 
 def _frames_given(
