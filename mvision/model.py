@@ -380,7 +380,7 @@ def create_model(
 
     Args:
         name: a shipped model or the name of a backbone (see ``BackboneConfig.name``).
-        tasks: each gets a head.
+        tasks: each gets a head; or the name of one.
         num_classes: classes are then named "0", "1", ...
         categories: the classes instead of their number, as names or ``Category``.
         settings: any key of the config's section ``model``, levels joined by two underscores, such as
@@ -396,4 +396,5 @@ def create_model(
     described = [each if isinstance(each, Category) else Category(id=i, name=each) for i, each in enumerate(categories)]
     overrides: dict[str, Any] = {f"model.{key.replace('__', '.')}": value for key, value in settings.items()}
     overrides["model.categories"] = [entry.model_dump() for entry in described]
-    return Model(load_config(name, tasks=list(tasks), overrides=overrides).model)
+    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    return Model(load_config(name, tasks=names, overrides=overrides).model)

@@ -49,6 +49,7 @@ def test_an_exported_model_runs_the_tasks_that_are_asked_for(tasks: list[str] | 
     with torch.no_grad():
         expected, outputs = model(images), found(images)
     assert set(outputs) == set(tasks or ALL)
+    assert ExportedModel("x.onnx", "keypoints").tasks == ["keypoints"]
     for task, values in outputs.items():
         for name, value in values.items():
             torch.testing.assert_close(value, expected[task][name])

@@ -63,6 +63,11 @@ def test_precision_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_precision("auto", torch.device("mps")) == "fp32"
 
 
+def test_a_precision_that_there_is_not_is_one_line() -> None:
+    with pytest.raises(UserError, match="precision 'half': fp32, bf16, fp16 or auto"):
+        machine.inference_precision("half", torch.device("cpu"))  # type: ignore[arg-type]
+
+
 def test_precision_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for has, expected in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, has=has: has)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,27 @@ def test_other_kinds_of_images(model: FakeModel) -> None:
     assert results[3].boxes.tolist() == [list(RED[1])]
     deep = Image.fromarray(scene[..., 0].astype(np.uint16) * 257)
     assert predict_images(model, [deep])[0].size == (96, 128)
-    wrong: list[Any] = [scene.astype(np.float32), scene[..., :2], np.zeros((0, 0, 3), np.uint8), torch.zeros(3, 8, 8)]
+    wrong: list[Any] = [
+        Image.new("RGB", (0, 5)),
+        Image.new("L", (5, 0)),
+        np.zeros((0, 5), np.uint8),
+        scene.astype(np.float32),
+        scene[..., :2],
+        np.zeros((0, 0, 3), np.uint8),
+        torch.zeros(3, 8, 8),
+    ]
     for image in wrong:
-        with pytest.raises(UserError):
-            predict_images(model, [image])
+        for predicted in (predict_images, partial(predict_tiled, tiling=Tiling((64, 64)))):
+            with pytest.raises(UserError):
+                predicted(model, [image])
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 2.5])
+def test_a_batch_size_that_cannot_be_is_one_line(model: FakeModel, batch_size: Any) -> None:
+    for predicted in (predict_images, partial(predict_tiled, tiling=Tiling((64, 64)))):
+        with pytest.raises(UserError, match=f"batch_size {batch_size}: a whole number above 0"):
+            predicted(model, [paint((96, 128), [])], batch_size=batch_size)
+    assert len(predict_images(model, [paint((96, 128), [])], batch_size=np.int64(2))) == 1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tile", [None, (200, 200)])

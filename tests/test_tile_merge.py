@@ -324,12 +324,15 @@ def test_bad_settings() -> None:
         (640, 0.95, r"overlap 0\.95"),
         (None, 0.2, "--overlap: has no meaning without --tile"),
         ((64, 64, 64), None, "a number of pixels"),
+        (64.5, None, "tile 64.5: a number of pixels"),
+        ("64", None, "tile '64': a number of pixels"),
     ):
         with pytest.raises(UserError, match=message):
             make_tiling(tile, overlap)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="--no-whole: has no meaning"):
         make_tiling(None, None, whole=False)
-    assert make_tiling(0) is None
+    assert make_tiling(0) is make_tiling(np.int64(0)) is None  # type: ignore[arg-type]
+    assert make_tiling(np.int64(64)) == make_tiling([64, np.uint8(64)]) == Tiling((64, 64), 0.2)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="would be 1,[0-9,]+ tiles"):
         Tiling((32, 32), 0.2).grid((30_000, 30_000))
     with pytest.raises(UserError, match="masks are written for up to"):

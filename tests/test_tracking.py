@@ -354,6 +354,8 @@ def test_frames_that_cannot_be_decoded_are_said_and_cost_no_id(
         ({"source": "pictures"}, "pictures is 2 files, not a video"),
         ({"source": "nothing.mp4"}, "no such file"),
         ({"source": 3.5}, "a float; give a video"),
+        ({"source": np.zeros((96, 128, 3), np.uint8)}, r"one picture \(an array of shape \(96, 128, 3\)\), no video"),
+        ({"source": np.zeros((96, 128), np.uint8)}, r"one picture \(an array of shape \(96, 128\)\), no video"),
         ({"source": "a.mp4", "rate": 30}, "has a frame rate of its own"),
         ({"source": [], "rate": 0}, "rate 0: frames per second"),
         ({"source": [], "tracker": "bytetrak"}, "did you mean 'bytetrack'"),

@@ -192,7 +192,8 @@ def test_tensors_that_do_not_fit_their_description(run: Path, tmp_path: Path) ->
 
 
 def test_keeping_some_heads(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert load(run, tasks=["detection"]).tasks == ["detection"]
+    assert load(run, tasks=["detection"]).tasks == load(run, tasks="detection").tasks == ["detection"]
+    assert mvision.create_model(tasks="semantic-seg", num_classes=1, image_size=64).tasks == ["semantic-seg"]
     with pytest.raises(UserError, match="there is no head 'keypoints', only detection"):
         load(run, tasks=["keypoints"])
     # A second head under a name of its own.

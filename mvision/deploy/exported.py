@@ -44,7 +44,7 @@ class ExportedModel(Model):
 
     Args:
         path: a file of ONNX, ExecuTorch or LiteRT, or a folder of OpenVINO.
-        tasks: the tasks to run; None: all that the file has.
+        tasks: the tasks to run, or the name of one; None: all that the file has.
         precision: what OpenVINO computes in; the others have fp32 only.
 
     Attributes:
@@ -61,6 +61,7 @@ class ExportedModel(Model):
         path = Path(path)
         session = _open(path, precision)
         config = session.description.config
+        tasks = [tasks] if isinstance(tasks, str) else tasks
         missing = [task for task in tasks or () if task not in config.heads]
         if missing:
             raise UserError(f"weights {path}: there is no head '{', '.join(missing)}', only {', '.join(config.heads)}")

@@ -27,7 +27,7 @@ def load(
         source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, or a Hub id (``user/name``,
             or ``user/name@revision`` for a branch, a tag or a commit); or an exported model: an ``.onnx``, ``.pte``
             or ``.tflite`` file, or a folder of OpenVINO. An exported model predicts, and refuses everything else.
-        tasks: the tasks that the model keeps; None keeps all.
+        tasks: the tasks that the model keeps, or the name of one; None keeps all.
         device: exported models run on the CPU.
         family: of a ``.pth`` file of the authors: ``dfine``, ``deim``, ``rtdetrv4``, ``deim-rtdetrv2``, ``rtdetr`` or
             ``rtdetrv2``. Needed where neither its tensors nor its name tell it: they differ in an activation.

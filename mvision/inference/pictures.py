@@ -62,6 +62,8 @@ def picture_array(image: str | Path | Image.Image | np.ndarray, pixel_range: Pix
 
 def upright(image: Image.Image) -> Image.Image:
     """A decoded copy."""
+    if not min(image.size):
+        raise UserError(f"an image of PIL without a pixel ({image.width} x {image.height})")
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # a lazily opened file that is damaged; Pillow's errors have no common base

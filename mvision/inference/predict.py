@@ -16,6 +16,7 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import islice
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +25,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from mvision.errors import UserError
 from mvision.inference.passes import forward_passes, pool
 from mvision.inference.pictures import as_list, for_threads, picture_array
 from mvision.inference.pipeline import ordered_map
@@ -198,7 +200,7 @@ def predict_images(
 
     Raises:
         UserError: a file that cannot be read, an array of another kind, a threshold or IoU outside 0..1, a class that
-            the model does not have, or weights without best thresholds.
+            the model does not have, weights without best thresholds, or a batch size that is no whole number above 0.
     """
     chosen = Selection(resolve_threshold(threshold, model), multi_label, nms)
     chosen.check(model.config.categories)
@@ -227,7 +229,12 @@ def infer(
     Yields:
         For every prepared image, in order, what identifies it and its instances, once for every selection; None if it
         has no input.
+
+    Raises:
+        UserError: a batch size that is no whole number above 0.
     """
+    if batch_size is not None and (not isinstance(batch_size, Integral) or batch_size < 1):
+        raise UserError(f"batch_size {batch_size!r}: a whole number above 0 is needed, or None")
     size = batch_size or (1 if model.device.type == "cpu" else BATCH_SIZE_ON_GPU)
     inputs = _batches(prepared, size)
     passes = threads = 1

@@ -189,8 +189,9 @@ def _size_of(image: str | Path | Image.Image | np.ndarray) -> tuple[int, int] | 
     if isinstance(image, str | Path):
         return file_size(image)
     if isinstance(image, Image.Image):
-        return image.size[::-1]
-    shape: tuple[int, ...] = getattr(image, "shape", ())
+        shape: tuple[int, ...] = image.size[::-1]
+    else:
+        shape = getattr(image, "shape", ())
     return (shape[0], shape[1]) if len(shape) in (2, 3) and min(shape[:2]) > 0 else None
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import index
+from typing import Any
 
 import numpy as np
 
@@ -135,12 +137,16 @@ def make_tiling(tile: int | tuple[int, int] | None, overlap: float | None = None
     Raises:
         UserError: a value out of range, or one that has no meaning without tiles.
     """
-    size = (tile, tile) if isinstance(tile, int) else tile
-    if size is None or tuple(size) == (0, 0):
+    sides: Any = () if tile is None else tile if isinstance(tile, list | tuple) else (tile, tile)
+    try:
+        size = tuple(map(index, sides))  # NumPy's whole numbers too
+    except TypeError:
+        size = (-1,)
+    if size in ((), (0, 0)):
         if overlap is not None or not whole:
             raise UserError(f"{'--no-whole' if overlap is None else '--overlap'}: has no meaning without --tile")
         return None
-    if not isinstance(size, list | tuple) or len(size) != 2 or not all(isinstance(side, int) for side in size):
+    if len(size) != 2:
         raise UserError(f"tile {tile!r}: a number of pixels or (height, width) is needed")
     return Tiling((size[0], size[1]), DEFAULT_OVERLAP if overlap is None else overlap, whole)
 

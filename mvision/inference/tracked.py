@@ -209,6 +209,8 @@ def _frames(
     if isinstance(source, str | Path | int):
         video = _video(source, rate)
         return video.is_live, _frames_of_video(model, video, input_size)
+    if isinstance(source, np.ndarray) and source.ndim in (2, 3):
+        raise UserError(f"track: one picture (an array of shape {source.shape}), no video; give the list of its frames")
     if isinstance(source, Iterable) and not isinstance(source, Image.Image):
         of_frames = DEFAULT_RATE if rate is None else rate
         tracker_of(rate=of_frames)  # one that cannot be is said now, not when the first frame comes

@@ -82,8 +82,10 @@ def inference_precision(precision: PrecisionOption, device: torch.device) -> Pre
     """``resolve_precision`` for prediction.
 
     Raises:
-        UserError: a CPU on which this precision would be slower than fp32.
+        UserError: a CPU on which this precision would be slower than fp32, or no precision.
     """
+    if precision != "auto":
+        torch_dtype(precision)
     if device.type == "cpu" and precision == "fp16":
         raise UserError("--precision fp16: CPUs do not compute in fp16 (it would be slower); use bf16, fp32 or auto")
     if device.type == "cpu" and precision == "bf16" and not cpu_has_bf16():
@@ -92,10 +94,13 @@ def inference_precision(precision: PrecisionOption, device: torch.device) -> Pre
 
 
 def torch_dtype(precision: Precision) -> torch.dtype:
-    """torch's type of a precision."""
+    """torch's type of a precision. Raises a ``UserError`` for another word."""
     import torch
 
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    types = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in types:
+        raise UserError(f"precision {precision!r}: {', '.join(types)} or auto")
+    return types[precision]
 
 
 def device_name(device: torch.device) -> str:

@@ -119,7 +119,7 @@ def load(
     Args:
         source: a run's folder, a ``.safetensors`` file, a folder in Hugging Face's format, a short name of the zoo, a
             Hub id, or a ``.pth`` or ``.pdparams`` file of the authors.
-        tasks: the tasks that the model keeps; None keeps all.
+        tasks: the tasks that the model keeps, or the name of one; None keeps all.
         family: of a ``.pth`` file, see ``read_original``.
 
     Raises:
@@ -138,7 +138,7 @@ def load(
 def built(weights: Weights, tasks: Sequence[str] | None, source: str | Path) -> Model:
     """The model of weights that have been read; ``tasks`` and errors as in ``load``."""
     if tasks is not None:
-        weights = _keep_tasks(weights, tasks, source)
+        weights = _keep_tasks(weights, [tasks] if isinstance(tasks, str) else tasks, source)
     model = Model(weights.config)
     if weights.fused:
         model.fuse()
