@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +73,21 @@ def test_no_images_to_calibrate_with(folder: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(UserError, match="--data nothing: no image to calibrate with"):
         quantise(folder, "nothing", lambda line: None, Path("out"))
     assert (folder / "model.xml").read_text() == "float"
+
+
+@pytest.mark.parametrize(("count", "used"), [(0, 0), (7, 7), (300, 300), (500, 300), (1000, 300)])
+def test_the_images_to_calibrate_with_are_from_all_over_the_data(
+    count: int, used: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = SimpleNamespace(records=list(range(count)))
+    model = SimpleNamespace(tasks=["detection"], config=SimpleNamespace(image_size=(64, 64), pixel_range=None))
+    monkeypatch.setattr(module, "read_validation", lambda *_: (None, [("", [], split)]))
+    monkeypatch.setattr(module, "build_eval_loader", lambda *_, **__: [])
+    assert list(module._calibration_images(None, model)) == []  # type: ignore[arg-type]
+    assert len(set(split.records)) == len(split.records) == used
+    if used:
+        assert (split.records[0], split.records[-1]) == (0, count - 1)
+        assert np.diff(split.records, prepend=-1).max() <= count // used + 1
 
 
 def test_a_loss_is_relative_and_the_worst_task_counts() -> None:

@@ -121,7 +121,9 @@ def _calibration_images(data: str | None, model: ExportedModel) -> Iterator[np.n
     """Training images as the model's input, each (1, 3, H, W) uint8."""
     _, parts = read_validation(DataConfig(root=data), "train", model.tasks)
     for _, _, split in parts:
-        split.records = split.records[:: max(1, len(split.records) // MOST_IMAGES)][:MOST_IMAGES]
+        count = len(split.records)
+        chosen = np.linspace(0, count - 1, min(count, MOST_IMAGES)).round().astype(int)  # from all over the data set
+        split.records = [split.records[index] for index in chosen.tolist()]
         config = model.config
         loader = build_eval_loader(
             split, DataConfig(workers=0), batch_size=1, image_size=config.image_size, pixel_range=config.pixel_range
