@@ -320,7 +320,7 @@ class Model(HubModel, TracksVideos, nn.Module):
         precision: PrecisionOption = "auto",
         device: str | torch.device | None = None,
     ) -> list[Instances]:
-        """Predict on files, PIL images or (H, W, 3) uint8 RGB arrays, as fast as the command ``mvision predict``.
+        """Predict on files, PIL images or (H, W, 3) uint8 RGB arrays, as fast as ``mvision predict`` does in PyTorch.
 
         The model stays as it is, in its mode and its precision. What runs is a prepared copy of it for the device and
         precision, which the first call makes (about a second) and which takes as much memory as the weights in that
