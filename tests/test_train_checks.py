@@ -33,6 +33,9 @@ FACTS: dict[str, Any] = {
     "images": [[20, 4]],
     "batches": {"number": 5, "size": 4, "seed": 0},
     "optimizer": "adamw",
+    "image_size": [64, 64],
+    "steps_of_epoch": 5,
+    "drawn": {},
 }
 
 

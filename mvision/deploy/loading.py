@@ -38,7 +38,8 @@ def load(
     """
     if not is_exported(source):
         return load_weights(source, tasks, device, family)
-    if resolve_device(str(device)).type != "cpu":
+    # A known device is refused whether or not the machine has it; any other text gets the line about devices.
+    if str(device).partition(":")[0] in ("cuda", "mps") or resolve_device(str(device)).type != "cpu":
         raise UserError(
             f"weights {source}: an exported model runs on the CPU, not on {device}; load its weights instead"
         )
