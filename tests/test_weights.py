@@ -128,13 +128,15 @@ def test_every_form_of_a_run_is_found(run: Path) -> None:
 @pytest.mark.parametrize("device", ["gpu", *([] if torch.cuda.is_available() else ["cuda", torch.device("cuda")])])
 def test_a_device_that_cannot_be_used_is_one_line(run: Path, device: str | torch.device, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").touch()
-    for source, way in (
-        (tmp_path / "model.onnx", load),
-        (run, load),
-        (run, weights.load),
-        (run, Model.from_pretrained),
+    unusable = f"device {device}: not usable here"
+    of_export = unusable if device == "gpu" else f"an exported model runs on the CPU, not on {device}"
+    for source, way, message in (
+        (tmp_path / "model.onnx", load, of_export),
+        (run, load, unusable),
+        (run, weights.load, unusable),
+        (run, Model.from_pretrained, unusable),
     ):
-        with pytest.raises(UserError, match=f"device {device}: not usable here") as caught:
+        with pytest.raises(UserError, match=message) as caught:
             way(source, device=device)
         assert "\n" not in str(caught.value)
 
