@@ -372,3 +372,13 @@ def test_regions_stay_apart_from_objects(squares: Path, tmp_path: Path) -> None:
     assert found.masks is None
     drawn = found.draw(np.zeros((*found.size, 3), np.uint8))
     assert (drawn.any(-1)).mean() > 0.9
+
+
+def test_dice_does_not_count_unknown_pixels() -> None:
+    """As if they were ignored: which of the classes they have is not known."""
+    logits = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    gt = torch.tensor([0, 1, 2, UNKNOWN] * 4).view(1, 4, 4)
+    excluded = torch.tensor([[False, True, False]])
+    _, dice = focal_and_dice(logits, gt, excluded=excluded)
+    _, without = focal_and_dice(logits, torch.where(gt == UNKNOWN, IGNORED, gt))
+    torch.testing.assert_close(dice, without)
