@@ -276,8 +276,8 @@ def check_same_run(path: Path, saved: dict[str, Any], now: dict[str, Any], *, in
     if saved.get("drawn", now["drawn"]) != now["drawn"]:
         before, today = (_settings(side["drawn"]) for side in (saved, now))
         raise UserError(
-            f"--resume {path}: its pictures were drawn with {before}, and would be with {today}: some that were "
-            f"trained on would be validated on; go on with the same settings, or {new}"
+            f"--resume {path}: its pictures were drawn with {before}, and would be with {today}: others "
+            f"would be trained and validated on; go on with the same settings, or {new}"
         )
     if inside_epoch and saved["batches"] != now["batches"]:
         is_repeated = any("repeat_threshold" in side["batches"] for side in (saved, now))
