@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 import yaml
 
-from mvision.config import Config, config_of_run, load_config, merge, parse_config, parse_model_config, shipped_configs
+from mvision.config import (
+    Config,
+    config_of_run,
+    data_of_run,
+    load_config,
+    merge,
+    parse_config,
+    parse_model_config,
+    shipped_configs,
+)
 from mvision.errors import UserError
 
 # Few lines that stand for 3 * 10 ** 9 values.
@@ -243,6 +252,20 @@ def test_assignments_are_yaml() -> None:
     assert (config.train.freeze, config.data.root, config.model.neck.share_attention) == (["backbone"], None, False)
     with pytest.raises(UserError, match=r"-o train.lr: not valid YAML"):
         load_config(assignments=["train.lr=["])
+
+
+def test_the_data_of_a_run_by_its_folder(tmp_path: Path) -> None:
+    """Its folder keeps the run's splits and folds, and serves all tasks alone; another one has nothing of the run's."""
+    more = [{"root": "other", "tasks": ["keypoints"]}]
+    data = {"root": str(tmp_path), "val": "test", "val_fraction": 0.25, "tasks": ["detection"], "more": more}
+    run = load_config("tiny", overrides={"data": data})
+    assert data_of_run(run, None) is run.data
+    for root in (str(tmp_path), f"{tmp_path}/../{tmp_path.name}/"):
+        found = data_of_run(run, root)
+        assert (found.val, found.val_fraction, found.tasks, found.more) == ("test", 0.25, [], [])
+    for config in (run, None):
+        found = data_of_run(config, "elsewhere")
+        assert (found.root, found.val, found.val_fraction) == ("elsewhere", "val", 0)
 
 
 def test_a_value_is_not_lost_to_a_key_below_it() -> None:

@@ -104,7 +104,7 @@ def data_of_run(run: Config | None, root: str | None) -> DataConfig:
     """The data set at ``root``; for None that of the run, or the built-in one where there is no run.
 
     Where the run was trained on the data at ``root``, its splits, folds and held-out share are kept: the pictures that
-    it validates on are the same ones, and none that it was trained on.
+    it validates on are the same ones, and none that it was trained on. It alone serves all tasks then.
     """
     if run is None:
         return DataConfig(root=root)
@@ -112,7 +112,7 @@ def data_of_run(run: Config | None, root: str | None) -> DataConfig:
     if root is None:
         return run.data
     if own is not None and (root == own or Path(root).resolve() == Path(own).resolve()):
-        return run.data.model_copy(update={"more": []})
+        return run.data.model_copy(update={"more": [], "tasks": []})
     return DataConfig(root=root)
 
 

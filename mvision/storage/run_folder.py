@@ -15,7 +15,7 @@ from mvision.storage.atomic import remove_partial_files, write_text
 
 BEST = "best.safetensors"
 METRICS = "metrics.jsonl"
-END = ("metrics.json", "curves*", "calibration*.png", "confusion_matrix*.png", "predictions.jpg")
+END = ("metrics.json", "curves*.png", "curves.json", "calibration*.png", "confusion_matrix*.png", "predictions.jpg")
 """What is written when a run ends, about the weights in ``BEST``."""
 
 

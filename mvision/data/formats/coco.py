@@ -5,9 +5,8 @@ keypoint sigmas or flip pairs that fit no keypoints, annotations of an unknown c
 outside the data folder, none of the images found.
 Named, counted and skipped (``problems``): annotations of an image that is not listed, boxes without area, outside the
 image or NaN, segmentations and keypoints that are unusable or lie elsewhere than their box, objects that are there
-twice, images that are not there. Image files
-that do not decode show up when they are read: training replaces and names them, evaluation leaves them out and names
-them. Whether what is left can serve a task is decided by ``usable.py``.
+twice, images that are not there. Image files that do not decode show up when they are read: training replaces and names
+them, evaluation leaves them out and names them. Whether what is left can serve a task is decided by ``usable.py``.
 """
 
 from __future__ import annotations
