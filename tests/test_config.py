@@ -8,16 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mvision.config import (
-    Config,
-    config_of_run,
-    data_of_run,
-    load_config,
-    merge,
-    parse_config,
-    parse_model_config,
-    shipped_configs,
-)
+from mvision.config import Config, load_config, merge, parse_config, parse_model_config, shipped_configs
 from mvision.errors import UserError
 
 # Few lines that stand for 3 * 10 ** 9 values.
@@ -254,20 +245,6 @@ def test_assignments_are_yaml() -> None:
         load_config(assignments=["train.lr=["])
 
 
-def test_the_data_of_a_run_by_its_folder(tmp_path: Path) -> None:
-    """Its folder keeps the run's splits and folds, and serves all tasks alone; another one has nothing of the run's."""
-    more = [{"root": "other", "tasks": ["keypoints"]}]
-    data = {"root": str(tmp_path), "val": "test", "val_fraction": 0.25, "tasks": ["detection"], "more": more}
-    run = load_config("tiny", overrides={"data": data})
-    assert data_of_run(run, None) is run.data
-    for root in (str(tmp_path), f"{tmp_path}/../{tmp_path.name}/"):
-        found = data_of_run(run, root)
-        assert (found.val, found.val_fraction, found.tasks, found.more) == ("test", 0.25, [], [])
-    for config in (run, None):
-        found = data_of_run(config, "elsewhere")
-        assert (found.root, found.val, found.val_fraction) == ("elsewhere", "val", 0)
-
-
 def test_a_value_is_not_lost_to_a_key_below_it() -> None:
     assignments = ["train.class_weights=balanced", "train.class_weights.mug=5"]
     with pytest.raises(
@@ -299,23 +276,6 @@ def test_an_included_task_has_the_settings_of_the_head_that_serves_it(tmp_path: 
     file = _file(tmp_path, model={"heads": {"instance-seg": {"num_queries": 7}, "detection": {"num_queries": 8}}})
     with pytest.raises(UserError, match=r"model.heads.detection.num_queries is 8 and model.heads.instance-seg.* is 7"):
         load_config("tiny", file=file, tasks=tasks)
-
-
-def test_the_config_of_a_run_is_found_from_its_folder_and_its_files(tmp_path: Path) -> None:
-    _file(tmp_path, "config.yaml", train={"epochs": 3}, data={}, model={})
-    weights = tmp_path / "best.safetensors"
-    weights.touch()
-    for source in (tmp_path, weights):
-        config = config_of_run(source)
-        assert config is not None
-        assert config.train.epochs == 3
-    (tmp_path / "empty").mkdir()
-    assert config_of_run(tmp_path / "empty") is None
-    for text in ("server: {port: 80}", "train: {epochs: 3}", "- a list"):  # of other programs
-        (tmp_path / "empty" / "config.yaml").write_text(text)
-        assert config_of_run(tmp_path / "empty") is None
-    assert config_of_run(tmp_path / "not there.safetensors") is None
-    assert config_of_run("somebody/a_model") is None
 
 
 @pytest.mark.parametrize(
