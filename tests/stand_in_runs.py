@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -118,6 +119,7 @@ def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda number: None)  # most of the time of such short runs
     monkeypatch.setattr(train_module, "evaluate_all", evaluate_all)
     monkeypatch.setattr(checkpoint, "save_weights", save_weights)
+    monkeypatch.setattr(checkpoint, "DRAWING", math.inf)  # after every epoch, however long it takes
     monkeypatch.setattr(checkpoint, "plot_run", lambda records, path: write_text(path, f"{len(records)} epochs"))
 
 

@@ -18,6 +18,7 @@ from mvision.engine.auto import Start, decided, resumed, start_of
 from mvision.engine.train import train
 from mvision.errors import UserError
 from mvision.weights.transfer import HeadStart, Transferred
+from tests.conftest import write_squares
 from tests.small_runs import fast_config
 
 
@@ -108,6 +109,17 @@ def test_the_start_is_what_was_loaded(found: Transferred | None, start: Start, w
     assert start_of(config, found) == with_backbone
 
 
+AUTO = {"train__epochs": 1, "train__optimizer": "auto", "train__lr": "auto"}
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A data set and a detector's run on it."""
+    folder = tmp_path_factory.mktemp("detector")
+    data = write_squares(folder / "squares")
+    return data, train(fast_config(data, **AUTO), output=folder / "run", device="cpu")
+
+
 @pytest.mark.parametrize(
     ("tasks", "parts", "optimizer"),
     [
@@ -118,16 +130,15 @@ def test_the_start_is_what_was_loaded(found: Transferred | None, start: Start, w
     ],
 )
 def test_a_new_head_on_a_trained_encoder_learns_with_muon(
-    squares: Path,
+    detector: tuple[Path, Path],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     tasks: list[str],
     parts: list[str] | None,
     optimizer: str,
 ) -> None:
-    given = {"train__epochs": 1, "train__optimizer": "auto", "train__lr": "auto"}
-    source = train(fast_config(squares, **given), output=tmp_path / "source", device="cpu")
-    config = fast_config(squares, **given)
+    data, source = detector
+    config = fast_config(data, **AUTO)
     if tasks != ["detection"]:
         config.model.heads = load_config("tiny", tasks=tasks).model.heads
     capsys.readouterr()

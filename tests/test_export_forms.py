@@ -28,7 +28,7 @@ FORMS: dict[str, dict[str, Any]] = {
             **SMALL, "mask_form": "prototypes", "boxes_from_masks": True, "pixel_dim": 16, "fine_dim": 12,
             "mask_dim": 8, "output_norm": True, "shared_class_head": True, "shared_box_head": True,
         },
-        "keypoints": POSES,
+        "keypoints": {**POSES, "num_layers": 1},
     },
     # ECSeg's masks as its figures were measured, with mvision's addition, and poses as ECPose and DETRPose have them.
     "refine": {

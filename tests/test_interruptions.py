@@ -44,6 +44,21 @@ def test_the_stand_ins_train(whole: dict[str, Path]) -> None:
     assert read_state(RunFolder(folder).state).progress.best_epoch == 1
 
 
+def test_curves_that_take_longer_than_epochs_are_drawn_at_the_start_and_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+
+    def plot(records: list[Any], path: Path) -> None:
+        drawn.append(len(records))
+        time.sleep(0.05)
+
+    monkeypatch.setattr(checkpoint, "plot_run", plot)
+    monkeypatch.setattr(checkpoint, "DRAWING", 0.001)
+    go_on(tmp_path / "run")
+    assert drawn == [1, 3]
+
+
 @pytest.mark.parametrize(
     ("first", "error"), [(0, Killed), (1, lambda: OSError(errno.ENOSPC, "No space left on device"))]
 )

@@ -54,9 +54,11 @@ class Trainings:
 
 
 @pytest.fixture
-def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
+def trainings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Trainings:
     fake = Trainings()
     monkeypatch.setattr(matrix, "train", fake)
+    if "stopped" not in request.node.name:  # which looks at the picture; drawing takes most of the time of these tests
+        monkeypatch.setattr(matrix, "plot", lambda records, path: None)
     return fake
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from mvision.errors import UserError
 from mvision.heads import head_class
 from mvision.storage.run_folder import BEST, RunFolder
 from mvision.weights import save_weights
+
+DRAWING = 0.02  # share of a run's time that may go into drawing its curves before the last epoch
 
 
 def new_folder(trainer: Trainer, output: Path | None) -> RunFolder:
@@ -100,7 +103,7 @@ def finish_epoch(trainer: Trainer, run: RunFolder, record: dict[str, Any]) -> No
     if accelerator.is_main_process:
         save_state(trainer, run.state, record)
         run.log(record)
-        _draw_curves(run, run.records())
+        _draw_curves_in_time(trainer, run)
     accelerator.wait_for_everyone()
 
 
@@ -129,6 +132,15 @@ def require_finite(trainer: Trainer, run: RunFolder) -> None:
             f"{f' and {len(bad) - 1} more tensors are' if bad[1:] else ' is'} not finite (precision "
             f"{trainer.accelerator.mixed_precision}, lr {config.lr:g}); {kept}; lower train.lr or use --precision fp32"
         )
+
+
+def _draw_curves_in_time(trainer: Trainer, run: RunFolder) -> None:
+    """At the end, and before it as often as ``DRAWING`` allows: an epoch of few images is as short as a drawing."""
+    begin = time.monotonic()
+    if begin >= trainer.next_curves or has_ended(trainer.config.train, trainer.progress):
+        _draw_curves(run, run.records())
+        end = time.monotonic()
+        trainer.next_curves = end + (end - begin) / DRAWING
 
 
 def _draw_curves(run: RunFolder, records: list[dict[str, Any]]) -> None:

@@ -54,6 +54,7 @@ class Trainer:
             published weights that it started from, as text, or None.
         compiles: backbone and neck will be compiled in the first batch.
         random: the random numbers of all processes when the training last paused, see ``state.random_states``.
+        next_curves: the time (``time.monotonic``) before which the curves are not drawn again, see ``checkpoint``.
     """
 
     config: RunConfig
@@ -68,6 +69,7 @@ class Trainer:
     facts: dict[str, Any] = field(default_factory=dict)
     random: list[dict[str, Any]] = field(default_factory=list)
     compiles: bool = False
+    next_curves: float = 0.0
 
     @property
     def steps_of_epoch(self) -> int:

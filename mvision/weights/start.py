@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 from mvision.config import ModelConfig, load_config
@@ -45,11 +46,16 @@ def shipped_architecture(model: ModelConfig) -> str | None:
 
 def _with_backbone(model: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
     """The shipped configs of published models that have the backbone of ``model``."""
-    for config in dict.fromkeys(found.config for found in MODELS.values() if found.config is not None):
-        shipped = load_config(config).model
+    for config, shipped in _shipped().items():
         own, other = model.backbone, shipped.backbone
         if (own.name, own.stage1_shortcut) == (other.name, other.stage1_shortcut):
             yield config, shipped
+
+
+@cache  # reading them all takes half a second
+def _shipped() -> dict[str, ModelConfig]:
+    """The shipped configs of published models by name; they are compared alone, and not changed."""
+    return {found.config: load_config(found.config).model for found in MODELS.values() if found.config is not None}
 
 
 def _same_neck_and_decoder(model: ModelConfig, shipped: ModelConfig) -> bool:
