@@ -22,13 +22,12 @@ pytest.importorskip("onnxruntime")
 SMALL: dict[str, Any] = {"embed_dim": 32, "num_heads": 4, "num_layers": 2, "ffn_dim": 32, "num_queries": 10}
 POSES: dict[str, Any] = {**SMALL, "kind": "query", "num_queries": 6}
 FORMS: dict[str, dict[str, Any]] = {
-    # Mask-RT-DETR's masks, whose boxes start from masks, and poses as mvision trains them.
+    # Mask-RT-DETR's masks, whose boxes start from masks; test_joint_queries.py has poses of the queries of boxes.
     "prototypes": {
         "instance-seg": {
             **SMALL, "mask_form": "prototypes", "boxes_from_masks": True, "pixel_dim": 16, "fine_dim": 12,
             "mask_dim": 8, "output_norm": True, "shared_class_head": True, "shared_box_head": True,
         },
-        "keypoints": {**POSES, "num_layers": 1},
     },
     # ECSeg's masks as its figures were measured, with mvision's addition, and poses as ECPose and DETRPose have them.
     "refine": {
