@@ -12,7 +12,7 @@ import torch
 
 from mvision import Model, UserError, load
 from mvision.commands import transfer as matrix
-from mvision.commands.transfer_report import first_reach, page
+from mvision.commands.transfer_report import first_reach, page, plot
 from mvision.config import Config
 from mvision.engine.train import train
 from mvision.storage.atomic import _place, write_text
@@ -54,11 +54,10 @@ class Trainings:
 
 
 @pytest.fixture
-def trainings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Trainings:
+def trainings(monkeypatch: pytest.MonkeyPatch) -> Trainings:
     fake = Trainings()
     monkeypatch.setattr(matrix, "train", fake)
-    if "stopped" not in request.node.name:  # which looks at the picture; drawing takes most of the time of these tests
-        monkeypatch.setattr(matrix, "plot", lambda records, path: None)
+    monkeypatch.setattr(matrix, "plot", lambda records, path: None)  # most of the time of these tests
     return fake
 
 
@@ -93,7 +92,10 @@ def test_a_share_of_the_images_gets_more_epochs(source: Path, tmp_path: Path, tr
     assert records[0]["best"] == {"AP": 0.7}
 
 
-def test_a_stopped_matrix_continues(source: Path, tmp_path: Path, trainings: Trainings) -> None:
+def test_a_stopped_matrix_continues(
+    source: Path, tmp_path: Path, trainings: Trainings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(matrix, "plot", plot)
     output = tmp_path / "matrix"
     trainings.stop_at = 4
     with pytest.raises(KeyboardInterrupt):

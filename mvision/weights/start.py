@@ -55,7 +55,8 @@ def _with_backbone(model: ModelConfig) -> Iterator[tuple[str, ModelConfig]]:
 @cache  # reading them all takes half a second
 def _shipped() -> dict[str, ModelConfig]:
     """The shipped configs of published models by name; they are compared alone, and not changed."""
-    return {found.config: load_config(found.config).model for found in MODELS.values() if found.config is not None}
+    names = dict.fromkeys(found.config for found in MODELS.values() if found.config is not None)
+    return {name: load_config(name).model for name in names}
 
 
 def _same_neck_and_decoder(model: ModelConfig, shipped: ModelConfig) -> bool:
