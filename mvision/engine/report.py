@@ -26,6 +26,7 @@ UNSHOWABLE = (BadImage, UserError, cv2.error, ValueError, OverflowError, MemoryE
 def plot_run(records: list[dict[str, Any]], path: Path) -> None:
     """Losses and AP over the epochs, from the lines of ``metrics.jsonl``, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4), layout="constrained")
     losses, scores = figure.subplots(1, 2)
@@ -38,10 +39,12 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
         for figure_name, style in ((head_class(task).primary_metric, "-"), ("AP50", "--")):
             if figure_name in evaluated[0]["metrics"][task]:
                 values = [record["metrics"][task][figure_name] for record in evaluated]
-                scores.plot([r["epoch"] + 1 for r in evaluated], values, style, label=f"{task} {figure_name}")
+                label = f"{task} {figure_name}"
+                scores.plot([r["epoch"] + 1 for r in evaluated], values, style, marker=".", label=label)  # one is seen too
     scores.set(xlabel="epoch", ylabel="validation AP or mIoU", ylim=(0, 1))
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if entries := len(axes.get_legend_handles_labels()[0]):
             # Joint models have dozens of terms.
             axes.legend(fontsize=8 if entries <= 16 else 4.5, ncols=1 + entries // 17, frameon=False)
