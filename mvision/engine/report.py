@@ -29,7 +29,7 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(11, 4), layout="constrained")
-    losses, scores = figure.subplots(1, 2)
+    losses, scores = figure.subplots(1, 2, sharex=True)
     epochs = [record["epoch"] + 1 for record in records]
     for name in records[0]["loss"]:
         losses.plot(epochs, [record["loss"].get(name) for record in records], label=name, linewidth=1.2)
@@ -40,7 +40,7 @@ def plot_run(records: list[dict[str, Any]], path: Path) -> None:
             if figure_name in evaluated[0]["metrics"][task]:
                 values = [record["metrics"][task][figure_name] for record in evaluated]
                 label = f"{task} {figure_name}"
-                scores.plot([r["epoch"] + 1 for r in evaluated], values, style, marker=".", label=label)  # one is seen too
+                scores.plot([r["epoch"] + 1 for r in evaluated], values, style, marker=".", label=label)
     scores.set(xlabel="epoch", ylabel="validation AP or mIoU", ylim=(0, 1))
     for axes in (losses, scores):
         axes.grid(alpha=0.3)
