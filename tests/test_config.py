@@ -231,6 +231,15 @@ def test_missing_file_and_unknown_model(tmp_path: Path) -> None:
         load_config("resnt50")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("smal", "small"), ("dfine-s", "dfine_s"), ("RT-DETR-R18", "rtdetr_r18"), ("ECdet_s", "ecdet_s")],
+)
+def test_a_near_name_of_a_shipped_model_is_suggested(wrong: str, right: str) -> None:
+    with pytest.raises(UserError, match=f"--model {wrong}: no shipped model has this name: did you mean '{right}'"):
+        load_config(wrong)
+
+
 @pytest.mark.parametrize("assignment", ["train.epochs", "=3", ""])
 def test_assignments_need_key_and_value(assignment: str) -> None:
     with pytest.raises(UserError, match=r"key\.sub=value"):

@@ -7,6 +7,7 @@ holds settings for a model with one task alone; they override the rest of the fi
 
 from __future__ import annotations
 
+import difflib
 import re
 from importlib import resources
 from pathlib import Path
@@ -207,6 +208,8 @@ def _model_layers(name: str) -> list[dict[str, Any]]:
     try:
         check_backbone_name(name)
     except UserError as error:
+        if near := difflib.get_close_matches(name.lower().replace("-", "_"), shipped_configs(), n=1, cutoff=0.8):
+            raise UserError(f"--model {name}: no shipped model has this name: did you mean '{near[0]}'?") from error
         raise UserError(f"--model {name}: no shipped model ({', '.join(shipped_configs())}), and {error}") from error
     layer: dict[str, Any] = {"model": {"backbone": {"name": name, "normalize": "auto"}}}
     if not pyramid_of(name):
