@@ -323,7 +323,7 @@ def test_ctrl_c_ends_a_training_with_130_and_leaves_whole_files(data: Path, tmp_
     folder = tmp_path / "runs" / "detection" / "1"
     try:
         deadline = time.monotonic() + 300
-        while not (folder / "results.png").is_file() and child.poll() is None and time.monotonic() < deadline:
+        while not (folder / "best.safetensors").is_file() and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
         os.killpg(child.pid, signal.SIGINT)  # to every process of the terminal's foreground, as the key does
         _, errors = child.communicate(timeout=200)
